@@ -1,0 +1,70 @@
+"""The sizes of one LoRA linear: what it computes, in FLOPs and bytes.
+
+A problem is y = x·W + alpha·(x·A)·B with x [M, K], W [K, N], A [K, R], B [R, N]. It holds numbers and names only, so
+that choosing a backend, predicting a time and explaining a choice need neither torch nor a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and types of one call, forward or (see `adjoint`) backward.
+
+    `dtype` is that of x, W, bias and y; `adapter_dtype` that of A and B. `device` is a torch device type: "cpu", "cuda".
+    `w_k_major` says that consecutive k are adjacent in memory: true in forward (nn.Linear stores [N, K]).
+    """
+
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: str
+    adapter_dtype: str
+    device: str = "cpu"
+    bias: bool = False
+    dropout: bool = False
+    w_k_major: bool = True
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element of x, W and y takes."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the frozen product, 2·M·N·K."""
+        return 2 * self.M * self.N * self.K
+
+    @property
+    def lowrank_flops(self) -> int:
+        """Operations that LoRA adds: 2·M·R·(K + N)."""
+        return 2 * self.M * self.R * (self.K + self.N)
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes the frozen layer must move once: x, W and y (and bias)."""
+        elements = self.M * self.K + self.K * self.N + self.M * self.N + (self.N if self.bias else 0)
+        return elements * self.itemsize
+
+    @property
+    def lowrank_bytes(self) -> int:
+        """Bytes LoRA adds when it is fused: A, B once and s (float32) written and read once."""
+        return (self.K + self.N) * self.R * ITEMSIZE[self.adapter_dtype] + 2 * self.M * self.R * 4
+
+    @property
+    def empty(self) -> bool:
+        """True when there is nothing to multiply: some extent is zero."""
+        return 0 in (self.M, self.N, self.K, self.R)
+
+    def adjoint(self) -> Problem:
+        """The problem of dx = dy·Wᵀ + q·Aᵀ: the same computation with K and N exchanged, no bias."""
+        return replace(self, N=self.K, K=self.N, bias=False, w_k_major=not self.w_k_major)
+
+    def __str__(self) -> str:
+        adapters = "" if self.adapter_dtype == self.dtype else f", {self.adapter_dtype} adapters"
+        return f"M={self.M} N={self.N} K={self.K} R={self.R} {self.dtype}{adapters} on {self.device}"

@@ -1,0 +1,242 @@
+"""What is right: the plain formula in any dtype and in float64, the error budget, and the problems every backend must solve.
+
+Budget: a result may be off from float64 by at most twice what eager PyTorch is off in the same dtype, plus two roundings.
+NaN and infinities must stand where eager's stand, except that a kernel may be finite where eager overflowed in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_kernels.backends.base import Backend
+from lora_kernels.dropout import Dropout, scaled_mask
+
+
+def reference(x, weight, A, B, alpha, bias=None, mask=None) -> Tensor:
+    """y = F.linear(x, weight, bias) + alpha·((mask∘x)·A·B), naively, in the operands' own dtypes: weight [N, K]."""
+    lora_input = x if mask is None else x * mask.to(x.dtype)
+    return (F.linear(x, weight, bias) + alpha * (lora_input.to(A.dtype) @ A @ B)).to(x.dtype)
+
+
+def assert_budget(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "result") -> None:
+    """`actual` is within the error budget that `eager` (same computation, same dtype) and `exact` (float64) define."""
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
+    assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, not {eager.dtype}"
+    ours, theirs = actual.double(), eager.double()
+    for name, test in (("NaN", torch.isnan), ("infinity", torch.isinf)):
+        wrong = test(ours) & ~test(theirs) & ~test(exact)
+        missing = test(exact) & ~test(ours)
+        assert not wrong.any(), f"{what}: {name} at {_where(wrong)} where eager has none"
+        assert not missing.any(), f"{what}: no {name} at {_where(missing)}"
+    finite = torch.isfinite(exact) & torch.isfinite(ours) & torch.isfinite(theirs)
+    if not finite.any():
+        return
+    eps = torch.finfo(actual.dtype).eps
+    error = torch.where(finite, (ours - exact).abs(), 0.0)
+    eager_error = torch.where(finite, (theirs - exact).abs(), 0.0).max()
+    allowed = 2 * eager_error + 2 * eps * torch.where(finite, exact, 0.0).abs().clamp(min=1.0)
+    over = error > allowed
+    assert not over.any(), (
+        f"{what}: off by {error[over].max():.3e} at {_where(over)}; eager is off by {eager_error:.3e}, "
+        f"allowed {allowed[over].min():.3e}"
+    )
+
+
+def _where(mask: Tensor) -> list[int]:
+    return mask.nonzero()[0].tolist()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One awkward problem: sizes, dtypes and layouts. `operands()` builds the same tensors every time."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype | None = None
+    bias: bool = True
+    dropout: float = 0.0
+    alpha: float = 0.75
+    layout: str = "linear"  # see _strided
+    device: str = field(default="cpu", compare=False)
+
+    def __str__(self) -> str:
+        dtypes = str(self.dtype).removeprefix("torch.")
+        if self.adapter_dtype is not None:
+            dtypes += "+" + str(self.adapter_dtype).removeprefix("torch.")
+        extras = ("-bias" if self.bias else "") + (f"-p{self.dropout}" if self.dropout else "")
+        return f"{self.M}x{self.N}x{self.K}r{self.R}-{dtypes}-{self.layout}{extras}"
+
+    def operands(self) -> Operands:
+        """x [M, K], w [K, N], a [K, R], b [R, N], bias [N] or None, dy [M, N], seed: standard normal, scaled to O(1)."""
+        generator = torch.Generator().manual_seed(1000003 * self.M + 10007 * self.N + 101 * self.K + self.R)
+
+        def normal(rows: int, cols: int, dtype: torch.dtype, scale: float) -> Tensor:
+            values = torch.randn(rows, cols, generator=generator, dtype=torch.float64) * scale
+            return values.to(dtype).to(self.device)
+
+        adapter_dtype = self.adapter_dtype or self.dtype
+        x = normal(self.M, self.K, self.dtype, 1.0)
+        w = normal(self.K, self.N, self.dtype, max(self.K, 1) ** -0.5)
+        a = normal(self.K, self.R, adapter_dtype, max(self.K, 1) ** -0.5)
+        b = normal(self.R, self.N, adapter_dtype, max(self.R, 1) ** -0.5)
+        bias = normal(1, self.N, self.dtype, 1.0)[0] if self.bias else None
+        dy = normal(self.M, self.N, self.dtype, 1.0)
+        return Operands(*_strided(self.layout, x, w, a, b), bias, _strided_grad(self.layout, dy), self)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors of a case and what must come out of them."""
+
+    x: Tensor
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    dy: Tensor
+    case: Case
+
+    @property
+    def dropout(self) -> Dropout | None:
+        if not self.case.dropout:
+            return None
+        return Dropout(self.case.dropout, torch.tensor(0x1234_5678_9ABC, device=self.x.device))
+
+    def results(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """y, s and every gradient, step by step: in float64 for `dtype` float64, else as eager rounds them (None).
+
+        Gradients are of <y, dy>: dx = dy·wᵀ + mask∘(q·aᵀ), dA = (mask∘x)ᵀ·q, dB = sᵀ·dy, q = alpha·dy·bᵀ.
+        """
+
+        def cast(t: Tensor | None) -> Tensor | None:
+            return t if t is None or dtype is None else t.to(dtype)
+
+        x, w, a, b, bias, dy = map(cast, (self.x, self.w, self.a, self.b, self.bias, self.dy))
+        base, adapter, alpha = x.dtype, a.dtype, self.case.alpha
+        mask = 1.0
+        if (dropout := self.dropout) is not None:
+            mask = scaled_mask(dropout, self.case.M, self.case.K, base)
+        xm, dya = (x * mask).to(adapter), dy.to(adapter)
+        xa, q = xm @ a, alpha * (dya @ b.t())
+        y = x @ w + (alpha * (xa @ b)).to(base)
+        return {
+            "y": y if bias is None else y + bias,
+            "s": alpha * xa,
+            "q": q,
+            "dx": dy @ w.t() + (mask * (q @ a.t())).to(base),
+            "dA": xm.t() @ q,
+            "dB": (alpha * xa).t() @ dya,
+        }
+
+
+def check_backend(backend: Backend, case: Case) -> None:
+    """Every product of `backend` on `case`, forward and backward, is within budget; equal calls give equal bits."""
+    o = case.operands()
+    eager, exact = o.results(None), o.results(torch.float64)
+    skinny = torch.float64 if case.dtype == torch.float64 else torch.float32
+
+    def check(name: str, actual: Tensor, dtype: torch.dtype) -> None:
+        assert actual.is_contiguous(), f"{name} is not contiguous"
+        assert_budget(actual, eager[name].to(dtype), exact[name], f"{name} of {case}")
+
+    y, s = backend.lowrank_matmul(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
+    check("y", y, case.dtype)
+    check("s", s, skinny)
+    y2, s2 = backend.lowrank_matmul(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
+    assert torch.equal(y.nan_to_num(), y2.nan_to_num()) and torch.equal(s.nan_to_num(), s2.nan_to_num())
+    check("s", backend.shrink(o.x, o.a, case.alpha, o.dropout), skinny)
+
+    q, dB = backend.shrink_outer(o.dy, o.b.t(), case.alpha, s, o.b.dtype)
+    check("q", q, skinny)
+    check("dB", dB, o.b.dtype)
+    dx, _ = backend.lowrank_matmul(
+        o.dy, o.w.t(), o.b.t(), o.a.t(), case.alpha, s=q, dropout_out=o.dropout
+    )
+    check("dx", dx, case.dtype)
+    unshared, q2 = backend.lowrank_matmul(
+        o.dy, o.w.t(), o.b.t(), o.a.t(), torch.tensor(case.alpha, dtype=torch.float64), dropout_out=o.dropout
+    )
+    check("dx", unshared, case.dtype)
+    check("q", q2, skinny)
+    check("dA", backend.reduce_outer(o.x, q, o.a.dtype, o.dropout), o.a.dtype)
+    check("dB", backend.reduce_outer(s, o.dy, o.b.dtype), o.b.dtype)
+
+
+def _strided(layout: str, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """The same values in another memory layout. w is [K, N]; "linear" keeps w, a, b as nn.Linear and the book store them."""
+
+    def transposed(t: Tensor) -> Tensor:
+        return t.t().contiguous().t()
+
+    def sliced(t: Tensor) -> Tensor:  # strides (2·cols + 2, 2), offset 1
+        rows, cols = t.shape
+        buffer = torch.full((rows, cols + 1, 2), float("nan"), dtype=t.dtype, device=t.device)
+        view = buffer[:, :cols, 1]
+        view.copy_(t)
+        return view
+
+    if layout == "linear":
+        return x, transposed(w), a, b
+    if layout == "plain":
+        return x, w, a, b
+    if layout == "peft":
+        return x, transposed(w), transposed(a), transposed(b)
+    if layout == "transposed":
+        return tuple(map(transposed, (x, w, a, b)))
+    if layout == "sliced":
+        return tuple(map(sliced, (x, w, a, b)))
+    if layout == "broadcast":  # every row of x is the first, stride 0
+        return x[:1].expand(x.shape) if x.shape[0] else x, transposed(w), a, b
+    raise ValueError(f"layout must be a name _strided knows, got {layout!r}")
+
+
+def _strided_grad(layout: str, dy: Tensor) -> Tensor:
+    """dy as autograd may hand it over: contiguous, transposed, or expanded from one number (strides 0, 0)."""
+    if layout == "transposed":
+        return dy.t().contiguous().t()
+    if layout == "broadcast" and dy.numel():
+        return dy[:1, :1].expand(dy.shape)
+    return dy
+
+
+_SIZES = [  # (M, N, K, R): prime, one, block edges, rank above either side, nothing at all
+    (1, 1, 1, 1),
+    (1, 48, 64, 8),
+    (3, 17, 5, 2),
+    (7, 12, 2, 16),
+    (16, 64, 32, 16),
+    (31, 37, 41, 5),
+    (33, 65, 47, 12),
+    (64, 64, 64, 64),
+    (65, 31, 97, 24),
+    (2, 100, 99, 33),
+    (13, 24, 40, 100),
+    (0, 8, 8, 4),
+    (5, 0, 8, 4),
+    (5, 8, 0, 4),
+    (5, 8, 8, 0),
+]
+
+AWKWARD: list[Case] = (
+    [Case(*sizes) for sizes in _SIZES]
+    + [Case(*sizes, dtype=torch.bfloat16) for sizes in _SIZES[:11]]
+    + [Case(*sizes, dtype=torch.float16, bias=False) for sizes in _SIZES[1:9]]
+    + [Case(33, 65, 47, 12, dtype=d, adapter_dtype=torch.float32) for d in (torch.bfloat16, torch.float16)]
+    + [
+        Case(31, 37, 41, 5, dtype=d, layout=layout, bias=layout != "plain")
+        for d in (torch.float32, torch.bfloat16)
+        for layout in ("plain", "peft", "transposed", "sliced", "broadcast")
+    ]
+    + [Case(31, 37, 42, 5, dtype=d, dropout=0.3) for d in (torch.float32, torch.bfloat16)]
+    + [Case(33, 65, 47, 12, dtype=torch.bfloat16, adapter_dtype=torch.float32, dropout=0.5, layout="peft")]
+    + [Case(16, 24, 32, 4, alpha=value) for value in (0.0, -2.5, 1e-30, float("inf"), float("nan"))]
+)
+
+FLOAT64: list[Case] = [replace(case, dtype=torch.float64) for case in AWKWARD[:15]]
