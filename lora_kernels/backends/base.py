@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from lora_kernels.dropout import Dropout
@@ -33,6 +34,10 @@ class Backend(ABC):
         """Why plain ATen is expected to be faster for `problem`, or None. Heeded only when the backend is not forced."""
         return None
 
+    def plan(self, problem: Problem) -> str:
+        """How it would compute `problem`, in a few words for `explain`; "" where there is one way only."""
+        return ""
+
     @abstractmethod
     def shrink(self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None) -> Tensor:
         """s = alpha·(mask∘x)·a: x [M, K], a [K, R] -> s [M, R] float32; `dropout` masks and rescales x [M, K]."""
@@ -55,14 +60,14 @@ class Backend(ABC):
 
     @abstractmethod
     def reduce_outer(
-        self, left: Tensor, right: Tensor, dtype: object, dropout: Dropout | None = None
+        self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
         """(mask∘left)ᵀ·right: left [M, C], right [M, D] -> [C, D] in `dtype`; one of C, D is a rank, of float32 operands.
 
         The other operand has the base's dtype. `dropout` masks left. Sums run in an order that sizes alone decide.
         """
 
-    def shrink_outer(self, dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: object) -> tuple[Tensor, Tensor]:
+    def shrink_outer(self, dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """q = alpha·dy·b_t and dB = sᵀ·dy: dy [M, N], b_t [N, R], s [M, R] -> (q [M, R] float32, dB [R, N] in `dtype`).
 
         A backend that can computes both from one reading of dy.

@@ -1,0 +1,109 @@
+"""The backend of plain ATen calls: right everywhere, in place where it can be, without a full-width float32 copy.
+
+y = s·b + bias is written first and the base product is accumulated onto it by one `addmm` with beta = 1, so that y is
+written by a small product and read back inside the large one's epilogue. Where ATen cannot multiply a float32 by a half
+operand, blocks of rows small enough for a cache are converted, one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends.base import Backend, Scale
+from lora_kernels.dropout import Dropout, scaled_mask
+from lora_kernels.problem import Problem
+
+_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # a block stays in L2 on a CPU; on a GPU launches count, not caches
+
+
+class EagerBackend(Backend):
+    """Products by `torch.mm` and `addmm_`; float16 and bfloat16 accumulate in float32, as their operands allow."""
+
+    name = "eager"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def declines(self, problem: Problem) -> str | None:
+        return None
+
+    def shrink(
+        self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None
+    ) -> Tensor:
+        wide = _wide(x.dtype)
+        if x.is_cuda and dropout is None and x.dtype == a.dtype != wide:
+            return torch.mm(x, a, out_dtype=wide).mul_(alpha)
+        s = x.new_empty((x.shape[0], a.shape[1]), dtype=wide)
+        a = a.to(wide)
+        for rows in _row_blocks(x, convert=dropout is not None or x.dtype != wide):
+            torch.mm(_masked(x[rows].to(wide), dropout, rows), a, out=s[rows])
+        return s.mul_(alpha)
+
+    def lowrank_matmul(
+        self,
+        x: Tensor,
+        w: Tensor,
+        a: Tensor,
+        b: Tensor,
+        alpha: Scale,
+        bias: Tensor | None = None,
+        *,
+        s: Tensor | None = None,
+        dropout_in: Dropout | None = None,
+        dropout_out: Dropout | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if s is None:
+            s = self.shrink(x, a, alpha, dropout_in)
+        # On a GPU a half product of s and b is many times faster than a float32 one, at eager's own precision.
+        tail_dtype = x.dtype if x.is_cuda and b.dtype == x.dtype else _wide(x.dtype)
+        y = x.new_empty((x.shape[0], w.shape[1]))
+        b = b.to(tail_dtype)
+        for rows in _row_blocks(y, convert=dropout_out is not None or x.dtype != tail_dtype):
+            tail = _masked(torch.mm(s[rows].to(tail_dtype), b), dropout_out, rows)
+            if bias is None:
+                y[rows] = tail
+            else:
+                torch.add(tail, bias, out=y[rows])
+        return y.addmm_(x, w), s
+
+    def reduce_outer(
+        self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
+    ) -> Tensor:
+        if left.is_cuda and dropout is None and dtype == min(left.dtype, right.dtype, key=_bits):
+            return left.to(dtype).t() @ right.to(dtype)  # accumulates in float32
+        wide = _wide(left.dtype)
+        total = left.new_zeros((left.shape[1], right.shape[1]), dtype=wide)
+        convert = dropout is not None or left.dtype != wide or right.dtype != wide
+        for rows in _row_blocks(left if left.shape[1] >= right.shape[1] else right, convert):
+            total.addmm_(_masked(left[rows].to(wide), dropout, rows).t(), right[rows].to(wide))
+        return total.to(dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that products accumulate in and skinny results have."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits
+
+
+def _masked(block: Tensor, dropout: Dropout | None, rows: slice) -> Tensor:
+    if dropout is None:
+        return block
+    return block * scaled_mask(dropout, *block.shape, block.dtype, row_start=rows.start)
+
+
+def _row_blocks(t: Tensor, convert: bool) -> Iterator[slice]:
+    """Slices of t's rows: all at once, or, when each block is converted, as many as a cache holds in float32."""
+    rows, cols = t.shape
+    size = rows
+    if convert:
+        size = max(16, _BLOCK_BYTES.get(t.device.type, 1 << 28) // (4 * max(cols, 1)))
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, max(size, 1)))
+
+
+BACKEND = EagerBackend()

@@ -1,0 +1,181 @@
+"""The choice of a backend: for a problem on a device, who computes it, and one reason for each that does not.
+
+Auto takes the first backend of the device's list that is available, can compute the problem and does not expect ATen to
+be faster. An explicit name never falls back: it computes or raises. The choice is made from numbers, when the product
+runs; nothing here looks at a device before a tensor on it arrives.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_kernels import env
+from lora_kernels.backends.base import Backend
+from lora_kernels.dropout import Dropout
+from lora_kernels.formulas import Saved
+from lora_kernels.problem import Problem
+
+BACKENDS = ("eager", "cpu", "cuda", "triton")
+_PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
+_requested: tuple[str, bool] | None = None  # (name, strict) of the innermost use_backend
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Who computes `problem`, with one reason for each backend that does not, and what the chosen one will do."""
+
+    problem: Problem
+    backend: str
+    rejected: dict[str, str]
+    plan: str = ""
+
+    def __str__(self) -> str:
+        chosen = f"{self.backend}: chosen" + (f", {self.plan}" if self.plan else "")
+        return "\n".join(
+            [str(self.problem), chosen, *(f"{name}: {why}" for name, why in self.rejected.items())]
+        )
+
+
+@contextmanager
+def use_backend(name: str, *, strict: bool = False) -> Iterator[None]:
+    """Within the block every call that says backend="auto" uses `name`, in every thread of the process.
+
+    `strict` with name "auto" raises RuntimeError where auto would fall back to eager because no faster backend can
+    compute the problem. ValueError for an unknown name. Enter it outside of compiled functions.
+    """
+    global _requested
+    check_name(name)
+    before, _requested = _requested, (name, strict)
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def check_name(name: str) -> None:
+    """ValueError unless `name` is "auto" or a backend's name."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
+
+
+def get(name: str) -> Backend:
+    """The backend called `name`; its module is imported on first use."""
+    return importlib.import_module(f"lora_kernels.backends.{name}").BACKEND
+
+
+def resolve(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    dropout: Dropout | None,
+) -> Backend:
+    """The backend for a forward call on 2-D x; RuntimeError where an explicit or strict choice cannot compute it."""
+    problem = Problem(
+        M=x.shape[0],
+        N=weight.shape[0],
+        K=x.shape[1],
+        R=A.shape[1],
+        dtype=_name(x.dtype),
+        adapter_dtype=_name(A.dtype),
+        device=x.device.type,
+        bias=bias is not None,
+        dropout=dropout is not None,
+        w_k_major=weight.stride(1) == 1,
+    )
+    return get(_choose(*_asked(name), problem, x.device, torch.get_num_threads()).backend)
+
+
+def resolve_backward(
+    name: str, dy: Tensor, saved: Saved, adapter_dtype: torch.dtype, dropout: Dropout | None
+) -> Backend:
+    """The backend for the backward of a call; sizes that no saved tensor tells do not matter to it and count as one."""
+    skinny = saved.s if saved.s is not None else (saved.B.t() if saved.B is not None else None)
+    wide = saved.weight if saved.weight is not None else saved.x
+    problem = Problem(
+        M=dy.shape[0],
+        N=wide.shape[1] if wide is not None else 1,
+        K=dy.shape[1],
+        R=skinny.shape[1] if skinny is not None else 1,
+        dtype=_name(dy.dtype),
+        adapter_dtype=_name(adapter_dtype),
+        device=dy.device.type,
+        dropout=dropout is not None,
+        w_k_major=saved.weight is None or saved.weight.stride(0) == 1,
+    )
+    return get(_choose(*_asked(name), problem, dy.device, torch.get_num_threads()).backend)
+
+
+def explain(problem: Problem, backend: str = "auto") -> Explanation:
+    """Who would compute `problem`, and why not the others: one reason each. ValueError for an unknown name."""
+    check_name(backend)
+    name, strict = _asked(backend)
+    return _choose(name, strict, problem, torch.device(problem.device), torch.get_num_threads())
+
+
+def _asked(name: str) -> tuple[str, bool]:
+    """What a call's backend argument means now: the call's own word, else use_backend's, else the environment's."""
+    if name != "auto":
+        return name, False
+    if _requested is not None and _requested != ("auto", False):
+        return _requested
+    name = env.backend()
+    check_name(name)
+    return name, False
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    name: str, strict: bool, problem: Problem, device: torch.device, threads: int
+) -> Explanation:
+    """The choice, remembered per problem; `threads` is part of the key because rules may depend on it."""
+    preference = _PREFERENCE.get(device.type, ("eager",))
+    rejected = {
+        other: f"runs on {'cpu' if other == 'cpu' else 'cuda'} tensors only, not on {device.type}"
+        for other in BACKENDS
+        if other not in preference
+    }
+    if name != "auto":
+        reason = rejected.get(name) or _impossible(get(name), problem, device)
+        if reason is not None:
+            raise RuntimeError(
+                f"backend {name!r} was asked for and cannot compute {problem}: {reason}"
+            )
+        others = {other: f"{name} was asked for" for other in BACKENDS if other != name}
+        return Explanation(problem, name, others, get(name).plan(problem))
+    for candidate in preference:
+        backend = get(candidate)
+        reason = _impossible(backend, problem, device)
+        if reason is None:
+            reason = backend.slower(problem)
+            if reason is None:
+                break
+        elif strict:
+            raise RuntimeError(f"strict: {candidate} cannot compute {problem}: {reason}")
+        rejected[candidate] = reason
+    for other in preference[preference.index(candidate) + 1 :]:
+        rejected[other] = f"{candidate} comes first"
+    return Explanation(problem, candidate, rejected, backend.plan(problem))
+
+
+def _impossible(backend: Backend, problem: Problem, device: torch.device) -> str | None:
+    """Why `backend` cannot or must not compute `problem`: machine, problem, or a failed self-test on a GPU."""
+    reason = backend.unavailable() or backend.declines(problem)
+    if reason is None and device.type == "cuda" and backend.name != "eager":
+        from lora_kernels import selftest  # imports backends' oracle, needed on a GPU only
+
+        reason = selftest.trusted(backend, device)
+    return reason
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

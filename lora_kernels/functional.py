@@ -1,0 +1,191 @@
+"""The functional form of a LoRA linear layer: the one place that checks operands, casts them and flattens x."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lora_kernels import dispatch, ops
+from lora_kernels.autograd import LoRALinear
+from lora_kernels.problem import Problem
+
+_HALF = (torch.float16, torch.bfloat16)
+_DTYPES = (*_HALF, torch.float32, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    alpha: float | Tensor,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """y = x·weightᵀ + bias + alpha·(dropout(x)·A)·B, fused, with every derivative.
+
+    x [..., K], weight [N, K] as nn.Linear stores it, A [K, R], B [R, N], bias [N] -> y [..., N]; any strides, any sizes,
+    zero included. x, weight and bias share one of float32, bfloat16, float16, float64; A and B share a dtype of their own
+    (float32 adapters on a half base are used as they are, others are cast to x's). y has the dtype of
+    `F.linear(x, weight)`, under autocast as well. Sums run in float32 (float64 for float64) and are rounded at the end.
+
+    alpha: the final multiplier, a number or a 0-d tensor that needs no gradient, read when the product is computed.
+    dropout_p: probability in [0, 1) of dropping an element of x on the LoRA branch only. seed: an integer or 0-d int64
+    tensor that fixes the mask; drawn from torch's generator when None, so a replay under checkpointing draws it again.
+    backend: "auto", or a backend's name, which then computes or raises RuntimeError.
+
+    ValueError or TypeError names the argument, its value and the rule.
+
+    >>> x, layer = torch.randn(4, 8), torch.nn.Linear(8, 6)
+    >>> A, B = torch.randn(8, 2), torch.randn(2, 6)
+    >>> y = lora_linear(x, layer.weight, A, B, 0.5, layer.bias)
+    >>> torch.allclose(y, layer(x) + 0.5 * (x @ A @ B), atol=1e-5)
+    True
+    """
+    check_operands(x, weight, A, B, alpha, bias)
+    check_dropout("dropout_p", dropout_p)
+    dispatch.check_name(backend)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        half = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(half), weight.to(half)
+        bias = None if bias is None else bias.to(half)
+        with torch.autocast(x.device.type, enabled=False):
+            return _apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend)
+    return _apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend)
+
+
+def explain(
+    x: Tensor | Problem,
+    weight: Tensor | None = None,
+    A: Tensor | None = None,
+    B: Tensor | None = None,
+    alpha: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> dispatch.Explanation:
+    """Which backend `lora_linear` takes for these operands (or this Problem), and one reason for each it does not.
+
+    Print it, or read `.backend`, `.rejected` (name -> reason) and `.plan`. Raises what the call itself would raise.
+    """
+    if isinstance(x, Problem):
+        return dispatch.explain(x, backend)
+    if weight is None or A is None or B is None:
+        raise TypeError("explain needs a Problem, or x, weight, A and B")
+    check_operands(x, weight, A, B, alpha, bias)
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    keeps_adapters = A.dtype == torch.float32 and dtype in _HALF
+    problem = Problem(
+        M=math.prod(x.shape[:-1]),
+        N=weight.shape[0],
+        K=weight.shape[1],
+        R=A.shape[1],
+        dtype=str(dtype).removeprefix("torch."),
+        adapter_dtype="float32" if keeps_adapters else str(dtype).removeprefix("torch."),
+        device=x.device.type,
+        bias=bias is not None,
+        dropout=dropout_p > 0,
+        w_k_major=weight.stride(1) == 1,
+    )
+    return dispatch.explain(problem, backend)
+
+
+def check_operands(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, alpha: float | Tensor, bias: Tensor | None
+) -> None:
+    """TypeError or ValueError unless these are the operands of one LoRA linear; it names argument, value and rule."""
+    named = {"x": x, "weight": weight, "A": A, "B": B, "bias": bias}
+    for name, t in named.items():
+        if t is None and name == "bias":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        if t.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}"
+            )
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on x's device, {x.device}, got {t.device}")
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be [N, K], 2-D, got {_shape(weight)}")
+    N, K = weight.shape
+    if x.ndim < 1 or x.shape[-1] != K:
+        raise ValueError(f"x must be [..., K] with K = {K} as in weight, got {_shape(x)}")
+    if A.ndim != 2 or A.shape[0] != K:
+        raise ValueError(f"A must be [K, R] with K = {K} as in weight, got {_shape(A)}")
+    if B.ndim != 2 or B.shape[0] != A.shape[1] or B.shape[1] != N:
+        raise ValueError(f"B must be [R, N] = [{A.shape[1]}, {N}], got {_shape(B)}")
+    if bias is not None and (bias.ndim != 1 or bias.shape[0] != N):
+        raise ValueError(f"bias must be [N] = [{N}], got {_shape(bias)}")
+    if A.dtype != B.dtype:
+        raise TypeError(f"B must have A's dtype, {A.dtype}, got {B.dtype}")
+    if not torch.is_autocast_enabled(x.device.type):
+        for name, t in (("weight", weight), ("bias", bias)):
+            if t is not None and t.dtype != x.dtype:
+                raise TypeError(f"{name} must have x's dtype, {x.dtype}, got {t.dtype}")
+    if isinstance(alpha, Tensor):
+        if alpha.ndim != 0:
+            raise ValueError(f"alpha must be a number or a 0-d tensor, got {_shape(alpha)}")
+        if alpha.requires_grad:
+            raise ValueError("alpha must not require grad: it is a run-time value, no parameter")
+    elif isinstance(alpha, bool) or not isinstance(alpha, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"alpha must be a number or a 0-d tensor, got {type(alpha).__name__}")
+
+
+def check_dropout(name: str, p: float) -> None:
+    """ValueError unless 0 <= p < 1, TypeError unless it is a number."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1), got {type(p).__name__}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {p}")
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    alpha: float | Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    backend: str,
+) -> Tensor:
+    """The product on checked operands: adapters cast where they must be, x flattened, op or Function called."""
+    if A.dtype != x.dtype and not (A.dtype == torch.float32 and x.dtype in _HALF):
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    seed = _seed(seed, x.device) if dropout_p else None
+    lead = x.shape[:-1]
+    rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
+    if torch.compiler.is_compiling():
+        if not isinstance(alpha, Tensor):
+            alpha = torch.scalar_tensor(alpha, dtype=torch.float32, device=x.device)
+        y, _ = ops.lora_linear(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
+    else:
+        y, _ = LoRALinear.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
+    return y if x.ndim == 2 else y.reshape(*lead, weight.shape[0])
+
+
+def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """A 0-d int64 tensor on `device`: as given, or drawn from that device's torch generator."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.ndim != 0 or seed.dtype != torch.int64:
+            raise ValueError(f"seed must be 0-d int64, got {_shape(seed)} {seed.dtype}")
+        return seed.to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer or a 0-d int64 tensor, got {type(seed).__name__}")
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _shape(t: Tensor) -> list[int]:
+    return list(t.shape)

@@ -1,0 +1,100 @@
+"""The registered operators that torch.compile, torch.export and make_fx see: one for forward, one for backward.
+
+Their kernels choose a backend when they run, so that a traced graph holds no decision about sizes. Each has a fake
+kernel, and the forward has autograd. Eager mode takes `autograd.LoRALinear`: a registered formula would give silent
+zeros to forward-mode AD and no second derivatives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels import dispatch, formulas
+from lora_kernels.autograd import as_dropout
+from lora_kernels.formulas import Needs, Saved
+
+
+@torch.library.custom_op("lora_kernels::lora_linear", mutates_args=())
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    alpha: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(y [M, N], s [M, R]) of `formulas.forward` for x [M, K], weight [N, K], A [K, R], B [R, N], 0-d alpha and seed."""
+    dropout = as_dropout(dropout_p, seed)
+    chosen = dispatch.resolve(backend, x, weight, A, B, bias, dropout)
+    return formulas.forward(chosen, x, weight, A, B, bias, alpha, dropout)
+
+
+@lora_linear.register_fake
+def _lora_linear_fake(x, weight, A, B, bias, alpha, dropout_p, seed, backend):
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    return y, x.new_empty((x.shape[0], A.shape[1]), dtype=wide)
+
+
+@torch.library.custom_op("lora_kernels::lora_linear_backward", mutates_args=())
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    s: Tensor | None,
+    alpha: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: list[bool],
+    adapter_dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    """[dx, dW, dA, dB, dbias] of `formulas.backward`, an empty tensor for each that is not needed."""
+    saved = Saved(x, weight, A, B, s)
+    dropout = as_dropout(dropout_p, seed)
+    chosen = dispatch.resolve_backward(backend, dy, saved, adapter_dtype, dropout)
+    grads = formulas.backward(chosen, dy, saved, Needs(*needs), alpha, dropout, adapter_dtype)
+    return [dy.new_empty(0) if grad is None else grad for grad in grads]
+
+
+@lora_linear_backward.register_fake
+def _lora_linear_backward_fake(
+    dy, x, weight, A, B, s, alpha, dropout_p, seed, needs, adapter_dtype, backend
+):
+    needed = Needs(*needs)
+    M, N = dy.shape
+    return [
+        dy.new_empty((M, weight.shape[1]) if needed.x else 0),
+        dy.new_empty((N, x.shape[1]) if needed.weight else 0),
+        dy.new_empty((x.shape[1], B.shape[0]), dtype=adapter_dtype) if needed.A else dy.new_empty(0),
+        dy.new_empty((s.shape[1], N), dtype=adapter_dtype) if needed.B else dy.new_empty(0),
+        dy.new_empty(N if needed.bias else 0),
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, weight, A, B, bias, alpha, ctx.dropout_p, seed, ctx.backend = inputs
+    ctx.needs = Needs(*ctx.needs_input_grad[:5])
+    ctx.adapter_dtype = A.dtype
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*formulas.keep(ctx.needs, x, weight, A, B, output[1]), alpha, seed)
+
+
+def _backward(ctx: Any, dy: Tensor, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+    *saved, alpha, seed = ctx.saved_tensors
+    grads = lora_linear_backward(
+        dy, *saved, alpha, ctx.dropout_p, seed, list(ctx.needs), ctx.adapter_dtype, ctx.backend
+    )
+    needed = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
+    return (*needed, None, None, None, None)
+
+
+lora_linear.register_autograd(_backward, setup_context=_setup_context)
