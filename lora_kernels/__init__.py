@@ -1,0 +1,35 @@
+"""LoRA that costs nothing over the frozen layer: y = x·W + bias + alpha·(x·A)·B, fused, forward and backward."""
+
+from lora_kernels.adapters import load_adapter, save_adapter
+from lora_kernels.dispatch import Explanation, use_backend
+from lora_kernels.functional import explain, lora_linear
+from lora_kernels.merge import merge_lora, unmerge_lora
+from lora_kernels.modules import (
+    LinearWithLoRA,
+    LoRALayer,
+    freeze_base,
+    lora_parameters,
+    lora_state_dict,
+    replace_linear_with_lora,
+)
+from lora_kernels.problem import Problem
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "LinearWithLoRA",
+    "LoRALayer",
+    "Problem",
+    "explain",
+    "freeze_base",
+    "load_adapter",
+    "lora_linear",
+    "lora_parameters",
+    "lora_state_dict",
+    "merge_lora",
+    "replace_linear_with_lora",
+    "save_adapter",
+    "unmerge_lora",
+    "use_backend",
+]

@@ -1,0 +1,238 @@
+"""Saving and loading adapters alone, in PEFT's file layout, in both directions.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`; a layer P has the tensors
+`base_model.model.P.lora_A.weight` [rank, in] and `base_model.model.P.lora_B.weight` [out, rank]: our A and B, transposed.
+PEFT's scale is lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_kernels.modules import SCALINGS, LinearWithLoRA, lora_layers
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
+_UNSUPPORTED = {  # fields of a PEFT configuration that change what a layer computes, with the value that does not
+    "use_dora": False,
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "modules_to_save": None,
+}
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """One layer's part of a file."""
+
+    A: Tensor  # [in, rank]
+    B: Tensor  # [rank, out]
+    scale: float
+    dropout: float
+    rslora: bool
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write the adapters of `model` into the folder `path` and return it; PEFT's `PeftModel.from_pretrained` reads it.
+
+    Each file is written beside its place and moved there when it is complete, so that an interrupted call leaves a folder
+    that loads as it was or is recognised as mixed. ValueError when the model has no LoRA layer.
+    """
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ValueError("model must contain a LinearWithLoRA to save, but it has none")
+    config = json.dumps(_peft_config(layers), indent=2, sort_keys=True) + "\n"
+    tensors = {}
+    for name, layer in layers.items():
+        for side, t in (("A", layer.lora.A), ("B", layer.lora.B)):
+            tensors[f"{_PREFIX}{name}.lora_{side}.weight"] = t.detach().t().contiguous().cpu()
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        weights_file, config_file = Path(scratch, WEIGHTS_FILE), Path(scratch, CONFIG_FILE)
+        save_file(tensors, weights_file, metadata={"format": "pt", "adapter_config": config})
+        config_file.write_text(config)
+        os.replace(weights_file, folder / WEIGHTS_FILE)
+        os.replace(config_file, folder / CONFIG_FILE)
+    return folder
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
+    """Load the folder `path`, written by `save_adapter` or by PEFT, into `model`; returns the layers' names.
+
+    A and B are copied into the `LinearWithLoRA` that each name belongs to, whose alpha is set so that the scale is the
+    file's; an `nn.Linear` of that name is wrapped first. So a fresh model gets the adapter's layers, and a model that has
+    them already changes task. FileNotFoundError when a file is missing; ValueError, with the model left as it was, for a
+    damaged file and for one that does not fit the model: a layer too many or too few, another rank or shape, a variant of
+    LoRA (DoRA, trained biases, saved modules) that these layers do not compute.
+    """
+    adapters = _read(Path(path))
+    modules = dict(model.named_modules())
+    for name, adapter in adapters.items():
+        _check_fits(name, modules.get(name), adapter)
+    missing = sorted(name for name, _ in lora_layers(model) if name not in adapters)
+    if missing:
+        raise ValueError(f"{path} must hold every LoRA layer of the model, but lacks {missing}")
+    wrapped = {
+        name: _wrap(modules[name], adapter)
+        for name, adapter in adapters.items()
+        if not isinstance(modules[name], LinearWithLoRA)
+    }
+    for name, layer in wrapped.items():
+        parent, _, key = name.rpartition(".")
+        setattr(modules[parent], key, layer)
+    with torch.no_grad():
+        for name, adapter in adapters.items():
+            layer = wrapped.get(name) or modules[name]
+            layer.lora.A.copy_(adapter.A)
+            layer.lora.B.copy_(adapter.B)
+            layer.lora.alpha = _alpha_for(adapter.scale, layer.lora.scaling, layer.lora.rank)
+    return list(adapters)
+
+
+def _peft_config(layers: dict[str, LinearWithLoRA]) -> dict[str, Any]:
+    """PEFT's configuration of these layers: the commonest rank and alpha as defaults, the others as patterns."""
+    rslora = all(layer.lora.scaling == "alpha/sqrt(rank)" for layer in layers.values())
+    ranks = {name: layer.lora.rank for name, layer in layers.items()}
+    convention = "alpha/sqrt(rank)" if rslora else "alpha/rank"
+    alphas = {
+        name: layer.lora.alpha
+        if layer.lora.scaling == convention
+        else _alpha_for(layer.lora.scale, convention, layer.lora.rank)
+        for name, layer in layers.items()
+    }
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": rslora,
+        "lora_dropout": next(iter(layers.values())).lora.dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "target_modules": list(layers),
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+    }
+
+
+def _read(folder: Path) -> dict[str, _Adapter]:
+    """The adapters in a folder by layer name; ValueError for anything that is damaged or of another kind."""
+    config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} must exist: {folder} is not an adapter's folder")
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{config_file} must be JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f'{config_file} must have "peft_type": "LORA"')
+    for key, plain in _UNSUPPORTED.items():
+        if config.get(key, plain) not in (plain, [], None):
+            raise ValueError(f"{config_file}: {key} must be {plain!r}, got {config[key]!r}")
+    try:
+        with safe_open(weights_file, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{weights_file} must be a safetensors file: {error}") from None
+    if "adapter_config" in metadata and json.loads(metadata["adapter_config"]) != config:
+        raise ValueError(f"{folder} must come from one save, but its two files are of different ones")
+    return _by_layer(tensors, config, weights_file)
+
+
+def _by_layer(tensors: dict[str, Tensor], config: dict[str, Any], file: Path) -> dict[str, _Adapter]:
+    sides: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{file}: every tensor must be a LoRA A or B, got {key!r}")
+        sides.setdefault(match["layer"], {})[match["side"]] = tensor.t()
+    if not sides:
+        raise ValueError(f"{file} must hold at least one layer, but it is empty")
+    adapters = {}
+    for name, pair in sides.items():
+        if set(pair) != {"A", "B"}:
+            raise ValueError(f"{file}: layer {name!r} must have both A and B, has only {list(pair)}")
+        A, B = pair["A"], pair["B"]
+        rank = int(_pattern(config, "rank_pattern", name, config.get("r", A.shape[1])))
+        if A.ndim != 2 or B.ndim != 2 or A.shape[1] != rank or B.shape[0] != rank:
+            raise ValueError(
+                f"{file}: layer {name!r} must have rank {rank} as its configuration says, "
+                f"got A {list(A.shape)} and B {list(B.shape)}"
+            )
+        alpha = float(_pattern(config, "alpha_pattern", name, config.get("lora_alpha", rank)))
+        rslora = bool(config.get("use_rslora", False))
+        scale = alpha / (math.sqrt(rank) if rslora else rank)
+        adapters[name] = _Adapter(A, B, scale, float(config.get("lora_dropout", 0.0)), rslora)
+    return adapters
+
+
+def _pattern(config: dict[str, Any], field: str, name: str, default: Any) -> Any:
+    """PEFT's rule: the value of the first pattern that matches the end of the name at a dot, else the default."""
+    for pattern, value in (config.get(field) or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return value
+    return default
+
+
+def _check_fits(name: str, module: nn.Module | None, adapter: _Adapter) -> None:
+    linear = module.linear if isinstance(module, LinearWithLoRA) else module
+    if not isinstance(linear, nn.Linear):
+        what = "no module" if linear is None else f"a {type(linear).__name__}"
+        raise ValueError(f"the file's layer {name!r} must be a Linear of the model, which has {what}")
+    if isinstance(module, LinearWithLoRA) and module.merged:
+        raise ValueError(f"layer {name!r} must not be merged: unmerge_lora(model) before loading")
+    rank = module.lora.rank if isinstance(module, LinearWithLoRA) else adapter.A.shape[1]
+    wanted = [[linear.in_features, rank], [rank, linear.out_features]]
+    got = [list(adapter.A.shape), list(adapter.B.shape)]
+    if got != wanted:
+        raise ValueError(
+            f"the file's layer {name!r} must have A {wanted[0]} and B {wanted[1]}, "
+            f"got {got[0]} and {got[1]}"
+        )
+
+
+def _wrap(linear: nn.Linear, adapter: _Adapter) -> LinearWithLoRA:
+    scaling = "alpha/sqrt(rank)" if adapter.rslora else "alpha/rank"
+    rank = adapter.A.shape[1]
+    return LinearWithLoRA(
+        linear,
+        rank,
+        _alpha_for(adapter.scale, scaling, rank),
+        scaling=scaling,
+        dropout=adapter.dropout,
+        dtype=adapter.A.dtype if adapter.A.dtype == torch.float32 else None,
+    )
+
+
+def _alpha_for(scale: float, scaling: str, rank: int) -> float:
+    """The alpha whose scale is `scale` under a convention; an integer where it is one."""
+    alpha = scale / SCALINGS[scaling](1.0, rank)
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+
+def _commonest(values: Any) -> Any:
+    values = list(values)
+    return max(values, key=values.count)

@@ -1,0 +1,370 @@
+"""The layer: `LoRALayer`, `LinearWithLoRA` and `replace_linear_with_lora`, drop-in for the classes of the same names.
+
+Names, shapes, initial values, the order of random draws and state-dict keys are those of the classes that Sebastian
+Raschka's "Build a Large Language Model (From Scratch)" (appendix E) made widely known; the forward is fused.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_kernels.functional import check_dropout, lora_linear
+
+SCALINGS: dict[str, Callable[[float, int], float]] = {
+    "alpha": lambda alpha, rank: alpha,  # the book
+    "alpha/rank": lambda alpha, rank: alpha / rank,  # Hu et al. 2021, PEFT
+    "alpha/sqrt(rank)": lambda alpha, rank: alpha / math.sqrt(rank),  # rsLoRA, Kalajdzievski 2023
+}
+
+
+class LoRALayer(nn.Module):
+    """The low-rank branch alone: `scale · (dropout(x)·A)·B`, A [in_dim, rank], B [rank, out_dim].
+
+    A starts uniform in ±1/sqrt(rank) (`kaiming_uniform_` with a = sqrt(5) on the [in_dim, rank] tensor), B at zero, so the
+    branch starts at zero. `scaling` says what `scale` is: "alpha" (default), "alpha/rank" or "alpha/sqrt(rank)". `alpha`
+    may be set at any time and takes effect at once, in compiled code too, which does not recompile. `dtype` and `device`
+    are torch's defaults unless given. ValueError or TypeError names the argument, its value and the rule.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        rank: int,
+        alpha: float,
+        *,
+        scaling: str = "alpha",
+        dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_lora(rank, alpha, scaling, dropout)
+        self.A = nn.Parameter(torch.empty(in_dim, rank, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.zeros(rank, out_dim, dtype=dtype, device=device))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.rank = rank
+        self.scaling = scaling
+        self.dropout = float(dropout)
+        # Read by compiled code, where a Python number would be a constant of the graph. Not a buffer: a cast of the
+        # module must not round it, and it is no part of the state.
+        self.scale_tensor = torch.zeros((), dtype=torch.float32, device=self.A.device)
+        self.alpha = alpha
+
+    @property
+    def alpha(self) -> float:
+        """LoRA's alpha, a plain number."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        check_alpha(value)
+        self._alpha = value
+        with torch.no_grad():
+            self.scale_tensor.fill_(self.scale)
+
+    @property
+    def scale(self) -> float:
+        """The multiplier of the branch: alpha, as `scaling` divides it."""
+        return SCALINGS[self.scaling](self._alpha, self.rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`scale · (dropout(x)·A)·B` [..., out_dim] in x's dtype, computed by plain PyTorch."""
+        dropped = F.dropout(x, self.dropout, self.training)
+        if not torch.is_autocast_enabled(x.device.type):
+            dropped = dropped.to(self.A.dtype)
+        return (self.run_time_scale() * (dropped @ self.A @ self.B)).to(x.dtype)
+
+    def run_time_scale(self) -> float | Tensor:
+        """`scale` as a number in eager mode and as a 0-d tensor in traced code."""
+        return self.scale_tensor if torch.compiler.is_compiling() else self.scale
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
+        super()._apply(fn, recurse)
+        if self.scale_tensor.device != self.A.device:
+            self.scale_tensor = torch.full((), self.scale, dtype=torch.float32, device=self.A.device)
+        return self
+
+    def extra_repr(self) -> str:
+        in_dim, rank = self.A.shape
+        text = f"in_dim={in_dim}, out_dim={self.B.shape[1]}, rank={rank}, alpha={self.alpha}"
+        text += "" if self.scaling == "alpha" else f", scaling={self.scaling!r}"
+        return text + (f", dropout={self.dropout}" if self.dropout else "")
+
+
+class LinearWithLoRA(nn.Module):
+    """`linear(x) + lora(x)` in one fused pass: y = x·Wᵀ + bias + scale·(dropout(x)·A)·B.
+
+    `linear` is kept as it is, the same object; `lora` is a `LoRALayer`, by default on `linear`'s device and in its dtype.
+    Nothing is frozen: gradients of W and bias are computed when they are required. Where `linear` or `lora` carries hooks,
+    a changed forward or a weight that is no plain tensor, the two are called one after the other instead, so that what was
+    attached to them still runs. `weight`, `bias`, `in_features` and `out_features` are those of `linear`.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float,
+        *,
+        scaling: str = "alpha",
+        dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        weight = linear.weight
+        self.linear = linear
+        self.lora = LoRALayer(
+            linear.in_features,
+            linear.out_features,
+            rank,
+            alpha,
+            scaling=scaling,
+            dropout=dropout,
+            dtype=dtype or (weight.dtype if weight.dtype.is_floating_point else None),
+            device=device or weight.device,
+        )
+        self.unmerged_weight: Tensor | None = None  # the base weight while it is merged, see `merge`
+        self.register_state_dict_post_hook(_save_unmerged)
+        self.register_load_state_dict_pre_hook(_refuse_merged)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight [out_features, in_features]."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base bias [out_features], or None."""
+        return self.linear.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.linear.out_features
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the low-rank product now (`merge_lora`), so that forward is the base's."""
+        return self.unmerged_weight is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., out_features] for x [..., in_features]."""
+        if self.merged:
+            return self.linear(x)
+        if not is_plain(self):
+            return self.linear(x) + self.lora(x)
+        linear, lora = self.linear, self.lora
+        return lora_linear(
+            x,
+            linear.weight,
+            lora.A,
+            lora.B,
+            lora.run_time_scale(),
+            linear.bias,
+            dropout_p=lora.dropout if lora.training else 0.0,
+        )
+
+
+def replace_linear_with_lora(
+    model: nn.Module,
+    rank: int,
+    alpha: float,
+    *,
+    scaling: str = "alpha",
+    dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    target_modules: str | Iterable[str] | None = None,
+) -> list[str]:
+    """Put a `LinearWithLoRA` in the place of every `nn.Linear` below `model`, in place; returns their names in order.
+
+    `target_modules`: a regular expression that must match the whole name, or an iterable of names or name suffixes
+    ("q_proj" takes every "….q_proj"); ValueError if nothing matches. A layer that is wrapped already stays as it is, a
+    module that occurs in several places is wrapped once, the projections of `nn.MultiheadAttention`, which does not call
+    them as modules, are left alone with a warning, and so is a `model` that is itself a Linear and has no place to put
+    the wrapper in. Bad arguments raise before anything is changed. Freeze with `freeze_base`, or before calling this.
+    """
+    check_lora(rank, alpha, scaling, dropout)
+    places = list(_linear_places(model, _name_filter(target_modules)))
+    if not places:
+        if target_modules is not None:
+            raise ValueError(f"target_modules must name a Linear, got {target_modules!r}: no match")
+        if isinstance(model, nn.Linear):
+            warnings.warn(
+                "model is itself a Linear and cannot be replaced in place: use "
+                "LinearWithLoRA(model, rank, alpha)",
+                stacklevel=2,
+            )
+    wrappers: dict[nn.Module, LinearWithLoRA] = {}
+    for _, _, _, linear in places:
+        if linear not in wrappers:
+            wrappers[linear] = LinearWithLoRA(
+                linear, rank, alpha, scaling=scaling, dropout=dropout, dtype=dtype, device=device
+            )
+    for _, parent, key, linear in places:
+        setattr(parent, key, wrappers[linear])
+        _leave_fast_path(parent)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and wrappers:
+            module.use_nested_tensor = False
+    return [name for name, _, _, _ in places]
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LinearWithLoRA]]:
+    """(name, layer) of every `LinearWithLoRA` in `model`, each once, `model` itself included."""
+    for name, module in model.named_modules():
+        if isinstance(module, LinearWithLoRA):
+            yield name, module
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Set `requires_grad` to False on every parameter that is not an adapter's A or B, and to True on those."""
+    adapters = {id(p) for p in lora_parameters(model)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in adapters)
+
+
+def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """A and B of every LoRA layer in `model`, in the model's order: what an optimizer should get."""
+    for module in model.modules():
+        if isinstance(module, LoRALayer):
+            yield module.A
+            yield module.B
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The entries of `model.state_dict()` that belong to adapters: "<layer>.lora.A" and "<layer>.lora.B"."""
+    ends = [
+        f"{name}.{end}" if name else end
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LoRALayer)
+        for end in ("A", "B")
+    ]
+    state = model.state_dict()
+    return {key: state[key] for key in ends}
+
+
+def check_lora(rank: int, alpha: float, scaling: str, dropout: float) -> None:
+    """TypeError or ValueError unless these can make a LoRA layer."""
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be an integer, got {type(rank).__name__}")
+    if rank <= 0:
+        raise ValueError(f"rank must be positive, got {rank}")
+    check_alpha(alpha)
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling must be one of {tuple(SCALINGS)}, got {scaling!r}")
+    check_dropout("dropout", dropout)
+
+
+def check_alpha(alpha: float) -> None:
+    """TypeError unless alpha is a real number."""
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+        raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
+
+
+def is_plain(layer: LinearWithLoRA) -> bool:
+    """Whether calling `layer.linear` and `layer.lora` would do nothing but the formula, so that it may be fused."""
+    linear, lora = layer.linear, layer.lora
+    return (
+        type(linear).forward is nn.Linear.forward
+        and type(lora).forward is LoRALayer.forward
+        and "forward" not in linear.__dict__
+        and not _has_hooks(linear)
+        and not _has_hooks(lora)
+        and type(linear.weight) in _PLAIN_TENSORS
+    )
+
+
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _name_filter(target_modules: str | Iterable[str] | None) -> Callable[[str], bool]:
+    if target_modules is None:
+        return lambda name: True
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules must be a regular expression, got {target_modules!r}: {error}"
+            ) from None
+        return lambda name: pattern.fullmatch(name) is not None
+    suffixes = tuple(target_modules)
+    if not all(isinstance(suffix, str) for suffix in suffixes):
+        raise TypeError(f"target_modules must be strings, got {suffixes!r}")
+    return lambda name: any(name == end or name.endswith("." + end) for end in suffixes)
+
+
+def _linear_places(
+    model: nn.Module, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
+    """(name, parent, key, Linear) of each place to replace, depth first in the order of `named_children`."""
+    seen: set[nn.Module] = {model}
+
+    def visit(
+        parent: nn.Module, prefix: str
+    ) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
+        for key, child in parent._modules.items():
+            name = prefix + key
+            if child is None or isinstance(child, LinearWithLoRA):
+                continue
+            if isinstance(child, nn.Linear):
+                if isinstance(parent, nn.MultiheadAttention):
+                    if wanted(name):
+                        warnings.warn(
+                            f"{name} is left alone: nn.MultiheadAttention reads its weight "
+                            "and never calls it",
+                            stacklevel=3,
+                        )
+                elif wanted(name):
+                    yield name, parent, key, child
+            elif child not in seen:
+                seen.add(child)
+                yield from visit(child, name + ".")
+
+    return visit(model, "")
+
+
+def _leave_fast_path(parent: nn.Module) -> None:
+    """Keep nn.TransformerEncoderLayer from its inference path, which reads `linear1.weight` past the LoRA branch."""
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0
+
+
+def _save_unmerged(
+    module: LinearWithLoRA, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    """A merged layer's state dict holds the base weight as it was, so that saving never bakes an adapter in."""
+    key = prefix + "linear.weight"
+    if module.unmerged_weight is not None and key in state:
+        state[key] = module.unmerged_weight
+
+
+def _refuse_merged(module: LinearWithLoRA, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    if module.unmerged_weight is not None and any(key.startswith(prefix) for key in state):
+        raise RuntimeError(f"{prefix[:-1] or 'layer'} is merged: unmerge_lora(model) before loading")
