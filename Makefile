@@ -1,0 +1,56 @@
+# Set-up, demo, tests, linters and benchmarks. Needs Python >= 3.10, make and a shell; compilers are used where they are.
+#   make demo            train a real model with the reference layer and with ours
+#   make test            every test that needs no GPU
+#   make lint            ruff, mypy, clang-format
+#   make bench           benchmarks, tables and plots
+#   make gpu             on a machine with a GPU, offline, with PYTHON's own packages: tests, tuning, benchmarks, report
+#   make TORCH=2.14.1 …  another torch than the default
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(TORCH)
+BUILT := $(VENV)/.built-$(TORCH)
+CSRC := $(wildcard csrc/*/*)
+
+.PHONY: setup demo test lint bench gpu clean
+
+setup: $(BUILT)
+
+$(INSTALLED): requirements-dev.txt requirements-data.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python >= 3.10 is needed: make PYTHON=/path/to/python3"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed \
+		"torch==$(TORCH)" -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-data.txt
+	@rm -f $(VENV)/.installed-* && touch $@
+
+$(BUILT): $(INSTALLED) setup.py pyproject.toml $(CSRC)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@rm -f $(VENV)/.built-* && touch $@
+
+demo: $(BUILT)
+	$(BIN)/python -m lora_kernels demo
+
+# The interpreter lane has a process of its own: Triton reads the variable when it is imported.
+test: $(BUILT)
+	$(BIN)/python -m pytest tests --ignore=tests/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+
+lint: $(BUILT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+bench: $(BUILT)
+	$(BIN)/python -m lora_kernels bench --preset laptop --output benchmarks/results
+	$(BIN)/python -m lora_kernels report benchmarks/results
+
+gpu:
+	PYTHON=$(PYTHON) sh benchmarks/gpu.sh
+
+clean:
+	rm -rf $(VENV) build demo *.egg-info lora_kernels/*.so .pytest_cache .mypy_cache .ruff_cache
