@@ -1,0 +1,107 @@
+"""What every launcher needs from the host: the launch itself, precisions, block sizes and the kernel's view of scalars."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends.base import Scale
+from lora_kernels.dropout import Dropout, threshold
+
+if TYPE_CHECKING:
+    from lora_kernels.tuning.config import TileConfig
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    config: TileConfig,
+    device: torch.device,
+    *args: Any,
+    dependent: bool = False,
+    **constants: Any,
+) -> None:
+    """Run `programs` instances of `kernel` on `device`. All kernels of this package are launched here.
+
+    `dependent`: the kernel may start before the one launched just before it has finished, and waits for it by itself.
+    """
+    options = {"launch_pdl": True} if dependent else {}
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](
+            *args,
+            **constants,
+            **options,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+
+
+class Mask(NamedTuple):
+    """A dropout as kernels take it: arguments that are never read where there is none."""
+
+    seed: Tensor | None
+    threshold: int  # the bits of a uint32 in an int32, so that the argument's type never changes
+    keep_scale: float
+
+    @classmethod
+    def of(cls, dropout: Dropout | None) -> Mask:
+        if dropout is None:
+            return cls(None, 0, 1.0)
+        limit = threshold(dropout.p)
+        return cls(dropout.seed, limit - 2**32 if limit >= 2**31 else limit, 1.0 / (1.0 - dropout.p))
+
+
+def scale_argument(alpha: Scale) -> tuple[float | Tensor, bool]:
+    """(alpha as a kernel argument, whether it is a pointer): a tensor on a GPU is read there, without a synchronisation."""
+    if isinstance(alpha, Tensor) and alpha.is_cuda:
+        return alpha, True
+    return float(alpha), False
+
+
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b)."""
+    return -(-a // b)
+
+
+def rank_block(R: int, rank_chunk: int) -> int:
+    """How many rank columns a tile holds: R's next power of two, at least 16 for tensor cores, at most rank_chunk."""
+    return min(max(16, 1 << (R - 1).bit_length()), rank_chunk)
+
+
+def needs_int64(*operands: Tensor | None) -> bool:
+    """Whether some element lies 2³¹ or more elements behind its tensor's first, so that a 32-bit offset would wrap."""
+    return any(
+        t is not None and sum((n - 1) * stride for n, stride in zip(t.shape, t.stride())) >= 2**31
+        for t in operands
+        if t is not None and t.numel()
+    )
+
+
+def base_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of a product of two operands in `dtype`: float32 is exact unless the user allowed TF32."""
+    if dtype in _HALF or torch.version.hip or not _allows_tf32():
+        return "ieee"
+    return "tf32"
+
+
+def mixed_precision(wide: torch.dtype, result: torch.dtype) -> str:
+    """`input_precision` of a float32 operand times one that was `wide`, for a `result` rounded to that type.
+
+    A bfloat16 or float16 number is a TF32 number, so only the float32 operand is rounded: to 11 bits, finer than a half
+    result, or for a float32 result to 22 bits in three passes. AMD's matrix units take float32 as it is.
+    """
+    if wide not in _HALF:
+        return base_precision(wide)
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if result in _HALF else "tf32x3"
+
+
+def _allows_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -1,0 +1,202 @@
+"""The product y = x·w + bias + mask∘(s·b): a plain matrix product whose accumulator gets a rank-R product at the end.
+
+The rank tail comes after the K loop: the loop is then, instruction for instruction, that of the plain product, and the
+tail's operands reuse the shared memory of the loop's pipeline. Forward and dx are this one kernel with other strides.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_kernels.backends.triton.launch import (
+    Mask,
+    base_precision,
+    cdiv,
+    launch,
+    mixed_precision,
+    needs_int64,
+    rank_block,
+)
+from lora_kernels.backends.triton.tiles import grouped_order, keep_tile, widen
+from lora_kernels.dropout import Dropout
+
+if TYPE_CHECKING:
+    from lora_kernels.tuning.config import TileConfig
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _lowrank_matmul_kernel(
+    x,  # [M, K]: a pointer, or with TMA a descriptor of blocks [BLOCK_M, BLOCK_K]
+    w,  # [K, N]: a pointer, or with TMA a descriptor of blocks of w, or of wᵀ where W_K_MAJOR
+    s_ptr,  # [M, R] float32, contiguous
+    b_ptr,  # [R, N]
+    bias_ptr,  # [N]
+    y_ptr,  # [M, N], contiguous
+    seed_ptr,
+    threshold,
+    keep_scale,
+    M,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_wk,
+    stride_wn,
+    stride_br,
+    stride_bn,
+    stride_bias,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TAIL_PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    TMA: tl.constexpr,
+    W_K_MAJOR: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    pid_m, pid_n = grouped_order(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    row = widen(offs_m, WIDE)
+    col = widen(offs_n, WIDE)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if TMA:
+        for k in range(0, K, BLOCK_K):
+            x_tile = x.load([pid_m * BLOCK_M, k])
+            if W_K_MAJOR:
+                w_tile = w.load([pid_n * BLOCK_N, k]).T
+            else:
+                w_tile = w.load([k, pid_n * BLOCK_N])
+            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+    else:
+        offs_k = tl.arange(0, BLOCK_K)
+        first_k = widen(offs_k, WIDE)
+        x_ptrs = x + row[:, None] * stride_xm + first_k[None, :] * stride_xk
+        w_ptrs = w + first_k[:, None] * stride_wk + col[None, :] * stride_wn
+        step = widen(tl.full((), BLOCK_K, tl.int32), WIDE)
+        for k in range(0, K, BLOCK_K):
+            mask_x = mask_m[:, None]
+            mask_w = mask_n[None, :]
+            if not EVEN_K:
+                mask_x = mask_x & (offs_k < K - k)[None, :]
+                mask_w = mask_w & (offs_k < K - k)[:, None]
+            x_tile = tl.load(x_ptrs, mask=mask_x, other=0.0)
+            w_tile = tl.load(w_ptrs, mask=mask_w, other=0.0)
+            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+            x_ptrs += step * stride_xk
+            w_ptrs += step * stride_wk
+
+    if PDL:
+        # s comes from the kernel launched just before, beside which the loop above has been running.
+        tl.extra.cuda.gdc_wait()
+    tail = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if DROPOUT else acc
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        s_ptrs = s_ptr + row[:, None] * R + offs_r[None, :]
+        b_ptrs = b_ptr + widen(offs_r, WIDE)[:, None] * stride_br + col[None, :] * stride_bn
+        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
+        tail = tl.dot(s, b.to(tl.float32), tail, input_precision=TAIL_PRECISION)
+    if DROPOUT:
+        keep = keep_tile(seed_ptr, threshold, offs_m, pid_n * BLOCK_N, N, BLOCK_M, BLOCK_N)
+        acc += tail * (keep.to(tl.float32) * keep_scale)
+    else:
+        acc = tail
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + row[:, None] * N + col[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+def lowrank_matmul(
+    x: Tensor,
+    w: Tensor,
+    s: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    config: TileConfig,
+    dropout: Dropout | None = None,
+    *,
+    late_wait: bool = False,
+) -> Tensor:
+    """y = x·w + bias + mask∘(s·b): x [M, K], w [K, N], s [M, R] float32 contiguous, b [R, N], bias [N] -> y [M, N].
+
+    Any strides for x, w, b and bias; K and R may be zero, M and N may not. `late_wait`: s was produced by a `shrink` with
+    `release` launched just before, and is waited for between loop and tail. `config.tma` is honoured where
+    `tma_applies` says that the operands allow it.
+    """
+    M, K = x.shape
+    N = w.shape[1]
+    R = s.shape[1]
+    y = x.new_empty((M, N))
+    tma = config.tma and tma_applies(x, w)
+    w_k_major = tma and not _describable(w)
+    x_operand, w_operand = x, w
+    if tma:
+        stored_w = w.t() if w_k_major else w
+        w_block = [config.block_n, config.block_k] if w_k_major else [config.block_k, config.block_n]
+        x_operand = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
+        w_operand = TensorDescriptor.from_tensor(stored_w, w_block)
+    launch(
+        _lowrank_matmul_kernel,
+        cdiv(M, config.block_m) * cdiv(N, config.block_n),
+        config,
+        x.device,
+        x_operand,
+        w_operand,
+        s,
+        b,
+        bias,
+        y,
+        *Mask.of(dropout),
+        M,
+        N,
+        K,
+        R,
+        *x.stride(),
+        *w.stride(),
+        *b.stride(),
+        0 if bias is None else bias.stride(0),
+        dependent=late_wait,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_R=rank_block(R, config.rank_chunk),
+        GROUP_M=config.group_m,
+        EVEN_K=K % config.block_k == 0,
+        PRECISION=base_precision(x.dtype),
+        TAIL_PRECISION=mixed_precision(x.dtype, x.dtype),
+        HAS_BIAS=bias is not None,
+        DROPOUT=dropout is not None,
+        WIDE=needs_int64(x, w, s, b, y),
+        TMA=tma,
+        W_K_MAJOR=w_k_major,
+        PDL=late_wait,
+    )
+    return y
+
+
+def tma_applies(x: Tensor, w: Tensor) -> bool:
+    """Whether the tensor memory accelerator can fetch both: unit stride in one dimension, the rest 16-byte aligned."""
+    return _describable(x) and (_describable(w) or _describable(w.t()))
+
+
+def _describable(t: Tensor) -> bool:
+    row_bytes = t.stride(0) * t.itemsize
+    return t.numel() > 0 and t.stride(1) == 1 and row_bytes > 0 and (row_bytes | t.data_ptr()) % 16 == 0

@@ -1,0 +1,130 @@
+"""The tall-skinny reduction (mask∘left)ᵀ·right over M rows: dA = xᵀ·q and dB = sᵀ·dy, split over M in a fixed order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.backends.triton.launch import (
+    Mask,
+    cdiv,
+    launch,
+    mixed_precision,
+    needs_int64,
+    rank_block,
+)
+from lora_kernels.backends.triton.partials import sum_partials
+from lora_kernels.backends.triton.tiles import keep_tile, widen
+from lora_kernels.dropout import Dropout
+
+if TYPE_CHECKING:
+    from lora_kernels.tuning.config import TileConfig
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _reduce_outer_kernel(
+    wide_ptr,  # [M, C]
+    thin_ptr,  # [M, R] float32
+    out_ptr,  # [SPLIT, C, R] by the strides below
+    seed_ptr,
+    threshold,
+    keep_scale,
+    M,
+    C,
+    R,
+    stride_wm,
+    stride_wc,
+    stride_tm,
+    stride_tr,
+    stride_oc,
+    stride_or,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    part = pid // blocks_r % SPLIT
+    c_start = pid // (blocks_r * SPLIT) * BLOCK_C
+    offs_c = c_start + tl.arange(0, BLOCK_C)
+    offs_r = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_c = offs_c < C
+    mask_r = offs_r < R
+    col = widen(offs_c, WIDE)
+    rank = widen(offs_r, WIDE)
+
+    per_part = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT) * BLOCK_M
+    acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    for m in range(part * per_part, min((part + 1) * per_part, M), BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        row = widen(offs_m, WIDE)
+        wide_ptrs = wide_ptr + row[:, None] * stride_wm + col[None, :] * stride_wc
+        thin_ptrs = thin_ptr + row[:, None] * stride_tm + rank[None, :] * stride_tr
+        wide = tl.load(wide_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+        thin = tl.load(thin_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        if DROPOUT:
+            wide *= keep_tile(seed_ptr, threshold, offs_m, c_start, C, BLOCK_M, BLOCK_C).to(wide.dtype)
+        acc = tl.dot(tl.trans(wide.to(tl.float32)), thin, acc, input_precision=PRECISION)
+
+    if SPLIT == 1:
+        acc *= keep_scale
+    part_start = part.to(tl.int64) * C * R
+    out_ptrs = out_ptr + part_start + col[:, None] * stride_oc + rank[None, :] * stride_or
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_r[None, :])
+
+
+def reduce_outer(
+    left: Tensor,
+    right: Tensor,
+    dtype: torch.dtype,
+    config: TileConfig,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """(mask∘left)ᵀ·right: left [M, C], right [M, D], any strides -> [C, D] in `dtype`. M may be zero, C and D may not.
+
+    One operand is wide, in the base's dtype; the other has a rank's width and is float32. A masked left is the wide one.
+    """
+    M = left.shape[0]
+    left_is_wide = dropout is not None or right.dtype == torch.float32 and (
+        left.dtype != torch.float32 or left.shape[1] >= right.shape[1]
+    )
+    wide, thin = (left, right) if left_is_wide else (right, left)
+    C, R = wide.shape[1], thin.shape[1]
+    split = min(config.split, max(1, cdiv(M, config.block_m)))
+    block_r = rank_block(R, config.rank_chunk)
+    mask = Mask.of(dropout)
+    out = left.new_empty((left.shape[1], right.shape[1]), dtype=dtype)
+    parts = out[None] if split == 1 else out.new_empty((split, *out.shape), dtype=torch.float32)
+    launch(
+        _reduce_outer_kernel,
+        cdiv(C, config.block_n) * cdiv(R, block_r) * split,
+        config,
+        left.device,
+        wide,
+        thin,
+        parts,
+        *mask,
+        M,
+        C,
+        R,
+        *wide.stride(),
+        *thin.stride(),
+        *((R, 1) if left_is_wide else (1, C)),
+        BLOCK_M=config.block_m,
+        BLOCK_C=config.block_n,
+        BLOCK_R=block_r,
+        SPLIT=split,
+        PRECISION=mixed_precision(wide.dtype, dtype),
+        DROPOUT=dropout is not None,
+        WIDE=needs_int64(wide, thin, out),
+    )
+    return out if split == 1 else sum_partials(parts, out, config, keep_scale=mask.keep_scale)

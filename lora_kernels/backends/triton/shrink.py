@@ -1,0 +1,147 @@
+"""The skinny product s = alpha·(mask∘x)·a in float32: one reading of x, split over K where M alone is too little work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.backends.base import Scale
+from lora_kernels.backends.triton.launch import (
+    Mask,
+    base_precision,
+    cdiv,
+    launch,
+    mixed_precision,
+    needs_int64,
+    rank_block,
+    scale_argument,
+)
+from lora_kernels.backends.triton.partials import sum_partials
+from lora_kernels.backends.triton.tiles import keep_tile, scale_value, widen
+from lora_kernels.dropout import Dropout
+
+if TYPE_CHECKING:
+    from lora_kernels.tuning.config import TileConfig
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _shrink_kernel(
+    x_ptr,  # [M, K]
+    a_ptr,  # [K, R]
+    out_ptr,  # [SPLIT, M, R] float32
+    alpha,
+    seed_ptr,
+    threshold,
+    keep_scale,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_ak,
+    stride_ar,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALPHA_IS_PTR: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        # The dependent product may start at once: it reads s only after its own K loop, behind a wait.
+        tl.extra.cuda.gdc_launch_dependents()
+    pid = tl.program_id(0)
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    part = pid // blocks_r % SPLIT
+    offs_m = pid // (blocks_r * SPLIT) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_m = offs_m < M
+    mask_r = offs_r < R
+
+    per_part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
+    k_start = part * per_part
+    k_end = min(k_start + per_part, K)
+    offs_k = tl.arange(0, BLOCK_K)
+    first_k = widen(k_start + offs_k, WIDE)
+    x_ptrs = x_ptr + widen(offs_m, WIDE)[:, None] * stride_xm + first_k[None, :] * stride_xk
+    a_ptrs = a_ptr + first_k[:, None] * stride_ak + widen(offs_r, WIDE)[None, :] * stride_ar
+    step = widen(tl.full((), BLOCK_K, tl.int32), WIDE)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k in range(k_start, k_end, BLOCK_K):
+        mask_x = mask_m[:, None]
+        mask_a = mask_r[None, :]
+        if not EVEN_K:
+            mask_x = mask_x & (offs_k < K - k)[None, :]
+            mask_a = mask_a & (offs_k < K - k)[:, None]
+        x = tl.load(x_ptrs, mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
+        a = tl.load(a_ptrs, mask=mask_a, other=0.0)  # [BLOCK_K, BLOCK_R]
+        if DROPOUT:
+            x *= keep_tile(seed_ptr, threshold, offs_m, k, K, BLOCK_M, BLOCK_K).to(x.dtype)
+        acc = tl.dot(x.to(a.dtype), a, acc, input_precision=PRECISION)
+        x_ptrs += step * stride_xk
+        a_ptrs += step * stride_ak
+
+    if SPLIT == 1:
+        acc = acc * scale_value(alpha, ALPHA_IS_PTR) * keep_scale
+    out_row = (part * M + offs_m).to(tl.int64)
+    tl.store(out_ptr + out_row[:, None] * R + offs_r[None, :], acc, mask=mask_m[:, None] & mask_r[None, :])
+
+
+def shrink(
+    x: Tensor,
+    a: Tensor,
+    alpha: Scale,
+    config: TileConfig,
+    dropout: Dropout | None = None,
+    *,
+    release: bool = False,
+) -> Tensor:
+    """s = alpha·(mask∘x)·a: x [M, K], a [K, R], any strides -> s [M, R] float32. K may be zero, M and R may not.
+
+    `release` lets a dependent launch that follows start early (sm_90 and newer).
+    """
+    M, K = x.shape
+    R = a.shape[1]
+    split = min(config.split, max(1, cdiv(K, config.block_k)))
+    block_r = rank_block(R, config.rank_chunk)
+    parts = x.new_empty((split, M, R), dtype=torch.float32)
+    mask = Mask.of(dropout)
+    scale, alpha_is_ptr = scale_argument(alpha)
+    launch(
+        _shrink_kernel,
+        cdiv(M, config.block_m) * cdiv(R, block_r) * split,
+        config,
+        x.device,
+        x,
+        a,
+        parts,
+        scale,
+        *mask,
+        M,
+        K,
+        R,
+        *x.stride(),
+        *a.stride(),
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        BLOCK_R=block_r,
+        SPLIT=split,
+        EVEN_K=K % config.block_k == 0,
+        PRECISION=base_precision(x.dtype) if a.dtype == x.dtype else mixed_precision(x.dtype, a.dtype),
+        ALPHA_IS_PTR=alpha_is_ptr,
+        DROPOUT=dropout is not None,
+        WIDE=needs_int64(x, a),
+        PDL=release and split == 1,
+    )
+    if split == 1:
+        return parts[0]
+    return sum_partials(parts, x.new_empty((M, R), dtype=torch.float32), config, alpha, mask.keep_scale)

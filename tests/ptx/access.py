@@ -1,0 +1,248 @@
+"""Loads, stores, atomics and per-thread asynchronous copies."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tests.ptx.memory import MemoryFault
+from tests.ptx.parser import LOCAL_WINDOW, PARAM_WINDOW, SHARED_LIMIT, Imm, Instr, Mem, PtxError
+from tests.ptx.strand import DTYPES, Run, Strand, bf16_to_f32, f32_to_bf16, opcode
+
+
+def address_of(strand: Strand, mem: Mem):
+    """A function that gives the [lanes] byte addresses of a memory operand."""
+    if isinstance(mem.base, Imm):
+        base = strand.source(mem.base, "s64")
+    else:
+        base = strand.source(mem.base, f"u{mem.base.width}")
+    offset = mem.offset
+    return lambda: np.broadcast_to(base.astype(np.int64) + offset, strand.lanes)
+
+
+def explain(strand: Strand, instr: Instr, lanes: np.ndarray):
+    """Names the instruction and the thread behind the n-th active lane."""
+
+    def text(n: int) -> str:
+        lane = int(lanes[n])
+        cta = strand.machine.ctas[int(strand.cta[lane])]
+        return f"line {instr.line}: {instr.text}: thread {strand.thread[lane]} of CTA {cta}"
+
+    return text
+
+
+def shared_index(strand: Strand, instr: Instr, addresses, lanes, size: int) -> np.ndarray:
+    """Byte indices into the batch's shared memory, checked against one CTA's part."""
+    if (addresses % size).any() or (addresses < 0).any() or (
+        addresses + size > strand.machine.shared_size).any():  # fmt: skip
+        bad = (addresses % size != 0) | (addresses < 0)
+        bad |= addresses + size > strand.machine.shared_size
+        n = int(np.flatnonzero(bad)[0])
+        raise MemoryFault(f"{explain(strand, instr, lanes)(n)}: shared address {addresses[n]},"
+                          f" {size} bytes, of {strand.machine.shared_size}")  # fmt: skip
+    return addresses + strand.shared_base[lanes]
+
+
+def space_of(instr: Instr) -> str | None:
+    """The state space an access names; None for a generic address."""
+    spaces = ("global", "shared", "local", "param", "const")
+    named = (m.partition("::")[0] for m in instr.mods)
+    return next((m for m in named if m in spaces), None)
+
+
+def resolve_space(space: str | None, addresses: np.ndarray) -> str:
+    if space is not None:
+        return space
+    first = int(addresses[0])
+    if first < SHARED_LIMIT:
+        return "shared"
+    return "local" if LOCAL_WINDOW <= first < PARAM_WINDOW else "global"
+
+
+def vector_of(instr: Instr) -> int:
+    return next((int(m[1:]) for m in instr.mods if m in ("v2", "v4", "v8")), 1)
+
+
+@opcode("ld", "ldu")
+def bind_load(instr: Instr, strand: Strand) -> Run:
+    machine, kind, count = strand.machine, instr.mods[-1], vector_of(instr)
+    dtype, space = DTYPES[kind], space_of(instr)
+    first = instr.operands[0]
+    targets = [strand.target(o, kind) for o in (first if count > 1 else [first])]
+    addresses_of = address_of(strand, instr.operands[1])
+    if space == "param":
+        return load_param(strand, dtype, targets, instr.operands[1])
+
+    def run(where):
+        lanes = strand.indices(where)
+        addresses, warps = addresses_of()[lanes], lanes >> 5
+        actual, size = resolve_space(space, addresses), dtype.itemsize * count
+        if actual == "global":
+            words = machine.memory.read(addresses, warps, dtype, count, explain(strand, instr, lanes))
+        elif actual == "shared":
+            index = shared_index(strand, instr, addresses, lanes, size) // dtype.itemsize
+            words = machine.shared.view(dtype)[index[:, None] + np.arange(count)]
+            machine.counters.shared(addresses, warps, size)
+        else:
+            bytes_ = (addresses - LOCAL_WINDOW)[:, None] + np.arange(size)
+            words = strand.local[lanes[:, None], bytes_].view(dtype)
+        for j, target in enumerate(targets):
+            target[lanes] = words[:, j]
+
+    return run
+
+
+def load_param(strand: Strand, dtype: np.dtype, targets: list, mem: Mem) -> Run:
+    offset = int(mem.base.text) - PARAM_WINDOW + mem.offset
+    stop = offset + dtype.itemsize * len(targets)
+    values = strand.machine.params[offset:stop].view(dtype)
+
+    def run(where):
+        for target, value in zip(targets, values, strict=True):
+            np.copyto(target, value, where=where)
+
+    return run
+
+
+@opcode("st")
+def bind_store(instr: Instr, strand: Strand) -> Run:
+    machine, kind, count = strand.machine, instr.mods[-1], vector_of(instr)
+    dtype, space = DTYPES[kind], space_of(instr)
+    value = instr.operands[1]
+    values = [strand.source(o, kind) for o in (value if isinstance(value, list) else [value])]
+    addresses_of = address_of(strand, instr.operands[0])
+
+    def run(where):
+        lanes = strand.indices(where)
+        addresses, warps = addresses_of()[lanes], lanes >> 5
+        words = np.stack([np.broadcast_to(v, strand.lanes)[lanes] for v in values], 1)
+        actual, size = resolve_space(space, addresses), dtype.itemsize * count
+        if actual == "global":
+            machine.memory.write(addresses, warps, words, explain(strand, instr, lanes))
+        elif actual == "shared":
+            index = shared_index(strand, instr, addresses, lanes, size) // dtype.itemsize
+            machine.shared.view(dtype)[index[:, None] + np.arange(count)] = words
+            machine.counters.shared(addresses, warps, size)
+        else:
+            bytes_ = (addresses - LOCAL_WINDOW)[:, None] + np.arange(size)
+            strand.local[lanes[:, None], bytes_] = words.view(np.uint8).reshape(len(lanes), size)
+
+    return run
+
+
+ATOMICS = {
+    "add": lambda old, a: old + a, "min": min, "max": max, "exch": lambda old, a: a,
+    "and": lambda old, a: old & a, "or": lambda old, a: old | a, "xor": lambda old, a: old ^ a,
+    "inc": lambda old, a: 0 if old >= a else old + 1,
+    "dec": lambda old, a: a if old == 0 or old > a else old - 1,
+}  # fmt: skip
+
+
+def atomic_function(name: str, kind: str, a, b):
+    """old word -> new word."""
+    if name == "cas":
+        return lambda old: b if old == a else old
+    if kind in ("bf16x2", "f16x2"):
+        raise PtxError(f"atomic on {kind}")
+    if kind == "bf16":
+        total = bf16_to_f32(np.array([a]))
+        return lambda old: f32_to_bf16(bf16_to_f32(np.array([old])) + total)[0]
+    return lambda old: old.dtype.type(ATOMICS[name](old, a))
+
+
+@opcode("atom", "red")
+def bind_atomic(instr: Instr, strand: Strand) -> Run:
+    """Lane after lane, in lane order."""
+    machine, kind = strand.machine, instr.mods[-1]
+    name = next(m for m in instr.mods if m in ATOMICS or m == "cas")
+    operands = list(instr.operands)
+    target = strand.target(operands.pop(0), kind) if instr.base == "atom" else None
+    addresses_of = address_of(strand, operands[0])
+    sources = [strand.source(o, kind) for o in operands[1:3]]
+    space = space_of(instr)
+
+    def run(where):
+        lanes = strand.indices(where)
+        addresses = addresses_of()[lanes]
+        actual = resolve_space(space, addresses)
+        a, b = ([np.broadcast_to(s, strand.lanes)[lanes] for s in sources] * 2)[:2]
+        for n, lane in enumerate(lanes):
+            function = atomic_function(name, kind, a[n], b[n])
+            if actual == "shared":
+                index = shared_index(strand, instr, addresses[n : n + 1], lanes[n : n + 1],
+                                     DTYPES[kind].itemsize) // DTYPES[kind].itemsize  # fmt: skip
+                view = machine.shared.view(DTYPES[kind])
+                old = view[index[0]].copy()
+                view[index[0]] = function(old)
+            else:
+                old = machine.memory.update(int(addresses[n]), DTYPES[kind], function,
+                                            explain(strand, instr, lanes)(n))  # fmt: skip
+            if target is not None:
+                target[lane] = old
+        machine.events += 1
+
+    return run
+
+
+class Copy:
+    """One cp.async of a strand, under way: the lanes not yet landed and what they bring."""
+
+    def __init__(self, index: np.ndarray, data: np.ndarray, group: np.ndarray, lanes: np.ndarray):
+        self.index, self.data, self.group, self.lanes = index, data, group, lanes
+
+    def land(self, machine, chosen: np.ndarray) -> bool:
+        """Writes the chosen lanes' bytes; True while some lanes are still under way."""
+        machine.shared[self.index[chosen]] = self.data[chosen]
+        self.index, self.data = self.index[~chosen], self.data[~chosen]
+        self.group, self.lanes = self.group[~chosen], self.lanes[~chosen]
+        return len(self.lanes) > 0
+
+
+@opcode("cp.async.ca", "cp.async.cg")
+def bind_copy(instr: Instr, strand: Strand) -> Run:
+    machine, operands = strand.machine, instr.operands
+    size = int(operands[2].text, 0)
+    to, source = address_of(strand, operands[0]), address_of(strand, operands[1])
+    useful = strand.source(operands[3] if len(operands) > 3 else operands[2], "u32")
+    word = DTYPES[f"u{8 * min(size, 8)}"]
+
+    def run(where):
+        lanes = strand.indices(where)
+        start = shared_index(strand, instr, to()[lanes], lanes, size)
+        data = np.zeros((len(lanes), size), np.uint8)
+        given = np.broadcast_to(useful, strand.lanes)[lanes]
+        if ((given != 0) & (given != size)).any():
+            raise PtxError(f"line {instr.line}: {instr.text}: a partial source size")
+        full = given == size
+        if full.any():
+            some = lanes[full]
+            words = machine.memory.read(source()[some], some >> 5, word, size // word.itemsize,
+                                        explain(strand, instr, some))  # fmt: skip
+            data[full] = words.view(np.uint8).reshape(len(some), size)
+        machine.counters.shared(to()[lanes], lanes >> 5, size)
+        copy = Copy(start[:, None] + np.arange(size), data, strand.commits[lanes].copy(), lanes)
+        if not machine.lands_early() or copy.land(machine, np.ones(len(lanes), bool)):
+            strand.copies.append(copy)
+
+    return run
+
+
+@opcode("cp.async.commit_group")
+def bind_commit(instr: Instr, strand: Strand) -> Run:
+    return lambda where: np.add(strand.commits, 1, out=strand.commits, where=where)
+
+
+@opcode("cp.async.wait_group", "cp.async.wait_all")
+def bind_wait(instr: Instr, strand: Strand) -> Run:
+    """Lands every copy of the waiting lanes that is older than the groups still allowed."""
+    everything = instr.opcode.startswith("cp.async.wait_all")
+    pending = 0 if everything else int(instr.operands[0].text, 0)
+
+    def run(where):
+        limit = strand.commits + 1 if everything else strand.commits - pending
+        waiting = np.broadcast_to(where, strand.lanes)
+        strand.copies = [
+            c for c in strand.copies
+            if c.land(strand.machine, (c.group < limit[c.lanes]) & waiting[c.lanes])
+        ]  # fmt: skip
+
+    return run

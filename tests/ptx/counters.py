@@ -1,0 +1,130 @@
+"""What a launch did: traffic per tensor, shared-memory wavefronts, instructions by class, FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+SECTOR = 32
+BANKS = 32
+
+CLASSES = {
+    "tensor": ("mma", "wgmma.mma_async", "tcgen05.mma"),
+    "global load": ("ld.global",),
+    "global store": ("st.global",),
+    "atomic": ("atom", "red"),
+    "shared load": ("ld.shared", "ldmatrix"),
+    "shared store": ("st.shared", "stmatrix"),
+    "async copy": ("cp.async", "cp.async.bulk"),
+    "tensor memory": ("tcgen05",),
+    "barrier": ("bar", "barrier", "mbarrier", "fence", "membar", "wgmma", "griddepcontrol",
+                "cp.async.wait_group", "cp.async.wait_all", "cp.async.commit_group",
+                "cp.async.bulk.commit_group", "cp.async.bulk.wait_group"),
+    "control": ("bra", "ret", "exit", "trap"),
+}  # fmt: skip
+CLASS_OF = {name: cls for cls, names in CLASSES.items() for name in names}
+
+
+def class_of(opcode: str) -> str:
+    """The class of an instruction; what is in no list is arithmetic."""
+    parts = opcode.split(".")
+    if parts[0] in ("ld", "st"):
+        space = next((p for p in ("global", "shared") for m in parts if m.startswith(p)), None)
+        if space:
+            return f"{space} {'load' if parts[0] == 'ld' else 'store'}"
+    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((CLASS_OF[p] for p in prefixes if p in CLASS_OF), "alu")
+
+
+class PatternCache(dict):
+    """Remembers a cost by the pattern of addresses relative to an aligned start."""
+
+    def cost(self, function, unit: int, addresses: np.ndarray, warps: np.ndarray, size: int):
+        relative = addresses - (int(addresses[0]) // unit) * unit
+        key = (relative.tobytes(), warps.tobytes(), size)
+        if key not in self:
+            self[key] = function(relative, warps, size)
+        return self[key]
+
+
+def count_sectors(addresses: np.ndarray, warps: np.ndarray, size: int) -> tuple[int, int]:
+    """32-byte sectors that these warp accesses touch, and the fewest for as many bytes."""
+    base = addresses.min() // SECTOR * SECTOR
+    pairs = (warps << 44) + (addresses - base)
+    distinct = np.unique(pairs)
+    sectors = distinct // SECTOR
+    if size > SECTOR:
+        raise ValueError(f"one access of {size} bytes")
+    touched = len(np.unique(np.concatenate([sectors, (distinct + size - 1) // SECTOR])))
+    per_warp = np.unique(distinct >> 44, return_counts=True)[1]
+    return touched, int((-(-per_warp * size // SECTOR)).sum())
+
+
+def count_wavefronts(addresses: np.ndarray, warps: np.ndarray, size: int) -> tuple[int, int]:
+    """Shared-memory wavefronts of these warp accesses, and the conflict-free number.
+
+    A warp's request of 8 (16) bytes a lane is served by halves (quarters); within a part every
+    bank gives one 4-byte word a wavefront, and equal words are broadcast.
+    """
+    parts = max(size // 4, 1)
+    order = np.arange(len(addresses)) - np.searchsorted(warps, warps)
+    group = warps * parts + order * parts // BANKS
+    word = (addresses[:, None] + 4 * np.arange(parts)) // 4
+    word -= word.min() // BANKS * BANKS
+    distinct = np.unique((group[:, None] << 40) + word)
+    groups, index = np.unique(distinct >> 40, return_inverse=True)
+    bank = distinct % BANKS
+    per_bank = np.bincount(index * BANKS + bank, minlength=len(groups) * BANKS)
+    fewest = -(-np.bincount(index) // BANKS)
+    return int(per_bank.reshape(-1, BANKS).max(1).sum()), int(fewest.sum())
+
+
+_SECTORS = PatternCache()
+_WAVEFRONTS = PatternCache()
+
+
+@dataclass
+class TensorTraffic:
+    """Global-memory traffic of one kernel argument; `stores` counts by element."""
+
+    bytes_loaded: int = 0
+    bytes_stored: int = 0
+    load_sectors: int = 0
+    fewest_load_sectors: int = 0
+    store_sectors: int = 0
+    fewest_store_sectors: int = 0
+    atomics: int = 0
+    stores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def load(self, addresses: np.ndarray, warps: np.ndarray, size: int) -> None:
+        touched, fewest = _SECTORS.cost(count_sectors, SECTOR, addresses, warps, size)
+        self.bytes_loaded += size * len(addresses)
+        self.load_sectors += touched
+        self.fewest_load_sectors += fewest
+
+    def store(self, addresses: np.ndarray, warps: np.ndarray, size: int) -> None:
+        touched, fewest = _SECTORS.cost(count_sectors, SECTOR, addresses, warps, size)
+        self.bytes_stored += size * len(addresses)
+        self.store_sectors += touched
+        self.fewest_store_sectors += fewest
+
+
+@dataclass
+class Counters:
+    """Everything counted in one launch."""
+
+    tensors: dict[str, TensorTraffic] = field(default_factory=dict)
+    instructions: dict[str, int] = field(default_factory=dict)
+    wavefronts: int = 0
+    fewest_wavefronts: int = 0
+    flops: int = 0
+
+    def shared(self, addresses: np.ndarray, warps: np.ndarray, size: int) -> None:
+        total, fewest = _WAVEFRONTS.cost(count_wavefronts, 4 * BANKS, addresses, warps, size)
+        self.wavefronts += total
+        self.fewest_wavefronts += fewest
+
+    def executed(self, opcode: str, warps: int) -> None:
+        name = class_of(opcode)
+        self.instructions[name] = self.instructions.get(name, 0) + warps

@@ -1,0 +1,264 @@
+"""Barriers in shared memory (mbarrier) and the tensor copies that complete on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tests.ptx.access import address_of, explain
+from tests.ptx.memory import Binding
+from tests.ptx.parser import PARAM_WINDOW, Imm, Instr, PtxError
+from tests.ptx.strand import DTYPES, Run, Strand, opcode
+from tests.ptx.wgmma import swizzled
+
+SWIZZLE_BYTES = {0: 0, 1: 32, 2: 64, 3: 128}
+
+
+@dataclass
+class Descriptor:
+    """A tensor map: the tensor, its sizes and strides in elements, and the box one copy moves."""
+
+    binding: Binding
+    shape: list[int]
+    strides: list[int]
+    box: list[int]
+    swizzle: int
+    itemsize: int
+
+    def place(self, coords: list[int], shared: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Global addresses, shared addresses and in-bounds flags of the box at `coords`."""
+        index = np.indices(self.box).reshape(len(self.box), -1)
+        inside, address = np.ones(index.shape[1], bool), np.full(index.shape[1], self.binding.start)
+        for along, start, size, stride in zip(index, coords, self.shape, self.strides, strict=True):
+            position = along + start
+            inside &= (position >= 0) & (position < size)
+            address = address + position * stride * self.itemsize
+        offset = shared + np.arange(index.shape[1]) * self.itemsize
+        return address, swizzled(offset, SWIZZLE_BYTES[self.swizzle]), inside
+
+
+@dataclass
+class Barrier:
+    """An mbarrier: arrivals and bytes still missing in this phase, and the copies on their way."""
+
+    count: int
+    pending: int
+    missing: int = 0
+    phase: int = 0
+    transfers: list[Callable[[], int]] = field(default_factory=list)
+
+    def arrive(self, machine, count: int = 1, extra_bytes: int = 0) -> None:
+        self.pending -= count
+        self.missing += extra_bytes
+        self.check(machine)
+
+    def land(self, machine) -> None:
+        """Lets the oldest copy land."""
+        self.missing -= self.transfers.pop(0)()
+        self.check(machine)
+
+    def check(self, machine) -> None:
+        if self.pending == 0 and self.missing == 0:
+            self.phase ^= 1
+            self.pending = self.count
+            machine.events += 1
+
+
+def barriers_of(strand: Strand, addresses: np.ndarray, where):
+    """(lane, its CTA, its barrier address) of every active lane."""
+    for lane in strand.indices(where):
+        yield int(lane), int(strand.cta[lane]), int(addresses[lane])
+
+
+def barrier_at(strand: Strand, instr: Instr, key: tuple[int, int]) -> Barrier:
+    barrier = strand.machine.barriers.get(key)
+    if barrier is None:
+        raise PtxError(f"line {instr.line}: {instr.text}: no mbarrier at shared address {key[1]}")
+    return barrier
+
+
+@opcode("mbarrier.init", "mbarrier.inval")
+def bind_init(instr: Instr, strand: Strand) -> Run:
+    addresses_of = address_of(strand, instr.operands[0])
+    init = instr.mods[0] == "init"
+    count = strand.source(instr.operands[1], "u32") if init else None
+
+    def run(where):
+        for lane, *key in barriers_of(strand, addresses_of(), where):
+            if init:
+                n = int(np.broadcast_to(count, strand.lanes)[lane])
+                strand.machine.barriers[tuple(key)] = Barrier(n, n)
+            else:
+                barrier_at(strand, instr, tuple(key))
+                del strand.machine.barriers[tuple(key)]
+
+    return run
+
+
+@opcode("mbarrier.arrive")
+def bind_arrive(instr: Instr, strand: Strand) -> Run:
+    operands = [o for o in instr.operands if not (isinstance(o, Imm) and o.text == "_")]
+    addresses_of = address_of(strand, operands[0])
+    value = strand.source(operands[1] if len(operands) > 1 else Imm("1"), "u32")
+    expects = "expect_tx" in instr.mods
+
+    def run(where):
+        for lane, *key in barriers_of(strand, addresses_of(), where):
+            n = int(np.broadcast_to(value, strand.lanes)[lane])
+            barrier = barrier_at(strand, instr, tuple(key))
+            barrier.arrive(strand.machine, 1 if expects else n, n if expects else 0)
+
+    return run
+
+
+@opcode("mbarrier.try_wait", "mbarrier.test_wait")
+def bind_try_wait(instr: Instr, strand: Strand) -> Run:
+    """Gives the lanes whose phase is complete; the scheduler parks the others.
+
+    A copy lands no earlier than somebody waits for its barrier (or, in random order, any time).
+    """
+    if "parity" not in instr.mods:
+        raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
+    machine = strand.machine
+    addresses_of = address_of(strand, instr.operands[1])
+    parity = strand.source(instr.operands[2], "u32")
+    done = strand.target(instr.operands[0], "pred")
+
+    def run(where):
+        lanes = strand.indices(where)
+        addresses = addresses_of()[lanes]
+        phases = np.broadcast_to(parity, strand.lanes)[lanes] & 1
+        keys = np.stack([strand.cta[lanes], addresses, phases], 1)
+        ready = np.zeros(strand.lanes, bool)
+        for cta, address, phase in np.unique(keys, axis=0):
+            barrier = barrier_at(strand, instr, (int(cta), int(address)))
+            while barrier.phase == phase and barrier.transfers:
+                barrier.land(machine)
+            machine.finish_tensor_work(int(cta), barrier, int(phase))
+            if barrier.phase != phase:
+                ready[lanes[(keys == (cta, address, phase)).all(1)]] = True
+        np.copyto(done, True, where=ready)
+        return machine.wait, ready
+
+    return run
+
+
+def coordinates(strand: Strand, mem, lane: int) -> list[int]:
+    """Coordinates of a tensor copy, outermost first."""
+    values = [np.broadcast_to(strand.source(o, "s32"), strand.lanes)[lane] for o in mem.coords]
+    return [int(v) for v in reversed(values)]
+
+
+def descriptor_at(strand: Strand, instr: Instr, mem, lane: int) -> Descriptor:
+    address = int(address_of(strand, mem)()[lane])
+    descriptor = strand.machine.descriptors.get(address - PARAM_WINDOW)
+    if descriptor is None:
+        raise PtxError(f"line {instr.line}: {instr.text}: no tensor map at {address:#x}")
+    return descriptor
+
+
+@opcode("cp.async.bulk.tensor")
+def bind_tensor_copy(instr: Instr, strand: Strand) -> Run:
+    loads = next(m for m in instr.mods if m.startswith(("global", "shared"))) != "global"
+    return bind_tensor_load(instr, strand) if loads else bind_tensor_store(instr, strand)
+
+
+def bind_tensor_load(instr: Instr, strand: Strand) -> Run:
+    machine = strand.machine
+    to, mem, bar = instr.operands[:3]
+    shared_of, barrier_of = address_of(strand, to), address_of(strand, bar)
+
+    def run(where):
+        for lane, cta, key in barriers_of(strand, barrier_of(), where):
+            descriptor = descriptor_at(strand, instr, mem, lane)
+            coords, shared = coordinates(strand, mem, lane), int(shared_of()[lane])
+            source, target, inside = descriptor.place(coords, shared)
+            dtype = DTYPES[f"u{8 * descriptor.itemsize}"]
+            words = np.zeros((len(source), 1), dtype)
+            if inside.any():
+                text = explain(strand, instr, np.full(len(source), lane))
+                zeros = np.zeros(int(inside.sum()), np.int64)
+                words[inside] = machine.memory.read(source[inside], zeros, dtype, 1, text)
+            index = (target + cta * machine.shared_bytes) // descriptor.itemsize
+
+            def land(index=index, words=words, dtype=dtype):
+                machine.shared.view(dtype)[index] = words[:, 0]
+                return words.nbytes
+
+            barrier = barrier_at(strand, instr, (cta, key))
+            barrier.transfers.append(land)
+            if machine.lands_early():
+                barrier.land(machine)
+
+    return run
+
+
+def bind_tensor_store(instr: Instr, strand: Strand) -> Run:
+    """Reads shared memory and writes the tensor when its bulk group is waited for."""
+    mem, source = instr.operands[:2]
+    shared_of = address_of(strand, source)
+
+    def run(where):
+        for lane in strand.indices(where):
+            descriptor = descriptor_at(strand, instr, mem, lane)
+            place = descriptor.place(coordinates(strand, mem, lane), int(shared_of()[lane]))
+            group = int(strand.bulk_commits[lane])
+            strand.bulk_stores.append(BulkStore(strand, instr, int(lane), group, descriptor, place))
+
+    return run
+
+
+@dataclass
+class BulkStore:
+    """One tensor store under way."""
+
+    strand: Strand
+    instr: Instr
+    lane: int
+    group: int
+    descriptor: Descriptor
+    place: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+    def land(self) -> None:
+        machine, size = self.strand.machine, self.descriptor.itemsize
+        address, shared, inside = self.place
+        dtype = DTYPES[f"u{8 * size}"]
+        index = (shared + int(self.strand.cta[self.lane]) * machine.shared_bytes) // size
+        words = machine.shared.view(dtype)[index[inside]][:, None]
+        if len(words):
+            text = explain(self.strand, self.instr, np.full(len(words), self.lane))
+            machine.memory.write(address[inside], np.zeros(len(words), np.int64), words, text)
+
+
+@opcode("cp.async.bulk.commit_group")
+def bind_bulk_commit(instr: Instr, strand: Strand) -> Run:
+    return lambda where: np.add(strand.bulk_commits, 1, out=strand.bulk_commits, where=where)
+
+
+@opcode("cp.async.bulk.wait_group")
+def bind_bulk_wait(instr: Instr, strand: Strand) -> Run:
+    pending = int(instr.operands[0].text)
+
+    def run(where):
+        finish_bulk_stores(strand, where, strand.bulk_commits - pending)
+
+    return run
+
+
+def finish_bulk_stores(strand: Strand, where, limit: np.ndarray) -> None:
+    """Lands the stores of the given lanes whose group number is under the limit."""
+    waiting = np.broadcast_to(where, strand.lanes)
+    left = []
+    for store in strand.bulk_stores:
+        if waiting[store.lane] and store.group < limit[store.lane]:
+            store.land()
+        else:
+            left.append(store)
+    strand.bulk_stores = left
+
+
+@opcode("cp.async.bulk.prefetch")
+def bind_prefetch(instr: Instr, strand: Strand) -> Run:
+    return lambda where: None

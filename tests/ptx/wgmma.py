@@ -1,0 +1,152 @@
+"""Warpgroup matrix multiplies, and the shared-memory operand layouts they share with tcgen05."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.ptx.fragments import (
+    KIND_BYTES,
+    RegisterBlock,
+    a_tile,
+    c_registers,
+    c_tile,
+    decode,
+    whole_warps,
+)
+from tests.ptx.parser import Instr, PtxError
+from tests.ptx.strand import Run, Strand, opcode
+
+WGMMA_SWIZZLE = (62, {0: 0, 1: 128, 2: 64, 3: 32})
+
+
+def swizzled(address: np.ndarray, width: int) -> np.ndarray:
+    """The shared address after the hardware's xor for rows of `width` bytes."""
+    mask = {128: 7, 64: 3, 32: 1, 0: 0}[width]
+    return address ^ (((address >> 7) & mask) << 4)
+
+
+def operand_addresses(descriptor: int, rows, k, size: int, transposed: bool, swizzle) -> np.ndarray:
+    """Shared addresses [rows, k] of a matrix operand of `size`-byte elements."""
+    shift, widths = swizzle
+    width = widths[descriptor >> shift]
+    start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
+    rows, k = np.asarray(rows)[:, None], np.asarray(k)[None, :]
+    if width == 0:
+        if transposed:
+            raise PtxError("an unswizzled transposed operand")
+        address = rows // 8 * stride + rows % 8 * 16 + k * size // 16 * leading + k * size % 16
+    elif transposed:
+        run = width // size
+        address = rows // run * leading + k // 8 * stride + k % 8 * width + rows % run * size
+    else:
+        address = rows // 8 * stride + rows % 8 * width + k * size
+    return swizzled(start + address, width)
+
+
+def read_operand(machine, cta: int, addresses: np.ndarray, kind: str) -> np.ndarray:
+    """The operand's elements in float32, from one CTA's shared memory."""
+    size = KIND_BYTES[kind]
+    if addresses.max() + size > machine.shared_size:
+        raise PtxError(f"a matrix operand reaches shared address {addresses.max()}"
+                       f" of {machine.shared_size}")  # fmt: skip
+    words = machine.shared.view(f"u{size}")
+    return decode(words[(addresses + cta * machine.shared_bytes) // size], kind)
+
+
+@dataclass
+class Pending:
+    """One wgmma under way: its warps, their commit groups and their operands as issued."""
+
+    multiply: object
+    warps: np.ndarray
+    group: np.ndarray
+    operands: dict
+
+    def run(self, chosen: np.ndarray) -> bool:
+        """Multiplies for the chosen warps; True while some warps are still under way."""
+        if chosen.any():
+            self.multiply(self.warps[chosen], {k: v[chosen] for k, v in self.operands.items()})
+            self.warps, self.group = self.warps[~chosen], self.group[~chosen]
+            self.operands = {k: v[~chosen] for k, v in self.operands.items()}
+        return len(self.warps) > 0
+
+
+@opcode("wgmma.mma_async")
+def bind_wgmma(instr: Instr, strand: Strand) -> Run:
+    """Runs late, when a wait covers its group: each warp computes its own 16 rows."""
+    machine, kind = strand.machine, instr.mods[-1]
+    n, depth = map(int, re.search(r"m64n(\d+)k(\d+)", instr.opcode).groups())
+    if kind not in KIND_BYTES or instr.mods[-3] != "f32":
+        raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
+    d, a, b, scale, *flags = instr.operands
+    accumulator = RegisterBlock(strand, d)
+    from_registers = RegisterBlock(strand, a) if isinstance(a, list) else None
+    a_desc = None if from_registers else strand.source(a, "u64")
+    b_desc, keep = strand.source(b, "u64"), strand.source(scale, "pred")
+    negations, transposes = flags[:2], [o.text != "0" for o in flags[2:]]
+    if any(o.text != "1" for o in negations):
+        raise PtxError(f"line {instr.line}: a negated operand: {instr.text}")
+    a_trans = transposes[0] if len(transposes) == 2 else False
+    b_trans = transposes[-1] if transposes else False
+    size, columns, ks = KIND_BYTES[kind], np.arange(n), np.arange(depth)
+
+    def operand(cta, descriptor, rows, transposed):
+        where = operand_addresses(int(descriptor), rows, ks, size, transposed, WGMMA_SWIZZLE)
+        return read_operand(machine, cta, where, kind)
+
+    def multiply(warps, given):
+        total = np.where(given["keep"][:, None, None], c_tile(accumulator.read(warps)), 0)
+        right = {}
+        for i, warp in enumerate(warps):
+            cta, quarter = int(strand.cta[32 * warp]), int(strand.warp[32 * warp]) % 4
+            key = cta, int(given["b"][i])
+            if key not in right:
+                right[key] = operand(cta, key[1], columns, b_trans).T
+            if from_registers:
+                left = given["a"][i]
+            else:
+                left = operand(cta, given["a"][i], 16 * quarter + np.arange(16), a_trans)
+            total[i] += left @ right[key]
+        accumulator.write(warps, c_registers(total))
+        machine.counters.flops += 2 * 16 * n * depth * len(warps)
+
+    def run(where):
+        warps = whole_warps(strand, instr, where)
+        first = 32 * warps
+        left = a_tile(from_registers.read(warps), kind) if from_registers else a_desc[first]
+        keeps = np.broadcast_to(keep, strand.lanes)[first]
+        given = {"a": left, "b": b_desc[first], "keep": keeps}
+        strand.wgmmas.append(Pending(multiply, warps, strand.wgmma_commits[warps], given))
+
+    return run
+
+
+@opcode("wgmma.commit_group")
+def bind_commit(instr: Instr, strand: Strand) -> Run:
+    def run(where):
+        strand.wgmma_commits[whole_warps(strand, instr, where)] += 1
+
+    return run
+
+
+@opcode("wgmma.wait_group")
+def bind_wait(instr: Instr, strand: Strand) -> Run:
+    pending = int(instr.operands[0].text)
+
+    def run(where):
+        waiting = np.zeros(strand.lanes // 32, bool)
+        waiting[whole_warps(strand, instr, where)] = True
+        limit = strand.wgmma_commits - pending
+        strand.wgmmas = [
+            p for p in strand.wgmmas if p.run((p.group < limit[p.warps]) & waiting[p.warps])
+        ]
+
+    return run
+
+
+@opcode("wgmma.fence")
+def bind_fence(instr: Instr, strand: Strand) -> Run:
+    return lambda where: None
