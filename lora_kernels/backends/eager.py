@@ -61,12 +61,12 @@ class EagerBackend(Backend):
         tail_dtype = x.dtype if x.is_cuda and b.dtype == x.dtype else _wide(x.dtype)
         y = x.new_empty((x.shape[0], w.shape[1]))
         b = b.to(tail_dtype)
-        for rows in _row_blocks(y, convert=dropout_out is not None or x.dtype != tail_dtype):
-            tail = _masked(torch.mm(s[rows].to(tail_dtype), b), dropout_out, rows)
-            if bias is None:
-                y[rows] = tail
-            else:
-                torch.add(tail, bias, out=y[rows])
+        if dropout_out is None and x.dtype == tail_dtype:
+            _product(s.to(tail_dtype), b, bias, out=y)
+        else:
+            for rows in _row_blocks(y, convert=True):
+                tail = _masked(torch.mm(s[rows].to(tail_dtype), b), dropout_out, rows)
+                y[rows] = tail if bias is None else tail.add_(bias)
         return y.addmm_(x, w), s
 
     def reduce_outer(
@@ -80,6 +80,14 @@ class EagerBackend(Backend):
         for rows in _row_blocks(left if left.shape[1] >= right.shape[1] else right, convert):
             total.addmm_(_masked(left[rows].to(wide), dropout, rows).t(), right[rows].to(wide))
         return total.to(dtype)
+
+
+def _product(s: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = s·b + bias."""
+    if bias is None:
+        torch.mm(s, b, out=out)
+    else:
+        torch.addmm(bias, s, b, out=out)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

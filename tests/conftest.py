@@ -1,0 +1,34 @@
+"""What every test shares: a seed, a cache folder of its own, no network, and which backends run on this machine's CPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Tuned tables and verdicts of the user's cache neither help nor hurt a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_KERNELS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(params=["eager", "cpu"])
+def backend(request):
+    """The name of each backend that computes on CPU tensors here."""
+    from lora_kernels import dispatch
+
+    reason = dispatch.get(request.param).unavailable()
+    if reason is not None:
+        pytest.skip(f"{request.param} backend: {reason}")
+    return request.param

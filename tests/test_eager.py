@@ -1,0 +1,49 @@
+"""The two backends of plain PyTorch: every product on every awkward problem, and no full-width copies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_kernels.backends.composite import BACKEND as COMPOSITE
+from lora_kernels.backends.eager import BACKEND as EAGER
+from tests.oracle import AWKWARD, FLOAT64, Case, check_backend
+
+
+@pytest.mark.parametrize("case", AWKWARD + FLOAT64, ids=str)
+def test_eager_products(case):
+    check_backend(EAGER, case)
+
+
+@pytest.mark.parametrize("case", AWKWARD + FLOAT64, ids=str)
+def test_composite_products(case):
+    check_backend(COMPOSITE, case)
+
+
+class _Largest(TorchDispatchMode):
+    """The bytes of each new tensor that the operators inside return."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = (*args, *(kwargs or {}).values())
+        known = {t.untyped_storage().data_ptr() for t in given if isinstance(t, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in known:
+            self.sizes.append(out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_full_width_float32_copy(dtype):
+    """Of x's or y's size there is y alone, once; converted blocks stay below a mebibyte."""
+    case = Case(4096, 512, 1024, 8, dtype=dtype, adapter_dtype=torch.float32, bias=False)
+    o = case.operands()
+    with _Largest() as made:
+        EAGER.lowrank_matmul(o.x, o.w, o.a, o.b, case.alpha)
+    y_bytes = case.M * case.N * dtype.itemsize
+    wide = [size for size in made.sizes if size > 1 << 20]
+    assert wide == [y_bytes], wide

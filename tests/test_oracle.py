@@ -1,0 +1,109 @@
+"""The oracle itself: it accepts eager's own rounding and notices every way a kernel is usually wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_kernels.backends.eager import EagerBackend
+from tests.oracle import Case, assert_budget, check_backend, reference
+
+CASE = Case(33, 65, 47, 12, dtype=torch.bfloat16, layout="linear")
+DROPOUT = Case(31, 37, 42, 5, dropout=0.3)
+
+
+class _Wrong(EagerBackend):
+    """The eager backend with one product changed."""
+
+    def __init__(self, product, change):
+        self._product, self._change = product, change
+
+    def __getattribute__(self, name):
+        value = super().__getattribute__(name)
+        if name.startswith("_") or name != self._product:
+            return value
+        return lambda *args, **kwargs: self._change(value, *args, **kwargs)
+
+
+def _no_alpha(shrink, x, a, alpha, dropout=None):
+    return shrink(x, a, 1.0, dropout)
+
+
+def _no_mask(shrink, x, a, alpha, dropout=None):
+    return shrink(x, a, alpha)
+
+
+def _unmasked_tail(product, *args, dropout_out=None, **kwargs):
+    return product(*args, **kwargs)
+
+
+def _last_column_lost(product, x, w, *args, **kwargs):
+    y, s = product(x, w, *args, **kwargs)
+    y[:, -1] = float("nan")
+    return y, s
+
+
+def _one_row_off(product, x, w, *args, **kwargs):
+    y, s = product(x, w, *args, **kwargs)
+    return y.roll(1, 0), s
+
+
+def _rounded_s(product, *args, **kwargs):
+    y, s = product(*args, **kwargs)
+    return y, s.to(torch.bfloat16).float()
+
+
+def _swapped(outer, left, right, dtype, dropout=None):
+    return outer(left, right.flip(0), dtype, dropout)
+
+
+@pytest.mark.parametrize(
+    "product, change, case",
+    [
+        ("shrink", _no_alpha, CASE),
+        ("shrink", _no_mask, DROPOUT),
+        ("lowrank_matmul", _unmasked_tail, DROPOUT),
+        ("lowrank_matmul", _last_column_lost, CASE),
+        ("lowrank_matmul", _one_row_off, CASE),
+        ("lowrank_matmul", _rounded_s, Case(33, 65, 47, 12)),
+        ("reduce_outer", _swapped, CASE),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_wrong_product_is_noticed(product, change, case):
+    with pytest.raises(AssertionError):
+        check_backend(_Wrong(product, change), case)
+
+
+def test_results_that_change_from_call_to_call_are_noticed():
+    calls = []
+
+    def unsteady(product, *args, **kwargs):
+        y, s = product(*args, **kwargs)
+        calls.append(1)
+        return y * (1 + 2**-24 * len(calls)), s
+
+    with pytest.raises(AssertionError):
+        check_backend(_Wrong("lowrank_matmul", unsteady), Case(16, 64, 32, 16))
+
+
+def test_budget_accepts_eager_and_refuses_three_times_its_error():
+    o = CASE.operands()
+    args = (o.x, o.w.t(), o.a, o.b, CASE.alpha, o.bias)
+    eager = reference(*args)
+    exact = reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+    assert_budget(eager, eager, exact)
+    worse = exact + 3 * (eager.double() - exact) + 0.05 * exact.sign()
+    with pytest.raises(AssertionError, match="off by"):
+        assert_budget(worse.to(eager.dtype), eager, exact)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_budget_compares_nan_and_infinity_by_position(value):
+    exact = torch.ones(4, 4, dtype=torch.float64)
+    wrong = torch.ones(4, 4)
+    wrong[2, 3] = value
+    with pytest.raises(AssertionError, match=r"\[2, 3\]"):
+        assert_budget(wrong, torch.ones(4, 4), exact)
+    with pytest.raises(AssertionError, match=r"\[2, 3\]"):
+        assert_budget(torch.ones(4, 4), wrong, wrong.double())
