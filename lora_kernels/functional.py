@@ -12,6 +12,8 @@ from lora_kernels.autograd import LoRALinear
 from lora_kernels.problem import Problem
 
 _HALF = (torch.float16, torch.bfloat16)
+# Other types (fake and distributed tensors) intercept operators, so they must see a registered one.
+_EAGER_TYPES = frozenset({Tensor, torch.nn.Parameter})
 _DTYPES = (*_HALF, torch.float32, torch.float64)
 
 
@@ -50,8 +52,8 @@ def lora_linear(
     check_operands(x, weight, A, B, alpha, bias)
     check_dropout("dropout_p", dropout_p)
     dispatch.check_name(backend)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        half = torch.get_autocast_dtype(x.device.type)
+    half = autocast_dtype(x.device.type)
+    if half is not None and x.dtype != torch.float64:
         x, weight = x.to(half), weight.to(half)
         bias = None if bias is None else bias.to(half)
         with torch.autocast(x.device.type, enabled=False):
@@ -79,9 +81,8 @@ def explain(
     if weight is None or A is None or B is None:
         raise TypeError("explain needs a Problem, or x, weight, A and B")
     check_operands(x, weight, A, B, alpha, bias)
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    half = autocast_dtype(x.device.type)
+    dtype = x.dtype if half is None or x.dtype == torch.float64 else half
     keeps_adapters = A.dtype == torch.float32 and dtype in _HALF
     problem = Problem(
         M=math.prod(x.shape[:-1]),
@@ -127,7 +128,7 @@ def check_operands(
         raise ValueError(f"bias must be [N] = [{N}], got {_shape(bias)}")
     if A.dtype != B.dtype:
         raise TypeError(f"B must have A's dtype, {A.dtype}, got {B.dtype}")
-    if not torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x.device.type) is None:
         for name, t in (("weight", weight), ("bias", bias)):
             if t is not None and t.dtype != x.dtype:
                 raise TypeError(f"{name} must have x's dtype, {x.dtype}, got {t.dtype}")
@@ -148,6 +149,13 @@ def check_dropout(name: str, p: float) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {p}")
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast computes in on this device type now, or None; "meta" and others know no autocast."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
 def _apply(
     x: Tensor,
     weight: Tensor,
@@ -165,7 +173,7 @@ def _apply(
     seed = _seed(seed, x.device) if dropout_p else None
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _EAGER_TYPES.issuperset(map(type, (x, weight, A, B))):
         if not isinstance(alpha, Tensor):
             alpha = torch.scalar_tensor(alpha, dtype=torch.float32, device=x.device)
         y, _ = ops.lora_linear(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)

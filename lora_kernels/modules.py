@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels.functional import check_dropout, lora_linear
+from lora_kernels.functional import autocast_dtype, check_dropout, lora_linear
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha": lambda alpha, rank: alpha,  # the book
@@ -80,7 +80,7 @@ class LoRALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`scale · (dropout(x)·A)·B` [..., out_dim] in x's dtype, computed by plain PyTorch."""
         dropped = F.dropout(x, self.dropout, self.training)
-        if not torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device.type) is None:
             dropped = dropped.to(self.A.dtype)
         return (self.run_time_scale() * (dropped @ self.A @ self.B)).to(x.dtype)
 
