@@ -1,0 +1,126 @@
+"""Dropout on the LoRA branch: the mask's numbers, its statistics, and that backward uses the forward's mask."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lora_kernels import LinearWithLoRA, lora_linear, use_backend
+from lora_kernels.dropout import Dropout, _philox, keep_mask, scaled_mask, threshold
+from tests.oracle import assert_budget, reference
+from tests.test_functional import operands
+
+
+def philox_in_python(counter: int, key: int) -> list[int]:
+    """Philox-4x32-10 with Python's own integers, from the definition."""
+    c = [counter & 0xFFFFFFFF, counter >> 32, 0, 0]
+    k = [key & 0xFFFFFFFF, key >> 32]
+    for _ in range(10):
+        first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [
+            (second >> 32) ^ c[1] ^ k[0],
+            second & 0xFFFFFFFF,
+            (first >> 32) ^ c[3] ^ k[1],
+            first & 0xFFFFFFFF,
+        ]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def test_zero_key_and_counter_give_the_published_words():
+    words = _philox(torch.tensor(0), torch.tensor([0]))[0].tolist()
+    assert [f"{word:08x}" for word in words] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**40 + 17, 2**63 - 1])
+def test_words_are_philox_for_every_seed_and_large_counters(seed):
+    counters = [0, 1, 2**31, 2**32 - 1, 2**32, 2**45 + 3]
+    words = _philox(torch.tensor(seed), torch.tensor(counters))
+    assert words.tolist() == [philox_in_python(c, seed) for c in counters]
+
+
+def test_a_part_of_the_mask_is_the_masks_part():
+    dropout = Dropout(0.3, torch.tensor(77))
+    whole = keep_mask(dropout, 20, 13)
+    assert torch.equal(keep_mask(dropout, 5, 13, row_start=8), whole[8:13])
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
+def test_elements_are_dropped_with_probability_p_and_without_pattern(p):
+    kept = keep_mask(Dropout(p, torch.tensor(5)), 500, 400).double()
+    deviation = (p * (1 - p) / kept.numel()) ** 0.5
+    assert abs(1 - kept.mean().item() - p) < 5 * deviation
+    for axis, count in ((0, 500), (1, 400)):
+        spread = kept.mean(axis) - (1 - p)
+        assert spread.abs().max() < 6 * (p * (1 - p) / count) ** 0.5
+    flat = kept.flatten() - kept.mean()
+    for lag in (1, 4, 400):
+        correlation = (flat[lag:] * flat[:-lag]).mean() / flat.square().mean()
+        assert abs(correlation) < 0.02
+    other = keep_mask(Dropout(p, torch.tensor(6)), 500, 400).double()
+    assert np.corrcoef(kept.flatten(), other.flatten())[0, 1] < 0.02
+
+
+def test_threshold_is_a_probability():
+    assert threshold(0.5) == 2**31
+    assert threshold(1 - 1e-12) == 2**32 - 1
+
+
+def test_forward_and_every_gradient_use_one_mask(backend):
+    x, weight, A, B, bias = operands(M=24, N=20, K=30, R=4)
+    seed = 12345
+    mask = scaled_mask(Dropout(0.4, torch.tensor(seed)), 24, 30, torch.float64)
+    leaves = (x, weight, A, B, bias)
+    with use_backend(backend):
+        y = lora_linear(x, weight, A, B, 0.75, bias, dropout_p=0.4, seed=seed)
+    dy = torch.randn_like(y)
+    actual = [y, *torch.autograd.grad(y, leaves, dy)]
+
+    def plain(dtype):
+        cast = [t.detach().to(dtype).requires_grad_() for t in leaves]
+        out = reference(*cast[:4], 0.75, cast[4], mask=mask)
+        return [out, *torch.autograd.grad(out, cast, dy.to(dtype))]
+
+    for mine, eager, exact in zip(actual, plain(torch.float32), plain(torch.float64), strict=True):
+        assert_budget(mine, eager, exact)
+
+
+def test_gradcheck_with_a_fixed_mask():
+    tensors = operands(4, 3, 6, 2, dtype=torch.float64)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x, w, a, b, c: lora_linear(x, w, a, b, 0.5, c, dropout_p=0.5, seed=9), tensors)
+
+
+def test_the_generator_decides_and_moves_on():
+    x, weight, A, B, _ = (t.detach() for t in operands())
+
+    def draw():
+        return lora_linear(x, weight, A, B, 1.0, dropout_p=0.5)
+
+    torch.manual_seed(4)
+    first, second = draw(), draw()
+    torch.manual_seed(4)
+    assert torch.equal(first, draw()) and torch.equal(second, draw())
+    assert not torch.equal(first, second)
+
+
+def test_only_the_branch_is_dropped_and_only_in_training():
+    layer = LinearWithLoRA(torch.nn.Linear(40, 30), 4, 1.0, dropout=0.9)
+    x = torch.randn(8, 40)
+    torch.testing.assert_close(layer(x), layer.linear(x))  # B is zero, so no mask can matter
+    torch.nn.init.normal_(layer.lora.B)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    expected = layer.linear(x) + x @ layer.lora.A @ layer.lora.B
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x), layer(x))
+
+
+def test_the_mean_over_masks_is_the_undropped_branch():
+    layer = LinearWithLoRA(torch.nn.Linear(16, 8), 4, 1.0, dropout=0.25)
+    torch.nn.init.normal_(layer.lora.B)
+    x = torch.randn(1, 16)
+    mean = torch.stack([layer(x) for _ in range(3000)]).mean(0)
+    layer.eval()
+    assert (mean - layer(x)).abs().max() < 0.15 * (layer(x) - layer.linear(x)).abs().max() + 0.05
