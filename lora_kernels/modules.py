@@ -48,7 +48,7 @@ class LoRALayer(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        check_lora(rank, alpha, scaling, dropout)
+        check_lora(rank, alpha, scaling, dropout, dtype)
         self.A = nn.Parameter(torch.empty(in_dim, rank, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(rank, out_dim, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -200,7 +200,7 @@ def replace_linear_with_lora(
     them as modules, are left alone with a warning, and so is a `model` that is itself a Linear and has no place to put
     the wrapper in. Bad arguments raise before anything is changed. Freeze with `freeze_base`, or before calling this.
     """
-    check_lora(rank, alpha, scaling, dropout)
+    check_lora(rank, alpha, scaling, dropout, dtype)
     places = list(_linear_places(model, _name_filter(target_modules)))
     if not places:
         if target_modules is not None:
@@ -260,7 +260,9 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {key: state[key] for key in ends}
 
 
-def check_lora(rank: int, alpha: float, scaling: str, dropout: float) -> None:
+def check_lora(
+    rank: int, alpha: float, scaling: str, dropout: float, dtype: torch.dtype | None = None
+) -> None:
     """TypeError or ValueError unless these can make a LoRA layer."""
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"rank must be an integer, got {type(rank).__name__}")
@@ -270,6 +272,8 @@ def check_lora(rank: int, alpha: float, scaling: str, dropout: float) -> None:
     if scaling not in SCALINGS:
         raise ValueError(f"scaling must be one of {tuple(SCALINGS)}, got {scaling!r}")
     check_dropout("dropout", dropout)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
 
 
 def check_alpha(alpha: float) -> None:

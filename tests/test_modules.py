@@ -1,0 +1,398 @@
+"""The drop-in layer against the class it replaces: numbers, names, state, hooks, replacement and its refusals."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lora_kernels import (
+    LinearWithLoRA,
+    LoRALayer,
+    freeze_base,
+    lora_parameters,
+    lora_state_dict,
+    reference,
+    replace_linear_with_lora,
+)
+from lora_kernels.modules import is_plain, lora_layers
+
+
+class Block(nn.Module):
+    """Two branches, a nested container, a norm and a Linear without bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj = nn.Linear(12, 12, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12))
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.norm(x + self.mlp(self.q_proj(x))))
+
+
+def pair(rank=4, alpha=2.0):
+    """The same model twice, from one seed: with the reference layer and with ours."""
+    models = []
+    for package in (reference, None):
+        torch.manual_seed(11)
+        model = Block()
+        replace = reference.replace_linear_with_lora if package else replace_linear_with_lora
+        replace(model, rank, alpha)
+        models.append(model)
+    return models
+
+
+def fill(model):
+    """B is zero at the start, which would hide the branch."""
+    for p in lora_parameters(model):
+        if not p.any():
+            nn.init.normal_(p, std=0.3)
+    return model
+
+
+class TestDropIn:
+    def test_one_seed_gives_one_model(self):
+        theirs, ours = pair()
+        assert list(theirs.state_dict()) == list(ours.state_dict())
+        for key, value in theirs.state_dict().items():
+            assert torch.equal(value, ours.state_dict()[key]), key
+
+    def test_state_keys_and_their_order(self):
+        layer = LinearWithLoRA(nn.Linear(6, 3), 2, 1.0)
+        assert list(layer.state_dict()) == ["linear.weight", "linear.bias", "lora.A", "lora.B"]
+        assert [name for name, _ in layer.named_parameters()] == list(layer.state_dict())
+        assert list(LinearWithLoRA(nn.Linear(6, 3, bias=False), 2, 1.0).state_dict()) == [
+            "linear.weight",
+            "lora.A",
+            "lora.B",
+        ]
+
+    @pytest.mark.parametrize("direction", ["theirs to ours", "ours to theirs"])
+    def test_states_are_exchanged_both_ways(self, direction):
+        theirs, ours = pair()
+        source, target = (theirs, ours) if direction == "theirs to ours" else (ours, theirs)
+        for p in source.parameters():
+            nn.init.normal_(p, std=0.2)
+        target.load_state_dict(source.state_dict(), strict=True)
+        x = torch.randn(7, 12)
+        torch.testing.assert_close(target(x), source(x))
+
+    def test_initial_values(self):
+        layer = LoRALayer(768, 10, 16, 1.0)
+        assert not layer.B.any() and layer.B.shape == (16, 10)
+        assert 0.2499 < layer.A.abs().max() <= 0.25 and layer.A.shape == (768, 16)
+
+    def test_the_linear_is_kept_as_the_same_object(self):
+        linear = nn.Linear(6, 3)
+        layer = LinearWithLoRA(linear, 2, 1.0)
+        assert layer.linear is linear and layer.weight is linear.weight and layer.bias is linear.bias
+        assert (layer.in_features, layer.out_features) == (6, 3)
+
+    @pytest.mark.parametrize("trainable_base", [False, True])
+    def test_training_is_the_references(self, trainable_base):
+        losses = []
+        for model in pair(rank=16):
+            if not trainable_base:
+                for name, p in model.named_parameters():
+                    p.requires_grad_(".lora." in name)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+            torch.manual_seed(5)
+            x, target = torch.randn(30, 12), torch.randint(5, (30,))
+            losses.append([])
+            for _ in range(8):
+                loss = nn.functional.cross_entropy(model(x), target)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses[-1].append(loss.item())
+        assert losses[1] == pytest.approx(losses[0], abs=1e-5) and losses[0][-1] < losses[0][0]
+
+    def test_the_branch_alone_is_the_references(self):
+        torch.manual_seed(2)
+        ours = LoRALayer(6, 3, 2, 0.5)
+        torch.manual_seed(2)
+        theirs = reference.LoRALayer(6, 3, 2, 0.5)
+        for layer in (ours, theirs):
+            torch.nn.init.constant_(layer.B, 0.3)
+        x = torch.randn(4, 6)
+        torch.testing.assert_close(ours(x), theirs(x))
+
+    def test_rank_above_both_sides(self):
+        layer = fill(LinearWithLoRA(nn.Linear(12, 2), 16, 16.0))
+        x = torch.randn(3, 12)
+        torch.testing.assert_close(layer(x), layer.linear(x) + layer.lora(x))
+
+
+class TestScaling:
+    @pytest.mark.parametrize(
+        "scaling, scale", [("alpha", 8.0), ("alpha/rank", 2.0), ("alpha/sqrt(rank)", 4.0)]
+    )
+    def test_conventions(self, scaling, scale):
+        layer = fill(LinearWithLoRA(nn.Linear(6, 3), 4, 8.0, scaling=scaling))
+        assert layer.lora.scale == scale
+        x = torch.randn(5, 6)
+        expected = layer.linear(x) + scale * (x @ layer.lora.A @ layer.lora.B)
+        torch.testing.assert_close(layer(x), expected)
+
+    def test_alpha_takes_effect_at_once(self):
+        layer = fill(LinearWithLoRA(nn.Linear(6, 3), 4, 1.0))
+        x = torch.randn(5, 6)
+        branch = layer(x) - layer.linear(x)
+        layer.lora.alpha = -3.0
+        torch.testing.assert_close(layer(x) - layer.linear(x), -3.0 * branch, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("value, error", [("1", TypeError), (None, TypeError), (True, TypeError)])
+    def test_a_bad_alpha_changes_nothing(self, value, error):
+        layer = LoRALayer(6, 3, 2, 1.5)
+        with pytest.raises(error, match="alpha must be a real number"):
+            layer.alpha = value
+        assert layer.alpha == 1.5 and layer.scale_tensor == 1.5
+
+
+class TestDtypesAndDevices:
+    def test_adapters_take_the_bases_dtype(self):
+        layer = LinearWithLoRA(nn.Linear(6, 3).bfloat16(), 2, 1.0)
+        assert layer.lora.A.dtype == torch.bfloat16
+        assert layer(torch.randn(4, 6).bfloat16()).dtype == torch.bfloat16
+
+    def test_float32_adapters_on_a_bfloat16_base(self):
+        layer = fill(LinearWithLoRA(nn.Linear(6, 3).bfloat16(), 2, 1.0, dtype=torch.float32))
+        y = layer(torch.randn(4, 6).bfloat16())
+        y.float().sum().backward()
+        assert y.dtype == torch.bfloat16
+        assert layer.lora.A.grad.dtype == torch.float32 and layer.weight.grad.dtype == torch.bfloat16
+
+    def test_a_meta_base_gets_meta_adapters_and_can_be_materialised(self):
+        with torch.device("meta"):
+            model = Block()
+        replace_linear_with_lora(model, 2, 4.0)
+        assert all(p.is_meta for p in model.parameters())
+        assert model(torch.randn(3, 12, device="meta")).shape == (3, 5)
+        real = model.to_empty(device="cpu")
+        real.load_state_dict(pair(rank=2)[1].state_dict())
+        assert torch.isfinite(real(torch.randn(3, 12))).all()
+        assert all(layer.lora.scale_tensor == 4.0 for _, layer in lora_layers(real))
+
+    def test_casting_the_model_does_not_round_the_scale(self):
+        layer = LinearWithLoRA(nn.Linear(6, 3), 3, 0.1, scaling="alpha/rank").bfloat16()
+        assert layer.lora.scale_tensor.dtype == torch.float32
+        assert layer.lora.scale_tensor.item() == pytest.approx(0.1 / 3, rel=1e-7)
+
+
+class TestCopies:
+    def check(self, copied, layer):
+        x = torch.randn(4, 6)
+        assert torch.equal(copied(x), layer(x))
+        copied.lora.alpha = 5.0
+        assert layer.lora.alpha == 2.0 and layer.lora.scale_tensor == 2.0
+        assert copied.lora.A.data_ptr() != layer.lora.A.data_ptr()
+
+    @pytest.mark.parametrize("used", [False, True], ids=["fresh", "after a step"])
+    def test_deepcopy_and_pickle(self, used):
+        layer = fill(LinearWithLoRA(nn.Linear(6, 3), 2, 2.0, dropout=0.1)).eval()
+        if used:
+            layer(torch.randn(4, 6)).sum().backward()
+        self.check(copy.deepcopy(layer), layer)
+        self.check(pickle.loads(pickle.dumps(layer)), layer)
+
+    def test_saving_the_state_with_weights_only(self):
+        layer = fill(LinearWithLoRA(nn.Linear(6, 3), 2, 2.0))
+        file = io.BytesIO()
+        torch.save(layer.state_dict(), file)
+        file.seek(0)
+        other = LinearWithLoRA(nn.Linear(6, 3), 2, 2.0)
+        other.load_state_dict(torch.load(file, weights_only=True))
+        self.check(other, layer)
+
+
+class TestHooks:
+    """What is attached to the inner modules runs, and changes the result as it does with the reference."""
+
+    @pytest.fixture
+    def layer(self):
+        return fill(LinearWithLoRA(nn.Linear(6, 3), 2, 2.0))
+
+    @pytest.mark.parametrize("inner", ["linear", "lora"])
+    def test_forward_hook(self, layer, inner):
+        x = torch.randn(4, 6)
+        before = layer(x)
+        handle = getattr(layer, inner).register_forward_hook(lambda module, args, out: out + 1.0)
+        torch.testing.assert_close(layer(x), before + 1.0)
+        handle.remove()
+        torch.testing.assert_close(layer(x), before)
+
+    def test_forward_pre_hook_and_backward_hook(self, layer):
+        seen = []
+        layer.linear.register_forward_pre_hook(lambda module, args: seen.append("pre"))
+        layer.lora.register_full_backward_hook(lambda module, gi, go: seen.append("backward"))
+        layer(torch.randn(4, 6, requires_grad=True)).sum().backward()
+        assert seen == ["pre", "backward"]
+
+    def test_hooks_on_the_layer_itself_keep_it_fused(self, layer):
+        seen = []
+        layer.register_forward_hook(lambda module, args, out: seen.append(out))
+        y = layer(torch.randn(4, 6))
+        assert is_plain(layer) and seen[0] is y
+
+    def test_parametrized_weight(self, layer):
+        class Doubled(nn.Module):
+            def forward(self, weight):
+                return 2 * weight
+
+        x = torch.randn(4, 6)
+        expected = nn.functional.linear(x, 2 * layer.weight, layer.bias) + layer.lora(x)
+        parametrize.register_parametrization(layer.linear, "weight", Doubled())
+        torch.testing.assert_close(layer(x), expected)
+
+    def test_a_subclass_with_a_forward_of_its_own(self):
+        class Noisy(nn.Linear):
+            def forward(self, x):
+                return super().forward(x) + 7.0
+
+        layer = LinearWithLoRA(Noisy(6, 3), 2, 1.0)
+        x = torch.randn(4, 6)
+        torch.testing.assert_close(layer(x), layer.linear(x))
+
+    def test_a_replaced_forward(self, layer):
+        x = torch.randn(4, 6)
+        branch = layer.lora(x)
+        layer.linear.forward = lambda t: torch.zeros(4, 3)
+        torch.testing.assert_close(layer(x), branch)
+
+
+class TestReplace:
+    def test_names_in_order(self):
+        model = Block()
+        assert replace_linear_with_lora(model, 2, 1.0) == ["q_proj", "mlp.0", "mlp.2", "head"]
+        assert isinstance(model.mlp[2], LinearWithLoRA) and isinstance(model.norm, nn.LayerNorm)
+
+    def test_a_second_call_wraps_nothing_twice(self):
+        model = Block()
+        replace_linear_with_lora(model, 2, 1.0)
+        keys = list(model.state_dict())
+        assert replace_linear_with_lora(model, 2, 1.0) == []
+        assert list(model.state_dict()) == keys
+
+    @pytest.mark.parametrize(
+        "target, names",
+        [
+            (["q_proj", "head"], ["q_proj", "head"]),
+            (["mlp.0"], ["mlp.0"]),
+            (["0"], ["mlp.0"]),
+            ([r"proj"], None),
+            (r"mlp\.\d", ["mlp.0", "mlp.2"]),
+            (r".*", ["q_proj", "mlp.0", "mlp.2", "head"]),
+        ],
+    )
+    def test_targets(self, target, names):
+        model = Block()
+        if names is None:
+            with pytest.raises(ValueError, match="target_modules must name a Linear"):
+                replace_linear_with_lora(model, 2, 1.0, target_modules=target)
+            assert not list(lora_layers(model))
+        else:
+            assert replace_linear_with_lora(model, 2, 1.0, target_modules=target) == names
+
+    def test_a_shared_module_is_wrapped_once(self):
+        class Shared(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first = nn.Linear(4, 4)
+                self.second = self.first
+                self.inner = nn.ModuleDict({"third": self.first})
+
+        model = Shared()
+        assert replace_linear_with_lora(model, 2, 1.0) == ["first", "second", "inner.third"]
+        assert model.first is model.second is model.inner["third"]
+        assert len(list(lora_parameters(model))) == 2
+
+    def test_tied_parameters_stay_tied(self):
+        model = nn.ModuleDict({"embedding": nn.Embedding(10, 6), "head": nn.Linear(6, 10, bias=False)})
+        model["head"].weight = model["embedding"].weight
+        replace_linear_with_lora(model, 2, 1.0)
+        assert model["head"].linear.weight is model["embedding"].weight
+
+    def test_multihead_attention_keeps_its_projection(self):
+        model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "out": nn.Linear(8, 8)})
+        with pytest.warns(UserWarning, match="attention.out_proj is left alone"):
+            assert replace_linear_with_lora(model, 2, 1.0) == ["out"]
+        x = torch.randn(3, 1, 8)
+        assert torch.isfinite(model["attention"](x, x, x)[0]).all()
+
+    def test_the_encoder_layers_inference_path_does_not_bypass_the_branch(self):
+        """PyTorch's fast path reads linear1.weight and would leave LoRA out in evaluation mode."""
+        encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), 2
+        )
+        replace_linear_with_lora(encoder, 2, 1.0, target_modules=["linear1", "linear2"])
+        fill(encoder)
+        x = torch.randn(2, 5, 8)
+        trained = encoder.train()(x)
+        with torch.no_grad():
+            torch.testing.assert_close(encoder.eval()(x), trained, atol=1e-5, rtol=1e-4)
+
+    def test_a_root_that_is_a_linear_says_so(self):
+        linear = nn.Linear(4, 4)
+        with pytest.warns(UserWarning, match="itself a Linear"):
+            assert replace_linear_with_lora(linear, 2, 1.0) == []
+
+    @pytest.mark.parametrize(
+        "change, error, message",
+        [
+            ({"rank": 0}, ValueError, "rank must be positive, got 0"),
+            ({"rank": -2}, ValueError, "rank must be positive, got -2"),
+            ({"rank": 2.0}, TypeError, "rank must be an integer, got float"),
+            ({"alpha": "2"}, TypeError, "alpha must be a real number, got str"),
+            ({"scaling": "alpha/2"}, ValueError, "scaling must be one of"),
+            ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
+            ({"dropout": float("nan")}, ValueError, r"dropout must be in \[0, 1\)"),
+            ({"target_modules": ["nothing"]}, ValueError, "no match"),
+            ({"target_modules": "("}, ValueError, "target_modules must be a regular expression"),
+            ({"target_modules": [3]}, TypeError, "target_modules must be strings"),
+            ({"dtype": torch.int32}, TypeError, "dtype must be a floating-point torch.dtype"),
+        ],
+    )
+    def test_bad_arguments_leave_the_model_as_it_was(self, change, error, message):
+        model = Block()
+        before = dict(model.named_modules())
+        with pytest.raises(error, match=message):
+            replace_linear_with_lora(model, **{"rank": 2, "alpha": 1.0, **change})
+        assert dict(model.named_modules()) == before
+
+    def test_only_a_linear_can_be_wrapped(self):
+        with pytest.raises(TypeError, match="linear must be a torch.nn.Linear, got Conv1d"):
+            LinearWithLoRA(nn.Conv1d(3, 3, 1), 2, 1.0)
+
+
+class TestManagement:
+    def test_freeze_base(self):
+        model = Block()
+        replace_linear_with_lora(model, 2, 1.0)
+        freeze_base(model)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == set(lora_state_dict(model)) and len(trained) == 8
+        model(torch.randn(4, 12)).sum().backward()
+        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+    def test_lora_state_dict_is_the_adapters_part(self):
+        model = pair()[1]
+        state = lora_state_dict(model)
+        assert list(state)[:2] == ["q_proj.lora.A", "q_proj.lora.B"] and len(state) == 8
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+        model.load_state_dict(state, strict=False)
+
+    def test_optimizer_sees_every_adapter_once(self):
+        model = pair()[1]
+        parameters = list(lora_parameters(model))
+        assert len(parameters) == len({id(p) for p in parameters}) == 8
+
+    def test_repr_names_the_sizes(self):
+        text = repr(LinearWithLoRA(nn.Linear(6, 3), 2, 1.0, scaling="alpha/rank", dropout=0.1))
+        assert "rank=2" in text and "alpha/rank" in text and "dropout=0.1" in text and "in_dim=6" in text
