@@ -1,0 +1,86 @@
+"""The backend of the C++ extension for CPUs with AVX2 or AVX-512: see csrc/cpu."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_kernels import env
+from lora_kernels.backends.base import Backend, Scale
+from lora_kernels.dropout import Dropout, threshold
+from lora_kernels.problem import Problem
+
+LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
+
+
+class CpuBackend(Backend):
+    """Products by the extension's own kernels: float32, bfloat16 and float16, float32 adapters on a half base."""
+
+    name = "cpu"
+
+    def unavailable(self) -> str | None:
+        return _load()
+
+    def declines(self, problem: Problem) -> str | None:
+        if problem.dtype == "float64":
+            return "its kernels have no float64"
+        return None
+
+    def shrink(self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None) -> Tensor:
+        return torch.ops.lora_kernels_cpu.shrink(x, a, float(alpha), *_mask(dropout))
+
+    def lowrank_matmul(
+        self,
+        x: Tensor,
+        w: Tensor,
+        a: Tensor,
+        b: Tensor,
+        alpha: Scale,
+        bias: Tensor | None = None,
+        *,
+        s: Tensor | None = None,
+        dropout_in: Dropout | None = None,
+        dropout_out: Dropout | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if s is None:
+            s = self.shrink(x, a, alpha, dropout_in)
+        return torch.ops.lora_kernels_cpu.expand(x, w, s, b, bias, *_mask(dropout_out)), s
+
+    def reduce_outer(
+        self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
+    ) -> Tensor:
+        return torch.ops.lora_kernels_cpu.reduce_outer(left, right, dtype, *_mask(dropout))
+
+
+@functools.cache
+def _load() -> str | None:
+    """Load the extension; why it cannot be used here, said once, or None."""
+    reason = None
+    if not LIBRARY.exists():
+        reason = (
+            "its extension is not built (install with a C++ compiler, or see LORA_KERNELS_BUILD)"
+        )
+    else:
+        try:
+            torch.ops.load_library(str(LIBRARY))
+            isa = torch.ops.lora_kernels_cpu.isa()
+        except (OSError, RuntimeError, AttributeError) as error:
+            reason = f"its extension does not load ({error.__cause__ or error}); build it again"
+        else:
+            reason = None if isa else "this processor has no AVX2 and FMA"
+    if reason is not None:
+        env.logger().warning("The cpu backend is off, plain ATen computes: %s.", reason)
+    return reason
+
+
+def _mask(dropout: Dropout | None) -> tuple[int, int, float]:
+    """(threshold, seed, factor of what is kept) as the operators take a mask; threshold 0 keeps everything."""
+    if dropout is None:
+        return 0, 0, 1.0
+    return threshold(dropout.p), int(dropout.seed), 1.0 / (1.0 - dropout.p)
+
+
+BACKEND = CpuBackend()
