@@ -51,11 +51,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the adapters of `model` into the folder `path` and return it; PEFT's `PeftModel.from_pretrained` reads it.
 
     Each file is written beside its place and moved there when it is complete, so that an interrupted call leaves a folder
-    that loads as it was or is recognised as mixed. ValueError when the model has no LoRA layer.
+    that loads as it was or is recognised as mixed. ValueError when the model has no LoRA layer, or is itself one
+    and so has no name for it.
     """
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError("model must contain a LinearWithLoRA to save, but it has none")
+    if "" in layers:
+        raise ValueError("model must contain named layers to save, but it is itself one: put it in a module")
     config = json.dumps(_peft_config(layers), indent=2, sort_keys=True) + "\n"
     tensors = {}
     for name, layer in layers.items():

@@ -1,0 +1,301 @@
+"""Adapter files: the round trip, PEFT's layout in both directions, and files that must be refused whole."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_kernels import (
+    LinearWithLoRA,
+    load_adapter,
+    lora_state_dict,
+    merge_lora,
+    replace_linear_with_lora,
+    save_adapter,
+)
+from lora_kernels.adapters import CONFIG_FILE, WEIGHTS_FILE
+from lora_kernels.modules import lora_layers
+from tests.test_modules import Block
+
+
+def block(fill=True, **options):
+    torch.manual_seed(3)
+    model = Block()
+    replace_linear_with_lora(model, **{"rank": 4, "alpha": 2.0, **options})
+    if fill:
+        for _, layer in lora_layers(model):
+            nn.init.normal_(layer.lora.B, std=0.3)
+    return model
+
+
+def snapshot(model):
+    return {name: (type(m), getattr(m, "alpha", None)) for name, m in model.named_modules()}, {
+        key: value.clone() for key, value in model.state_dict().items()
+    }
+
+
+def unchanged(model, before):
+    types, state = snapshot(model)
+    same = types == before[0] and list(state) == list(before[1])
+    return same and all(torch.equal(state[key], before[1][key]) for key in state)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_adapter(block(), tmp_path / "adapter")
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("scaling", ["alpha", "alpha/rank", "alpha/sqrt(rank)"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_into_a_model_with_layers(self, tmp_path, scaling, dtype):
+        model = block(scaling=scaling).to(dtype)
+        other = block(fill=False, scaling=scaling).to(dtype)
+        load_adapter(other, save_adapter(model, tmp_path))
+        x = torch.randn(6, 12, dtype=dtype)
+        assert torch.equal(other(x), model(x))
+        assert all(layer.lora.alpha == 2.0 for _, layer in lora_layers(other))
+
+    def test_into_a_fresh_model(self, folder):
+        torch.manual_seed(3)
+        fresh = Block()
+        assert load_adapter(fresh, folder) == ["head", "mlp.0", "mlp.2", "q_proj"]
+        x = torch.randn(6, 12)
+        torch.testing.assert_close(fresh(x), block()(x))
+        assert all(layer.lora.scale == 2.0 for _, layer in lora_layers(fresh))
+
+    def test_task_after_task_over_one_base(self, tmp_path):
+        tasks = []
+        for task in range(2):
+            model = block()
+            for _, layer in lora_layers(model):
+                nn.init.normal_(layer.lora.A, std=0.1 + task)
+                layer.lora.alpha = 1.0 + task
+            tasks.append((save_adapter(model, tmp_path / str(task)), model))
+        model, x = block(), torch.randn(6, 12)
+        for path, original in (*tasks, tasks[0]):
+            load_adapter(model, path)
+            assert torch.equal(model(x), original(x))
+
+    def test_different_ranks_and_alphas(self, tmp_path):
+        model = Block()
+        replace_linear_with_lora(model, 2, 1.0, target_modules=["q_proj"])
+        replace_linear_with_lora(model, 5, 3.0, target_modules=["0", "2"], scaling="alpha/rank")
+        for _, layer in lora_layers(model):
+            nn.init.normal_(layer.lora.B)
+        fresh = Block()
+        fresh.load_state_dict({k.replace(".linear", ""): v for k, v in model.state_dict().items() if "lora" not in k})
+        load_adapter(fresh, save_adapter(model, tmp_path))
+        ranks = {name: (layer.lora.rank, layer.lora.scale) for name, layer in lora_layers(fresh)}
+        assert ranks == {"q_proj": (2, 1.0), "mlp.0": (5, 0.6), "mlp.2": (5, 0.6)}
+        x = torch.randn(6, 12)
+        torch.testing.assert_close(fresh(x), model(x))
+
+    def test_a_merged_model_saves_its_adapter(self, tmp_path):
+        model = block()
+        before = lora_state_dict(model)
+        merge_lora(model)
+        other = block(fill=False)
+        load_adapter(other, save_adapter(model, tmp_path))
+        assert all(torch.equal(v, before[k]) for k, v in lora_state_dict(other).items())
+
+    def test_the_file_holds_the_adapter_and_nothing_else(self, folder):
+        tensors = load_file(folder / WEIGHTS_FILE)
+        assert len(tensors) == 8
+        assert tensors["base_model.model.mlp.0.lora_A.weight"].shape == (4, 12)
+        assert tensors["base_model.model.mlp.0.lora_B.weight"].shape == (20, 4)
+        assert sorted(os.listdir(folder)) == [CONFIG_FILE, WEIGHTS_FILE]
+
+
+class TestPeft:
+    @pytest.mark.parametrize("rslora", [False, True])
+    def test_peft_reads_ours(self, tmp_path, rslora):
+        model = block(scaling="alpha/sqrt(rank)" if rslora else "alpha", alpha=2.5)
+        save_adapter(model, tmp_path)
+        torch.manual_seed(3)
+        theirs = peft.PeftModel.from_pretrained(Block(), tmp_path)
+        x = torch.randn(6, 12)
+        torch.testing.assert_close(theirs(x), model(x))
+
+    @pytest.mark.parametrize("rslora", [False, True])
+    def test_we_read_pefts(self, tmp_path, rslora):
+        torch.manual_seed(3)
+        config = peft.LoraConfig(
+            r=4,
+            lora_alpha=6,
+            use_rslora=rslora,
+            target_modules=["q_proj", "0", "2"],
+            init_lora_weights=False,
+            rank_pattern={"mlp.2": 3},
+            alpha_pattern={"mlp.2": 9},
+        )
+        theirs = peft.get_peft_model(Block(), config)
+        theirs.save_pretrained(tmp_path)
+        torch.manual_seed(3)
+        ours = Block()
+        load_adapter(ours, tmp_path)
+        x = torch.randn(6, 12)
+        torch.testing.assert_close(ours(x), theirs(x))
+        assert dict(lora_layers(ours))["mlp.2"].lora.rank == 3
+
+    def test_there_and_back_is_the_same_bits(self, tmp_path):
+        model = block(scaling="alpha/rank")
+        save_adapter(model, tmp_path / "a")
+        torch.manual_seed(3)
+        peft.PeftModel.from_pretrained(Block(), tmp_path / "a").save_pretrained(tmp_path / "b")
+        other = block(fill=False, scaling="alpha/rank")
+        load_adapter(other, tmp_path / "b")
+        assert all(torch.equal(v, lora_state_dict(model)[k]) for k, v in lora_state_dict(other).items())
+
+
+def edit_config(**changes):
+    def edit(folder):
+        file = folder / CONFIG_FILE
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return edit
+
+
+def edit_weights(change):
+    def edit(folder):
+        tensors = load_file(folder / WEIGHTS_FILE)
+        change(tensors)
+        save_file({key: t.clone() for key, t in tensors.items()}, folder / WEIGHTS_FILE)
+
+    return edit
+
+
+def truncate(folder):
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(data[: len(data) // 2])
+
+
+KEY = "base_model.model.mlp.0.lora_A.weight"
+DAMAGE = {
+    "must exist": (FileNotFoundError, lambda folder: (folder / CONFIG_FILE).unlink()),
+    "adapter_model.safetensors must exist": (
+        FileNotFoundError,
+        lambda folder: (folder / WEIGHTS_FILE).unlink(),
+    ),
+    "must be JSON": (ValueError, lambda folder: (folder / CONFIG_FILE).write_text("{")),
+    '"peft_type": "LORA"': (ValueError, edit_config(peft_type="IA3")),
+    "must be a safetensors file": (ValueError, truncate),
+    "must come from one save": (ValueError, edit_config(lora_alpha=1234)),
+    "every tensor must be a LoRA A or B": (
+        ValueError,
+        edit_weights(lambda t: t.update({"base_model.model.head.weight": torch.ones(2)})),
+    ),
+    "must have both A and B": (ValueError, edit_weights(lambda t: t.pop(KEY))),
+    "must have rank 4 as its configuration says": (
+        ValueError,
+        edit_weights(lambda t: t.update({KEY: torch.ones(3, 12)})),
+    ),
+    "must be a Linear of the model, which has no module": (
+        ValueError,
+        edit_weights(
+            lambda t: t.update({k.replace("mlp.0", "mlp.7"): t[k] for k in list(t) if "mlp.0" in k})
+        ),
+    ),
+    "must be a Linear of the model, which has a LayerNorm": (
+        ValueError,
+        edit_weights(
+            lambda t: t.update({k.replace("mlp.0", "norm"): t[k] for k in list(t) if "mlp.0" in k})
+        ),
+    ),
+    "must hold every LoRA layer of the model": (
+        ValueError,
+        edit_weights(lambda t: [t.pop(k) for k in list(t) if "mlp.0" in k]),
+    ),
+    "must have A [12, 4] and B [4, 20], got [13, 4]": (
+        ValueError,
+        edit_weights(lambda t: t.update({KEY: torch.ones(4, 13)})),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_damaged_or_foreign_file_changes_nothing(folder, message):
+    error, damage = DAMAGE[message]
+    damage(folder)
+    model = block()
+    before = snapshot(model)
+    with pytest.raises(error) as caught:
+        load_adapter(model, folder)
+    assert message in str(caught.value)
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("field, value", [("use_dora", True), ("lora_bias", True), ("bias", "all")])
+def test_variants_that_these_layers_do_not_compute(tmp_path, field, value):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], **{field: value})
+    peft.get_peft_model(Block(), config).save_pretrained(tmp_path)
+    fresh = Block()
+    with pytest.raises(ValueError, match=field):
+        load_adapter(fresh, tmp_path)
+    assert not list(lora_layers(fresh))
+
+
+def test_a_layer_of_another_rank(folder):
+    model = block(rank=3)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"must have A \[12, 3\]"):
+        load_adapter(model, folder)
+    assert unchanged(model, before)
+
+
+def test_a_merged_model_is_refused(folder):
+    model = block()
+    merge_lora(model)
+    with pytest.raises(ValueError, match="must not be merged"):
+        load_adapter(model, folder)
+
+
+def test_saving_without_layers():
+    with pytest.raises(ValueError, match="must contain a LinearWithLoRA"):
+        save_adapter(Block(), "never")
+    assert not os.path.exists("never")
+
+
+def test_an_interrupted_save_leaves_the_old_adapter(folder, monkeypatch):
+    """The weights cannot be written: the folder is as before and holds no scraps."""
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+
+    def full_disk(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("lora_kernels.adapters.save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_adapter(block(alpha=9.0), folder)
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+
+
+def test_a_save_that_stops_between_its_two_files_is_noticed(folder, monkeypatch):
+    replace = os.replace
+
+    def stop_at_the_config(source, target):
+        if str(target).endswith(CONFIG_FILE):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop_at_the_config)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(block(alpha=9.0), folder)
+    monkeypatch.undo()
+    model = block()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="must come from one save"):
+        load_adapter(model, folder)
+    assert unchanged(model, before)
+
+
+def test_a_root_that_is_a_layer(tmp_path):
+    """It has no name to be filed under, which must be said and not saved as nothing."""
+    with pytest.raises(ValueError, match="model must contain"):
+        save_adapter(LinearWithLoRA(nn.Linear(4, 4), 2, 1.0), tmp_path / "root")
+    assert not (tmp_path / "root").exists()

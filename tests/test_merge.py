@@ -1,0 +1,141 @@
+"""Merging: the same function within one rounding of W, the same bits back, and what must not be merged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import LinearWithLoRA, merge_lora, replace_linear_with_lora, unmerge_lora
+from lora_kernels.modules import lora_layers
+from tests.test_adapters import block, snapshot, unchanged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_weight_is_rounded_once(dtype):
+    model = block(dtype=torch.float32).to(dtype)
+    before = {name: layer.weight.detach().clone() for name, layer in lora_layers(model)}
+    merge_lora(model)
+    for name, layer in lora_layers(model):
+        delta = layer.lora.scale * layer.lora.A.double() @ layer.lora.B.double()
+        exact = before[name].double() + delta.t()
+        half_unit = exact.abs() * torch.finfo(dtype).eps / 2
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        summing = 8 * torch.finfo(wide).eps * (before[name].double().abs() + delta.t().abs())
+        assert ((layer.weight.double() - exact).abs() <= half_unit + summing + 1e-7 * (dtype == torch.float16)).all()
+
+
+def test_merged_and_unmerged_compute_the_same():
+    model, x = block(), torch.randn(9, 12)
+    expected = model(x)
+    assert merge_lora(model) == ["q_proj", "mlp.0", "mlp.2", "head"]
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+    assert unmerge_lora(model) == ["q_proj", "mlp.0", "mlp.2", "head"]
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerging_restores_every_bit(dtype):
+    """Subtracting the product again would not: a weight of 1e-9 is lost beside a delta of 1."""
+    model = block().to(dtype)
+    with torch.no_grad():
+        model.head.linear.weight.fill_(1e-9)
+    before = snapshot(model)
+    for _ in range(3):
+        merge_lora(model)
+        assert not torch.equal(model.head.weight, before[1]["head.linear.weight"])
+        unmerge_lora(model)
+    assert unchanged(model, before)
+
+
+def test_merging_twice_adds_once():
+    model = block()
+    merge_lora(model)
+    weight = model.head.weight.detach().clone()
+    assert merge_lora(model) == []
+    assert torch.equal(model.head.weight, weight)
+    unmerge_lora(model)
+    assert unmerge_lora(model) == []
+
+
+def test_a_merged_models_state_is_the_unmerged_ones():
+    model = block()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    merge_lora(model)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_loading_into_a_merged_model_is_refused():
+    model = block()
+    state = model.state_dict()
+    merge_lora(model)
+    with pytest.raises(RuntimeError, match="is merged: unmerge_lora"):
+        model.load_state_dict(state)
+
+
+def test_the_parameter_stays_the_same_object():
+    """Optimizers and tied modules hold on to it."""
+    model = block()
+    parameter, pointer = model.head.weight, model.head.weight.data_ptr()
+    merge_lora(model)
+    assert model.head.weight is parameter and parameter.data_ptr() == pointer
+    unmerge_lora(model)
+    assert model.head.weight is parameter and parameter.data_ptr() == pointer
+
+
+def test_unload_leaves_plain_linears_for_good():
+    model, x = block(), torch.randn(9, 12)
+    expected = model(x)
+    linear = model.head.linear
+    merge_lora(model, unload=True)
+    assert not list(lora_layers(model)) and model.head is linear and "q_proj.weight" in model.state_dict()
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_unload_after_merge():
+    model, x = block(), torch.randn(9, 12)
+    merge_lora(model)
+    expected = model(x)
+    merge_lora(model, unload=True)
+    assert not list(lora_layers(model)) and torch.equal(model(x), expected)
+    assert not any("unmerged" in key for key in model.head.__dict__)
+
+
+def test_a_tied_weight_is_refused_and_nothing_is_merged():
+    model = nn.ModuleDict({"embedding": nn.Embedding(10, 6), "head": nn.Linear(6, 10, bias=False)})
+    model["other"] = nn.Linear(6, 6)
+    model["head"].weight = model["embedding"].weight
+    replace_linear_with_lora(model, 2, 1.0)
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora.B)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"head\.linear\.weight must not be shared"):
+        merge_lora(model)
+    assert unchanged(model, before)
+
+
+def test_a_root_that_is_a_layer_cannot_be_unloaded():
+    layer = LinearWithLoRA(nn.Linear(4, 4), 2, 1.0)
+    with pytest.raises(ValueError, match=r"take model\.linear"):
+        merge_lora(layer, unload=True)
+    assert merge_lora(layer) == [""] and layer.merged
+
+
+def test_a_failure_in_the_middle_leaves_every_layer_unmerged(monkeypatch):
+    from lora_kernels import merge
+
+    compute, calls = merge.merged_weight, []
+
+    def fails_at_the_third(layer):
+        calls.append(layer)
+        if len(calls) == 3:
+            raise MemoryError
+        return compute(layer)
+
+    model = block()
+    before = snapshot(model)
+    monkeypatch.setattr(merge, "merged_weight", fails_at_the_third)
+    with pytest.raises(MemoryError):
+        merge_lora(model)
+    assert unchanged(model, before)
