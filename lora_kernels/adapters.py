@@ -58,7 +58,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     if not layers:
         raise ValueError("model must contain a LinearWithLoRA to save, but it has none")
     if "" in layers:
-        raise ValueError("model must contain named layers to save, but it is itself one: put it in a module")
+        raise ValueError(
+            "model must contain named layers to save, but it is itself one: put it in a module"
+        )
     config = json.dumps(_peft_config(layers), indent=2, sort_keys=True) + "\n"
     tensors = {}
     for name, layer in layers.items():
@@ -161,11 +163,15 @@ def _read(folder: Path) -> dict[str, _Adapter]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{weights_file} must be a safetensors file: {error}") from None
     if "adapter_config" in metadata and json.loads(metadata["adapter_config"]) != config:
-        raise ValueError(f"{folder} must come from one save, but its two files are of different ones")
+        raise ValueError(
+            f"{folder} must come from one save, but its two files are of different ones"
+        )
     return _by_layer(tensors, config, weights_file)
 
 
-def _by_layer(tensors: dict[str, Tensor], config: dict[str, Any], file: Path) -> dict[str, _Adapter]:
+def _by_layer(
+    tensors: dict[str, Tensor], config: dict[str, Any], file: Path
+) -> dict[str, _Adapter]:
     sides: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
@@ -177,7 +183,9 @@ def _by_layer(tensors: dict[str, Tensor], config: dict[str, Any], file: Path) ->
     adapters = {}
     for name, pair in sides.items():
         if set(pair) != {"A", "B"}:
-            raise ValueError(f"{file}: layer {name!r} must have both A and B, has only {list(pair)}")
+            raise ValueError(
+                f"{file}: layer {name!r} must have both A and B, has only {list(pair)}"
+            )
         A, B = pair["A"], pair["B"]
         rank = int(_pattern(config, "rank_pattern", name, config.get("r", A.shape[1])))
         if A.ndim != 2 or B.ndim != 2 or A.shape[1] != rank or B.shape[0] != rank:
@@ -204,7 +212,9 @@ def _check_fits(name: str, module: nn.Module | None, adapter: _Adapter) -> None:
     linear = module.linear if isinstance(module, LinearWithLoRA) else module
     if not isinstance(linear, nn.Linear):
         what = "no module" if linear is None else f"a {type(linear).__name__}"
-        raise ValueError(f"the file's layer {name!r} must be a Linear of the model, which has {what}")
+        raise ValueError(
+            f"the file's layer {name!r} must be a Linear of the model, which has {what}"
+        )
     if isinstance(module, LinearWithLoRA) and module.merged:
         raise ValueError(f"layer {name!r} must not be merged: unmerge_lora(model) before loading")
     rank = module.lora.rank if isinstance(module, LinearWithLoRA) else adapter.A.shape[1]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import dispatch, formulas
-from lora_kernels.backends.base import Scale
+from lora_kernels.backends.base import Backend, Scale
 from lora_kernels.backends.composite import BACKEND as COMPOSITE
 from lora_kernels.dropout import Dropout
 from lora_kernels.formulas import Needs, Saved
@@ -39,7 +39,7 @@ class LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, weight, A, B, bias, alpha, ctx.dropout_p, seed, ctx.backend = inputs
+        x, weight, A, B, _, alpha, ctx.dropout_p, seed, ctx.backend = inputs
         ctx.needs = Needs(*ctx.needs_input_grad[:5])
         ctx.dtype, ctx.adapter_dtype = x.dtype, A.dtype
         ctx.alpha_value = None if isinstance(alpha, Tensor) else alpha
@@ -60,6 +60,7 @@ class LoRALinear(torch.autograd.Function):
             dy = ds.new_zeros((ds.shape[0], kept.B.shape[1]), dtype=ctx.dtype)
         alpha = ctx.alpha_value if alpha_tensor is None else alpha_tensor
         dropout = as_dropout(ctx.dropout_p, seed)
+        backend: Backend
         if torch.is_grad_enabled() or ds is not None or _under_transform(dy):
             backend = COMPOSITE
         else:

@@ -151,7 +151,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Words)
 def logits(model: nn.Module, words: Words) -> Tensor:
     """[words, 2], in evaluation mode."""
     model.eval()
-    return torch.cat([model(words[i].ids, words[i].mask) for i in torch.arange(len(words)).split(250)])
+    return torch.cat(
+        [model(words[i].ids, words[i].mask) for i in torch.arange(len(words)).split(250)]
+    )
 
 
 def accuracy(model: nn.Module, words: Words) -> float:

@@ -40,7 +40,9 @@ def keep_mask(dropout: Dropout, rows: int, cols: int, row_start: int = 0) -> Ten
     return (words >= threshold(dropout.p)).view(rows, 4 * groups)[:, :cols]
 
 
-def scaled_mask(dropout: Dropout, rows: int, cols: int, dtype: torch.dtype, row_start: int = 0) -> Tensor:
+def scaled_mask(
+    dropout: Dropout, rows: int, cols: int, dtype: torch.dtype, row_start: int = 0
+) -> Tensor:
     """`keep_mask` as factors: 1/(1-p) where kept, 0 where dropped."""
     return keep_mask(dropout, rows, cols, row_start).to(dtype) / (1.0 - dropout.p)
 

@@ -13,7 +13,7 @@ adaptation of large language models", ICLR 2022, for the layer.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def backward(
     ds: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dW, dA, dB, dbias), each None where it is not needed; `ds` is a gradient that s itself received."""
-    x, weight, A, B, s = saved
+    x, weight, A, B, s = cast(tuple[Tensor, ...], saved)  # `keep` kept what is needed
     dx = dW = dA = dB = q = None
     if needs.B and (needs.x or needs.A):
         q, dB = backend.shrink_outer(dy, B.t(), alpha, s, adapter_dtype)
@@ -89,10 +89,9 @@ def backward(
     if ds is not None and q is not None:
         q = q + alpha * ds
     if needs.x:
-        dx, q = backend.lowrank_matmul(
-            dy, weight, B.t(), A.t(), alpha, s=q, dropout_out=dropout
-        )
+        dx, q = backend.lowrank_matmul(dy, weight, B.t(), A.t(), alpha, s=q, dropout_out=dropout)
     if needs.A:
+        assert q is not None
         dA = backend.reduce_outer(x, q, adapter_dtype, dropout)
     if needs.weight:
         dW = dy.t() @ x

@@ -110,9 +110,7 @@ def check_operands(
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
         if t.dtype not in _DTYPES:
-            raise TypeError(
-                f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}"
-            )
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {t.device}")
     if weight.ndim != 2:
@@ -137,7 +135,9 @@ def check_operands(
             raise ValueError(f"alpha must be a number or a 0-d tensor, got {_shape(alpha)}")
         if alpha.requires_grad:
             raise ValueError("alpha must not require grad: it is a run-time value, no parameter")
-    elif isinstance(alpha, bool) or not isinstance(alpha, (int, float, torch.SymFloat, torch.SymInt)):
+    elif isinstance(alpha, bool) or not isinstance(
+        alpha, (int, float, torch.SymFloat, torch.SymInt)
+    ):
         raise TypeError(f"alpha must be a number or a 0-d tensor, got {type(alpha).__name__}")
 
 

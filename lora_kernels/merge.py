@@ -23,7 +23,9 @@ def merge_lora(model: nn.Module, *, unload: bool = False) -> list[str]:
     """
     layers = [(name, layer) for name, layer in lora_layers(model)]
     if unload and any(layer is model for _, layer in layers):
-        raise ValueError("model must contain the layers to unload, but it is one: take model.linear")
+        raise ValueError(
+            "model must contain the layers to unload, but it is one: take model.linear"
+        )
     owners = Counter(
         id(parameter)
         for module in model.modules()
@@ -33,7 +35,9 @@ def merge_lora(model: nn.Module, *, unload: bool = False) -> list[str]:
     fresh = [(name, layer) for name, layer in layers if not layer.merged]
     for name, layer in fresh:
         if owners[id(layer.linear.weight)] > 1:
-            raise ValueError(f"{name}.linear.weight must not be shared, but another module holds it")
+            raise ValueError(
+                f"{name}.linear.weight must not be shared, but another module holds it"
+            )
         if not layer.linear.weight.is_floating_point():
             raise ValueError(f"{name}.linear.weight must be floating point to merge into")
     with torch.no_grad():
@@ -54,8 +58,9 @@ def unmerge_lora(model: nn.Module) -> list[str]:
     merged = [(name, layer) for name, layer in lora_layers(model) if layer.merged]
     with torch.no_grad():
         for _, layer in merged:
-            layer.linear.weight.copy_(layer.unmerged_weight)
-            layer.unmerged_weight = None
+            if layer.unmerged_weight is not None:
+                layer.linear.weight.copy_(layer.unmerged_weight)
+                layer.unmerged_weight = None
     return [name for name, _ in merged]
 
 

@@ -91,7 +91,9 @@ class LoRALayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
         super()._apply(fn, recurse)
         if self.scale_tensor.device != self.A.device:
-            self.scale_tensor = torch.full((), self.scale, dtype=torch.float32, device=self.A.device)
+            self.scale_tensor = torch.full(
+                (), self.scale, dtype=torch.float32, device=self.A.device
+            )
         return self
 
     def extra_repr(self) -> str:
@@ -136,7 +138,9 @@ class LinearWithLoRA(nn.Module):
             dtype=dtype or (weight.dtype if weight.dtype.is_floating_point else None),
             device=device or weight.device,
         )
-        self.unmerged_weight: Tensor | None = None  # the base weight while it is merged, see `merge`
+        self.unmerged_weight: Tensor | None = (
+            None  # the base weight while it is merged, see `merge`
+        )
         self.register_state_dict_post_hook(_save_unmerged)
         self.register_load_state_dict_pre_hook(_refuse_merged)
 
@@ -330,9 +334,7 @@ def _linear_places(
     """(name, parent, key, Linear) of each place to replace, depth first in the order of `named_children`."""
     seen: set[nn.Module] = {model}
 
-    def visit(
-        parent: nn.Module, prefix: str
-    ) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
+    def visit(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
         for key, child in parent._modules.items():
             name = prefix + key
             if child is None or isinstance(child, LinearWithLoRA):
@@ -371,4 +373,6 @@ def _save_unmerged(
 
 def _refuse_merged(module: LinearWithLoRA, state: dict[str, Any], prefix: str, *_: Any) -> None:
     if module.unmerged_weight is not None and any(key.startswith(prefix) for key in state):
-        raise RuntimeError(f"{prefix[:-1] or 'layer'} is merged: unmerge_lora(model) before loading")
+        raise RuntimeError(
+            f"{prefix[:-1] or 'layer'} is merged: unmerge_lora(model) before loading"
+        )

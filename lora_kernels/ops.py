@@ -74,14 +74,16 @@ def _lora_linear_backward_fake(
     return [
         dy.new_empty((M, weight.shape[1]) if needed.x else 0),
         dy.new_empty((N, x.shape[1]) if needed.weight else 0),
-        dy.new_empty((x.shape[1], B.shape[0]), dtype=adapter_dtype) if needed.A else dy.new_empty(0),
+        dy.new_empty((x.shape[1], B.shape[0]), dtype=adapter_dtype)
+        if needed.A
+        else dy.new_empty(0),
         dy.new_empty((s.shape[1], N), dtype=adapter_dtype) if needed.B else dy.new_empty(0),
         dy.new_empty(N if needed.bias else 0),
     ]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, weight, A, B, bias, alpha, ctx.dropout_p, seed, ctx.backend = inputs
+    x, weight, A, B, _, alpha, ctx.dropout_p, seed, ctx.backend = inputs
     ctx.needs = Needs(*ctx.needs_input_grad[:5])
     ctx.adapter_dtype = A.dtype
     ctx.mark_non_differentiable(output[1])

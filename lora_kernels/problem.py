@@ -48,7 +48,9 @@ class Problem:
     @property
     def frozen_bytes(self) -> int:
         """Bytes the frozen layer must move once: x, W and y (and bias)."""
-        elements = self.M * self.K + self.K * self.N + self.M * self.N + (self.N if self.bias else 0)
+        elements = (
+            self.M * self.K + self.K * self.N + self.M * self.N + (self.N if self.bias else 0)
+        )
         return elements * self.itemsize
 
     @property
@@ -67,4 +69,6 @@ class Problem:
 
     def __str__(self) -> str:
         adapters = "" if self.adapter_dtype == self.dtype else f", {self.adapter_dtype} adapters"
-        return f"M={self.M} N={self.N} K={self.K} R={self.R} {self.dtype}{adapters} on {self.device}"
+        return (
+            f"M={self.M} N={self.N} K={self.K} R={self.R} {self.dtype}{adapters} on {self.device}"
+        )

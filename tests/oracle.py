@@ -24,7 +24,9 @@ def reference(x, weight, A, B, alpha, bias=None, mask=None) -> Tensor:
 
 def assert_budget(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "result") -> None:
     """`actual` is within the error budget that `eager` (same computation, same dtype) and `exact` (float64) define."""
-    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
+    assert actual.shape == exact.shape, (
+        f"{what}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
+    )
     assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, not {eager.dtype}"
     ours, theirs = actual.double(), eager.double()
     for name, test in (("NaN", torch.isnan), ("infinity", torch.isinf)):
@@ -38,8 +40,12 @@ def assert_budget(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "res
     eps = torch.finfo(actual.dtype).eps
     error = torch.where(finite, (ours - exact).abs(), 0.0)
     eager_error = torch.where(finite, (theirs - exact).abs(), 0.0).max()
-    roundings = 32 if actual.dtype == torch.float64 else 2  # float64 has no more exact oracle than itself
-    allowed = 2 * eager_error + roundings * eps * torch.where(finite, exact, 0.0).abs().clamp(min=1.0)
+    roundings = (
+        32 if actual.dtype == torch.float64 else 2
+    )  # float64 has no more exact oracle than itself
+    allowed = 2 * eager_error + roundings * eps * torch.where(finite, exact, 0.0).abs().clamp(
+        min=1.0
+    )
     over = error > allowed
     assert not over.any(), (
         f"{what}: off by {error[over].max():.3e} at {_where(over)}; eager is off by {eager_error:.3e}, "
@@ -76,7 +82,9 @@ class Case:
 
     def operands(self) -> Operands:
         """x [M, K], w [K, N], a [K, R], b [R, N], bias [N] or None, dy [M, N], seed: standard normal, scaled to O(1)."""
-        generator = torch.Generator().manual_seed(1000003 * self.M + 10007 * self.N + 101 * self.K + self.R)
+        generator = torch.Generator().manual_seed(
+            1000003 * self.M + 10007 * self.N + 101 * self.K + self.R
+        )
 
         def normal(rows: int, cols: int, dtype: torch.dtype, scale: float) -> Tensor:
             values = torch.randn(rows, cols, generator=generator, dtype=torch.float64) * scale
@@ -89,7 +97,9 @@ class Case:
         b = normal(self.R, self.N, adapter_dtype, max(self.R, 1) ** -0.5)
         bias = normal(1, self.N, self.dtype, 1.0)[0] if self.bias else None
         dy = normal(self.M, self.N, self.dtype, 1.0)
-        return Operands(*_strided(self.layout, x, w, a, b), bias, _strided_grad(self.layout, dy), self)
+        return Operands(
+            *_strided(self.layout, x, w, a, b), bias, _strided_grad(self.layout, dy), self
+        )
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,9 @@ def check_backend(backend: Backend, case: Case) -> None:
     check("y", y, case.dtype)
     check("s", s, skinny)
     y2, s2 = backend.lowrank_matmul(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
-    assert torch.equal(y.nan_to_num(), y2.nan_to_num()) and torch.equal(s.nan_to_num(), s2.nan_to_num())
+    assert torch.equal(y.nan_to_num(), y2.nan_to_num()) and torch.equal(
+        s.nan_to_num(), s2.nan_to_num()
+    )
     check("s", backend.shrink(o.x, o.a, case.alpha, o.dropout), skinny)
 
     q, dB = backend.shrink_outer(o.dy, o.b.t(), case.alpha, s, o.b.dtype)
@@ -162,7 +174,12 @@ def check_backend(backend: Backend, case: Case) -> None:
     )
     check("dx", dx, case.dtype)
     unshared, q2 = backend.lowrank_matmul(
-        o.dy, o.w.t(), o.b.t(), o.a.t(), torch.tensor(case.alpha, dtype=torch.float64), dropout_out=o.dropout
+        o.dy,
+        o.w.t(),
+        o.b.t(),
+        o.a.t(),
+        torch.tensor(case.alpha, dtype=torch.float64),
+        dropout_out=o.dropout,
     )
     check("dx", unshared, case.dtype)
     check("q", q2, skinny)
@@ -229,14 +246,28 @@ AWKWARD: list[Case] = (
     [Case(*sizes) for sizes in _SIZES]
     + [Case(*sizes, dtype=torch.bfloat16) for sizes in _SIZES[:11]]
     + [Case(*sizes, dtype=torch.float16, bias=False) for sizes in _SIZES[1:9]]
-    + [Case(33, 65, 47, 12, dtype=d, adapter_dtype=torch.float32) for d in (torch.bfloat16, torch.float16)]
+    + [
+        Case(33, 65, 47, 12, dtype=d, adapter_dtype=torch.float32)
+        for d in (torch.bfloat16, torch.float16)
+    ]
     + [
         Case(31, 37, 41, 5, dtype=d, layout=layout, bias=layout != "plain")
         for d in (torch.float32, torch.bfloat16)
         for layout in ("plain", "peft", "transposed", "sliced", "broadcast")
     ]
     + [Case(31, 37, 42, 5, dtype=d, dropout=0.3) for d in (torch.float32, torch.bfloat16)]
-    + [Case(33, 65, 47, 12, dtype=torch.bfloat16, adapter_dtype=torch.float32, dropout=0.5, layout="peft")]
+    + [
+        Case(
+            33,
+            65,
+            47,
+            12,
+            dtype=torch.bfloat16,
+            adapter_dtype=torch.float32,
+            dropout=0.5,
+            layout="peft",
+        )
+    ]
     # An infinite alpha is left out: s = alpha·xA is infinite of either sign, and sums of those are NaN where eager,
     # which scales last, has infinities.
     + [Case(16, 24, 32, 4, alpha=value) for value in (0.0, -2.5, 1e-30, float("nan"))]

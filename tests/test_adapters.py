@@ -90,7 +90,9 @@ class TestRoundTrip:
         for _, layer in lora_layers(model):
             nn.init.normal_(layer.lora.B)
         fresh = Block()
-        fresh.load_state_dict({k.replace(".linear", ""): v for k, v in model.state_dict().items() if "lora" not in k})
+        fresh.load_state_dict(
+            {k.replace(".linear", ""): v for k, v in model.state_dict().items() if "lora" not in k}
+        )
         load_adapter(fresh, save_adapter(model, tmp_path))
         ranks = {name: (layer.lora.rank, layer.lora.scale) for name, layer in lora_layers(fresh)}
         assert ranks == {"q_proj": (2, 1.0), "mlp.0": (5, 0.6), "mlp.2": (5, 0.6)}
@@ -151,7 +153,9 @@ class TestPeft:
         peft.PeftModel.from_pretrained(Block(), tmp_path / "a").save_pretrained(tmp_path / "b")
         other = block(fill=False, scaling="alpha/rank")
         load_adapter(other, tmp_path / "b")
-        assert all(torch.equal(v, lora_state_dict(model)[k]) for k, v in lora_state_dict(other).items())
+        assert all(
+            torch.equal(v, lora_state_dict(model)[k]) for k, v in lora_state_dict(other).items()
+        )
 
 
 def edit_config(**changes):

@@ -23,9 +23,7 @@ SUBSETS = [s for n in range(1, 6) for s in itertools.combinations(NAMES, n)]
 
 def doubles(needed=NAMES, M=4, N=3, K=5, R=2):
     tensors = operands(M, N, K, R, dtype=torch.float64)
-    return tuple(
-        t.requires_grad_(name in needed) for name, t in zip(NAMES, tensors, strict=True)
-    )
+    return tuple(t.requires_grad_(name in needed) for name, t in zip(NAMES, tensors, strict=True))
 
 
 def ours(x, weight, A, B, bias, **options):
@@ -45,12 +43,16 @@ class TestSubsets:
         assert torch.autograd.gradgradcheck(ours, doubles(needed))
 
     def test_gradients_exist_exactly_where_they_are_required(self, backend, needed):
-        tensors = [t.detach().requires_grad_(n in needed) for n, t in zip(NAMES, operands(), strict=True)]
+        tensors = [
+            t.detach().requires_grad_(n in needed) for n, t in zip(NAMES, operands(), strict=True)
+        ]
         with use_backend(backend):
             ours(*tensors).backward(dy := torch.randn(9, 7))
         assert [t.grad is not None for t in tensors] == [name in needed for name in NAMES]
         wanted = [t for t in tensors if t.requires_grad]
-        for mine, theirs in zip(wanted, torch.autograd.grad(plain(*tensors), wanted, dy), strict=True):
+        for mine, theirs in zip(
+            wanted, torch.autograd.grad(plain(*tensors), wanted, dy), strict=True
+        ):
             torch.testing.assert_close(mine.grad, theirs)
 
     def test_only_what_a_needed_gradient_reads_is_saved(self, needed):
@@ -95,7 +97,9 @@ def test_a_frozen_base_costs_no_product_of_its_weights_size():
     y = lora_linear(x, weight, A, B, 1.0, backend="eager")
     with _Products() as products:
         y.sum().backward()
-    assert (29, 23) not in products.results and len(products.results) == 5  # q, dB, q·Aᵀ, + dy·W, dA
+    assert (29, 23) not in products.results and len(
+        products.results
+    ) == 5  # q, dB, q·Aᵀ, + dy·W, dA
     weight.requires_grad_(True)
     y = lora_linear(x, weight, A, B, 1.0, backend="eager")
     with _Products() as products:
@@ -134,7 +138,9 @@ class TestHigherOrder:
         for function in (ours, plain):
             torch.manual_seed(1)
             x, weight, A, B, bias = doubles()
-            (dx,) = torch.autograd.grad(function(x, weight, A, B, bias).square().sum(), x, create_graph=True)
+            (dx,) = torch.autograd.grad(
+                function(x, weight, A, B, bias).square().sum(), x, create_graph=True
+            )
             penalty = dx.square().sum()
             totals.append(torch.autograd.grad(penalty, (weight, A, B)))
         for mine, theirs in zip(*totals, strict=True):
@@ -155,7 +161,9 @@ class TestHigherOrder:
     def test_jvp(self):
         tensors = tuple(t.detach() for t in doubles())
         tangents = tuple(torch.randn_like(t) for t in tensors)
-        for mine, theirs in zip(jvp(ours, tensors, tangents), jvp(plain, tensors, tangents), strict=True):
+        for mine, theirs in zip(
+            jvp(ours, tensors, tangents), jvp(plain, tensors, tangents), strict=True
+        ):
             torch.testing.assert_close(mine, theirs)
 
     def test_dual_numbers(self):
@@ -171,7 +179,10 @@ class TestHigherOrder:
         x, weight, A, B, bias = (t.detach() for t in doubles())
         results = [
             vmap(
-                grad(lambda a, b, sample, f=f: f(sample, weight, a, b, bias).square().sum(), argnums=(0, 1)),
+                grad(
+                    lambda a, b, sample, f=f: f(sample, weight, a, b, bias).square().sum(),
+                    argnums=(0, 1),
+                ),
                 in_dims=(None, None, 0),
             )(A, B, x)
             for f in (ours, plain)
@@ -183,7 +194,8 @@ class TestHigherOrder:
         x, weight, A, B, bias = (t.detach() for t in doubles())
         stacked_A, stacked_B = torch.randn(4, *A.shape).double(), torch.randn(4, *B.shape).double()
         mine, theirs = (
-            vmap(lambda a, b, f=f: f(x, weight, a, b, bias))(stacked_A, stacked_B) for f in (ours, plain)
+            vmap(lambda a, b, f=f: f(x, weight, a, b, bias))(stacked_A, stacked_B)
+            for f in (ours, plain)
         )
         torch.testing.assert_close(mine, theirs)
 
@@ -195,7 +207,9 @@ class TestHigherOrder:
         x = torch.randn(4, 5).double()
         jacobian = jacrev(lambda p: functional_call(layer, p, (x,)))(parameters)
         expected = jacrev(
-            lambda p: reference(x, p["linear.weight"], p["lora.A"], p["lora.B"], 1.0, p["linear.bias"])
+            lambda p: reference(
+                x, p["linear.weight"], p["lora.A"], p["lora.B"], 1.0, p["linear.bias"]
+            )
         )(parameters)
         for name in parameters:
             torch.testing.assert_close(jacobian[name], expected[name])
@@ -252,7 +266,11 @@ class TestCheckpoint:
             def forward(*t):
                 return ours(*t, dropout_p=p).relu()
 
-            y = checkpoint(forward, *tensors, use_reentrant=reentrant) if replay else forward(*tensors)
+            y = (
+                checkpoint(forward, *tensors, use_reentrant=reentrant)
+                if replay
+                else forward(*tensors)
+            )
             y.square().sum().backward()
             grads.append([t.grad for t in tensors])
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

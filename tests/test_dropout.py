@@ -89,7 +89,9 @@ def test_forward_and_every_gradient_use_one_mask(backend):
 def test_gradcheck_with_a_fixed_mask():
     tensors = operands(4, 3, 6, 2, dtype=torch.float64)
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
-        assert check(lambda x, w, a, b, c: lora_linear(x, w, a, b, 0.5, c, dropout_p=0.5, seed=9), tensors)
+        assert check(
+            lambda x, w, a, b, c: lora_linear(x, w, a, b, 0.5, c, dropout_p=0.5, seed=9), tensors
+        )
 
 
 def test_the_generator_decides_and_moves_on():

@@ -86,7 +86,9 @@ def test_any_layout_of_each_operand(backend, which, layout):
     assert torch.equal(tensors[index], before)
 
 
-@pytest.mark.parametrize("kind", ["transposed", "expanded from one number", "sliced", "expanded rows"])
+@pytest.mark.parametrize(
+    "kind", ["transposed", "expanded from one number", "sliced", "expanded rows"]
+)
 def test_any_layout_of_the_incoming_gradient(backend, kind):
     tensors = operands(M=12, N=10, K=8)
     dy = {
@@ -148,7 +150,9 @@ def test_float32_adapters_are_used_as_they_are():
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_autocast_gives_the_dtype_of_linear(half, dtype):
-    tensors = operands(dtype=dtype, adapter_dtype=torch.float32 if dtype != torch.float64 else dtype)
+    tensors = operands(
+        dtype=dtype, adapter_dtype=torch.float32 if dtype != torch.float64 else dtype
+    )
     with torch.autocast("cpu", dtype=half):
         y = lora_linear(*tensors[:4], 0.5, tensors[4])
         assert y.dtype == F.linear(tensors[0], tensors[1]).dtype
@@ -276,7 +280,9 @@ class TestAlpha:
         torch.testing.assert_close(first, reference(x, weight, A, B, 0.5))
         torch.testing.assert_close(second, reference(x, weight, A, B, 2.0))
 
-    @pytest.mark.parametrize("alpha", [3, 0.25, torch.tensor(0.25), torch.tensor(0.25).double()], ids=str)
+    @pytest.mark.parametrize(
+        "alpha", [3, 0.25, torch.tensor(0.25), torch.tensor(0.25).double()], ids=str
+    )
     def test_numbers_and_tensors(self, alpha):
         compare(operands(), alpha=alpha)
 

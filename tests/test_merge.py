@@ -22,7 +22,10 @@ def test_the_weight_is_rounded_once(dtype):
         half_unit = exact.abs() * torch.finfo(dtype).eps / 2
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         summing = 8 * torch.finfo(wide).eps * (before[name].double().abs() + delta.t().abs())
-        assert ((layer.weight.double() - exact).abs() <= half_unit + summing + 1e-7 * (dtype == torch.float16)).all()
+        assert (
+            (layer.weight.double() - exact).abs()
+            <= half_unit + summing + 1e-7 * (dtype == torch.float16)
+        ).all()
 
 
 def test_merged_and_unmerged_compute_the_same():
@@ -89,7 +92,11 @@ def test_unload_leaves_plain_linears_for_good():
     expected = model(x)
     linear = model.head.linear
     merge_lora(model, unload=True)
-    assert not list(lora_layers(model)) and model.head is linear and "q_proj.weight" in model.state_dict()
+    assert (
+        not list(lora_layers(model))
+        and model.head is linear
+        and "q_proj.weight" in model.state_dict()
+    )
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
 
 

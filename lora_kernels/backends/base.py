@@ -10,7 +10,9 @@ from torch import Tensor
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import Problem
 
-Scale = float | Tensor  # a number, or a 0-d tensor on the operands' device or the CPU, read when the product is computed
+Scale = (
+    float | Tensor
+)  # a number, or a 0-d tensor on the operands' device or the CPU, read when the product is computed
 
 
 class Backend(ABC):
@@ -52,7 +54,8 @@ class Backend(ABC):
         alpha: Scale,
         bias: Tensor | None = None,  # [N]
         *,
-        s: Tensor | None = None,  # [M, R] float32: given, it is used instead of being computed from x and a
+        s: Tensor
+        | None = None,  # [M, R] float32: given, it is used instead of being computed from x and a
         dropout_in: Dropout | None = None,  # masks x in s
         dropout_out: Dropout | None = None,  # masks s·b, an [M, N] product
     ) -> tuple[Tensor, Tensor]:
@@ -67,7 +70,9 @@ class Backend(ABC):
         The other operand has the base's dtype. `dropout` masks left. Sums run in an order that sizes alone decide.
         """
 
-    def shrink_outer(self, dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def shrink_outer(
+        self, dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """q = alpha·dy·b_t and dB = sᵀ·dy: dy [M, N], b_t [N, R], s [M, R] -> (q [M, R] float32, dB [R, N] in `dtype`).
 
         A backend that can computes both from one reading of dy.

@@ -25,9 +25,7 @@ class CompositeBackend(Backend):
     def declines(self, problem: Problem) -> str | None:
         return None
 
-    def shrink(
-        self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None
-    ) -> Tensor:
+    def shrink(self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None) -> Tensor:
         return alpha * (_masked(_widened(x), dropout) @ _widened(a))
 
     def lowrank_matmul(
@@ -60,7 +58,7 @@ def _widened(t: Tensor) -> Tensor:
 
 
 def _masked(t: Tensor, dropout: Dropout | None) -> Tensor:
-    return t if dropout is None else t * scaled_mask(dropout, *t.shape, t.dtype)
+    return t if dropout is None else t * scaled_mask(dropout, t.shape[0], t.shape[1], t.dtype)
 
 
 BACKEND = CompositeBackend()

@@ -16,7 +16,10 @@ from lora_kernels.backends.base import Backend, Scale
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.problem import Problem
 
-_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}  # a block stays in L2 on a CPU; on a GPU launches count, not caches
+_BLOCK_BYTES = {
+    "cpu": 1 << 20,
+    "cuda": 1 << 28,
+}  # a block stays in L2 on a CPU; on a GPU launches count, not caches
 
 
 class EagerBackend(Backend):
@@ -30,9 +33,7 @@ class EagerBackend(Backend):
     def declines(self, problem: Problem) -> str | None:
         return None
 
-    def shrink(
-        self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None
-    ) -> Tensor:
+    def shrink(self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None) -> Tensor:
         wide = _wide(x.dtype)
         if x.is_cuda and dropout is None and x.dtype == a.dtype != wide:
             return torch.mm(x, a, out_dtype=wide).mul_(alpha)
@@ -102,7 +103,8 @@ def _bits(dtype: torch.dtype) -> int:
 def _masked(block: Tensor, dropout: Dropout | None, rows: slice) -> Tensor:
     if dropout is None:
         return block
-    return block * scaled_mask(dropout, *block.shape, block.dtype, row_start=rows.start)
+    height, width = block.shape
+    return block * scaled_mask(dropout, height, width, block.dtype, row_start=rows.start)
 
 
 def _row_blocks(t: Tensor, convert: bool) -> Iterator[slice]:

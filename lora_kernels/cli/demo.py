@@ -16,7 +16,9 @@ MIN_GAIN = 10.0  # points of accuracy
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=60, help="training steps (default: 60)")
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for plot and adapter")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo"), help="folder for plot and adapter"
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
@@ -33,11 +35,11 @@ def run(args: argparse.Namespace) -> int:
 
     _say("loading the encoder twice and the words")
     words, held_out = demo.load_words()
-    runs = [
-        demo.start(which, demo.replacement(which), held_out) for which in ("reference", "ours")
-    ]
+    runs = [demo.start(which, demo.replacement(which), held_out) for which in ("reference", "ours")]
     base = {name: t.clone() for name, t in demo.base_weights(runs[1].model).items()}
-    progress = tqdm(demo.train(runs, words, args.steps), total=args.steps, desc="training", unit="step")
+    progress = tqdm(
+        demo.train(runs, words, args.steps), total=args.steps, desc="training", unit="step"
+    )
     for _ in progress:
         progress.set_postfix({run.name: f"{run.losses[-1]:.3f}" for run in runs})
     for each in runs:
@@ -48,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     theirs, ours = runs
     adapter_bytes = demo.save(ours.model, args.output / "adapter")
     same = torch.equal(
-        demo.logits(demo.reload(args.output / "adapter"), held_out), demo.logits(ours.model, held_out)
+        demo.logits(demo.reload(args.output / "adapter"), held_out),
+        demo.logits(ours.model, held_out),
     )
     untouched = all(torch.equal(base[n], t) for n, t in demo.base_weights(ours.model).items())
     _plot(runs, args.output / "loss.png")
@@ -110,7 +113,9 @@ def _table(results: dict[str, Any], output: Path) -> str:
     if ours["peak_step_mib"] is not None:
         rows.append(("peak memory of a step", "{peak_step_mib:.0f} MiB"))
     lines = [f"\n{'':28}{'reference':>14}{'ours':>14}"]
-    lines += [f"{title:28}{form.format(**theirs):>14}{form.format(**ours):>14}" for title, form in rows]
+    lines += [
+        f"{title:28}{form.format(**theirs):>14}{form.format(**ours):>14}" for title, form in rows
+    ]
     share = 100 * results["trainable_parameters"] / results["all_parameters"]
     lines += [
         "",
@@ -153,9 +158,16 @@ def _plot(runs: list[Any], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for run, style in zip(runs, ({"linewidth": 5, "alpha": 0.35}, {"linewidth": 1.5}), strict=True):
-        axes.plot(run.losses, label=f"{run.name} ({run.after:.1f} % right)", **style)
-    axes.set(xlabel="step", ylabel="training loss", title="MiniLM, rank-8 LoRA: positive or negative word?")
+    for run, width, opacity in zip(
+        runs, (5.0, 1.5), (0.35, 1.0), strict=True
+    ):  # one upon the other
+        label = f"{run.name} ({run.after:.1f} % right)"
+        axes.plot(run.losses, label=label, linewidth=width, alpha=opacity)
+    axes.set(
+        xlabel="step",
+        ylabel="training loss",
+        title="MiniLM, rank-8 LoRA: positive or negative word?",
+    )
     axes.legend()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

@@ -1,0 +1,204 @@
+"""The choice of a backend: preference, force, strictness, environment, and a reason for each that is left out."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from lora_kernels import Problem, dispatch, explain, lora_linear, use_backend
+from lora_kernels.backends.eager import EagerBackend
+from tests.test_functional import operands
+
+PROBLEM = Problem(9, 7, 6, 3, "float32", "float32")
+
+
+class Fake(EagerBackend):
+    """A backend that says what a test wants and counts its products."""
+
+    def __init__(self, name, unavailable=None, declines=None, slower=None):
+        self.name, self._says = name, (unavailable, declines, slower)
+        self.products = 0
+
+    def unavailable(self):
+        return self._says[0]
+
+    def declines(self, problem):
+        return self._says[1]
+
+    def slower(self, problem):
+        return self._says[2]
+
+    def lowrank_matmul(self, *args, **kwargs):
+        self.products += 1
+        return super().lowrank_matmul(*args, **kwargs)
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """install(fake): `fake` is the backend of its name within the test."""
+    real = dispatch.get
+    fakes = {}
+    monkeypatch.setattr(dispatch, "get", lambda name: fakes.get(name) or real(name))
+    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
+    dispatch._choose.cache_clear()
+    yield lambda fake: fakes.setdefault(fake.name, fake)
+    dispatch._choose.cache_clear()
+
+
+def call(**options):
+    x, weight, A, B, bias = operands()
+    return lora_linear(x, weight, A, B, 1.0, bias, **options)
+
+
+def test_the_first_that_can_computes_forward_and_backward(install):
+    cpu = install(Fake("cpu"))
+    call().sum().backward()
+    assert cpu.products == 2
+    assert explain(PROBLEM).backend == "cpu"
+    assert explain(PROBLEM).rejected["eager"] == "cpu comes first"
+
+
+@pytest.mark.parametrize("why", ["unavailable", "declines", "slower"])
+def test_auto_goes_on_and_says_why(install, why):
+    cpu = install(Fake("cpu", **{why: "it rains"}))
+    call()
+    told = explain(PROBLEM)
+    assert cpu.products == 0 and told.backend == "eager" and told.rejected["cpu"] == "it rains"
+    assert "cpu: it rains" in str(told)
+
+
+@pytest.mark.parametrize("why", ["unavailable", "declines"])
+def test_an_explicit_choice_never_falls_back(install, why):
+    install(Fake("cpu", **{why: "it rains"}))
+    for attempt in (lambda: call(backend="cpu"), lambda: explain(PROBLEM, backend="cpu")):
+        with pytest.raises(
+            RuntimeError, match=r"'cpu' was asked for and cannot compute .*: it rains"
+        ):
+            attempt()
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="it rains"):
+        call()
+
+
+def test_an_explicit_choice_may_be_slower(install):
+    cpu = install(Fake("cpu", slower="ATen is faster"))
+    call(backend="cpu")
+    assert cpu.products == 1
+
+
+def test_a_backend_of_another_device_is_refused():
+    with pytest.raises(RuntimeError, match="runs on cuda tensors only, not on cpu"):
+        call(backend="triton")
+
+
+def test_strict_refuses_what_auto_would_let_pass(install):
+    install(Fake("cpu", declines="it rains"))
+    with (
+        use_backend("auto", strict=True),
+        pytest.raises(RuntimeError, match=r"strict: cpu cannot .* it rains"),
+    ):
+        call()
+    call()
+
+
+def test_the_innermost_block_counts_and_ends_after_an_error(install):
+    cpu = install(Fake("cpu"))
+    with use_backend("cpu"):
+        with use_backend("eager"):
+            call()
+        assert cpu.products == 0
+        call()
+    assert cpu.products == 1
+    with pytest.raises(ZeroDivisionError), use_backend("eager"):
+        raise ZeroDivisionError
+    assert explain(PROBLEM).backend == "cpu"
+
+
+def test_a_calls_own_word_goes_before_the_blocks(install):
+    cpu = install(Fake("cpu"))
+    with use_backend("eager"):
+        call(backend="cpu")
+    assert cpu.products == 1
+
+
+def test_backward_takes_the_forwards_word(install):
+    cpu = install(Fake("cpu"))
+    y = call(backend="eager")
+    y.sum().backward()
+    assert cpu.products == 0
+
+
+def test_a_block_holds_for_autograds_and_other_threads(install):
+    cpu = install(Fake("cpu"))
+    with use_backend("eager"):
+        thread = threading.Thread(target=lambda: call().sum().backward())
+        thread.start()
+        thread.join()
+    assert cpu.products == 0
+
+
+def test_the_environment_names_what_auto_means(install, monkeypatch):
+    cpu = install(Fake("cpu"))
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "eager")
+    call()
+    assert cpu.products == 0 and explain(PROBLEM).backend == "eager"
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "fpga")
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'fpga'"):
+        call()
+
+
+def test_unknown_names_are_refused_before_anything_runs():
+    with pytest.raises(ValueError, match="got 'gpu'"), use_backend("gpu"):
+        raise AssertionError("the block must not run")
+    with pytest.raises(ValueError, match="got 'gpu'"):
+        explain(PROBLEM, backend="gpu")
+
+
+class TestGPU:
+    """Device choices, made with numbers alone."""
+
+    problem = Problem(64, 64, 64, 8, "bfloat16", "bfloat16", device="cuda")
+
+    @pytest.fixture
+    def gpu(self, install, monkeypatch):
+        from lora_kernels import selftest
+
+        monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
+        install(Fake("cuda", unavailable="the extension is not built"))
+        return install(Fake("triton"))
+
+    def test_triton_when_there_is_no_extension(self, gpu):
+        told = explain(self.problem)
+        assert told.backend == "triton" and told.rejected["cuda"] == "the extension is not built"
+        assert "cpu tensors only" in told.rejected["cpu"]
+
+    def test_a_backend_that_failed_its_self_test_is_not_used(self, gpu, monkeypatch):
+        from lora_kernels import selftest
+
+        monkeypatch.setattr(selftest, "trusted", lambda backend, device: "dA is off by 3.0")
+        dispatch._choose.cache_clear()
+        told = explain(self.problem)
+        assert told.backend == "eager" and told.rejected["triton"] == "dA is off by 3.0"
+        with pytest.raises(RuntimeError, match="dA is off"):
+            explain(self.problem, backend="triton")
+
+
+def test_problem_counts():
+    problem = Problem(128, 512, 256, 8, "bfloat16", "float32", bias=True)
+    assert problem.flops == 2 * 128 * 512 * 256
+    assert problem.lowrank_flops == 2 * 128 * 8 * (256 + 512)
+    assert problem.frozen_bytes == 2 * (128 * 256 + 256 * 512 + 128 * 512 + 512)
+    assert problem.lowrank_bytes == 4 * 8 * (256 + 512) + 2 * 4 * 128 * 8
+    back = problem.adjoint()
+    assert (back.N, back.K, back.bias, back.w_k_major) == (256, 512, False, False)
+    assert back.adjoint().flops == problem.flops and not problem.empty
+    assert Problem(0, 1, 1, 1, "float32", "float32").empty
+
+
+def test_choices_do_not_depend_on_values_or_layout_of_x():
+    """A choice is remembered per problem, and a problem holds sizes and types alone."""
+    x, weight, A, B, _ = (t.detach() for t in operands())
+    first = explain(x, weight, A, B, 1.0)
+    second = explain(torch.full_like(x, float("nan")).t().contiguous().t(), weight, A, B, 1.0)
+    assert first is second
