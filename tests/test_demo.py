@@ -1,0 +1,103 @@
+"""The demo's main job in small: a real encoder on real words, and that its checks can fail."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from lora_kernels import demo
+from lora_kernels.cli import demo as command
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What the command printed, its exit code and its folder, after a few steps."""
+    import argparse
+    import contextlib
+    import io
+
+    folder = tmp_path_factory.mktemp("demo")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = command.run(parser.parse_args(["--steps", "12", "--output", str(folder), "--json"]))
+    return code, json.loads(out.getvalue()), folder
+
+
+def test_both_runs_learn_the_same(results):
+    code, told, _ = results
+    assert code == 0 and told["failures"] == []
+    assert told["loss_gap"] < 1e-5
+    for run in told["runs"].values():
+        assert run["accuracy_after"] - run["accuracy_before"] >= command.MIN_GAIN
+        assert run["step_ms"] > 0
+
+
+def test_what_lora_promises_holds(results):
+    _, told, folder = results
+    assert told["base_weights_identical"] and told["reloaded_predictions_identical"]
+    assert told["trainable_parameters"] < 0.03 * told["all_parameters"]
+    file = folder / "adapter" / "adapter_model.safetensors"
+    assert file.stat().st_size == told["adapter_bytes"] < 2e6
+    assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_table_holds_the_numbers(results):
+    _, told, folder = results
+    text = command._table(told, folder)
+    for number in (
+        f"{told['runs']['ours']['accuracy_after']:.1f} %",
+        f"{told['runs']['reference']['step_ms']:.1f}",
+        f"{told['trainable_parameters']:,}",
+        f"{told['adapter_bytes'] / 1024:.0f} KiB",
+    ):
+        assert number in text
+
+
+@pytest.mark.parametrize(
+    "change, failure",
+    [
+        ({"loss_gap": 2 * command.MAX_LOSS_GAP}, "losses differ"),
+        ({"base_weights_identical": False}, "changed base weights"),
+        ({"reloaded_predictions_identical": False}, "other predictions"),
+        ({"accuracy_after": 50.0}, "accuracy rose by"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_check_can_fail(results, change, failure):
+    told = copy.deepcopy(results[1])
+    told["runs"]["ours"].update({key: v for key, v in change.items() if key == "accuracy_after"})
+    told.update({key: v for key, v in change.items() if key != "accuracy_after"})
+    assert any(failure in line for line in command._failures(told))
+
+
+def test_the_words_are_the_lexicons():
+    words, held_out = demo.load_words()
+    assert len(held_out) == 1000 and len(words) > 4000
+    assert 0.3 < words.labels.double().mean() < 0.7
+    seen = {tuple(row.tolist()) for row in words.ids}
+    overlap = sum(tuple(row.tolist()) in seen for row in held_out.ids)
+    assert overlap < 20  # spellings that the tokenizer does not tell apart
+
+
+def test_accuracy_is_in_per_cent():
+    class Oracle(torch.nn.Module):
+        def forward(self, ids, mask):
+            return torch.nn.functional.one_hot(ids[:, 0], 2).float()
+
+    labels = torch.tensor([0, 1, 1, 0])
+    words = demo.Words(torch.tensor([[0], [1], [0], [0]]), torch.ones(4, 1), labels)
+    assert demo.accuracy(Oracle(), words) == 75.0
+
+
+def test_a_bad_number_of_steps_is_refused():
+    import argparse
+
+    with pytest.raises(ValueError, match="--steps must be at least 1, got 0"):
+        command.run(argparse.Namespace(steps=0, output=None, json=False))
