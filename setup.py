@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -90,21 +90,17 @@ class Build(build_ext):
         if not sources:
             raise FileNotFoundError("csrc/cpu holds no sources")
         extension = cpp_extension.CppExtension(
-            "lora_kernels._cpu", sources, extra_compile_args=["-O3", "-g0", "-fopenmp"]
+            "lora_kernels._cpu", sources, extra_compile_args=["-O3", "-g0", "-fopenmp", "-w"]
         )
         build = cpp_extension.BuildExtension(
-            self.distribution,
+            Distribution({"ext_modules": [extension]}),
             use_ninja=shutil.which("ninja") is not None,
             no_python_abi_suffix=True,
         )
-        build.inplace, build.build_lib, build.build_temp = (
-            self.inplace,
-            self.build_lib,
-            self.build_temp,
-        )
+        build.build_temp, build.build_lib = self.build_temp, str(Path(self.build_temp) / "lib")
         build.ensure_finalized()
-        build.extensions = [extension]
         build.run()
+        shutil.copy(Path(build.build_lib) / "lora_kernels/_cpu.so", self.destination("cpu"))
 
     def build_cuda(self):
         spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc/cuda/build.py")

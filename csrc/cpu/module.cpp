@@ -1,0 +1,126 @@
+// The operators of lora_kernels/backends/cpu.py: tensors checked and described, then computed.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "product.h"
+#include "reduce_outer.h"
+
+namespace lora_kernels {
+namespace {
+
+using at::Tensor;
+
+Type type_of(at::ScalarType type) {
+  if (type == at::kFloat) return Type::F32;
+  if (type == at::kBFloat16) return Type::BF16;
+  TORCH_CHECK(type == at::kHalf, "the cpu kernels take float32, bfloat16 and float16, got ", type);
+  return Type::F16;
+}
+
+Matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
+  TORCH_CHECK(t.device().is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name,
+              " must be a [", rows, ", ", cols, "] tensor on the CPU, got ", t.sizes(), " on ",
+              t.device());
+  return {static_cast<const char*>(t.const_data_ptr()),
+          type_of(t.scalar_type()),
+          rows,
+          cols,
+          t.stride(0),
+          t.stride(1)};
+}
+
+void check_usable() { TORCH_CHECK(kernels() != nullptr, "this processor has no AVX2 and FMA"); }
+
+// The mask of a [rows, cols] matrix, or nothing when all of it is kept as it is.
+std::optional<Mask> mask_of(int64_t threshold, int64_t seed, double scale, int64_t cols) {
+  if (threshold == 0 && scale == 1.0) return std::nullopt;
+  TORCH_CHECK(threshold >= 0 && threshold <= UINT32_MAX, "threshold must be a 32-bit word, got ",
+              threshold);
+  return Mask{uint32_t(threshold), uint64_t(seed), float(scale), cols};
+}
+
+Tensor shrink(const Tensor& x, const Tensor& a, double alpha, int64_t threshold, int64_t seed,
+              double keep_scale) {
+  check_usable();
+  TORCH_CHECK(x.dim() == 2 && a.dim() == 2, "x and a must be 2-D");
+  const int64_t M = x.size(0), K = x.size(1), R = a.size(1);
+  const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, K);
+  Tensor s = at::empty({M, R}, x.options().dtype(at::kFloat));
+  Product product{matrix(x, "x", M, K), matrix(a, "a", K, R)};
+  product.mask_in = mask ? &*mask : nullptr;
+  product.scale = float(alpha);
+  product.out = s.data_ptr();
+  compute(product);
+  return s;
+}
+
+Tensor expand(const Tensor& x, const Tensor& w, const Tensor& s, const Tensor& b,
+              const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
+              double keep_scale) {
+  check_usable();
+  TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && s.dim() == 2, "x, w and s must be 2-D");
+  TORCH_CHECK(s.scalar_type() == at::kFloat, "s must be float32, got ", s.scalar_type());
+  const int64_t M = x.size(0), K = x.size(1), N = w.size(1), R = s.size(1);
+  const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, N);
+  const Matrix tail = matrix(s, "s", M, R), rows_b = matrix(b, "b", R, N);
+  Tensor y = at::empty({M, N}, x.options());
+  Product product{matrix(x, "x", M, K), matrix(w, "w", K, N), &tail, &rows_b};
+  std::optional<Matrix> row;
+  if (bias) {
+    TORCH_CHECK(bias->dim() == 1, "bias must be 1-D, got ", bias->sizes());
+    row = matrix(bias->unsqueeze(0), "bias", 1, N);
+    product.bias = &*row;
+  }
+  product.mask_out = mask ? &*mask : nullptr;
+  product.out = y.data_ptr();
+  product.out_type = type_of(y.scalar_type());
+  compute(product);
+  return y;
+}
+
+Tensor reduce_outer(const Tensor& left, const Tensor& right, at::ScalarType dtype,
+                    int64_t threshold, int64_t seed, double keep_scale) {
+  check_usable();
+  TORCH_CHECK(left.dim() == 2 && right.dim() == 2, "left and right must be 2-D");
+  const int64_t M = left.size(0), C = left.size(1), D = right.size(1);
+  const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, C);
+  const bool left_wide = mask || C >= D;  // a masked operand is packed as the wide one
+  Matrix wide = matrix(left, "left", M, C), skinny = matrix(right, "right", M, D);
+  if (!left_wide) std::swap(wide, skinny);
+  Tensor out = at::empty({C, D}, left.options().dtype(dtype));
+  Tensor workspace = at::empty({reduce_outer_floats(M, skinny.cols)}, left.options().dtype(at::kFloat));
+  compute(ReduceOuter{wide, skinny, mask ? &*mask : nullptr, out.data_ptr(), type_of(dtype),
+                      left_wide ? 1 : D, left_wide ? D : 1, workspace.mutable_data_ptr<float>()});
+  return out;
+}
+
+std::string isa() { return kernels() == nullptr ? "" : kernels()->name; }
+
+bool use_isa(const std::string& name) { return use_kernels(name.c_str()); }
+
+}  // namespace
+
+TORCH_LIBRARY(lora_kernels_cpu, m) {
+  m.def("shrink(Tensor x, Tensor a, float alpha, int threshold, int seed, float keep_scale) -> Tensor");
+  m.def(
+      "expand(Tensor x, Tensor w, Tensor s, Tensor b, Tensor? bias, int threshold, int seed, "
+      "float keep_scale) -> Tensor");
+  m.def(
+      "reduce_outer(Tensor left, Tensor right, ScalarType dtype, int threshold, int seed, "
+      "float keep_scale) -> Tensor");
+  m.def("isa() -> str", &isa);
+  m.def("use_isa(str name) -> bool", &use_isa);
+}
+
+TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, m) {
+  m.impl("shrink", &shrink);
+  m.impl("expand", &expand);
+  m.impl("reduce_outer", &reduce_outer);
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,56 @@
+// Tasks over ATen's threads, and the memory that each thread keeps for its tiles.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+namespace lora_kernels {
+
+// task(0) .. task(count - 1), whichever thread is free takes the next; within a parallel region, one after another.
+template <class Task>
+void for_each_task(int64_t count, const Task& task) {
+  if (count == 1) return task(0);
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(count, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1)) < count;) task(i);
+  });
+}
+
+// Floats aligned to a cache line, kept by the thread from call to call: freshly mapped pages cost more than the packing
+// that fills them. Its size is bounded by the tile sizes, not by the problem, but for rows of s and of decoded x.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  float* reserve(int64_t floats) {
+    if (floats > capacity_) {
+      std::free(data_);
+      capacity_ = 0;
+      data_ = static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64));
+      if (data_ == nullptr) throw std::bad_alloc();
+      capacity_ = floats;
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+// Hands out consecutive pieces of a thread's scratch, each aligned: first add up, then take.
+inline int64_t aligned(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+inline Scratch& thread_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,241 @@
+// The product by blocks: a thread packs a group of w's panels into its L2 cache and sweeps rows of x over them; the
+// rank-R tail, bias and rounding follow while a tile of results is in L1. Few rows take dot products instead.
+#include "product.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace lora_kernels {
+namespace {
+
+constexpr int64_t MAX_PANELS = 8;
+constexpr int64_t MAX_SCRATCH_ROWS = 512;  // of float32 results that wait for their rounding
+constexpr int64_t MAX_DOT_ROWS = 16;
+constexpr int64_t DOT_COLS = 64;
+
+// Half of the L2 cache, in floats: what a thread's packed panels may take.
+int64_t panel_floats() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t bytes = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 18);
+#else
+  constexpr int64_t bytes = 1 << 20;
+#endif
+  return bytes / 8;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A block of columns of the result, and where its operands lie in the thread's scratch.
+struct Columns {
+  int64_t begin, count;  // of the result
+  int64_t width, panels; // of a panel, in the block
+  float* tile;           // [rows, PITCH]: of x, then of s
+  float* tail;           // [rows, panels·width]: mask_out∘(s·b)
+  float* b;              // [panels, R, width]
+  float* bias;           // [panels·width]
+  int64_t pitch() const { return panels * width; }
+};
+
+class Run {
+ public:
+  explicit Run(const Product& product)
+      : p(product),
+        k(*kernels()),
+        M(p.x.rows),
+        N(p.w.cols),
+        K(p.x.cols),
+        R(p.s == nullptr ? 0 : p.s->cols),
+        pairs(k.multiply_pairs != nullptr && p.x.type == Type::BF16 && p.w.type == Type::BF16 &&
+              p.mask_in == nullptr) {}
+
+  void operator()() const {
+    if (M == 0 || N == 0) return;
+    // A skinny w is transposed for the dots: it is small, and its sums are more exact so.
+    if (M <= MAX_DOT_ROWS && (p.w.row_stride == 1 || N <= DOT_COLS)) return by_dots();
+    by_panels();
+  }
+
+ private:
+  const Product& p;
+  const Kernels& k;
+  const int64_t M, N, K, R;
+  const bool pairs;
+
+  void by_panels() const;
+  void by_dots() const;
+  void panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* c) const;
+  void pack_w(float* to, int64_t from_unit, int64_t units, const Columns& cols) const;
+  void load_x(float* to, int64_t row, int64_t rows, int64_t from_unit, int64_t units) const;
+  void pack_b(const Columns& cols) const;
+  void finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const;
+  bool direct(const Columns& cols) const {
+    return p.out_type == Type::F32 && p.scale == 1.0f && p.mask_out == nullptr &&
+           cols.count == cols.pitch();
+  }
+  int64_t unit() const { return pairs ? 2 : 1; }
+  int64_t tail_floats(int64_t block) const {
+    return aligned(k.rows * PITCH) + aligned(k.rows * block) + aligned(R * block) + aligned(block);
+  }
+  // Sets the tail's pointers to consecutive pieces of `scratch`; the floats behind them.
+  float* take_tail(Columns& cols, float* scratch) const {
+    cols.tile = scratch;
+    cols.tail = cols.tile + aligned(k.rows * PITCH);
+    cols.b = cols.tail + aligned(k.rows * cols.pitch());
+    cols.bias = cols.b + aligned(R * cols.pitch());
+    return cols.bias + aligned(cols.pitch());
+  }
+};
+
+void Run::pack_w(float* to, int64_t from_unit, int64_t units, const Columns& cols) const {
+  const int64_t first = from_unit * unit(), depth = std::min(units * unit(), K - first);
+  for (int64_t g = 0; g < cols.panels; ++g, to += units * cols.width) {
+    const int64_t col = g * cols.width, count = std::min(cols.width, cols.count - col);
+    if (count < cols.width) std::memset(to, 0, units * cols.width * sizeof(float));
+    if (count <= 0) continue;
+    const Matrix from = p.w.from(first, cols.begin + col);
+    if (pairs) {
+      k.copy_panel_pairs(to, cols.width, from, depth, count);
+    } else {
+      k.copy(to, cols.width, from, depth, count);
+    }
+  }
+}
+
+void Run::load_x(float* to, int64_t row, int64_t rows, int64_t from_unit, int64_t units) const {
+  const int64_t first = from_unit * unit(), depth = std::min(units * unit(), K - first);
+  const Matrix from = p.x.from(row, first);
+  if (pairs) return k.copy_tile_pairs(to, from, rows, depth);
+  k.copy(to, PITCH, from, rows, depth);
+  if (p.mask_in != nullptr) k.mask(to, PITCH, *p.mask_in, row, first, rows, depth);
+}
+
+void Run::pack_b(const Columns& cols) const {
+  for (int64_t g = 0; g < cols.panels; ++g) {
+    const int64_t col = g * cols.width, count = std::min(cols.width, cols.count - col);
+    float* to = cols.b + g * R * cols.width;
+    if (count < cols.width) {
+      std::memset(to, 0, R * cols.width * sizeof(float));
+      std::memset(cols.bias + col, 0, cols.width * sizeof(float));
+    }
+    if (count <= 0) continue;
+    if (R > 0) k.copy(to, cols.width, p.b->from(0, cols.begin + col), R, count);
+    if (p.bias != nullptr) k.copy(cols.bias + col, 0, p.bias->from(0, cols.begin + col), 1, count);
+  }
+}
+
+// Adds tail and bias to the float32 results c of some rows, scales them, and stores them unless c is the output.
+void Run::finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const {
+  float* sum = p.mask_out == nullptr ? c : cols.tail;
+  const int64_t sum_pitch = p.mask_out == nullptr ? c_pitch : cols.pitch();
+  for (int64_t r = 0; r < R; r += DEPTH) {
+    const int64_t depth = std::min(DEPTH, R - r);
+    k.copy(cols.tile, PITCH, p.s->from(row, r), rows, depth);
+    for (int64_t g = 0; g < cols.panels; ++g)
+      k.multiply(rows, cols.width / k.lanes, cols.tile, cols.b + (g * R + r) * cols.width, depth,
+                 sum + g * cols.width, sum_pitch, sum == c || r > 0);
+  }
+  if (sum != c && R > 0) {
+    k.mask(sum, sum_pitch, *p.mask_out, row, cols.begin, rows, cols.pitch());
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols.pitch(); ++j) c[i * c_pitch + j] += sum[i * sum_pitch + j];
+  }
+  if (p.bias != nullptr) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols.pitch(); ++j) c[i * c_pitch + j] += cols.bias[j];
+  }
+  char* out = static_cast<char*>(p.out) + (row * N + cols.begin) * size_of(p.out_type);
+  if (static_cast<void*>(c) == out) return;
+  if (p.scale != 1.0f) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols.pitch(); ++j) c[i * c_pitch + j] *= p.scale;
+  }
+  k.store(out, p.out_type, N, 1, c, c_pitch, rows, cols.count);
+}
+
+void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* c) const {
+  const int64_t units = ceil_div(K, unit());
+  const int64_t tiles = ceil_div(rows, k.rows), tile_rows = ceil_div(rows, tiles);
+  const bool in_place = direct(cols);
+  const int64_t c_pitch = in_place ? N : cols.pitch();
+  if (in_place) c = static_cast<float*>(p.out) + row * N + cols.begin;
+  pack_b(cols);
+  for (int64_t u = 0; u == 0 || u < units; u += DEPTH) {
+    const int64_t depth = std::min(DEPTH, units - u);
+    pack_w(w, u, depth, cols);
+    for (int64_t r = 0; r < rows; r += tile_rows) {
+      const int64_t count = std::min(tile_rows, rows - r);
+      load_x(cols.tile, row + r, count, u, depth);
+      for (int64_t g = 0; g < cols.panels; ++g)
+        (pairs ? k.multiply_pairs : k.multiply)(count, cols.width / k.lanes, cols.tile,
+                                                w + g * depth * cols.width, depth,
+                                                c + r * c_pitch + g * cols.width, c_pitch, u > 0);
+      if (u + DEPTH >= units) finish(row + r, count, cols, c + r * c_pitch, c_pitch);
+    }
+  }
+}
+
+void Run::by_panels() const {
+  const int64_t width = N <= k.lanes ? k.lanes : 2 * k.lanes, all = ceil_div(N, width);
+  const int64_t depth = std::min(DEPTH, std::max<int64_t>(ceil_div(K, unit()), 1));
+  const int64_t most = std::clamp<int64_t>(panel_floats() / (depth * width), 1, MAX_PANELS);
+  const int64_t groups = ceil_div(all, most), panels = ceil_div(all, groups);
+  // Several tasks for each thread, but enough rows in each to be worth its packing.
+  const int64_t wanted = ceil_div(4 * at::get_num_threads(), groups);
+  const int64_t splits = std::clamp<int64_t>(M / (groups == 1 ? 48 : 96), 1, wanted);
+  int64_t rows = ceil_div(ceil_div(M, splits), k.rows) * k.rows;
+  if (!(p.out_type == Type::F32 && p.mask_out == nullptr && p.scale == 1.0f))
+    rows = std::min(rows, MAX_SCRATCH_ROWS / k.rows * k.rows);
+  const int64_t chunks = ceil_div(M, rows), block = panels * width;
+  for_each_task(groups * chunks, [&](int64_t task) {
+    Columns cols{};
+    cols.begin = task / chunks * block;
+    cols.count = std::min(block, N - cols.begin);
+    if (cols.count <= 0) return;
+    cols.width = width;
+    cols.panels = ceil_div(cols.count, width);
+    const int64_t row = task % chunks * rows, count = std::min(rows, M - row);
+    const int64_t results = direct(cols) ? 0 : aligned(count * block);
+    float* w = thread_scratch().reserve(tail_floats(block) + aligned(depth * block) + results);
+    float* c = w + aligned(depth * block);
+    take_tail(cols, c + results);
+    panel_task(row, count, cols, w, c);
+  });
+}
+
+void Run::by_dots() const {
+  const bool contiguous = p.w.row_stride == 1;
+  const int64_t x_pitch = aligned(K) + 16, w_floats = contiguous ? 0 : DOT_COLS * x_pitch;
+  for_each_task(ceil_div(N, DOT_COLS), [&](int64_t task) {
+    Columns cols{};
+    cols.begin = task * DOT_COLS;
+    cols.count = std::min(DOT_COLS, N - cols.begin);
+    cols.width = 2 * k.lanes;
+    cols.panels = ceil_div(cols.count, cols.width);
+    const int64_t floats = M * x_pitch + w_floats + M * DOT_COLS + tail_floats(DOT_COLS);
+    float* x = thread_scratch().reserve(floats);
+    float* copied = x + M * x_pitch;
+    float* c = copied + w_floats;
+    take_tail(cols, c + M * DOT_COLS);
+    pack_b(cols);
+    k.copy(x, x_pitch, p.x, M, K);
+    if (p.mask_in != nullptr) k.mask(x, x_pitch, *p.mask_in, 0, 0, M, K);
+    Matrix w = p.w.from(0, cols.begin).transposed();
+    if (!contiguous) {
+      k.copy(copied, x_pitch, w, cols.count, K);
+      w = {reinterpret_cast<const char*>(copied), Type::F32, cols.count, K, x_pitch, 1};
+    }
+    k.dots(x, x_pitch, w, M, cols.count, K, c, DOT_COLS);
+    for (int64_t row = 0; row < M; row += k.rows)
+      finish(row, std::min(k.rows, M - row), cols, c + row * DOT_COLS, DOT_COLS);
+  });
+}
+
+}  // namespace
+
+void compute(const Product& product) { Run{product}(); }
+
+}  // namespace lora_kernels

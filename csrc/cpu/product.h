@@ -1,0 +1,23 @@
+// y = scale·(mask_in∘x)·w + mask_out∘(s·b) + bias: forward, dx, and the skinny products s and q.
+#pragma once
+
+#include "kernels.h"
+
+namespace lora_kernels {
+
+struct Product {
+  Matrix x;                       // [M, K]
+  Matrix w;                       // [K, N]
+  const Matrix* s = nullptr;      // [M, R] float32
+  const Matrix* b = nullptr;      // [R, N]
+  const Matrix* bias = nullptr;   // [1, N]
+  const Mask* mask_in = nullptr;  // of x
+  const Mask* mask_out = nullptr;  // of s·b
+  float scale = 1.0f;
+  void* out = nullptr;  // [M, N], contiguous
+  Type out_type = Type::F32;
+};
+
+void compute(const Product& product);
+
+}  // namespace lora_kernels

@@ -1,0 +1,68 @@
+// The tall reductions by blocks: some columns of the wide operand a thread, all of M in order, results in cache.
+#include "reduce_outer.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace lora_kernels {
+namespace {
+
+constexpr int64_t ROWS = 128;      // of the wide operand packed at once
+constexpr int64_t MAX_COLS = 512;  // 128 x 512 floats: a quarter of a megabyte, in L2
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The skinny operand as tiles: [M / DEPTH, S, PITCH].
+void transpose_skinny(const Kernels& k, const ReduceOuter& p) {
+  const int64_t M = p.skinny.rows, S = p.skinny.cols;
+  for (int64_t m = 0; m < M; m += DEPTH)
+    k.copy(p.workspace + m / DEPTH * S * PITCH, PITCH, p.skinny.from(m, 0).transposed(), S,
+           std::min(DEPTH, M - m));
+}
+
+void reduce_columns(const Kernels& k, const ReduceOuter& p, int64_t begin, int64_t count) {
+  const int64_t M = p.wide.rows, S = p.skinny.cols, width = 2 * k.lanes;
+  const int64_t panels = ceil_div(count, width), pitch = panels * width;
+  const int64_t tile_rows = ceil_div(S, ceil_div(S, k.rows));
+  float* c = thread_scratch().reserve(aligned(S * pitch) + ROWS * pitch);  // [S, pitch]
+  float* panel = c + aligned(S * pitch);                                  // [panels, ROWS, width]
+  if (M == 0) std::memset(c, 0, S * pitch * sizeof(float));
+  for (int64_t m = 0; m < M; m += ROWS) {
+    const int64_t depth = std::min(ROWS, M - m);
+    for (int64_t g = 0; g < panels; ++g) {
+      float* to = panel + g * ROWS * width;
+      const int64_t col = begin + g * width, valid = std::min(width, count - g * width);
+      if (valid < width) std::memset(to, 0, ROWS * width * sizeof(float));
+      k.copy(to, width, p.wide.from(m, col), depth, valid);
+      if (p.mask != nullptr) k.mask(to, width, *p.mask, m, col, depth, valid);
+    }
+    for (int64_t s = 0; s < S; s += tile_rows) {
+      const float* tile = p.workspace + (m / DEPTH * S + s) * PITCH + m % DEPTH;
+      for (int64_t g = 0; g < panels; ++g)
+        k.multiply(std::min(tile_rows, S - s), 2, tile, panel + g * ROWS * width, depth,
+                   c + s * pitch + g * width, pitch, m > 0);
+    }
+  }
+  char* out = static_cast<char*>(p.out) + begin * p.w_stride * size_of(p.out_type);
+  k.store(out, p.out_type, p.s_stride, p.w_stride, c, pitch, S, count);
+}
+
+}  // namespace
+
+int64_t reduce_outer_floats(int64_t M, int64_t S) { return ceil_div(M, DEPTH) * S * PITCH; }
+
+void compute(const ReduceOuter& p) {
+  const Kernels& k = *kernels();
+  const int64_t W = p.wide.cols, width = 2 * k.lanes;
+  if (W == 0 || p.skinny.cols == 0) return;
+  transpose_skinny(k, p);
+  const int64_t share = ceil_div(ceil_div(W, 2 * at::get_num_threads()), width) * width;
+  const int64_t cols = std::min(share, MAX_COLS);
+  for_each_task(ceil_div(W, cols), [&](int64_t task) {
+    reduce_columns(k, p, task * cols, std::min(cols, W - task * cols));
+  });
+}
+
+}  // namespace lora_kernels

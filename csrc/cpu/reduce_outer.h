@@ -1,0 +1,22 @@
+// out = (mask∘left)ᵀ·right: the gradients dA = (mask∘x)ᵀ·q and dB = sᵀ·dy.
+#pragma once
+
+#include "kernels.h"
+
+namespace lora_kernels {
+
+// wide [M, W] and skinny [M, S]; out holds element (s, w) of skinnyᵀ·(mask∘wide) at s·s_stride + w·w_stride. `workspace`
+// takes reduce_outer_floats(M, S) floats. Each sum runs over M in order, whatever the blocks and threads.
+struct ReduceOuter {
+  Matrix wide, skinny;
+  const Mask* mask;  // of wide, or null
+  void* out;
+  Type out_type;
+  int64_t s_stride, w_stride;
+  float* workspace;
+};
+
+int64_t reduce_outer_floats(int64_t M, int64_t S);
+void compute(const ReduceOuter& problem);
+
+}  // namespace lora_kernels

@@ -1,0 +1,262 @@
+// The functions of the table over `Vector`, for whichever instruction set the including file compiles for.
+
+inline float widened(float x) { return x; }
+inline float widened(BF16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline float widened(F16 x) { return _cvtsh_ss(x.bits); }
+
+template <class T>
+inline void store_part(T* out, Vector value, int64_t count) {
+  T buffer[Vector::LANES];
+  value.store(buffer);
+  std::memcpy(out, buffer, count * sizeof(T));
+}
+
+inline Vector load_part(const float* p, int64_t count) {
+  float buffer[Vector::LANES] = {};
+  std::memcpy(buffer, p, count * sizeof(float));
+  return Vector::load(buffer);
+}
+
+// dst[r][c] = src[r·row_stride + c·col_stride].
+template <class T>
+void copy_elements(float* dst, int64_t pitch, const T* src, int64_t row_stride, int64_t col_stride,
+                   int64_t rows, int64_t cols) {
+  constexpr int64_t L = Vector::LANES;
+  if (col_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = src + r * row_stride;
+      float* to = dst + r * pitch;
+      int64_t c = 0;
+      for (; c + L <= cols; c += L) Vector::load(from + c).store(to + c);
+      for (; c < cols; ++c) to[c] = widened(from[c]);
+    }
+    return;
+  }
+  const int64_t whole_rows = row_stride == 1 ? rows / L * L : 0;
+  const int64_t whole_cols = whole_rows ? cols / L * L : 0;
+  for (int64_t c = 0; c < whole_cols; c += L) {
+    for (int64_t r = 0; r < whole_rows; r += L) {
+      Vector block[L];
+      for (int64_t i = 0; i < L; ++i) block[i] = Vector::load(src + r + (c + i) * col_stride);
+      Vector::transpose(block);
+      for (int64_t i = 0; i < L; ++i) block[i].store(dst + (r + i) * pitch + c);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = r < whole_rows ? whole_cols : 0; c < cols; ++c)
+      dst[r * pitch + c] = widened(src[r * row_stride + c * col_stride]);
+  }
+}
+
+void copy(float* dst, int64_t pitch, const Matrix& src, int64_t rows, int64_t cols) {
+  const auto run = [&](auto* data) {
+    copy_elements(dst, pitch, data, src.row_stride, src.col_stride, rows, cols);
+  };
+  if (src.type == Type::F32) return run((const float*)src.data);
+  if (src.type == Type::BF16) return run((const BF16*)src.data);
+  run((const F16*)src.data);
+}
+
+template <class T>
+void store_elements(T* out, int64_t row_stride, int64_t col_stride, const float* src, int64_t pitch,
+                    int64_t rows, int64_t cols) {
+  constexpr int64_t L = Vector::LANES;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* from = src + r * pitch;
+    if (col_stride == 1) {
+      T* to = out + r * row_stride;
+      int64_t c = 0;
+      for (; c + L <= cols; c += L) Vector::load(from + c).store(to + c);
+      if (c < cols) store_part(to + c, load_part(from + c, cols - c), cols - c);
+    } else {
+      for (int64_t c = 0; c < cols; c += L) {
+        T buffer[L];
+        const int64_t count = cols - c < L ? cols - c : L;
+        (count == L ? Vector::load(from + c) : load_part(from + c, count)).store(buffer);
+        for (int64_t i = 0; i < count; ++i)
+          out[r * row_stride + (c + i) * col_stride] = buffer[i];
+      }
+    }
+  }
+}
+
+void store(void* out, Type type, int64_t row_stride, int64_t col_stride, const float* src,
+           int64_t pitch, int64_t rows, int64_t cols) {
+  if (type == Type::F32)
+    return store_elements((float*)out, row_stride, col_stride, src, pitch, rows, cols);
+  if (type == Type::BF16)
+    return store_elements((BF16*)out, row_stride, col_stride, src, pitch, rows, cols);
+  store_elements((F16*)out, row_stride, col_stride, src, pitch, rows, cols);
+}
+
+// Philox-4x32-10 for `LANES` counters at once, four words each; see lora_kernels/dropout.py.
+inline void philox(uint64_t first_counter, uint64_t seed, uint32_t (*words)[Vector::LANES]) {
+  constexpr int L = Vector::LANES;
+  uint32_t c0[L], c1[L], c2[L] = {}, c3[L] = {};
+  for (int i = 0; i < L; ++i) {
+    c0[i] = uint32_t(first_counter + i);
+    c1[i] = uint32_t((first_counter + i) >> 32);
+  }
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int i = 0; i < L; ++i) {
+      const uint64_t p0 = uint64_t(0xD2511F53u) * c0[i], p1 = uint64_t(0xCD9E8D57u) * c2[i];
+      c0[i] = uint32_t(p1 >> 32) ^ c1[i] ^ k0;
+      c1[i] = uint32_t(p1);
+      c2[i] = uint32_t(p0 >> 32) ^ c3[i] ^ k1;
+      c3[i] = uint32_t(p0);
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  std::memcpy(words[0], c0, sizeof c0);
+  std::memcpy(words[1], c1, sizeof c1);
+  std::memcpy(words[2], c2, sizeof c2);
+  std::memcpy(words[3], c3, sizeof c3);
+}
+
+void mask(float* dst, int64_t pitch, const Mask& mask, int64_t row, int64_t col, int64_t rows,
+          int64_t cols) {
+  constexpr int64_t L = Vector::LANES;
+  const uint64_t groups = uint64_t(mask.cols + 3) / 4;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* to = dst + r * pitch;
+    for (int64_t c = 0; c < cols; c += 4 * L) {
+      uint32_t words[4][L];
+      philox(uint64_t(row + r) * groups + uint64_t(col + c) / 4, mask.seed, words);
+      const int64_t count = cols - c < 4 * L ? cols - c : 4 * L;
+      for (int64_t i = 0; i < count; ++i)
+        to[c + i] *= words[i % 4][i / 4] >= mask.threshold ? mask.scale : 0.0f;
+    }
+  }
+}
+
+// c (+)= tile·panel with all results in registers; `Unit` says how one unit of the tile meets one row of the panel. Sums
+// start at zero in every call and are added to c at its end, which is more exact than one long chain.
+template <class Unit, int ROWS, int VECTORS>
+void multiply_block(const float* tile, const float* panel, int64_t depth, float* c, int64_t c_pitch,
+                    bool add) {
+  constexpr int L = Vector::LANES;
+  Vector acc[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j)
+      acc[i][j] = Vector::zero();
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector b[VECTORS];
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) b[j] = Vector::load(panel + (k * VECTORS + j) * L);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const Vector a = Vector::all(tile[i * PITCH + k]);
+#pragma GCC unroll 2
+      for (int j = 0; j < VECTORS; ++j) acc[i][j] = Unit::multiply_add(acc[i][j], a, b[j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < VECTORS; ++j) {
+      float* to = c + i * c_pitch + j * L;
+      (add ? acc[i][j].plus(Vector::load(to)) : acc[i][j]).store(to);
+    }
+  }
+}
+
+template <class Unit, int ROWS>
+void multiply_rows(int64_t rows, int64_t vectors, const float* tile, const float* panel,
+                   int64_t depth, float* c, int64_t c_pitch, bool add) {
+  if constexpr (ROWS > 0) {
+    if (rows < ROWS)
+      return multiply_rows<Unit, ROWS - 1>(rows, vectors, tile, panel, depth, c, c_pitch, add);
+    if (vectors == 2) return multiply_block<Unit, ROWS, 2>(tile, panel, depth, c, c_pitch, add);
+    multiply_block<Unit, ROWS, 1>(tile, panel, depth, c, c_pitch, add);
+  }
+}
+
+struct FloatUnit {
+  static Vector multiply_add(Vector acc, Vector a, Vector b) { return acc.multiply_add(a, b); }
+};
+
+// c[r][n] = x[r]·w[n] for ROWS x COLS, vectors along k; what is left of k is added one by one.
+template <class T, int ROWS, int COLS>
+void dots_block(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch, int64_t depth,
+                float* c, int64_t c_pitch) {
+  constexpr int L = Vector::LANES;
+  Vector acc[ROWS][COLS];
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < COLS; ++j) acc[i][j] = Vector::zero();
+  }
+  int64_t k = 0;
+  for (; k + L <= depth; k += L) {
+    Vector b[COLS];
+#pragma GCC unroll 4
+    for (int j = 0; j < COLS; ++j) b[j] = Vector::load(w + j * w_pitch + k);
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+      const Vector a = Vector::load(x + i * x_pitch + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < COLS; ++j) acc[i][j] = acc[i][j].multiply_add(a, b[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < COLS; ++j) {
+      float sum = acc[i][j].sum();
+      for (int64_t rest = k; rest < depth; ++rest)
+        sum += x[i * x_pitch + rest] * widened(w[j * w_pitch + rest]);
+      c[i * c_pitch + j] = sum;
+    }
+  }
+}
+
+template <class T, int ROWS, int COLS>
+void dots_rows(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch, int64_t rows,
+               int64_t depth, float* c, int64_t c_pitch) {
+  if constexpr (ROWS > 0) {
+    if (rows < ROWS)
+      return dots_rows<T, ROWS - 1, COLS>(x, x_pitch, w, w_pitch, rows, depth, c, c_pitch);
+    dots_block<T, ROWS, COLS>(x, x_pitch, w, w_pitch, depth, c, c_pitch);
+  }
+}
+
+template <class T>
+void dots_elements(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch, int64_t rows,
+                   int64_t cols, int64_t depth, float* c, int64_t c_pitch) {
+  constexpr int64_t STEP = Vector::DOT_COLS;
+  for (int64_t n = 0; n < cols; n += STEP) {
+    for (int64_t r = 0; r < rows; r += Vector::DOT_ROWS) {
+      const int64_t count = rows - r < Vector::DOT_ROWS ? rows - r : Vector::DOT_ROWS;
+      const float* xr = x + r * x_pitch;
+      float* cr = c + r * c_pitch + n;
+      if (n + STEP <= cols) {
+        dots_rows<T, Vector::DOT_ROWS, STEP>(xr, x_pitch, w + n * w_pitch, w_pitch, count, depth,
+                                             cr, c_pitch);
+      } else {
+        for (int64_t j = 0; j < cols - n; ++j)
+          dots_rows<T, Vector::DOT_ROWS, 1>(xr, x_pitch, w + (n + j) * w_pitch, w_pitch, count,
+                                            depth, cr + j, c_pitch);
+      }
+    }
+  }
+}
+
+void dots(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
+          int64_t depth, float* c, int64_t c_pitch) {
+  const auto run = [&](auto* data) {
+    dots_elements(x, x_pitch, data, w.row_stride, rows, cols, depth, c, c_pitch);
+  };
+  if (w.type == Type::F32) return run((const float*)w.data);
+  if (w.type == Type::BF16) return run((const BF16*)w.data);
+  run((const F16*)w.data);
+}

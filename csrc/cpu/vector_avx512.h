@@ -1,0 +1,69 @@
+// Sixteen floats in a register of AVX-512.
+struct Vector {
+  static constexpr int LANES = 16, TILE_ROWS = 12, DOT_ROWS = 6, DOT_COLS = 4;
+  __m512 v;
+
+  static Vector zero() { return {_mm512_setzero_ps()}; }
+  static Vector all(float x) { return {_mm512_set1_ps(x)}; }
+  static Vector load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vector load(const BF16* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+  }
+  static Vector load(const F16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(BF16* p) const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC00000));
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  }
+  void store(F16* p) const {
+    _mm256_storeu_si256((__m256i*)p,
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  Vector multiply_add(Vector a, Vector b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
+  Vector plus(Vector b) const { return {_mm512_add_ps(v, b.v)}; }
+  float sum() const {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+  }
+
+  static __m512d pd(__m512 x) { return _mm512_castps_pd(x); }
+
+  // r[i] lane j <-> r[j] lane i.
+  static void transpose(Vector* r) {
+    __m512 t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+      t[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+    }
+    __m512 u[16];
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(t[i]), pd(t[i + 2])));
+      u[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(t[i]), pd(t[i + 2])));
+      u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(t[i + 1]), pd(t[i + 3])));
+      u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(t[i + 1]), pd(t[i + 3])));
+    }
+    // u[4g + i] holds, in 128-bit part q, column 4q + i of rows 4g .. 4g + 3.
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512 a = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88);
+      const __m512 b = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88);
+      const __m512 c = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xDD);
+      const __m512 d = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xDD);
+      r[i].v = _mm512_shuffle_f32x4(a, b, 0x88);
+      r[i + 8].v = _mm512_shuffle_f32x4(a, b, 0xDD);
+      r[i + 4].v = _mm512_shuffle_f32x4(c, d, 0x88);
+      r[i + 12].v = _mm512_shuffle_f32x4(c, d, 0xDD);
+    }
+  }
+};
