@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.backends.base import Scale
 from lora_kernels.dropout import Dropout, threshold
-
-if TYPE_CHECKING:
-    from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.config import TileConfig
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -67,11 +65,6 @@ def scale_argument(alpha: Scale) -> tuple[float | Tensor, bool]:
 def cdiv(a: int, b: int) -> int:
     """ceil(a / b)."""
     return -(-a // b)
-
-
-def rank_block(R: int, rank_chunk: int) -> int:
-    """How many rank columns a tile holds: R's next power of two, at least 16 for tensor cores, at most rank_chunk."""
-    return min(max(16, 1 << (R - 1).bit_length()), rank_chunk)
 
 
 def needs_int64(*operands: Tensor | None) -> bool:

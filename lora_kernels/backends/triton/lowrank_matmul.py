@@ -6,8 +6,6 @@ tail's operands reuse the shared memory of the loop's pipeline. Forward and dx a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,13 +18,10 @@ from lora_kernels.backends.triton.launch import (
     launch,
     mixed_precision,
     needs_int64,
-    rank_block,
 )
 from lora_kernels.backends.triton.tiles import grouped_order, keep_tile, widen
 from lora_kernels.dropout import Dropout
-
-if TYPE_CHECKING:
-    from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.config import TileConfig, rank_block
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])

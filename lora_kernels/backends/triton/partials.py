@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,9 +9,7 @@ from torch import Tensor
 from lora_kernels.backends.base import Scale
 from lora_kernels.backends.triton.launch import cdiv, launch, scale_argument
 from lora_kernels.backends.triton.tiles import scale_value
-
-if TYPE_CHECKING:
-    from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.config import TileConfig
 
 _BLOCK = 1024
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -17,15 +15,12 @@ from lora_kernels.backends.triton.launch import (
     launch,
     mixed_precision,
     needs_int64,
-    rank_block,
     scale_argument,
 )
 from lora_kernels.backends.triton.partials import sum_partials
 from lora_kernels.backends.triton.tiles import keep_tile, scale_value, widen
 from lora_kernels.dropout import Dropout
-
-if TYPE_CHECKING:
-    from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.config import TileConfig, rank_block
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])

@@ -1,0 +1,188 @@
+"""Few rows in one launch: y = x·w + bias + (alpha·x·a)·b for M <= 64, w streamed once.
+
+Weights are the tall operand of the matrix instruction, so that a tile of w is not repeated in every warp. The sum over K is
+split, because N alone gives too few programs; each part adds its own s·b, as the product is linear. The program that
+arrives last at a block of columns, told by an integer counter, adds the parts in index order: which one it is does not
+change a bit of the result.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.backends.base import Scale
+from lora_kernels.backends.triton.launch import (
+    base_precision,
+    cdiv,
+    launch,
+    mixed_precision,
+    needs_int64,
+    scale_argument,
+)
+from lora_kernels.backends.triton.tiles import scale_value, widen
+from lora_kernels.tuning.config import TileConfig, rank_block
+
+
+@triton.jit(do_not_specialize=["M"])
+def _decode_kernel(
+    x_ptr,  # [M, K]
+    w_ptr,  # [K, N]
+    a_ptr,  # [K, R]
+    b_ptr,  # [R, N]
+    bias_ptr,  # [N]
+    y_ptr,  # [M, N], contiguous
+    s_ptr,  # [M, R] float32, contiguous
+    y_parts_ptr,  # [SPLIT, M, N] float32
+    s_parts_ptr,  # [SPLIT, M, R] float32
+    arrived_ptr,  # int32 [blocks of columns], zero before and after
+    alpha,
+    M,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_wk,
+    stride_wn,
+    stride_ak,
+    stride_ar,
+    stride_br,
+    stride_bn,
+    stride_bias,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SHRINK_PRECISION: tl.constexpr,
+    TAIL_PRECISION: tl.constexpr,
+    ALPHA_IS_PTR: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    part = pid % SPLIT
+    pid_n = pid // SPLIT
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    mask_r = offs_r < R
+    row = widen(offs_m, WIDE)
+    col = widen(offs_n, WIDE)
+    rank = widen(offs_r, WIDE)
+
+    per_part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
+    k_start = part * per_part
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    s = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+    for k in range(k_start, min(k_start + per_part, K), BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        term = widen(offs_k, WIDE)
+        x_ptrs = x_ptr + term[:, None] * stride_xk + row[None, :] * stride_xm
+        w_ptrs = w_ptr + col[:, None] * stride_wn + term[None, :] * stride_wk
+        a_ptrs = a_ptr + rank[:, None] * stride_ar + term[None, :] * stride_ak
+        x = tl.load(x_ptrs, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+        a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
+        acc = tl.dot(w, x, acc, input_precision=PRECISION)
+        s = tl.dot(a, x.to(a.dtype), s, input_precision=SHRINK_PRECISION)
+
+    # An infinite x makes a padded rank NaN (inf·0), which must not reach y.
+    s = tl.where(mask_r[:, None], s * scale_value(alpha, ALPHA_IS_PTR), 0.0)
+    b_ptrs = b_ptr + col[:, None] * stride_bn + rank[None, :] * stride_br
+    b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
+    acc = tl.dot(b.to(tl.float32), s, acc, input_precision=TAIL_PRECISION)
+
+    y_offs = row[None, :] * N + col[:, None]
+    s_offs = offs_m[None, :] * R + offs_r[:, None]
+    mask_y = mask_n[:, None] & mask_m[None, :]
+    mask_s = mask_r[:, None] & mask_m[None, :]
+    last = True
+    if SPLIT > 1:
+        tl.store(y_parts_ptr + part.to(tl.int64) * M * N + y_offs, acc, mask=mask_y)
+        if pid_n == 0:
+            tl.store(s_parts_ptr + part * M * R + s_offs, s, mask=mask_s)
+        tl.debug_barrier()  # every thread's parts are written before one of them announces this program
+        last = tl.atomic_add(arrived_ptr + pid_n, 1, sem="acq_rel") == SPLIT - 1
+        if last:
+            tl.store(arrived_ptr + pid_n, 0)
+            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            s = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+            for i in range(SPLIT):
+                y_part = y_parts_ptr + tl.full((), i, tl.int64) * M * N
+                acc += tl.load(y_part + y_offs, mask=mask_y, other=0.0, cache_modifier=".cg")
+                if pid_n == 0:
+                    s_part = s_parts_ptr + i * M * R
+                    s += tl.load(s_part + s_offs, mask=mask_s, other=0.0, cache_modifier=".cg")
+    if last:
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
+            acc += bias.to(tl.float32)[:, None]
+        tl.store(y_ptr + y_offs, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
+        if pid_n == 0:
+            tl.store(s_ptr + s_offs, s, mask=mask_s)
+
+
+def decode(
+    x: Tensor, w: Tensor, a: Tensor, b: Tensor, alpha: Scale, bias: Tensor | None, config: TileConfig
+) -> tuple[Tensor, Tensor]:
+    """(y [M, N], s [M, R] float32): x [M, K] with M <= 64, w [K, N], a [K, R] with R <= 64, b [R, N], any strides.
+
+    K may be zero; M, N and R may not.
+    """
+    (M, K), N, R = x.shape, w.shape[1], a.shape[1]
+    split = min(config.split, max(1, cdiv(K, config.block_k)))
+    blocks = cdiv(N, config.block_n)
+    y = x.new_empty((M, N))
+    s = x.new_empty((M, R), dtype=torch.float32)
+    y_parts = x.new_empty((split, M, N) if split > 1 else 0, dtype=torch.float32)
+    s_parts = x.new_empty((split, M, R) if split > 1 else 0, dtype=torch.float32)
+    arrived = x.new_zeros(blocks if split > 1 else 1, dtype=torch.int32)
+    scale, alpha_is_ptr = scale_argument(alpha)
+    launch(
+        _decode_kernel,
+        blocks * split,
+        config,
+        x.device,
+        x,
+        w,
+        a,
+        b,
+        bias,
+        y,
+        s,
+        y_parts,
+        s_parts,
+        arrived,
+        scale,
+        M,
+        N,
+        K,
+        R,
+        *x.stride(),
+        *w.stride(),
+        *a.stride(),
+        *b.stride(),
+        0 if bias is None else bias.stride(0),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_R=rank_block(R, config.rank_chunk),
+        SPLIT=split,
+        PRECISION=base_precision(x.dtype),
+        SHRINK_PRECISION=base_precision(x.dtype)
+        if a.dtype == x.dtype
+        else mixed_precision(x.dtype, a.dtype),
+        TAIL_PRECISION=mixed_precision(x.dtype, x.dtype),
+        ALPHA_IS_PTR=alpha_is_ptr,
+        HAS_BIAS=bias is not None,
+        WIDE=needs_int64(x, w, a, b, y_parts),
+    )
+    return y, s

@@ -1,0 +1,110 @@
+"""Both skinny products of the backward from one reading of dy: q = alpha·dy·b_t and dB = sᵀ·dy.
+
+A program takes one block of columns and one part of the rows. Its contribution to q is complete over its columns only, its
+contribution to dB over its rows only; both are float32 partial results, summed in index order afterwards.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.backends.base import Scale
+from lora_kernels.backends.triton.launch import cdiv, launch, mixed_precision, needs_int64
+from lora_kernels.backends.triton.partials import sum_partials
+from lora_kernels.backends.triton.tiles import widen
+from lora_kernels.tuning.config import TileConfig, rank_block
+
+
+@triton.jit(do_not_specialize=["M"])
+def _shrink_outer_kernel(
+    dy_ptr,  # [M, N]
+    b_ptr,  # [N, R]
+    s_ptr,  # [M, R] float32
+    q_ptr,  # [blocks of columns, M, R] float32
+    db_ptr,  # [SPLIT, R, N] float32
+    M,
+    N,
+    R,
+    stride_dm,
+    stride_dn,
+    stride_bn,
+    stride_br,
+    stride_sm,
+    stride_sr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLIT: tl.constexpr,
+    Q_PRECISION: tl.constexpr,
+    DB_PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    part = pid % SPLIT
+    pid_n = pid // SPLIT
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_n = offs_n < N
+    mask_r = offs_r < R
+    col = widen(offs_n, WIDE)
+    rank = widen(offs_r, WIDE)
+    b_ptrs = b_ptr + col[:, None] * stride_bn + rank[None, :] * stride_br
+    b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0).to(tl.float32)
+
+    per_part = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT) * BLOCK_M
+    db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for m in range(part * per_part, min((part + 1) * per_part, M), BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        row = widen(offs_m, WIDE)
+        dy_ptrs = dy_ptr + row[:, None] * stride_dm + col[None, :] * stride_dn
+        s_ptrs = s_ptr + row[:, None] * stride_sm + rank[None, :] * stride_sr
+        dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
+        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        q = tl.dot(dy, b, input_precision=Q_PRECISION)  # [BLOCK_M, BLOCK_R]
+        db = tl.dot(tl.trans(dy), s, db, input_precision=DB_PRECISION)
+        q_row = (pid_n * M + offs_m).to(tl.int64)
+        tl.store(q_ptr + q_row[:, None] * R + offs_r[None, :], q, mask=mask_m[:, None] & mask_r[None, :])
+
+    db_ptrs = db_ptr + part.to(tl.int64) * R * N + col[:, None] + rank[None, :] * N
+    tl.store(db_ptrs, db, mask=mask_n[:, None] & mask_r[None, :])
+
+
+def shrink_outer(
+    dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: torch.dtype, config: TileConfig
+) -> tuple[Tensor, Tensor]:
+    """(q [M, R] float32, dB [R, N] in `dtype`): dy [M, N], b_t [N, R], s [M, R] float32, any strides, none empty."""
+    (M, N), R = dy.shape, s.shape[1]
+    blocks = cdiv(N, config.block_n)
+    split = min(config.split, cdiv(M, config.block_m))
+    q_parts = dy.new_empty((blocks, M, R), dtype=torch.float32)
+    db_parts = dy.new_empty((split, R, N), dtype=torch.float32)
+    launch(
+        _shrink_outer_kernel,
+        blocks * split,
+        config,
+        dy.device,
+        dy,
+        b_t,
+        s,
+        q_parts,
+        db_parts,
+        M,
+        N,
+        R,
+        *dy.stride(),
+        *b_t.stride(),
+        *s.stride(),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_R=rank_block(R, config.rank_chunk),
+        SPLIT=split,
+        Q_PRECISION=mixed_precision(dy.dtype, torch.float32 if b_t.dtype == torch.float32 else dy.dtype),
+        DB_PRECISION=mixed_precision(dy.dtype, dtype),
+        WIDE=needs_int64(dy, b_t, s, db_parts),
+    )
+    q = sum_partials(q_parts, dy.new_empty((M, R), dtype=torch.float32), config, alpha)
+    return q, sum_partials(db_parts, dy.new_empty((R, N), dtype=dtype), config)

@@ -1,0 +1,94 @@
+"""How one kernel is tiled, and the single statement of which tilings a problem and a GPU allow."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lora_kernels.problem import ITEMSIZE, Problem
+from lora_kernels.tuning.targets import Target
+
+KERNELS = ("shrink", "lowrank_matmul", "one_pass", "decode", "reduce_outer", "shrink_outer")
+DECODE_ROWS = 64  # the most rows that `decode` holds in one tile
+FUSED_RANK = 64  # the largest rank of the kernels that keep a whole rank beside the main tile
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile sizes and launch options of `kernel`.
+
+    A tile has block_m rows, block_n columns and block_k terms of a sum at a time; rank columns come in chunks of at most
+    `rank_chunk`. `group_m` blocks of rows share an L2 neighbourhood. `split` parts of the sum are added in index order.
+    `tma`: fetch through tensor descriptors where the operands allow it.
+    """
+
+    kernel: str
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    split: int = 1
+    tma: bool = False
+    rank_chunk: int = 64
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        text = f"{self.kernel} {self.block_m}x{self.block_n}x{self.block_k}"
+        text += f" w{self.num_warps} s{self.num_stages}" + (f" split {self.split}" if self.split > 1 else "")
+        return text + (" tma" if self.tma else "")
+
+
+def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
+    """None if `config` can compute `problem` on `target`, else the rule that it breaks."""
+    for name in ("block_m", "block_n", "block_k", "num_warps", "rank_chunk"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1 or value & (value - 1):
+            return f"{name} must be a power of two, got {value!r}"
+    for name in ("num_stages", "group_m", "split"):
+        if not isinstance(getattr(config, name), int) or getattr(config, name) < 1:
+            return f"{name} must be a positive integer, got {getattr(config, name)!r}"
+    if config.kernel not in KERNELS:
+        return f"kernel must be one of {KERNELS}, got {config.kernel!r}"
+    if problem.dtype == "float64":
+        return "float64 has no tensor-core form"
+    if config.block_k < 16 or config.rank_chunk < 16:
+        return "block_k and rank_chunk must be at least 16, the shortest sum of a matrix instruction"
+    if config.tma and not target.tma:
+        return f"{target.name} has no tensor descriptors"
+    if config.kernel == "decode" and problem.M > DECODE_ROWS:
+        return f"decode takes at most {DECODE_ROWS} rows, got {problem.M}"
+    if config.kernel in ("decode", "shrink_outer") and problem.R > FUSED_RANK:
+        return f"{config.kernel} takes a rank of at most {FUSED_RANK}, got {problem.R}"
+    if config.kernel == "decode" and problem.dropout:
+        return "decode has no dropout"
+    needed = smem_bytes(config, problem)
+    if needed > target.smem_bytes:
+        return f"needs {needed} bytes of shared memory, {target.name} has {target.smem_bytes}"
+    return None
+
+
+def rank_block(R: int, rank_chunk: int) -> int:
+    """How many rank columns a tile holds: R's next power of two, at least 16 for tensor cores, at most rank_chunk."""
+    return min(max(16, 1 << (R - 1).bit_length()), rank_chunk)
+
+
+def smem_bytes(config: TileConfig, problem: Problem) -> int:
+    """Shared memory of the operand tiles that the pipeline of `config` keeps in flight; compilations confirm it."""
+    size = ITEMSIZE[problem.dtype]
+    adapter = ITEMSIZE[problem.adapter_dtype]
+    ranks = rank_block(problem.R, config.rank_chunk)
+    m, n, k = config.block_m, config.block_n, config.block_k
+    stage = {
+        "shrink": m * k * size + k * ranks * adapter,
+        "lowrank_matmul": (m + n) * k * size,
+        "one_pass": (m + n) * k * size + k * ranks * adapter,
+        "decode": (m + n) * k * size + k * ranks * adapter,
+        "reduce_outer": m * n * size + m * ranks * 4,
+        "shrink_outer": m * n * size + m * ranks * 4,
+    }[config.kernel]
+    extra = n * ranks * (adapter + 4) if config.kernel == "shrink_outer" else 0
+    return max(1, config.num_stages - (not config.tma)) * stage + extra

@@ -1,0 +1,79 @@
+"""What the cost model and the limits of a configuration need to know about each GPU architecture.
+
+Shared memory and registers are an architecture's own limits (CUDA C++ programming guide, compute capabilities; AMD CDNA3
+and RDNA3 ISA guides). Rates are those of the named reference chip: dense tensor-core peak and memory bandwidth from its
+data sheet, times the share of it that a plain matrix product and a plain copy are known to reach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Target:
+    """One architecture: `name` is "sm_90" or "gfx942", `chip` the reference chip whose rates these are."""
+
+    name: str
+    chip: str
+    smem_bytes: int  # shared memory that one block may use
+    registers: int  # of one thread, before it spills
+    multiprocessors: int
+    bandwidth_gbs: float  # achievable copy bandwidth, 1e9 bytes a second
+    l2_gbs: float  # L2 to multiprocessors
+    half_tflops: float  # achievable, bfloat16 and float16 with float32 accumulation
+    tf32_tflops: float
+    float32_tflops: float
+    gap_us: float = 1.5  # between dependent launches
+    tma: bool = False
+    warp_size: int = 32
+    tmem_columns: int = 0  # tensor memory, 0 where accumulators are registers
+
+    def tflops(self, dtype: str, tf32: bool = False) -> float:
+        """The achievable rate of a product in `dtype`, 1e12 operations a second."""
+        if dtype in ("float16", "bfloat16"):
+            return self.half_tflops
+        return self.tf32_tflops if tf32 else self.float32_tflops
+
+
+# name, chip, smem, regs, SMs, GB/s, L2 GB/s, half, tf32, float32
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("sm_80", "A100 SXM", 163 * KIB, 255, 108, 1550, 4000, 270, 135, 18),
+        Target("sm_86", "RTX 3090", 99 * KIB, 255, 82, 850, 2200, 70, 35, 30),
+        Target("sm_89", "RTX 4090", 99 * KIB, 255, 128, 920, 4500, 160, 80, 70),
+        Target("sm_90", "H100 SXM", 227 * KIB, 255, 132, 3000, 5500, 798, 400, 55, tma=True),
+        Target(
+            "sm_100", "B200", 227 * KIB, 255, 148, 7000, 9000, 1650, 800, 70, tma=True, tmem_columns=512
+        ),
+        Target("sm_120", "RTX 5090", 99 * KIB, 255, 170, 1650, 6000, 200, 100, 90),
+        Target("gfx942", "MI300X", 64 * KIB, 512, 304, 4000, 8000, 700, 300, 120, 4.0, warp_size=64),
+        Target("gfx1100", "RX 7900 XTX", 64 * KIB, 256, 96, 860, 3000, 90, 45, 45, 4.0),
+    )
+}
+
+
+def target_of(architecture: str) -> Target:
+    """The target of an architecture's name, "sm_90" or "gfx942"; the nearest older one for a name not listed.
+
+    ValueError for an architecture older than every one listed: its tensor cores are not used by these kernels.
+    """
+    if architecture in TARGETS:
+        return TARGETS[architecture]
+    kind = "sm_" if architecture.startswith("sm_") else "gfx"
+    older = [
+        t
+        for name, t in TARGETS.items()
+        if name.startswith(kind) and _version(name) <= _version(architecture)
+    ]
+    if not older:
+        raise ValueError(f"architecture must be sm_80 or newer, gfx942 or gfx1100, got {architecture!r}")
+    return max(older, key=lambda t: _version(t.name))
+
+
+def _version(architecture: str) -> int:
+    digits = architecture.removeprefix("sm_").removeprefix("gfx").rstrip("abf")
+    return int(digits or "0", 16)
