@@ -111,6 +111,7 @@ def resolve_backward(
         device=dy.device.type,
         dropout=dropout is not None,
         w_k_major=saved.weight is None or saved.weight.stride(0) == 1,
+        backward=True,
     )
     return get(_choose(*_asked(name), problem, dy.device, torch.get_num_threads()).backend)
 

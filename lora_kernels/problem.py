@@ -16,7 +16,7 @@ class Problem:
     """Sizes and types of one call, forward or (see `adjoint`) backward.
 
     `dtype` is that of x, W, bias and y; `adapter_dtype` that of A and B. `device` is a torch device type: "cpu", "cuda".
-    `w_k_major` says that consecutive k are adjacent in memory: true in forward (nn.Linear stores [N, K]).
+    `w_k_major` says that consecutive k are adjacent in memory: true in forward (nn.Linear stores [N, K]). `backward`: x is dy, y is dx, and dA and dB are computed beside them.
     """
 
     M: int
@@ -29,6 +29,7 @@ class Problem:
     bias: bool = False
     dropout: bool = False
     w_k_major: bool = True
+    backward: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -65,7 +66,14 @@ class Problem:
 
     def adjoint(self) -> Problem:
         """The problem of dx = dy·Wᵀ + q·Aᵀ: the same computation with K and N exchanged, no bias."""
-        return replace(self, N=self.K, K=self.N, bias=False, w_k_major=not self.w_k_major)
+        return replace(
+            self,
+            N=self.K,
+            K=self.N,
+            bias=False,
+            w_k_major=not self.w_k_major,
+            backward=not self.backward,
+        )
 
     def __str__(self) -> str:
         adapters = "" if self.adapter_dtype == self.dtype else f", {self.adapter_dtype} adapters"

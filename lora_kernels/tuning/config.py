@@ -38,7 +38,9 @@ class TileConfig:
 
     def __str__(self) -> str:
         text = f"{self.kernel} {self.block_m}x{self.block_n}x{self.block_k}"
-        text += f" w{self.num_warps} s{self.num_stages}" + (f" split {self.split}" if self.split > 1 else "")
+        text += f" w{self.num_warps} s{self.num_stages}" + (
+            f" split {self.split}" if self.split > 1 else ""
+        )
         return text + (" tma" if self.tma else "")
 
 
@@ -56,7 +58,9 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
     if problem.dtype == "float64":
         return "float64 has no tensor-core form"
     if config.block_k < 16 or config.rank_chunk < 16:
-        return "block_k and rank_chunk must be at least 16, the shortest sum of a matrix instruction"
+        return (
+            "block_k and rank_chunk must be at least 16, the shortest sum of a matrix instruction"
+        )
     if config.tma and not target.tma:
         return f"{target.name} has no tensor descriptors"
     if config.kernel == "decode" and problem.M > DECODE_ROWS:

@@ -47,10 +47,23 @@ TARGETS = {
         Target("sm_89", "RTX 4090", 99 * KIB, 255, 128, 920, 4500, 160, 80, 70),
         Target("sm_90", "H100 SXM", 227 * KIB, 255, 132, 3000, 5500, 798, 400, 55, tma=True),
         Target(
-            "sm_100", "B200", 227 * KIB, 255, 148, 7000, 9000, 1650, 800, 70, tma=True, tmem_columns=512
+            "sm_100",
+            "B200",
+            227 * KIB,
+            255,
+            148,
+            7000,
+            9000,
+            1650,
+            800,
+            70,
+            tma=True,
+            tmem_columns=512,
         ),
         Target("sm_120", "RTX 5090", 99 * KIB, 255, 170, 1650, 6000, 200, 100, 90),
-        Target("gfx942", "MI300X", 64 * KIB, 512, 304, 4000, 8000, 700, 300, 120, 4.0, warp_size=64),
+        Target(
+            "gfx942", "MI300X", 64 * KIB, 512, 304, 4000, 8000, 700, 300, 120, 4.0, warp_size=64
+        ),
         Target("gfx1100", "RX 7900 XTX", 64 * KIB, 256, 96, 860, 3000, 90, 45, 45, 4.0),
     )
 }
@@ -70,7 +83,9 @@ def target_of(architecture: str) -> Target:
         if name.startswith(kind) and _version(name) <= _version(architecture)
     ]
     if not older:
-        raise ValueError(f"architecture must be sm_80 or newer, gfx942 or gfx1100, got {architecture!r}")
+        raise ValueError(
+            f"architecture must be sm_80 or newer, gfx942 or gfx1100, got {architecture!r}"
+        )
     return max(older, key=lambda t: _version(t.name))
 
 

@@ -131,7 +131,13 @@ def _decode_kernel(
 
 
 def decode(
-    x: Tensor, w: Tensor, a: Tensor, b: Tensor, alpha: Scale, bias: Tensor | None, config: TileConfig
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    alpha: Scale,
+    bias: Tensor | None,
+    config: TileConfig,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, R] float32): x [M, K] with M <= 64, w [K, N], a [K, R] with R <= 64, b [R, N], any strides.
 

@@ -52,7 +52,9 @@ class Mask(NamedTuple):
         if dropout is None:
             return cls(None, 0, 1.0)
         limit = threshold(dropout.p)
-        return cls(dropout.seed, limit - 2**32 if limit >= 2**31 else limit, 1.0 / (1.0 - dropout.p))
+        return cls(
+            dropout.seed, limit - 2**32 if limit >= 2**31 else limit, 1.0 / (1.0 - dropout.p)
+        )
 
 
 def scale_argument(alpha: Scale) -> tuple[float | Tensor, bool]:
@@ -70,7 +72,8 @@ def cdiv(a: int, b: int) -> int:
 def needs_int64(*operands: Tensor | None) -> bool:
     """Whether some element lies 2³¹ or more elements behind its tensor's first, so that a 32-bit offset would wrap."""
     return any(
-        t is not None and sum((n - 1) * stride for n, stride in zip(t.shape, t.stride())) >= 2**31
+        t is not None
+        and sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) >= 2**31
         for t in operands
         if t is not None and t.numel()
     )

@@ -73,7 +73,7 @@ def _lowrank_matmul_kernel(
     if TMA:
         for k in range(0, K, BLOCK_K):
             x_tile = x.load([pid_m * BLOCK_M, k])
-            if W_K_MAJOR:
+            if W_K_MAJOR:  # noqa: SIM108, a constant decides which branch is compiled
                 w_tile = w.load([pid_n * BLOCK_N, k]).T
             else:
                 w_tile = w.load([k, pid_n * BLOCK_N])
@@ -114,7 +114,9 @@ def _lowrank_matmul_kernel(
     else:
         acc = tail
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[
+            None, :
+        ]
     y_ptrs = y_ptr + row[:, None] * N + col[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
@@ -145,7 +147,9 @@ def lowrank_matmul(
     x_operand, w_operand = x, w
     if tma:
         stored_w = w.t() if w_k_major else w
-        w_block = [config.block_n, config.block_k] if w_k_major else [config.block_k, config.block_n]
+        w_block = (
+            [config.block_n, config.block_k] if w_k_major else [config.block_k, config.block_n]
+        )
         x_operand = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
         w_operand = TensorDescriptor.from_tensor(stored_w, w_block)
     launch(
@@ -194,4 +198,9 @@ def tma_applies(x: Tensor, w: Tensor) -> bool:
 
 def _describable(t: Tensor) -> bool:
     row_bytes = t.stride(0) * t.itemsize
-    return t.numel() > 0 and t.stride(1) == 1 and row_bytes > 0 and (row_bytes | t.data_ptr()) % 16 == 0
+    return (
+        t.numel() > 0
+        and t.stride(1) == 1
+        and row_bytes > 0
+        and (row_bytes | t.data_ptr()) % 16 == 0
+    )

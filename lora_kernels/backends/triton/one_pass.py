@@ -120,7 +120,9 @@ def _one_pass_kernel(
             tl.store(s_ptrs, scaled, mask=mask_m[:, None] & mask_r[None, :])
 
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[
+            None, :
+        ]
     y_ptrs = y_ptr + row[:, None] * N + col[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 

@@ -67,7 +67,9 @@ def _reduce_outer_kernel(
         wide = tl.load(wide_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
         thin = tl.load(thin_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         if DROPOUT:
-            wide *= keep_tile(seed_ptr, threshold, offs_m, c_start, C, BLOCK_M, BLOCK_C).to(wide.dtype)
+            wide *= keep_tile(seed_ptr, threshold, offs_m, c_start, C, BLOCK_M, BLOCK_C).to(
+                wide.dtype
+            )
         acc = tl.dot(tl.trans(wide.to(tl.float32)), thin, acc, input_precision=PRECISION)
 
     if SPLIT == 1:
@@ -89,8 +91,9 @@ def reduce_outer(
     One operand is wide, in the base's dtype; the other has a rank's width and is float32. A masked left is the wide one.
     """
     M = left.shape[0]
-    left_is_wide = dropout is not None or right.dtype == torch.float32 and (
-        left.dtype != torch.float32 or left.shape[1] >= right.shape[1]
+    left_is_wide = dropout is not None or (
+        right.dtype == torch.float32
+        and (left.dtype != torch.float32 or left.shape[1] >= right.shape[1])
     )
     wide, thin = (left, right) if left_is_wide else (right, left)
     C, R = wide.shape[1], thin.shape[1]

@@ -88,7 +88,11 @@ def _shrink_kernel(
     if SPLIT == 1:
         acc = acc * scale_value(alpha, ALPHA_IS_PTR) * keep_scale
     out_row = (part * M + offs_m).to(tl.int64)
-    tl.store(out_ptr + out_row[:, None] * R + offs_r[None, :], acc, mask=mask_m[:, None] & mask_r[None, :])
+    tl.store(
+        out_ptr + out_row[:, None] * R + offs_r[None, :],
+        acc,
+        mask=mask_m[:, None] & mask_r[None, :],
+    )
 
 
 def shrink(
@@ -131,7 +135,9 @@ def shrink(
         BLOCK_R=block_r,
         SPLIT=split,
         EVEN_K=K % config.block_k == 0,
-        PRECISION=base_precision(x.dtype) if a.dtype == x.dtype else mixed_precision(x.dtype, a.dtype),
+        PRECISION=base_precision(x.dtype)
+        if a.dtype == x.dtype
+        else mixed_precision(x.dtype, a.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
         DROPOUT=dropout is not None,
         WIDE=needs_int64(x, a),
@@ -139,4 +145,6 @@ def shrink(
     )
     if split == 1:
         return parts[0]
-    return sum_partials(parts, x.new_empty((M, R), dtype=torch.float32), config, alpha, mask.keep_scale)
+    return sum_partials(
+        parts, x.new_empty((M, R), dtype=torch.float32), config, alpha, mask.keep_scale
+    )

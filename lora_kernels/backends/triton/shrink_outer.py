@@ -67,7 +67,9 @@ def _shrink_outer_kernel(
         q = tl.dot(dy, b, input_precision=Q_PRECISION)  # [BLOCK_M, BLOCK_R]
         db = tl.dot(tl.trans(dy), s, db, input_precision=DB_PRECISION)
         q_row = (pid_n * M + offs_m).to(tl.int64)
-        tl.store(q_ptr + q_row[:, None] * R + offs_r[None, :], q, mask=mask_m[:, None] & mask_r[None, :])
+        tl.store(
+            q_ptr + q_row[:, None] * R + offs_r[None, :], q, mask=mask_m[:, None] & mask_r[None, :]
+        )
 
     db_ptrs = db_ptr + part.to(tl.int64) * R * N + col[:, None] + rank[None, :] * N
     tl.store(db_ptrs, db, mask=mask_n[:, None] & mask_r[None, :])
@@ -102,7 +104,9 @@ def shrink_outer(
         BLOCK_N=config.block_n,
         BLOCK_R=rank_block(R, config.rank_chunk),
         SPLIT=split,
-        Q_PRECISION=mixed_precision(dy.dtype, torch.float32 if b_t.dtype == torch.float32 else dy.dtype),
+        Q_PRECISION=mixed_precision(
+            dy.dtype, torch.float32 if b_t.dtype == torch.float32 else dy.dtype
+        ),
         DB_PRECISION=mixed_precision(dy.dtype, dtype),
         WIDE=needs_int64(dy, b_t, s, db_parts),
     )

@@ -1,0 +1,201 @@
+"""Which algorithm and tiles a problem gets on a GPU: the device's tuned table, else the cost model, else a safe default.
+
+Nothing here looks at a device or measures: the same problem gets the same answer, within a CUDA graph too. M counts only by
+its bucket, a power of two, so that a new sequence length compiles nothing new.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import DECODE_ROWS, FUSED_RANK, TileConfig, fits
+from lora_kernels.tuning.cost import predict_us
+from lora_kernels.tuning.targets import TARGETS, Target
+
+_HALF = ("float16", "bfloat16")
+_BUCKETS = (16, 64, 256, 512, 1024, 2048, 4096, 8192)  # of M; larger problems are like the largest
+
+# (block_m, block_n, block_k, num_warps, num_stages) of the tiled product, large tiles first.
+_MATMUL_HALF = {
+    "sm_80": [(128, 128, 32, 4, 4), (64, 128, 64, 4, 3)],
+    "sm_86": [(128, 128, 32, 4, 3), (64, 64, 64, 4, 3)],
+    "sm_89": [(128, 128, 32, 4, 3), (64, 64, 64, 4, 3)],
+    "sm_90": [(128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 3)],
+    "sm_100": [(128, 256, 64, 8, 3), (128, 128, 64, 4, 3)],
+    "sm_120": [(128, 128, 32, 4, 3), (64, 64, 64, 4, 3)],
+    "gfx942": [(128, 128, 32, 8, 2), (64, 64, 32, 4, 2)],
+    "gfx1100": [(64, 64, 32, 4, 2)],
+}
+_MATMUL_FLOAT32 = [(64, 64, 32, 4, 3)]
+_ONE_PASS_HALF = {
+    "sm_80": [(64, 128, 32, 4, 3)],
+    "sm_90": [(128, 128, 64, 8, 3)],
+    "sm_100": [(128, 128, 64, 8, 3)],
+}
+_ONE_PASS_OTHER = [(64, 64, 32, 4, 2)]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`algorithm` computes y; `source` says what decided; `configs` has a tile for every kernel the problem may need."""
+
+    algorithm: str
+    source: str
+    configs: tuple[TileConfig, ...]
+
+    def config(self, kernel: str) -> TileConfig:
+        """The tile of `kernel`."""
+        return next(c for c in self.configs if c.kernel == kernel)
+
+
+def bucket(M: int) -> int:
+    """The smallest bucket that holds M, or the largest bucket."""
+    return next((b for b in _BUCKETS if b >= M), _BUCKETS[-1])
+
+
+def select(problem: Problem, target: Target, algorithm: str | None = None) -> Choice:
+    """The choice for `problem` on `target`; `algorithm` forces one of two_kernel, one_pass and decode.
+
+    ValueError when the forced algorithm cannot compute the problem.
+    """
+    return _select(replace(problem, M=bucket(problem.M), bias=False), target, algorithm)
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(problem: Problem, target: Target, algorithm: str | None) -> Choice:
+    from lora_kernels.tuning import tables
+
+    configs = _configs(problem, target)
+    possible = {
+        name: config for name, config in configs.items() if fits(config, problem, target) is None
+    }
+    by_algorithm = {
+        "two_kernel": possible.get("lowrank_matmul"),
+        "one_pass": possible.get("one_pass"),
+        "decode": possible.get("decode"),
+    }
+    if algorithm is not None:
+        if algorithm not in by_algorithm:
+            raise ValueError(f"algorithm must be one of {tuple(by_algorithm)}, got {algorithm!r}")
+        if by_algorithm[algorithm] is None:
+            kernel = "lowrank_matmul" if algorithm == "two_kernel" else algorithm
+            raise ValueError(
+                f"{algorithm} cannot compute {problem}: {fits(configs[kernel], problem, target)}"
+            )
+        return Choice(algorithm, "forced", tuple(possible.values()))
+    tuned = tables.lookup(problem, target)
+    if tuned is not None:
+        kept = {**possible, **{c.kernel: c for c in tuned.configs}}
+        return Choice(tuned.algorithm, "tuned", tuple(kept.values()))
+    times = {
+        name: predict_us(name, problem, target, config)
+        for name, config in by_algorithm.items()
+        if config is not None
+    }
+    times["aten"] = predict_us("aten", problem, target)
+    return Choice(min(times, key=times.__getitem__), "cost model", tuple(possible.values()))
+
+
+def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """The tiles of `kernel` that this package ships for `target` and that fit `problem`: what `tune` times."""
+    made = _candidates(kernel, problem, target)
+    return [config for config in made if fits(config, problem, target) is None]
+
+
+def shipped(target: Target) -> list[tuple[Problem, TileConfig]]:
+    """Every configuration that `select` can return for `target`, each once, with a problem that gets it.
+
+    Over what decides a configuration: types, rank chunk, bucket of M, and widths small and large.
+    """
+    found: dict[tuple[TileConfig, str, str, int], tuple[Problem, TileConfig]] = {}
+    for dtype, adapter_dtype in (
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("float32", "float32"),
+    ):
+        for R in (16, 64, 128):
+            for M in _BUCKETS:
+                for N, K in ((512, 4096), (4096, 4096), (4096, 512)):
+                    problem = Problem(M, N, K, R, dtype, adapter_dtype, device="cuda")
+                    for config in _select(problem, target, None).configs:
+                        key = (config, dtype, adapter_dtype, min(R, config.rank_chunk))
+                        found.setdefault(key, (problem, config))
+    return list(found.values())
+
+
+def _configs(problem: Problem, target: Target) -> dict[str, TileConfig]:
+    """The best shipped tile of each kernel by the cost model, whether or not it fits."""
+
+    def best(kernel: str, algorithm: str) -> TileConfig:
+        made = _candidates(kernel, problem, target)
+        fitting = [c for c in made if fits(c, problem, target) is None]
+        return min(
+            fitting or made, key=lambda config: predict_us(algorithm, problem, target, config)
+        )
+
+    return {
+        "shrink": _shrink(problem, target),
+        "lowrank_matmul": best("lowrank_matmul", "two_kernel"),
+        "one_pass": best("one_pass", "one_pass"),
+        "decode": best("decode", "decode"),
+        "reduce_outer": _reduce_outer(problem, target),
+        "shrink_outer": _shrink_outer(problem, target),
+    }
+
+
+def _candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    half = problem.dtype in _HALF
+    if kernel == "lowrank_matmul":
+        tiles = _MATMUL_HALF[target.name] if half else _MATMUL_FLOAT32
+        chunk = 32 if half and target.name in ("sm_86", "sm_89", "sm_120") else 64
+        return [
+            TileConfig(kernel, *tile, tma=target.tma and half, rank_chunk=chunk if half else 32)
+            for tile in tiles
+        ]
+    if kernel == "one_pass":
+        tiles = _ONE_PASS_HALF.get(target.name, _ONE_PASS_OTHER) if half else _ONE_PASS_OTHER
+        return [TileConfig(kernel, *tile, rank_chunk=32) for tile in tiles]
+    if kernel == "decode":
+        return [_decode(problem, target)]
+    return [_configs(problem, target)[kernel]]
+
+
+def _shrink(problem: Problem, target: Target) -> TileConfig:
+    half = problem.dtype in _HALF and problem.adapter_dtype in _HALF
+    block_m, block_k = (64, 64) if half else (64, 32)
+    split = _split(
+        target.multiprocessors // max(1, problem.M // block_m), problem.K // (4 * block_k)
+    )
+    return TileConfig("shrink", block_m, 1, block_k, 4, 3, split=split)
+
+
+def _decode(problem: Problem, target: Target) -> TileConfig:
+    half = problem.dtype in _HALF and problem.adapter_dtype in _HALF
+    block_n, block_k = (64, 64) if half else (64, 32)
+    split = _split(
+        2 * target.multiprocessors // max(1, problem.N // block_n), problem.K // (4 * block_k)
+    )
+    return TileConfig(
+        "decode", max(16, min(problem.M, DECODE_ROWS)), block_n, block_k, 4, 3, split=split
+    )
+
+
+def _reduce_outer(problem: Problem, target: Target) -> TileConfig:
+    split = _split(target.multiprocessors // max(1, problem.K // 64), problem.M // 256)
+    return TileConfig("reduce_outer", 32, 64, 16, 4, 2, split=split)
+
+
+def _shrink_outer(problem: Problem, target: Target) -> TileConfig:
+    split = _split(target.multiprocessors // max(1, problem.N // 64), problem.M // 256)
+    return TileConfig("shrink_outer", 32, 64, 16, 4, 2, split=split, rank_chunk=FUSED_RANK)
+
+
+def _split(wanted: int, most: int) -> int:
+    """The largest power of two that is at most `wanted`, `most` and 16; at least 1. Sizes alone decide it."""
+    limit = max(1, min(wanted, most, 16))
+    return 1 << (limit.bit_length() - 1)
+
+
+__all__ = ["TARGETS", "Choice", "bucket", "candidates", "select", "shipped"]

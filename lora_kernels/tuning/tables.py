@@ -1,0 +1,107 @@
+"""Tuned tables: what `tune` measured on a device, as JSON in the user's cache, read when a problem of it is chosen.
+
+A file belongs to one target and is a list of entries {"problem": {...}, "algorithm": ..., "configs": [...]}. An entry that
+this version cannot read or that breaks `fits` is left out; a file that is no such list counts as absent.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_kernels import env
+from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import KERNELS, TileConfig, fits
+from lora_kernels.tuning.cost import ALGORITHMS
+from lora_kernels.tuning.targets import Target
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was fastest for `problem`, whose M is a bucket."""
+
+    problem: Problem
+    algorithm: str
+    configs: tuple[TileConfig, ...]
+
+
+def path(target: Target) -> Path:
+    """The file of a target; it may not exist."""
+    return env.cache_dir() / f"tuned-{target.name}-v{VERSION}.json"
+
+
+def lookup(problem: Problem, target: Target) -> Entry | None:
+    """The entry of exactly this problem, or None."""
+    return load(path(target), target).get(_key(problem))
+
+
+def load(file: Path, target: Target) -> dict[Problem, Entry]:
+    """The valid entries of a file, by problem; read again only when the file has changed."""
+    try:
+        changed = file.stat().st_mtime_ns
+    except OSError:
+        return {}
+    return _load(file, changed, target)
+
+
+def save(entries: list[Entry], target: Target) -> Path:
+    """Add `entries` to the target's file, replacing those of the same problems; written aside and moved into place."""
+    file = path(target)
+    merged = {**load(file, target), **{_key(entry.problem): entry for entry in entries}}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps([_to_json(entry) for entry in merged.values()], indent=1)
+    handle, scratch = tempfile.mkstemp(dir=file.parent, suffix=".json")
+    try:
+        with os.fdopen(handle, "w") as out:
+            out.write(text)
+        os.replace(scratch, file)
+    except BaseException:
+        os.unlink(scratch)
+        raise
+    return file
+
+
+@functools.lru_cache(maxsize=16)
+def _load(file: Path, changed: int, target: Target) -> dict[Problem, Entry]:
+    try:
+        raw = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raw = None
+    if not isinstance(raw, list):
+        env.logger().warning("%s is no tuned table and is not used", file)
+        return {}
+    entries = (_from_json(item, target) for item in raw)
+    return {_key(entry.problem): entry for entry in entries if entry is not None}
+
+
+def _key(problem: Problem) -> Problem:
+    """What decides a choice: everything but whether there is a bias."""
+    return replace(problem, bias=False, device="cuda")
+
+
+def _to_json(entry: Entry) -> dict[str, Any]:
+    return {
+        "problem": asdict(entry.problem),
+        "algorithm": entry.algorithm,
+        "configs": [config.to_json() for config in entry.configs],
+    }
+
+
+def _from_json(item: Any, target: Target) -> Entry | None:
+    try:
+        problem = Problem(**item["problem"])
+        configs = tuple(TileConfig(**config) for config in item["configs"])
+        algorithm = item["algorithm"]
+    except (KeyError, TypeError):
+        return None
+    known = algorithm in ALGORITHMS and all(config.kernel in KERNELS for config in configs)
+    if not known or any(fits(config, problem, target) for config in configs):
+        return None
+    return Entry(problem, algorithm, configs)
