@@ -10,17 +10,17 @@
 
 namespace lora_kernels {
 namespace {
-#include "vector_avx2.h"
 #include "tiles.h"
+#include "vector_avx2.h"
 }  // namespace
 
 const Kernels AVX2_KERNELS = {
-    "avx2",   Vector::TILE_ROWS,
-    Vector::LANES,
-    copy,     store,
-    mask,     multiply_rows<FloatUnit, Vector::TILE_ROWS>,
-    dots,     nullptr,
-    nullptr,  nullptr,
+    "avx2",        Vector::TILE_ROWS,
+    Vector::LANES, copy,
+    pack,          store,
+    mask,          multiply_rows<FloatUnit, Vector::TILE_ROWS>,
+    dots,          nullptr,
+    nullptr,       nullptr,
 };
 
 }  // namespace lora_kernels

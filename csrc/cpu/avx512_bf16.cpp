@@ -3,15 +3,17 @@
 #include "elements.h"
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #endif
 
 namespace lora_kernels {
 namespace {
-#include "vector_avx512.h"
 #include "tiles.h"
+#include "vector_avx512.h"
 
 struct PairUnit {
   static Vector multiply_add(Vector acc, Vector a, Vector b) {
@@ -26,7 +28,7 @@ inline void store_pair(float* dst, uint32_t low, uint32_t high) {
 }
 
 // dst[r][p] = elements (r, 2p) and (r, 2p + 1) of src.
-void copy_tile_pairs(float* dst, const Matrix& src, int64_t rows, int64_t k) {
+void copy_pairs(float* dst, const Matrix& src, int64_t rows, int64_t k) {
   const uint16_t* data = (const uint16_t*)src.data;
   for (int64_t r = 0; r < rows; ++r) {
     const uint16_t* from = data + r * src.row_stride;
@@ -41,65 +43,79 @@ void copy_tile_pairs(float* dst, const Matrix& src, int64_t rows, int64_t k) {
   }
 }
 
-// dst[p][c] = elements (2p, c) and (2p + 1, c) of src.
-void copy_panel_pairs(float* dst, int64_t pitch, const Matrix& src, int64_t k, int64_t cols) {
+inline uint32_t element(const Matrix& m, int64_t row, int64_t col) {
+  return ((const uint16_t*)m.data)[row * m.row_stride + col * m.col_stride];
+}
+
+// Pairs along contiguous k are 32 adjacent bits: one panel by transposing 16 x 16 of them.
+void transpose_pairs(float* dst, int64_t width, const Matrix& src, int64_t pairs, int64_t cols) {
   const uint16_t* data = (const uint16_t*)src.data;
-  const int64_t pairs = k / 2;
-  int64_t whole = 0;  // columns done by vectors
-  if (src.row_stride == 1) {
-    // A pair is 32 adjacent bits: a transposition of 32-bit units, the last few pairs one by one.
-    const int64_t whole_pairs = pairs / 16 * 16;
-    whole = whole_pairs ? cols / 16 * 16 : 0;
-    for (int64_t c = 0; c < whole; c += 16) {
-      for (int64_t p = 0; p < whole_pairs; p += 16) {
-        Vector block[16];
-        for (int64_t i = 0; i < 16; ++i)
-          block[i] = Vector::load((const float*)(data + 2 * p + (c + i) * src.col_stride));
-        Vector::transpose(block);
-        for (int64_t i = 0; i < 16; ++i) block[i].store(dst + (p + i) * pitch + c);
-      }
-      for (int64_t p = whole_pairs; p < pairs; ++p) {
-        for (int64_t i = c; i < c + 16; ++i)
-          std::memcpy(dst + p * pitch + i, data + 2 * p + i * src.col_stride, 4);
-      }
-    }
-  } else if (src.col_stride == 1) {
-    whole = cols / 16 * 16;
-    for (int64_t p = 0; p < pairs; ++p) {
-      const uint16_t* low = data + 2 * p * src.row_stride;
-      const uint16_t* high = low + src.row_stride;
-      for (int64_t c = 0; c < whole; c += 16) {
-        const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(low + c)));
-        const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(high + c)));
-        _mm512_storeu_si512(dst + p * pitch + c, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
-      }
+  const int64_t whole_pairs = pairs / 16 * 16, whole_cols = cols / 16 * 16;
+  for (int64_t c = 0; c < whole_cols; c += 16) {
+    for (int64_t p = 0; p < whole_pairs; p += 16) {
+      Vector block[16];
+      for (int64_t i = 0; i < 16; ++i)
+        block[i] = Vector::load((const float*)(data + 2 * p + (c + i) * src.col_stride));
+      Vector::transpose(block);
+      for (int64_t i = 0; i < 16; ++i) block[i].store(dst + (p + i) * width + c);
     }
   }
-  const auto element = [&](int64_t row, int64_t col) -> uint32_t {
-    return data[row * src.row_stride + col * src.col_stride];
-  };
   for (int64_t p = 0; p < pairs; ++p) {
-    for (int64_t c = whole; c < cols; ++c)
-      store_pair(dst + p * pitch + c, element(2 * p, c), element(2 * p + 1, c));
+    for (int64_t c = p < whole_pairs ? whole_cols : 0; c < cols; ++c)
+      std::memcpy(dst + p * width + c, data + 2 * p + c * src.col_stride, 4);
   }
-  if (k % 2) {
-    for (int64_t c = 0; c < cols; ++c) store_pair(dst + pairs * pitch + c, element(k - 1, c), 0);
+}
+
+// Pairs of two rows with contiguous columns: 16 columns at once, across panels.
+void interleave_pairs(float* dst, int64_t panel, int64_t width, const Matrix& src, int64_t pairs,
+                      int64_t cols) {
+  for (int64_t p = 0; p < pairs; ++p) {
+    const uint16_t* low = (const uint16_t*)src.data + 2 * p * src.row_stride;
+    const uint16_t* high = low + src.row_stride;
+    float* to_panel = dst + p * width;
+    for (int64_t c = 0; c < cols; c += width, to_panel += panel) {
+      const int64_t end = cols - c < width ? cols : c + width;
+      float* to = to_panel;
+      int64_t i = c;
+      for (; i + 16 <= end; i += 16, to += 16) {
+        _mm_prefetch((const char*)(low + ROWS_AHEAD * src.row_stride + i), _MM_HINT_T0);
+        _mm_prefetch((const char*)(high + ROWS_AHEAD * src.row_stride + i), _MM_HINT_T0);
+        const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(low + i)));
+        const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(high + i)));
+        _mm512_storeu_si512(to, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+      }
+      for (; i < end; ++i) store_pair(to++, low[i], high[i]);
+    }
+  }
+}
+
+// Row p of a panel holds elements (2p, c) and (2p + 1, c) of src.
+void pack_pairs(float* dst, int64_t panel, int64_t width, const Matrix& src, int64_t k,
+                int64_t cols) {
+  const int64_t pairs = k / 2;
+  if (src.col_stride == 1) {
+    interleave_pairs(dst, panel, width, src, pairs, cols);
+  } else if (src.row_stride == 1) {
+    for (int64_t c = 0; c < cols; c += width)
+      transpose_pairs(dst + c / width * panel, width, src.from(0, c), pairs,
+                      cols - c < width ? cols - c : width);
+  }
+  const bool by_elements = src.col_stride != 1 && src.row_stride != 1;
+  for (int64_t p = by_elements ? 0 : pairs; p < (k + 1) / 2; ++p) {
+    for (int64_t c = 0; c < cols; ++c)
+      store_pair(dst + c / width * panel + p * width + c % width, element(src, 2 * p, c),
+                 2 * p + 1 < k ? element(src, 2 * p + 1, c) : 0);
   }
 }
 }  // namespace
 
 const Kernels AVX512_BF16_KERNELS = {
-    "avx512_bf16",
-    Vector::TILE_ROWS,
-    Vector::LANES,
-    copy,
-    store,
-    mask,
-    multiply_rows<FloatUnit, Vector::TILE_ROWS>,
-    dots,
-    copy_tile_pairs,
-    copy_panel_pairs,
-    multiply_rows<PairUnit, Vector::TILE_ROWS>,
+    "avx512_bf16", Vector::TILE_ROWS,
+    Vector::LANES, copy,
+    pack,          store,
+    mask,          multiply_rows<FloatUnit, Vector::TILE_ROWS>,
+    dots,          copy_pairs,
+    pack_pairs,    multiply_rows<PairUnit, Vector::TILE_ROWS>,
 };
 
 }  // namespace lora_kernels

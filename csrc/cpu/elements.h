@@ -1,4 +1,5 @@
-// Half-precision elements as bits, and what every file that compiles for one instruction set includes beforehand.
+// Half-precision elements as bits, and what every file that compiles for one instruction set
+// includes beforehand.
 #pragma once
 
 #include <immintrin.h>

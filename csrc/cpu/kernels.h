@@ -1,17 +1,19 @@
 // What one instruction set offers: a table of functions on tiles that lie in a cache.
 //
-// A product y = x·w is computed from tiles of x and panels of w. A tile holds up to `rows` rows of x, `PITCH` units apart;
-// a panel holds `lanes` or 2·`lanes` columns of w, row after row. A unit is what one multiplication takes from x: a float,
-// or, for the bfloat16 instructions, a pair of neighbouring k. Results are float32 tiles, added to in k's order, so that
-// no blocking changes a bit.
+// A product y = x·w is computed from tiles of x and panels of w. A tile holds up to `rows` rows of
+// x, `PITCH` units apart; a panel holds `lanes` or 2·`lanes` columns of w, row after row. A unit is
+// what one multiplication takes from x: a float, or, for the bfloat16 instructions, a pair of
+// neighbouring k. Results are float32 tiles, added to in k's order, so that no blocking changes a
+// bit.
 #pragma once
 
 #include <cstdint>
 
 namespace lora_kernels {
 
-constexpr int64_t DEPTH = 1024;        // the most units of k in one call
-constexpr int64_t PITCH = DEPTH + 16;  // not a power of two: rows of a tile must not share a cache set
+constexpr int64_t DEPTH = 1024;  // the most units of k in one call
+constexpr int64_t PITCH =
+    DEPTH + 16;  // not a power of two: rows of a tile must not share a cache set
 
 enum class Type { F32, BF16, F16 };
 
@@ -34,8 +36,8 @@ struct Matrix {
   Matrix transposed() const { return {data, type, cols, rows, col_stride, row_stride}; }
 };
 
-// The dropout mask of lora_kernels/dropout.py: an element is multiplied by `scale`, or by 0 where its word is below
-// `threshold`. `cols` is the width of the whole masked matrix.
+// The dropout mask of lora_kernels/dropout.py: an element is multiplied by `scale`, or by 0 where
+// its word is below `threshold`. `cols` is the width of the whole masked matrix.
 struct Mask {
   uint32_t threshold;
   uint64_t seed;
@@ -50,10 +52,15 @@ struct Kernels {
 
   // dst[r][c] = src[r][c] for a rows x cols corner, `pitch` floats from row to row.
   void (*copy)(float* dst, int64_t pitch, const Matrix& src, int64_t rows, int64_t cols);
+  // Panels of `width` columns of src, `panel` floats apart: rows x cols of it, row after row in
+  // each panel.
+  void (*pack)(float* dst, int64_t panel, int64_t width, const Matrix& src, int64_t rows,
+               int64_t cols);
   // out[r][c] = src[r][c], rounded to `type`; `pitch` floats from row to row of src.
   void (*store)(void* out, Type type, int64_t row_stride, int64_t col_stride, const float* src,
                 int64_t pitch, int64_t rows, int64_t cols);
-  // Mask the rows x cols floats that are (row, col) onward of the masked matrix; col is a multiple of 4.
+  // Mask the rows x cols floats that are (row, col) onward of the masked matrix; col is a multiple
+  // of 4.
   void (*mask)(float* dst, int64_t pitch, const Mask& mask, int64_t row, int64_t col, int64_t rows,
                int64_t cols);
   // c = tile·panel, or c += tile·panel: rows x (vectors·lanes), vectors 1 or 2, depth <= DEPTH.
@@ -63,10 +70,12 @@ struct Kernels {
   void (*dots)(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
                int64_t depth, float* c, int64_t c_pitch);
 
-  // The same on pairs of bfloat16; null where the processor has no instruction for them. Pairs run along src's columns
-  // in a tile, along its rows in a panel; depth counts pairs, and an odd last element is paired with 0.
-  void (*copy_tile_pairs)(float* dst, const Matrix& src, int64_t rows, int64_t k);
-  void (*copy_panel_pairs)(float* dst, int64_t pitch, const Matrix& src, int64_t k, int64_t cols);
+  // The same on pairs of bfloat16; null where the processor has no instruction for them. Pairs run
+  // along src's columns in a tile, along its rows in a panel; depth counts pairs, and an odd last
+  // element is paired with 0.
+  void (*copy_pairs)(float* dst, const Matrix& src, int64_t rows, int64_t k);
+  void (*pack_pairs)(float* dst, int64_t panel, int64_t width, const Matrix& src, int64_t k,
+                     int64_t cols);
   void (*multiply_pairs)(int64_t rows, int64_t vectors, const float* tile, const float* panel,
                          int64_t depth, float* c, int64_t c_pitch, bool add);
 };
@@ -75,8 +84,9 @@ extern const Kernels AVX2_KERNELS;
 extern const Kernels AVX512_KERNELS;
 extern const Kernels AVX512_BF16_KERNELS;
 
-// The best table for this processor and ATen's capability, or null. `use_kernels` names another one, for tests: "avx2",
-// "avx512", "avx512_bf16", or "" for the best; false where the processor cannot run it.
+// The best table for this processor and ATen's capability, or null. `use_kernels` names another
+// one, for tests: "avx2", "avx512", "avx512_bf16", or "" for the best; false where the processor
+// cannot run it.
 const Kernels* kernels();
 bool use_kernels(const char* name);
 

@@ -93,7 +93,8 @@ Tensor reduce_outer(const Tensor& left, const Tensor& right, at::ScalarType dtyp
   Matrix wide = matrix(left, "left", M, C), skinny = matrix(right, "right", M, D);
   if (!left_wide) std::swap(wide, skinny);
   Tensor out = at::empty({C, D}, left.options().dtype(dtype));
-  Tensor workspace = at::empty({reduce_outer_floats(M, skinny.cols)}, left.options().dtype(at::kFloat));
+  Tensor workspace =
+      at::empty({reduce_outer_floats(M, skinny.cols)}, left.options().dtype(at::kFloat));
   compute(ReduceOuter{wide, skinny, mask ? &*mask : nullptr, out.data_ptr(), type_of(dtype),
                       left_wide ? 1 : D, left_wide ? D : 1, workspace.mutable_data_ptr<float>()});
   return out;
@@ -106,7 +107,9 @@ bool use_isa(const std::string& name) { return use_kernels(name.c_str()); }
 }  // namespace
 
 TORCH_LIBRARY(lora_kernels_cpu, m) {
-  m.def("shrink(Tensor x, Tensor a, float alpha, int threshold, int seed, float keep_scale) -> Tensor");
+  m.def(
+      "shrink(Tensor x, Tensor a, float alpha, int threshold, int seed, float keep_scale) -> "
+      "Tensor");
   m.def(
       "expand(Tensor x, Tensor w, Tensor s, Tensor b, Tensor? bias, int threshold, int seed, "
       "float keep_scale) -> Tensor");

@@ -9,7 +9,8 @@
 
 namespace lora_kernels {
 
-// task(0) .. task(count - 1), whichever thread is free takes the next; within a parallel region, one after another.
+// task(0) .. task(count - 1), whichever thread is free takes the next; within a parallel region,
+// one after another.
 template <class Task>
 void for_each_task(int64_t count, const Task& task) {
   if (count == 1) return task(0);
@@ -20,8 +21,9 @@ void for_each_task(int64_t count, const Task& task) {
   });
 }
 
-// Floats aligned to a cache line, kept by the thread from call to call: freshly mapped pages cost more than the packing
-// that fills them. Its size is bounded by the tile sizes, not by the problem, but for rows of s and of decoded x.
+// Floats aligned to a cache line, kept by the thread from call to call: freshly mapped pages cost
+// more than the packing that fills them. Its size is bounded by the tile sizes, not by the problem,
+// but for rows of s and of decoded x.
 class Scratch {
  public:
   Scratch() = default;

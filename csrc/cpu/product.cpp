@@ -1,5 +1,6 @@
-// The product by blocks: a thread packs a group of w's panels into its L2 cache and sweeps rows of x over them; the
-// rank-R tail, bias and rounding follow while a tile of results is in L1. Few rows take dot products instead.
+// The product by blocks: a thread packs a group of w's panels into its L2 cache and sweeps rows of
+// x over them; the rank-R tail, bias and rounding follow while a tile of results is in L1. Few rows
+// take dot products instead.
 #include "product.h"
 
 #include <unistd.h>
@@ -12,7 +13,9 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t MAX_PANELS = 8;
+constexpr int64_t MAX_PANELS = 16;
+constexpr int64_t FEW_ROWS = 32;  // so few that reading w decides: wide blocks, read along its rows
+constexpr int64_t SHALLOW = 256;
 constexpr int64_t MAX_SCRATCH_ROWS = 512;  // of float32 results that wait for their rounding
 constexpr int64_t MAX_DOT_ROWS = 16;
 constexpr int64_t DOT_COLS = 64;
@@ -31,12 +34,12 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A block of columns of the result, and where its operands lie in the thread's scratch.
 struct Columns {
-  int64_t begin, count;  // of the result
-  int64_t width, panels; // of a panel, in the block
-  float* tile;           // [rows, PITCH]: of x, then of s
-  float* tail;           // [rows, panels·width]: mask_out∘(s·b)
-  float* b;              // [panels, R, width]
-  float* bias;           // [panels·width]
+  int64_t begin, count;   // of the result
+  int64_t width, panels;  // of a panel, in the block
+  float* tile;            // [rows, PITCH]: of x, then of s
+  float* tail;            // [rows, panels·width]: mask_out∘(s·b)
+  float* b;               // [panels, R, width]
+  float* bias;            // [panels·width]
   int64_t pitch() const { return panels * width; }
 };
 
@@ -76,6 +79,7 @@ class Run {
     return p.out_type == Type::F32 && p.scale == 1.0f && p.mask_out == nullptr &&
            cols.count == cols.pitch();
   }
+  int64_t chunk() const { return p.w.col_stride == 1 && M <= FEW_ROWS ? SHALLOW : DEPTH; }
   int64_t unit() const { return pairs ? 2 : 1; }
   int64_t tail_floats(int64_t block) const {
     return aligned(k.rows * PITCH) + aligned(k.rows * block) + aligned(R * block) + aligned(block);
@@ -92,42 +96,31 @@ class Run {
 
 void Run::pack_w(float* to, int64_t from_unit, int64_t units, const Columns& cols) const {
   const int64_t first = from_unit * unit(), depth = std::min(units * unit(), K - first);
-  for (int64_t g = 0; g < cols.panels; ++g, to += units * cols.width) {
-    const int64_t col = g * cols.width, count = std::min(cols.width, cols.count - col);
-    if (count < cols.width) std::memset(to, 0, units * cols.width * sizeof(float));
-    if (count <= 0) continue;
-    const Matrix from = p.w.from(first, cols.begin + col);
-    if (pairs) {
-      k.copy_panel_pairs(to, cols.width, from, depth, count);
-    } else {
-      k.copy(to, cols.width, from, depth, count);
-    }
-  }
+  if (cols.count < cols.pitch())
+    std::memset(to + (cols.panels - 1) * units * cols.width, 0, units * cols.width * sizeof(float));
+  (pairs ? k.pack_pairs : k.pack)(to, units * cols.width, cols.width, p.w.from(first, cols.begin),
+                                  depth, cols.count);
 }
 
 void Run::load_x(float* to, int64_t row, int64_t rows, int64_t from_unit, int64_t units) const {
   const int64_t first = from_unit * unit(), depth = std::min(units * unit(), K - first);
   const Matrix from = p.x.from(row, first);
-  if (pairs) return k.copy_tile_pairs(to, from, rows, depth);
+  if (pairs) return k.copy_pairs(to, from, rows, depth);
   k.copy(to, PITCH, from, rows, depth);
   if (p.mask_in != nullptr) k.mask(to, PITCH, *p.mask_in, row, first, rows, depth);
 }
 
 void Run::pack_b(const Columns& cols) const {
-  for (int64_t g = 0; g < cols.panels; ++g) {
-    const int64_t col = g * cols.width, count = std::min(cols.width, cols.count - col);
-    float* to = cols.b + g * R * cols.width;
-    if (count < cols.width) {
-      std::memset(to, 0, R * cols.width * sizeof(float));
-      std::memset(cols.bias + col, 0, cols.width * sizeof(float));
-    }
-    if (count <= 0) continue;
-    if (R > 0) k.copy(to, cols.width, p.b->from(0, cols.begin + col), R, count);
-    if (p.bias != nullptr) k.copy(cols.bias + col, 0, p.bias->from(0, cols.begin + col), 1, count);
+  if (cols.count < cols.pitch()) {
+    std::memset(cols.b + (cols.panels - 1) * R * cols.width, 0, R * cols.width * sizeof(float));
+    std::memset(cols.bias, 0, cols.pitch() * sizeof(float));
   }
+  if (R > 0) k.pack(cols.b, R * cols.width, cols.width, p.b->from(0, cols.begin), R, cols.count);
+  if (p.bias != nullptr) k.copy(cols.bias, 0, p.bias->from(0, cols.begin), 1, cols.count);
 }
 
-// Adds tail and bias to the float32 results c of some rows, scales them, and stores them unless c is the output.
+// Adds tail and bias to the float32 results c of some rows, scales them, and stores them unless c
+// is the output.
 void Run::finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const {
   float* sum = p.mask_out == nullptr ? c : cols.tail;
   const int64_t sum_pitch = p.mask_out == nullptr ? c_pitch : cols.pitch();
@@ -157,14 +150,14 @@ void Run::finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64
 }
 
 void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* c) const {
-  const int64_t units = ceil_div(K, unit());
+  const int64_t units = ceil_div(K, unit()), step = chunk();
   const int64_t tiles = ceil_div(rows, k.rows), tile_rows = ceil_div(rows, tiles);
   const bool in_place = direct(cols);
   const int64_t c_pitch = in_place ? N : cols.pitch();
   if (in_place) c = static_cast<float*>(p.out) + row * N + cols.begin;
   pack_b(cols);
-  for (int64_t u = 0; u == 0 || u < units; u += DEPTH) {
-    const int64_t depth = std::min(DEPTH, units - u);
+  for (int64_t u = 0; u == 0 || u < units; u += step) {
+    const int64_t depth = std::min(step, units - u);
     pack_w(w, u, depth, cols);
     for (int64_t r = 0; r < rows; r += tile_rows) {
       const int64_t count = std::min(tile_rows, rows - r);
@@ -173,14 +166,14 @@ void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* 
         (pairs ? k.multiply_pairs : k.multiply)(count, cols.width / k.lanes, cols.tile,
                                                 w + g * depth * cols.width, depth,
                                                 c + r * c_pitch + g * cols.width, c_pitch, u > 0);
-      if (u + DEPTH >= units) finish(row + r, count, cols, c + r * c_pitch, c_pitch);
+      if (u + step >= units) finish(row + r, count, cols, c + r * c_pitch, c_pitch);
     }
   }
 }
 
 void Run::by_panels() const {
   const int64_t width = N <= k.lanes ? k.lanes : 2 * k.lanes, all = ceil_div(N, width);
-  const int64_t depth = std::min(DEPTH, std::max<int64_t>(ceil_div(K, unit()), 1));
+  const int64_t depth = std::min(chunk(), std::max<int64_t>(ceil_div(K, unit()), 1));
   const int64_t most = std::clamp<int64_t>(panel_floats() / (depth * width), 1, MAX_PANELS);
   const int64_t groups = ceil_div(all, most), panels = ceil_div(all, groups);
   // Several tasks for each thread, but enough rows in each to be worth its packing.

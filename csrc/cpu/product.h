@@ -6,12 +6,12 @@
 namespace lora_kernels {
 
 struct Product {
-  Matrix x;                       // [M, K]
-  Matrix w;                       // [K, N]
-  const Matrix* s = nullptr;      // [M, R] float32
-  const Matrix* b = nullptr;      // [R, N]
-  const Matrix* bias = nullptr;   // [1, N]
-  const Mask* mask_in = nullptr;  // of x
+  Matrix x;                        // [M, K]
+  Matrix w;                        // [K, N]
+  const Matrix* s = nullptr;       // [M, R] float32
+  const Matrix* b = nullptr;       // [R, N]
+  const Matrix* bias = nullptr;    // [1, N]
+  const Mask* mask_in = nullptr;   // of x
   const Mask* mask_out = nullptr;  // of s·b
   float scale = 1.0f;
   void* out = nullptr;  // [M, N], contiguous

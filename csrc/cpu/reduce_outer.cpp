@@ -1,4 +1,5 @@
-// The tall reductions by blocks: some columns of the wide operand a thread, all of M in order, results in cache.
+// The tall reductions by blocks: some columns of the wide operand a thread, all of M in order,
+// results in cache.
 #include "reduce_outer.h"
 
 #include <algorithm>
@@ -27,17 +28,16 @@ void reduce_columns(const Kernels& k, const ReduceOuter& p, int64_t begin, int64
   const int64_t panels = ceil_div(count, width), pitch = panels * width;
   const int64_t tile_rows = ceil_div(S, ceil_div(S, k.rows));
   float* c = thread_scratch().reserve(aligned(S * pitch) + ROWS * pitch);  // [S, pitch]
-  float* panel = c + aligned(S * pitch);                                  // [panels, ROWS, width]
+  float* panel = c + aligned(S * pitch);                                   // [panels, ROWS, width]
   if (M == 0) std::memset(c, 0, S * pitch * sizeof(float));
   for (int64_t m = 0; m < M; m += ROWS) {
     const int64_t depth = std::min(ROWS, M - m);
-    for (int64_t g = 0; g < panels; ++g) {
-      float* to = panel + g * ROWS * width;
-      const int64_t col = begin + g * width, valid = std::min(width, count - g * width);
-      if (valid < width) std::memset(to, 0, ROWS * width * sizeof(float));
-      k.copy(to, width, p.wide.from(m, col), depth, valid);
-      if (p.mask != nullptr) k.mask(to, width, *p.mask, m, col, depth, valid);
-    }
+    if (count < pitch)
+      std::memset(panel + (panels - 1) * ROWS * width, 0, ROWS * width * sizeof(float));
+    k.pack(panel, ROWS * width, width, p.wide.from(m, begin), depth, count);
+    for (int64_t g = 0; p.mask != nullptr && g < panels; ++g)
+      k.mask(panel + g * ROWS * width, width, *p.mask, m, begin + g * width, depth,
+             std::min(width, count - g * width));
     for (int64_t s = 0; s < S; s += tile_rows) {
       const float* tile = p.workspace + (m / DEPTH * S + s) * PITCH + m % DEPTH;
       for (int64_t g = 0; g < panels; ++g)

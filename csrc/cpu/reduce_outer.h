@@ -5,8 +5,9 @@
 
 namespace lora_kernels {
 
-// wide [M, W] and skinny [M, S]; out holds element (s, w) of skinnyᵀ·(mask∘wide) at s·s_stride + w·w_stride. `workspace`
-// takes reduce_outer_floats(M, S) floats. Each sum runs over M in order, whatever the blocks and threads.
+// wide [M, W] and skinny [M, S]; out holds element (s, w) of skinnyᵀ·(mask∘wide) at s·s_stride +
+// w·w_stride. `workspace` takes reduce_outer_floats(M, S) floats. Each sum runs over M in order,
+// whatever the blocks and threads.
 struct ReduceOuter {
   Matrix wide, skinny;
   const Mask* mask;  // of wide, or null

@@ -9,7 +9,8 @@
 namespace lora_kernels {
 namespace {
 
-// What this processor runs, best first, as far as ATen's own capability (ATEN_CPU_CAPABILITY) allows.
+// What this processor runs, best first, as far as ATen's own capability (ATEN_CPU_CAPABILITY)
+// allows.
 const Kernels* supported(const std::string& name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
