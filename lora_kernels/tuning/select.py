@@ -35,6 +35,7 @@ _ONE_PASS_HALF = {
     "sm_100": [(128, 128, 64, 8, 3)],
 }
 _ONE_PASS_OTHER = [(64, 64, 32, 4, 2)]
+_ONE_PASS_FLOAT32 = [(32, 64, 32, 4, 2)]
 
 
 @dataclass(frozen=True)
@@ -147,49 +148,50 @@ def _configs(problem: Problem, target: Target) -> dict[str, TileConfig]:
 
 def _candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
     half = problem.dtype in _HALF
+    # The tail's operands are float32: where they pass through registers, 64 columns of them do not fit.
+    chunk = 64 if half and target.tma else 32
     if kernel == "lowrank_matmul":
         tiles = _MATMUL_HALF[target.name] if half else _MATMUL_FLOAT32
-        chunk = 32 if half and target.name in ("sm_86", "sm_89", "sm_120") else 64
-        return [
-            TileConfig(kernel, *tile, tma=target.tma and half, rank_chunk=chunk if half else 32)
-            for tile in tiles
-        ]
+        return [TileConfig(kernel, *tile, tma=target.tma and half, rank_chunk=chunk) for tile in tiles]
     if kernel == "one_pass":
-        tiles = _ONE_PASS_HALF.get(target.name, _ONE_PASS_OTHER) if half else _ONE_PASS_OTHER
-        return [TileConfig(kernel, *tile, rank_chunk=32) for tile in tiles]
+        tiles = _ONE_PASS_HALF.get(target.name, _ONE_PASS_OTHER) if half else _ONE_PASS_FLOAT32
+        return [TileConfig(kernel, *tile, rank_chunk=32 if target.tma else 16) for tile in tiles]
     if kernel == "decode":
         return [_decode(problem, target)]
     return [_configs(problem, target)[kernel]]
 
 
 def _shrink(problem: Problem, target: Target) -> TileConfig:
-    half = problem.dtype in _HALF and problem.adapter_dtype in _HALF
-    block_m, block_k = (64, 64) if half else (64, 32)
-    split = _split(
-        target.multiprocessors // max(1, problem.M // block_m), problem.K // (4 * block_k)
-    )
+    block_m, block_k = (64, 64) if _all_half(problem) else (32, 32)
+    programs = max(1, problem.M // block_m)
+    split = _split(target.multiprocessors // programs, problem.K // (4 * block_k))
     return TileConfig("shrink", block_m, 1, block_k, 4, 3, split=split)
 
 
 def _decode(problem: Problem, target: Target) -> TileConfig:
-    half = problem.dtype in _HALF and problem.adapter_dtype in _HALF
-    block_n, block_k = (64, 64) if half else (64, 32)
-    split = _split(
-        2 * target.multiprocessors // max(1, problem.N // block_n), problem.K // (4 * block_k)
-    )
-    return TileConfig(
-        "decode", max(16, min(problem.M, DECODE_ROWS)), block_n, block_k, 4, 3, split=split
-    )
+    block_n, block_k = (64, 64) if _all_half(problem) else (32, 32)
+    programs = max(1, problem.N // block_n)
+    split = _split(2 * target.multiprocessors // programs, problem.K // (4 * block_k))
+    block_m = max(16, min(problem.M, DECODE_ROWS))
+    return TileConfig("decode", block_m, block_n, block_k, 4, 3, split=split)
 
 
 def _reduce_outer(problem: Problem, target: Target) -> TileConfig:
-    split = _split(target.multiprocessors // max(1, problem.K // 64), problem.M // 256)
+    programs = max(1, problem.K // 64)
+    split = _split(2 * target.multiprocessors // programs, problem.M // 128)
     return TileConfig("reduce_outer", 32, 64, 16, 4, 2, split=split)
 
 
 def _shrink_outer(problem: Problem, target: Target) -> TileConfig:
-    split = _split(target.multiprocessors // max(1, problem.N // 64), problem.M // 256)
-    return TileConfig("shrink_outer", 32, 64, 16, 4, 2, split=split, rank_chunk=FUSED_RANK)
+    # Both accumulators stay in registers.
+    block_m, block_n = (32, 64) if problem.R <= 32 else (32, 32) if problem.dtype in _HALF else (16, 32)
+    programs = max(1, problem.N // block_n)
+    split = _split(2 * target.multiprocessors // programs, problem.M // 128)
+    return TileConfig("shrink_outer", block_m, block_n, 16, 4, 2, split=split, rank_chunk=FUSED_RANK)
+
+
+def _all_half(problem: Problem) -> bool:
+    return problem.dtype in _HALF and problem.adapter_dtype in _HALF
 
 
 def _split(wanted: int, most: int) -> int:

@@ -26,7 +26,7 @@ from lora_kernels.backends.triton.tiles import scale_value, widen
 from lora_kernels.tuning.config import TileConfig, rank_block
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "split"])
 def _decode_kernel(
     x_ptr,  # [M, K]
     w_ptr,  # [K, N]
@@ -35,10 +35,11 @@ def _decode_kernel(
     bias_ptr,  # [N]
     y_ptr,  # [M, N], contiguous
     s_ptr,  # [M, R] float32, contiguous
-    y_parts_ptr,  # [SPLIT, M, N] float32
-    s_parts_ptr,  # [SPLIT, M, R] float32
+    y_parts_ptr,  # [split, M, N] float32
+    s_parts_ptr,  # [split, M, R] float32
     arrived_ptr,  # int32 [blocks of columns], zero before and after
     alpha,
+    split,
     M,
     N,
     K,
@@ -56,7 +57,7 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     SHRINK_PRECISION: tl.constexpr,
     TAIL_PRECISION: tl.constexpr,
@@ -65,8 +66,8 @@ def _decode_kernel(
     WIDE: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    part = pid % SPLIT
-    pid_n = pid // SPLIT
+    part = pid % split
+    pid_n = pid // split
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
@@ -77,7 +78,7 @@ def _decode_kernel(
     col = widen(offs_n, WIDE)
     rank = widen(offs_r, WIDE)
 
-    per_part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
+    per_part = tl.cdiv(tl.cdiv(K, BLOCK_K), split) * BLOCK_K
     k_start = part * per_part
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     s = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
@@ -105,18 +106,18 @@ def _decode_kernel(
     mask_y = mask_n[:, None] & mask_m[None, :]
     mask_s = mask_r[:, None] & mask_m[None, :]
     last = True
-    if SPLIT > 1:
+    if not WHOLE:
         tl.store(y_parts_ptr + part.to(tl.int64) * M * N + y_offs, acc, mask=mask_y)
         if pid_n == 0:
             tl.store(s_parts_ptr + part * M * R + s_offs, s, mask=mask_s)
         tl.debug_barrier()  # every thread's parts are written before one of them announces this program
-        last = tl.atomic_add(arrived_ptr + pid_n, 1, sem="acq_rel") == SPLIT - 1
+        last = tl.atomic_add(arrived_ptr + pid_n, 1, sem="acq_rel") == split - 1
         if last:
             tl.store(arrived_ptr + pid_n, 0)
             acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             s = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-            for i in range(SPLIT):
-                y_part = y_parts_ptr + tl.full((), i, tl.int64) * M * N
+            for i in range(split):
+                y_part = y_parts_ptr + i.to(tl.int64) * M * N
                 acc += tl.load(y_part + y_offs, mask=mask_y, other=0.0, cache_modifier=".cg")
                 if pid_n == 0:
                     s_part = s_parts_ptr + i * M * R
@@ -168,6 +169,7 @@ def decode(
         s_parts,
         arrived,
         scale,
+        split,
         M,
         N,
         K,
@@ -181,7 +183,7 @@ def decode(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         BLOCK_R=rank_block(R, config.rank_chunk),
-        SPLIT=split,
+        WHOLE=split == 1,
         PRECISION=base_precision(x.dtype),
         SHRINK_PRECISION=base_precision(x.dtype)
         if a.dtype == x.dtype

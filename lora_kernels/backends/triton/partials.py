@@ -14,22 +14,22 @@ from lora_kernels.tuning.config import TileConfig
 _BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["split", "count"])
 def _sum_partials_kernel(
-    partials_ptr,  # [SPLIT, count] float32
+    partials_ptr,  # [split, count] float32
     out_ptr,  # [count]
     alpha,
     keep_scale,
+    split,
     count,
-    SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < count
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(SPLIT):
-        total += tl.load(partials_ptr + part * count.to(tl.int64) + offs, mask=mask, other=0.0)
+    for part in range(split):
+        total += tl.load(partials_ptr + part.to(tl.int64) * count + offs, mask=mask, other=0.0)
     total = total * scale_value(alpha, ALPHA_IS_PTR) * keep_scale
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -37,7 +37,7 @@ def _sum_partials_kernel(
 def sum_partials(
     partials: Tensor, out: Tensor, config: TileConfig, alpha: Scale = 1.0, keep_scale: float = 1.0
 ) -> Tensor:
-    """out = alpha·keep_scale·Σ_i partials[i]: partials [SPLIT, ...] float32, out contiguous in any dtype; returns out."""
+    """out = alpha·keep_scale·Σ_i partials[i]: partials [split, ...] float32, out contiguous in any dtype; returns out."""
     alpha, alpha_is_ptr = scale_argument(alpha)
     launch(
         _sum_partials_kernel,
@@ -48,8 +48,8 @@ def sum_partials(
         out,
         alpha,
         keep_scale,
+        partials.shape[0],
         out.numel(),
-        SPLIT=partials.shape[0],
         BLOCK=_BLOCK,
         ALPHA_IS_PTR=alpha_is_ptr,
     )

@@ -20,14 +20,15 @@ from lora_kernels.dropout import Dropout
 from lora_kernels.tuning.config import TileConfig, rank_block
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M", "split", "threshold"])
 def _reduce_outer_kernel(
     wide_ptr,  # [M, C]
     thin_ptr,  # [M, R] float32
-    out_ptr,  # [SPLIT, C, R] by the strides below
+    out_ptr,  # [split, C, R] by the strides below
     seed_ptr,
     threshold,
     keep_scale,
+    split,
     M,
     C,
     R,
@@ -40,15 +41,15 @@ def _reduce_outer_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     pid = tl.program_id(0)
     blocks_r = tl.cdiv(R, BLOCK_R)
-    part = pid // blocks_r % SPLIT
-    c_start = pid // (blocks_r * SPLIT) * BLOCK_C
+    part = pid // blocks_r % split
+    c_start = pid // (blocks_r * split) * BLOCK_C
     offs_c = c_start + tl.arange(0, BLOCK_C)
     offs_r = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_c = offs_c < C
@@ -56,7 +57,7 @@ def _reduce_outer_kernel(
     col = widen(offs_c, WIDE)
     rank = widen(offs_r, WIDE)
 
-    per_part = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT) * BLOCK_M
+    per_part = tl.cdiv(tl.cdiv(M, BLOCK_M), split) * BLOCK_M
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     for m in range(part * per_part, min((part + 1) * per_part, M), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
@@ -72,7 +73,7 @@ def _reduce_outer_kernel(
             )
         acc = tl.dot(tl.trans(wide.to(tl.float32)), thin, acc, input_precision=PRECISION)
 
-    if SPLIT == 1:
+    if WHOLE:
         acc *= keep_scale
     part_start = part.to(tl.int64) * C * R
     out_ptrs = out_ptr + part_start + col[:, None] * stride_oc + rank[None, :] * stride_or
@@ -111,6 +112,7 @@ def reduce_outer(
         thin,
         parts,
         *mask,
+        split,
         M,
         C,
         R,
@@ -120,7 +122,7 @@ def reduce_outer(
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_n,
         BLOCK_R=block_r,
-        SPLIT=split,
+        WHOLE=split == 1,
         PRECISION=mixed_precision(wide.dtype, dtype),
         DROPOUT=dropout is not None,
         WIDE=needs_int64(wide, thin, out),

@@ -23,15 +23,16 @@ from lora_kernels.dropout import Dropout
 from lora_kernels.tuning.config import TileConfig, rank_block
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M", "split", "threshold"])
 def _shrink_kernel(
     x_ptr,  # [M, K]
     a_ptr,  # [K, R]
-    out_ptr,  # [SPLIT, M, R] float32
+    out_ptr,  # [split, M, R] float32
     alpha,
     seed_ptr,
     threshold,
     keep_scale,
+    split,
     M,
     K,
     R,
@@ -42,7 +43,7 @@ def _shrink_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
@@ -55,13 +56,13 @@ def _shrink_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     blocks_r = tl.cdiv(R, BLOCK_R)
-    part = pid // blocks_r % SPLIT
-    offs_m = pid // (blocks_r * SPLIT) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = pid // blocks_r % split
+    offs_m = pid // (blocks_r * split) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m = offs_m < M
     mask_r = offs_r < R
 
-    per_part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
+    per_part = tl.cdiv(tl.cdiv(K, BLOCK_K), split) * BLOCK_K
     k_start = part * per_part
     k_end = min(k_start + per_part, K)
     offs_k = tl.arange(0, BLOCK_K)
@@ -85,7 +86,7 @@ def _shrink_kernel(
         x_ptrs += step * stride_xk
         a_ptrs += step * stride_ak
 
-    if SPLIT == 1:
+    if WHOLE:
         acc = acc * scale_value(alpha, ALPHA_IS_PTR) * keep_scale
     out_row = (part * M + offs_m).to(tl.int64)
     tl.store(
@@ -125,6 +126,7 @@ def shrink(
         parts,
         scale,
         *mask,
+        split,
         M,
         K,
         R,
@@ -133,7 +135,7 @@ def shrink(
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_R=block_r,
-        SPLIT=split,
+        WHOLE=split == 1,
         EVEN_K=K % config.block_k == 0,
         PRECISION=base_precision(x.dtype)
         if a.dtype == x.dtype

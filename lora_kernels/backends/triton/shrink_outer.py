@@ -18,13 +18,14 @@ from lora_kernels.backends.triton.tiles import widen
 from lora_kernels.tuning.config import TileConfig, rank_block
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "split"])
 def _shrink_outer_kernel(
     dy_ptr,  # [M, N]
     b_ptr,  # [N, R]
     s_ptr,  # [M, R] float32
     q_ptr,  # [blocks of columns, M, R] float32
-    db_ptr,  # [SPLIT, R, N] float32
+    db_ptr,  # [split, R, N] float32
+    split,
     M,
     N,
     R,
@@ -37,14 +38,13 @@ def _shrink_outer_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr,
     Q_PRECISION: tl.constexpr,
     DB_PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    part = pid % SPLIT
-    pid_n = pid // SPLIT
+    part = pid % split
+    pid_n = pid // split
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
@@ -54,7 +54,7 @@ def _shrink_outer_kernel(
     b_ptrs = b_ptr + col[:, None] * stride_bn + rank[None, :] * stride_br
     b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0).to(tl.float32)
 
-    per_part = tl.cdiv(tl.cdiv(M, BLOCK_M), SPLIT) * BLOCK_M
+    per_part = tl.cdiv(tl.cdiv(M, BLOCK_M), split) * BLOCK_M
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for m in range(part * per_part, min((part + 1) * per_part, M), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
@@ -94,6 +94,7 @@ def shrink_outer(
         s,
         q_parts,
         db_parts,
+        split,
         M,
         N,
         R,
@@ -103,7 +104,6 @@ def shrink_outer(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=rank_block(R, config.rank_chunk),
-        SPLIT=split,
         Q_PRECISION=mixed_precision(
             dy.dtype, torch.float32 if b_t.dtype == torch.float32 else dy.dtype
         ),
