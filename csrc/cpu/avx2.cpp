@@ -10,8 +10,8 @@
 
 namespace lora_kernels {
 namespace {
-#include "tiles.h"
 #include "vector_avx2.h"
+#include "vector_tiles.h"
 }  // namespace
 
 const Kernels AVX2_KERNELS = {

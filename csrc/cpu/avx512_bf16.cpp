@@ -12,8 +12,8 @@
 
 namespace lora_kernels {
 namespace {
-#include "tiles.h"
 #include "vector_avx512.h"
+#include "vector_tiles.h"
 
 struct PairUnit {
   static Vector multiply_add(Vector acc, Vector a, Vector b) {

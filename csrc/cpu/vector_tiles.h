@@ -172,9 +172,12 @@ void mask(float* dst, int64_t pitch, const Mask& mask, int64_t row, int64_t col,
   }
 }
 
+// The longest chain of additions. Chains are added to c one by one: at K = 4096 the float32 error
+// is half of that of chains of 1024, and the same as ATen's.
+constexpr int64_t CHAIN = 256;
+
 // c (+)= tile·panel with all results in registers; `Unit` says how one unit of the tile meets one
-// row of the panel. Sums start at zero in every call and are added to c at its end, which is more
-// exact than one long chain.
+// row of the panel.
 template <class Unit, int ROWS, int VECTORS>
 void multiply_block(const float* tile, const float* panel, int64_t depth, float* c, int64_t c_pitch,
                     bool add) {
@@ -212,8 +215,12 @@ void multiply_rows(int64_t rows, int64_t vectors, const float* tile, const float
   if constexpr (ROWS > 0) {
     if (rows < ROWS)
       return multiply_rows<Unit, ROWS - 1>(rows, vectors, tile, panel, depth, c, c_pitch, add);
-    if (vectors == 2) return multiply_block<Unit, ROWS, 2>(tile, panel, depth, c, c_pitch, add);
-    multiply_block<Unit, ROWS, 1>(tile, panel, depth, c, c_pitch, add);
+    for (int64_t k = 0; k == 0 || k < depth; k += CHAIN, add = true) {
+      const int64_t count = depth - k < CHAIN ? depth - k : CHAIN;
+      const float* rows_of_w = panel + k * vectors * Vector::LANES;
+      (vectors == 2 ? multiply_block<Unit, ROWS, 2>
+                    : multiply_block<Unit, ROWS, 1>)(tile + k, rows_of_w, count, c, c_pitch, add);
+    }
   }
 }
 

@@ -1,0 +1,245 @@
+"""The cpu backend: right on every awkward problem with each of its instruction sets, and the same bits on any threads."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+
+from lora_kernels import dispatch
+from lora_kernels.backends.cpu import BACKEND
+from lora_kernels.dropout import Dropout, keep_mask, scaled_mask
+from lora_kernels.functional import explain, lora_linear
+from lora_kernels.problem import Problem
+from tests.oracle import AWKWARD, Case, assert_budget, check_backend, reference
+
+if (_why_not := BACKEND.unavailable()) is not None:
+    pytest.skip(f"cpu backend: {_why_not}", allow_module_level=True)
+
+OPS = torch.ops.lora_kernels_cpu
+bf16, fp16 = torch.bfloat16, torch.float16
+
+# What the awkward list is too small for: several groups of panels, several chunks of k, of rows and of the rank, the
+# edges of the row-dot form, and float32 results that wait in scratch memory.
+BLOCKED = [
+    Case(70, 600, 1100, 9),
+    Case(70, 600, 1100, 9, layout="transposed"),
+    Case(30, 700, 600, 17, layout="plain"),
+    Case(16, 200, 1100, 33),
+    Case(17, 200, 1100, 33),
+    Case(5, 40, 33, 1100),
+    Case(550, 130, 70, 8, dtype=bf16),
+    Case(40, 90, 2101, 8, dtype=bf16),
+    Case(40, 90, 2101, 8, dtype=bf16, layout="plain"),
+    Case(530, 70, 1030, 20, dtype=fp16),
+    Case(40, 300, 1030, 20, dropout=0.4),
+    Case(40, 300, 1030, 20, dtype=bf16, adapter_dtype=torch.float32, dropout=0.4),
+]
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2"])
+def isa(request):
+    """Each instruction set that this processor runs, used by the kernels within the test."""
+    if not OPS.use_isa(request.param):
+        pytest.skip(f"this processor does not run the {request.param} kernels")
+    yield request.param
+    OPS.use_isa("")
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory holds NaN, so that an element which is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("case", AWKWARD + BLOCKED, ids=str)
+def test_products(case, isa, poisoned):
+    check_backend(BACKEND, case)
+
+
+@pytest.mark.parametrize("case", BLOCKED, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(case):
+    o = case.operands()
+
+    def results():
+        y, s = BACKEND.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias, dropout_in=o.dropout)
+        dx, q = BACKEND.lowrank_matmul(o.dy, o.w.t(), o.b.t(), o.a.t(), 0.5, dropout_out=o.dropout)
+        dA = BACKEND.reduce_outer(o.x, q, o.a.dtype, o.dropout)
+        return y, s, dx, q, dA, BACKEND.reduce_outer(s, o.dy, o.b.dtype)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = results()
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, first, results())), f"{threads} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_python_threads_do_not_disturb_one_another():
+    cases = [BLOCKED[0], BLOCKED[3], BLOCKED[6], AWKWARD[5]]
+    operands = [case.operands() for case in cases]
+
+    def product(o):
+        return BACKEND.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)[0]
+
+    expected = [product(o) for o in operands]
+    wrong = []
+
+    def work(start):
+        for i in range(12):
+            which = (start + i) % len(cases)
+            if not torch.equal(product(operands[which]), expected[which]):
+                wrong.append(cases[which])
+
+    workers = [threading.Thread(target=work, args=(start,)) for start in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("needed", list(itertools.product((False, True), repeat=5))[1:], ids=str)
+def test_every_subset_of_gradients(needed):
+    """Gradients of x, weight, A, B, bias, whichever are asked for, against autograd through the plain formula."""
+    K, N, R = 21, 34, 6
+    shapes = ((2, 9, K), (N, K), (K, R), (R, N), (N,))
+    values = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    dy = torch.randn(2, 9, N, dtype=torch.float64)
+
+    def gradients(function, dtype):
+        operands = [
+            v.to(dtype).requires_grad_(need) for v, need in zip(values, needed, strict=True)
+        ]
+        wanted = [t for t, need in zip(operands, needed, strict=True) if need]
+        return torch.autograd.grad(function(*operands), wanted, dy.to(dtype))
+
+    def plain(x, weight, A, B, bias):
+        return reference(x, weight, A, B, 0.5, bias)
+
+    with dispatch.use_backend("cpu"):
+        actual = gradients(lambda *o: lora_linear(*o[:4], 0.5, o[4]), torch.float32)
+    eager, exact = gradients(plain, torch.float32), gradients(plain, torch.float64)
+    for ours, theirs, right in zip(actual, eager, exact, strict=True):
+        assert_budget(ours, theirs, right, f"gradients {needed}")
+
+
+@pytest.mark.parametrize("cols", [1, 3, 4, 5, 63, 64, 130, 1030])
+@pytest.mark.parametrize("p, seed", [(0.3, 7), (0.9, -1), (1e-9, 2**62 + 3)])
+def test_dropout_mask_is_bit_for_bit_the_shared_one(isa, cols, p, seed):
+    dropout = Dropout(p, torch.tensor(seed))
+    for rows in (3, 20):  # row dots and panels
+        expected = scaled_mask(dropout, rows, cols, torch.float32)
+        ones = torch.ones(rows, cols)
+        assert torch.equal(BACKEND.shrink(ones, torch.eye(cols), 1.0, dropout), expected)
+        masked, _ = BACKEND.lowrank_matmul(
+            torch.ones(rows, 2),
+            torch.zeros(2, cols),
+            torch.zeros(2, 1),
+            torch.ones(1, cols),
+            1.0,
+            s=torch.ones(rows, 1),
+            dropout_out=dropout,
+        )
+        assert torch.equal(masked, expected)
+        gathered = BACKEND.reduce_outer(ones, torch.eye(rows), torch.float32, dropout)
+        assert torch.equal(gathered, expected.t())
+    assert keep_mask(dropout, 20, cols).sum() < 20 * cols or p < 0.1 or cols < 3
+
+
+def test_rows_two_gigabytes_apart():
+    far = torch.empty(2**31 + 16, dtype=bf16).as_strided((3, 16), (2**30, 1))
+    far.copy_(torch.randn(3, 16))
+    w, s, b = torch.randn(16, 24).to(bf16), torch.randn(3, 4), torch.randn(4, 24).to(bf16)
+    near, _ = BACKEND.lowrank_matmul(far.contiguous(), w, w[:, :4], b, 1.0, s=s)
+    assert torch.equal(BACKEND.lowrank_matmul(far, w, w[:, :4], b, 1.0, s=s)[0], near)
+    assert torch.equal(
+        BACKEND.reduce_outer(far, s, torch.float32),
+        BACKEND.reduce_outer(far.contiguous(), s, torch.float32),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, bf16], ids=str)
+def test_forward_and_backward_allocate_results_only(dtype):
+    M, K, N, R = 1024, 512, 384, 8
+    x, weight = torch.randn(M, K, dtype=dtype), torch.randn(N, K, dtype=dtype)
+    A, B = torch.randn(K, R, dtype=dtype), torch.randn(R, N, dtype=dtype)
+    dy = torch.randn(M, N, dtype=dtype)
+    for t in (x, A, B):
+        t.requires_grad_()
+    with torch.profiler.profile(
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
+        lora_linear(x, weight, A, B, 0.5, backend="cpu").backward(dy)
+    allocated = sum(max(e.self_cpu_memory_usage, 0) for e in profile.key_averages())
+    item = dtype.itemsize
+    results = item * (M * N + M * K + K * R + R * N) + 4 * 2 * M * R  # y, dx, dA, dB; s and q
+    slack = 4 * 2 * (M + 1024 + 64) * R  # the skinny operand of dA and dB as float32 tiles
+    assert 0.9 * results < allocated <= results + slack
+    assert slack < item * M * min(N, K) / 4  # nothing as large as x or y hides in it
+
+
+def test_what_it_cannot_do_is_said():
+    double = Problem(8, 8, 8, 2, "float64", "float64")
+    assert "float64" in explain(double).rejected["cpu"]
+    with pytest.raises(RuntimeError, match="float64"):
+        dispatch.explain(double, "cpu")
+    x = torch.randn(2, 8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="asked for"):
+        lora_linear(x, x.new_ones(4, 8), x.new_ones(8, 2), x.new_ones(2, 4), 1.0, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: OPS.shrink(x, x, 1.0, 0, 0, 1.0),
+        lambda x: OPS.shrink(x.double(), x.double().t(), 1.0, 0, 0, 1.0),
+        lambda x: OPS.expand(x, x.t(), x, x, None, 0, 0, 1.0),
+        lambda x: OPS.expand(x, x.t(), x.bfloat16(), x, None, 0, 0, 1.0),
+        lambda x: OPS.reduce_outer(x, x[:2], torch.float32, 0, 0, 1.0),
+        lambda x: OPS.shrink(x, x.t(), 1.0, 2**32, 0, 1.0),
+    ],
+)
+def test_operators_refuse_operands_that_do_not_fit(call):
+    with pytest.raises(RuntimeError, match="must|take"):
+        call(torch.ones(3, 5))
+
+
+_WITHOUT_LIBRARY = """
+import sys, torch
+from pathlib import Path
+import lora_kernels.backends.cpu as cpu
+from lora_kernels.functional import explain, lora_linear
+cpu.LIBRARY = Path(sys.argv[1])
+x, weight, A, B = torch.randn(4, 8), torch.randn(6, 8), torch.randn(8, 2), torch.randn(2, 6)
+for _ in range(3):
+    y = lora_linear(x, weight, A, B, 0.5)
+assert torch.allclose(y, x @ weight.t() + 0.5 * (x @ A @ B), atol=1e-5)
+print(explain(x, weight, A, B).rejected["cpu"])
+"""
+
+
+@pytest.mark.parametrize("broken, word", [(False, "not built"), (True, "does not load")])
+def test_without_its_library_eager_computes_and_says_so_once(tmp_path, broken, word):
+    library = tmp_path / "_cpu.so"
+    if broken:
+        library.write_bytes(b"\x7fELF no library at all")
+    run = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_LIBRARY, str(library)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert word in run.stdout
+    assert run.stderr.count("The cpu backend is off") == 1, run.stderr
