@@ -1,0 +1,47 @@
+"""The command line: `python -m lora_kernels COMMAND`, each command a module of `cli`, imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from lora_kernels import env
+
+COMMANDS = {
+    "info": "devices, versions and backends, and why each backend is or is not usable",
+    "explain": "which backend and tile a problem takes, and its predicted time",
+    "selftest": "every usable backend against float64, forward and all gradients, on this machine",
+    "bench": "time LoRA layers against the frozen layer and other implementations",
+    "tune": "time the candidate tiles of a GPU and write its table into the user's cache",
+    "report": "tables and plots out of benchmark results",
+    "demo": "fine-tune a real encoder with the reference layer and with this one",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 done, 1 the command found something wrong, 2 it could not be carried out."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_kernels", description="Fused LoRA linear layers."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    asked = sys.argv[1:] if argv is None else argv
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{name}: {summary}.")
+        if name in asked[:1]:
+            module = importlib.import_module(f"lora_kernels.cli.{name}")
+            module.add_arguments(command)
+    args = parser.parse_args(asked)
+    env.logger()
+    try:
+        return module.run(args)
+    except (ValueError, TypeError, ModuleNotFoundError, RuntimeError, OSError) as error:
+        print(f"lora_kernels {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"lora_kernels {args.command}: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
