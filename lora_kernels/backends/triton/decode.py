@@ -116,12 +116,14 @@ def _decode_kernel(
             tl.store(arrived_ptr + pid_n, 0)
             acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             s = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-            for i in range(split):
-                y_part = y_parts_ptr + i.to(tl.int64) * M * N
-                acc += tl.load(y_part + y_offs, mask=mask_y, other=0.0, cache_modifier=".cg")
+            y_part = y_parts_ptr + y_offs
+            s_part = s_parts_ptr + s_offs
+            for _ in range(split):
+                acc += tl.load(y_part, mask=mask_y, other=0.0, cache_modifier=".cg")
+                y_part += M.to(tl.int64) * N
                 if pid_n == 0:
-                    s_part = s_parts_ptr + i * M * R
-                    s += tl.load(s_part + s_offs, mask=mask_s, other=0.0, cache_modifier=".cg")
+                    s += tl.load(s_part, mask=mask_s, other=0.0, cache_modifier=".cg")
+                    s_part += M * R
     if last:
         if HAS_BIAS:
             bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)

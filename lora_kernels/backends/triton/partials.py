@@ -28,8 +28,10 @@ def _sum_partials_kernel(
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < count
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(split):
-        total += tl.load(partials_ptr + part.to(tl.int64) * count + offs, mask=mask, other=0.0)
+    part_ptrs = partials_ptr + offs
+    for _ in range(split):
+        total += tl.load(part_ptrs, mask=mask, other=0.0)
+        part_ptrs += count
     total = total * scale_value(alpha, ALPHA_IS_PTR) * keep_scale
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -88,7 +88,7 @@ def _shrink_kernel(
 
     if WHOLE:
         acc = acc * scale_value(alpha, ALPHA_IS_PTR) * keep_scale
-    out_row = (part * M + offs_m).to(tl.int64)
+    out_row = part.to(tl.int64) * M + offs_m
     tl.store(
         out_ptr + out_row[:, None] * R + offs_r[None, :],
         acc,

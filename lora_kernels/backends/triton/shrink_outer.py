@@ -66,7 +66,7 @@ def _shrink_outer_kernel(
         s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         q = tl.dot(dy, b, input_precision=Q_PRECISION)  # [BLOCK_M, BLOCK_R]
         db = tl.dot(tl.trans(dy), s, db, input_precision=DB_PRECISION)
-        q_row = (pid_n * M + offs_m).to(tl.int64)
+        q_row = pid_n.to(tl.int64) * M + offs_m
         tl.store(
             q_ptr + q_row[:, None] * R + offs_r[None, :], q, mask=mask_m[:, None] & mask_r[None, :]
         )
