@@ -67,6 +67,8 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
         return f"decode takes at most {DECODE_ROWS} rows, got {problem.M}"
     if config.kernel in ("decode", "shrink_outer") and problem.R > FUSED_RANK:
         return f"{config.kernel} takes a rank of at most {FUSED_RANK}, got {problem.R}"
+    if config.kernel == "decode" and problem.dtype == "float32" and config.block_m * problem.R > 2048:
+        return f"decode in float32 has no registers for {config.block_m} rows of rank {problem.R}"
     if config.kernel == "decode" and problem.dropout:
         return "decode has no dropout"
     needed = smem_bytes(config, problem)
