@@ -15,12 +15,16 @@ namespace {
 }  // namespace
 
 const Kernels AVX2_KERNELS = {
-    "avx2",        Vector::TILE_ROWS,
-    Vector::LANES, copy,
-    pack,          store,
-    mask,          multiply_rows<FloatUnit, Vector::TILE_ROWS>,
-    dots,          nullptr,
-    nullptr,       nullptr,
+    .name = "avx2",
+    .rows = Vector::TILE_ROWS,
+    .lanes = Vector::LANES,
+    .copy = copy,
+    .pack = pack,
+    .store = store,
+    .mask = mask,
+    .multiply = multiply_rows<FloatUnit, Vector::TILE_ROWS>,
+    .dots = dots,
+    .rows_of_w = rows_of_w,
 };
 
 }  // namespace lora_kernels

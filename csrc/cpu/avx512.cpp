@@ -17,12 +17,16 @@ namespace {
 }  // namespace
 
 const Kernels AVX512_KERNELS = {
-    "avx512",      Vector::TILE_ROWS,
-    Vector::LANES, copy,
-    pack,          store,
-    mask,          multiply_rows<FloatUnit, Vector::TILE_ROWS>,
-    dots,          nullptr,
-    nullptr,       nullptr,
+    .name = "avx512",
+    .rows = Vector::TILE_ROWS,
+    .lanes = Vector::LANES,
+    .copy = copy,
+    .pack = pack,
+    .store = store,
+    .mask = mask,
+    .multiply = multiply_rows<FloatUnit, Vector::TILE_ROWS>,
+    .dots = dots,
+    .rows_of_w = rows_of_w,
 };
 
 }  // namespace lora_kernels

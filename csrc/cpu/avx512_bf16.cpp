@@ -110,12 +110,19 @@ void pack_pairs(float* dst, int64_t panel, int64_t width, const Matrix& src, int
 }  // namespace
 
 const Kernels AVX512_BF16_KERNELS = {
-    "avx512_bf16", Vector::TILE_ROWS,
-    Vector::LANES, copy,
-    pack,          store,
-    mask,          multiply_rows<FloatUnit, Vector::TILE_ROWS>,
-    dots,          copy_pairs,
-    pack_pairs,    multiply_rows<PairUnit, Vector::TILE_ROWS>,
+    .name = "avx512_bf16",
+    .rows = Vector::TILE_ROWS,
+    .lanes = Vector::LANES,
+    .copy = copy,
+    .pack = pack,
+    .store = store,
+    .mask = mask,
+    .multiply = multiply_rows<FloatUnit, Vector::TILE_ROWS>,
+    .dots = dots,
+    .rows_of_w = rows_of_w,
+    .copy_pairs = copy_pairs,
+    .pack_pairs = pack_pairs,
+    .multiply_pairs = multiply_rows<PairUnit, Vector::TILE_ROWS>,
 };
 
 }  // namespace lora_kernels

@@ -70,6 +70,10 @@ struct Kernels {
   void (*dots)(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
                int64_t depth, float* c, int64_t c_pitch);
 
+  // c[r][n] = sum over k of x[r][k]·w[k][n], w's rows contiguous in n: 1 to 4 rows x cols.
+  void (*rows_of_w)(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
+                    int64_t depth, float* c, int64_t c_pitch);
+
   // The same on pairs of bfloat16; null where the processor has no instruction for them. Pairs run
   // along src's columns in a tile, along its rows in a panel; depth counts pairs, and an odd last
   // element is paired with 0.

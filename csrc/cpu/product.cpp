@@ -17,8 +17,8 @@ constexpr int64_t MAX_PANELS = 16;
 constexpr int64_t FEW_ROWS = 32;  // so few that reading w decides: wide blocks, read along its rows
 constexpr int64_t SHALLOW = 256;
 constexpr int64_t MAX_SCRATCH_ROWS = 512;  // of float32 results that wait for their rounding
-constexpr int64_t MAX_DOT_ROWS = 16;
-constexpr int64_t DOT_COLS = 64;
+constexpr int64_t DOT_COLS = 64;           // a task's share of w in the forms for few rows
+constexpr int64_t ROW_COLS = 512;
 
 // Half of the L2 cache, in floats: what a thread's packed panels may take.
 int64_t panel_floats() {
@@ -57,8 +57,13 @@ class Run {
 
   void operator()() const {
     if (M == 0 || N == 0) return;
-    // A skinny w is transposed for the dots: it is small, and its sums are more exact so.
-    if (M <= MAX_DOT_ROWS && (p.w.row_stride == 1 || N <= DOT_COLS)) return by_dots();
+    // Few rows read w where it lies, along its memory. A skinny w is transposed for that: it is
+    // small.
+    if (p.w.row_stride != 1 && p.w.col_stride == 1 && N > DOT_COLS) {
+      if (M <= 4) return in_place(ROW_COLS, k.rows_of_w);
+    } else if ((p.w.row_stride == 1 || N <= DOT_COLS) && M <= (pairs && N > DOT_COLS ? 4 : 16)) {
+      return in_place(DOT_COLS, k.dots);
+    }
     by_panels();
   }
 
@@ -69,7 +74,7 @@ class Run {
   const bool pairs;
 
   void by_panels() const;
-  void by_dots() const;
+  void in_place(int64_t block, decltype(Kernels::dots) kernel) const;
   void panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* c) const;
   void pack_w(float* to, int64_t from_unit, int64_t units, const Columns& cols) const;
   void load_x(float* to, int64_t row, int64_t rows, int64_t from_unit, int64_t units) const;
@@ -175,10 +180,12 @@ void Run::by_panels() const {
   const int64_t width = N <= k.lanes ? k.lanes : 2 * k.lanes, all = ceil_div(N, width);
   const int64_t depth = std::min(chunk(), std::max<int64_t>(ceil_div(K, unit()), 1));
   const int64_t most = std::clamp<int64_t>(panel_floats() / (depth * width), 1, MAX_PANELS);
-  const int64_t groups = ceil_div(all, most), panels = ceil_div(all, groups);
-  // Several tasks for each thread, but enough rows in each to be worth its packing.
-  const int64_t wanted = ceil_div(4 * at::get_num_threads(), groups);
-  const int64_t splits = std::clamp<int64_t>(M / (groups == 1 ? 48 : 96), 1, wanted);
+  // Several tasks for each thread, out of rows as long as there are enough to be worth the packing,
+  // else out of columns.
+  const int64_t wanted = 4 * at::get_num_threads(), fewest = ceil_div(all, most);
+  const int64_t splits = std::clamp<int64_t>(M / (all == 1 ? 48 : 96), 1, ceil_div(wanted, fewest));
+  const int64_t groups = std::max(fewest, std::min(all, ceil_div(wanted, splits)));
+  const int64_t panels = ceil_div(all, groups);
   int64_t rows = ceil_div(ceil_div(M, splits), k.rows) * k.rows;
   if (!(p.out_type == Type::F32 && p.mask_out == nullptr && p.scale == 1.0f))
     rows = std::min(rows, MAX_SCRATCH_ROWS / k.rows * k.rows);
@@ -199,31 +206,32 @@ void Run::by_panels() const {
   });
 }
 
-void Run::by_dots() const {
-  const bool contiguous = p.w.row_stride == 1;
-  const int64_t x_pitch = aligned(K) + 16, w_floats = contiguous ? 0 : DOT_COLS * x_pitch;
-  for_each_task(ceil_div(N, DOT_COLS), [&](int64_t task) {
+// Few rows: x as floats, `block` columns of w a task.
+void Run::in_place(int64_t block, decltype(Kernels::dots) kernel) const {
+  const bool copied = kernel == k.dots && p.w.row_stride != 1;
+  const int64_t x_pitch = aligned(K) + 16, w_floats = copied ? block * x_pitch : 0;
+  for_each_task(ceil_div(N, block), [&](int64_t task) {
     Columns cols{};
-    cols.begin = task * DOT_COLS;
-    cols.count = std::min(DOT_COLS, N - cols.begin);
+    cols.begin = task * block;
+    cols.count = std::min(block, N - cols.begin);
     cols.width = 2 * k.lanes;
     cols.panels = ceil_div(cols.count, cols.width);
-    const int64_t floats = M * x_pitch + w_floats + M * DOT_COLS + tail_floats(DOT_COLS);
-    float* x = thread_scratch().reserve(floats);
-    float* copied = x + M * x_pitch;
-    float* c = copied + w_floats;
-    take_tail(cols, c + M * DOT_COLS);
+    float* x = thread_scratch().reserve(M * (x_pitch + block) + w_floats + tail_floats(block));
+    float* w_copy = x + M * x_pitch;
+    float* c = w_copy + w_floats;
+    take_tail(cols, c + M * block);
     pack_b(cols);
     k.copy(x, x_pitch, p.x, M, K);
     if (p.mask_in != nullptr) k.mask(x, x_pitch, *p.mask_in, 0, 0, M, K);
-    Matrix w = p.w.from(0, cols.begin).transposed();
-    if (!contiguous) {
-      k.copy(copied, x_pitch, w, cols.count, K);
-      w = {reinterpret_cast<const char*>(copied), Type::F32, cols.count, K, x_pitch, 1};
+    Matrix w = p.w.from(0, cols.begin);
+    if (kernel == k.dots) w = w.transposed();
+    if (copied) {
+      k.copy(w_copy, x_pitch, w, cols.count, K);
+      w = {reinterpret_cast<const char*>(w_copy), Type::F32, cols.count, K, x_pitch, 1};
     }
-    k.dots(x, x_pitch, w, M, cols.count, K, c, DOT_COLS);
+    kernel(x, x_pitch, w, M, cols.count, K, c, block);
     for (int64_t row = 0; row < M; row += k.rows)
-      finish(row, std::min(k.rows, M - row), cols, c + row * DOT_COLS, DOT_COLS);
+      finish(row, std::min(k.rows, M - row), cols, c + row * block, block);
   });
 }
 

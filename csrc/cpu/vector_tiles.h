@@ -33,7 +33,10 @@ void copy_elements(float* dst, int64_t pitch, const T* src, int64_t row_stride, 
       const T* from = src + r * row_stride;
       float* to = dst + r * pitch;
       int64_t c = 0;
-      for (; c + L <= cols; c += L) Vector::load(from + c).store(to + c);
+      for (; c + L <= cols; c += L) {
+        _mm_prefetch((const char*)(from + rows * row_stride + c), _MM_HINT_T1);  // the next tile
+        Vector::load(from + c).store(to + c);
+      }
       for (; c < cols; ++c) to[c] = widened(from[c]);
     }
     return;
@@ -299,6 +302,66 @@ void dots(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_
   const auto run = [&](auto* data) {
     dots_elements(x, x_pitch, data, w.row_stride, rows, cols, depth, c, c_pitch);
   };
+  if (w.type == Type::F32) return run((const float*)w.data);
+  if (w.type == Type::BF16) return run((const BF16*)w.data);
+  run((const F16*)w.data);
+}
+
+// c[r][n] (+)= the sum over STEPS rows of w, for ROWS rows of x.
+template <class T, int ROWS, int STEPS>
+void add_rows_of_w(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch, int64_t cols,
+                   float* c, int64_t c_pitch, bool add) {
+  constexpr int64_t L = Vector::LANES;
+  int64_t n = 0;
+  for (; n + L <= cols; n += L) {
+    Vector acc[ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) acc[r] = Vector::zero();
+#pragma GCC unroll 8
+    for (int i = 0; i < STEPS; ++i) {
+      const Vector b = Vector::load(w + i * w_pitch + n);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+        acc[r] = acc[r].multiply_add(Vector::all(x[r * x_pitch + i]), b);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      float* to = c + r * c_pitch + n;
+      (add ? acc[r].plus(Vector::load(to)) : acc[r]).store(to);
+    }
+  }
+  for (; n < cols; ++n) {
+    for (int r = 0; r < ROWS; ++r) {
+      float sum = 0;
+      for (int i = 0; i < STEPS; ++i) sum += x[r * x_pitch + i] * widened(w[i * w_pitch + n]);
+      c[r * c_pitch + n] = add ? c[r * c_pitch + n] + sum : sum;
+    }
+  }
+}
+
+template <class T, int ROWS>
+void rows_of_w_elements(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch, int64_t rows,
+                        int64_t cols, int64_t depth, float* c, int64_t c_pitch) {
+  if constexpr (ROWS > 0) {
+    if (rows < ROWS)
+      return rows_of_w_elements<T, ROWS - 1>(x, x_pitch, w, w_pitch, rows, cols, depth, c, c_pitch);
+    int64_t k = 0;
+    for (; k + 8 <= depth; k += 8)
+      add_rows_of_w<T, ROWS, 8>(x + k, x_pitch, w + k * w_pitch, w_pitch, cols, c, c_pitch, k > 0);
+    for (; k < depth; ++k)
+      add_rows_of_w<T, ROWS, 1>(x + k, x_pitch, w + k * w_pitch, w_pitch, cols, c, c_pitch, k > 0);
+  }
+}
+
+void rows_of_w(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
+               int64_t depth, float* c, int64_t c_pitch) {
+  const auto run = [&](auto* data) {
+    rows_of_w_elements<std::remove_cv_t<std::remove_pointer_t<decltype(data)>>, 4>(
+        x, x_pitch, data, w.row_stride, rows, cols, depth, c, c_pitch);
+  };
+  if (depth == 0) {
+    for (int64_t r = 0; r < rows; ++r) std::memset(c + r * c_pitch, 0, cols * sizeof(float));
+  }
   if (w.type == Type::F32) return run((const float*)w.data);
   if (w.type == Type::BF16) return run((const BF16*)w.data);
   run((const F16*)w.data);
