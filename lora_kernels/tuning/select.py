@@ -7,6 +7,7 @@ its bucket, a power of two, so that a new sequence length compiles nothing new.
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 
 from lora_kernels.problem import Problem
@@ -108,21 +109,17 @@ def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig
 def shipped(target: Target) -> list[tuple[Problem, TileConfig]]:
     """Every configuration that `select` can return for `target`, each once, with a problem that gets it.
 
-    Over what decides a configuration: types, rank chunk, bucket of M, and widths small and large.
+    Configurations that compile to the same code count once: the split is a run-time number but for being 1, a rank takes
+    the code of its block, and float16 that of bfloat16 with another instruction.
     """
     found: dict[tuple[TileConfig, str, str, int], tuple[Problem, TileConfig]] = {}
-    for dtype, adapter_dtype in (
-        ("bfloat16", "bfloat16"),
-        ("bfloat16", "float32"),
-        ("float32", "float32"),
-    ):
-        for R in (16, 64, 128):
-            for M in _BUCKETS:
-                for N, K in ((512, 4096), (4096, 4096), (4096, 512)):
-                    problem = Problem(M, N, K, R, dtype, adapter_dtype, device="cuda")
-                    for config in _select(problem, target, None).configs:
-                        key = (config, dtype, adapter_dtype, min(R, config.rank_chunk))
-                        found.setdefault(key, (problem, config))
+    for dtype, adapter_dtype in (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")):
+        for R, M in itertools.product((16, 64), _BUCKETS):
+            for N, K in ((512, 4096), (4096, 4096), (4096, 512)):
+                problem = Problem(M, N, K, R, dtype, adapter_dtype, device="cuda")
+                for config in _select(problem, target, None).configs:
+                    code = replace(config, split=min(config.split, 2))
+                    found.setdefault((code, dtype, adapter_dtype, R), (problem, config))
     return list(found.values())
 
 
