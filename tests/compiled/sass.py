@@ -1,0 +1,120 @@
+"""What the compiler made of a kernel: registers, spills, shared memory, and the instructions of its main loop."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_INSTRUCTION = re.compile(
+    r"^\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(?P<text>[A-Z][A-Z0-9_.]*[^;]*);", re.M
+)
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCMMA", "UTCQMMA", "IMMA", "DMMA")
+
+
+@dataclass(frozen=True)
+class Code:
+    """Counts from one compiled kernel."""
+
+    registers: int
+    spills: int  # loads and stores of thread-local memory
+    smem_bytes: int
+    tmem_columns: int
+    matrix: Counter[str]  # matrix instructions of the whole kernel, by opcode without its sizes
+    loop: Counter[str]  # instructions of the innermost loop that holds matrix instructions, by opcode
+    loop_matrix: list[str]  # its matrix instructions with their sizes, sorted
+
+
+def inspect(compiled: Any) -> Code:
+    """Counts of a kernel that Triton compiled for an NVIDIA or AMD target."""
+    smem = compiled.metadata.shared
+    tmem = getattr(compiled.metadata, "tmem_size", None) or 0
+    if "cubin" not in compiled.asm:
+        return _inspect_amd(compiled.asm["amdgcn"], smem)
+    instructions = _disassemble(compiled.asm["cubin"])
+    opcodes = [text.split()[0] for _, text in instructions]
+    loop = _main_loop(instructions)
+    return Code(
+        registers=_registers(compiled.asm["cubin"]),
+        spills=sum(op.split(".")[0] in ("LDL", "STL") for op in opcodes),
+        smem_bytes=smem,
+        tmem_columns=tmem,
+        matrix=Counter(op.split(".")[0] for op in opcodes if op.startswith(MATRIX)),
+        loop=Counter(op.split(".")[0] for op in loop),
+        loop_matrix=sorted(op for op in loop if op.startswith(MATRIX)),
+    )
+
+
+def _disassemble(cubin: bytes) -> list[tuple[int, str]]:
+    """(address, text) of each instruction, without predicates."""
+    text = _run("nvdisasm", cubin, "-c")
+    return [(int(m["address"], 16), m["text"]) for m in _INSTRUCTION.finditer(_resolve(text))]
+
+
+def _resolve(text: str) -> str:
+    """Labels replaced by the address of the instruction that follows them."""
+    addresses: dict[str, str] = {}
+    waiting: list[str] = []
+    for line in text.splitlines():
+        if label := re.match(r"^(\.L_\w+|\.L\w*):", line.strip()):
+            waiting.append(label[1])
+        elif address := re.match(r"^\s*/\*([0-9a-f]{4,})\*/", line):
+            addresses.update(dict.fromkeys(waiting, address[1]))
+            waiting.clear()
+    return re.sub(r"`\((\.L\w*)\)", lambda m: "0x" + addresses.get(m[1], "0"), text)
+
+
+def _main_loop(instructions: list[tuple[int, str]]) -> list[str]:
+    """Opcodes of the innermost loop with the most matrix instructions: of a backward jump's body without another in it."""
+    loops = []
+    for address, text in instructions:
+        target = re.search(r"\bBRA\S*.*?0x([0-9a-f]+)", text)
+        if target is not None and int(target[1], 16) < address:
+            start = int(target[1], 16)
+            body = [t.split()[0] for a, t in instructions if start <= a <= address]
+            if any(op.startswith(MATRIX) for op in body):
+                loops.append((start, address, body))
+    innermost = [
+        body
+        for start, end, body in loops
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e, _ in loops)
+    ]
+    return max(innermost, key=lambda body: sum(op.startswith(MATRIX) for op in body), default=[])
+
+
+def _registers(cubin: bytes) -> int:
+    found = re.search(r"REG:(\d+)", _run("cuobjdump", cubin, "--dump-resource-usage"))
+    assert found is not None
+    return int(found[1])
+
+
+def _run(tool: str, cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_TOOLS / tool, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _inspect_amd(assembly: str, smem: int) -> Code:
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        return int(found[1]) if found else 0
+
+    matrix = Counter(re.findall(r"^\s+v_(mfma|wmma)\w*", assembly, re.M))
+    return Code(
+        registers=number("vgpr_count"),
+        spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
+        smem_bytes=smem,
+        tmem_columns=0,
+        matrix=matrix,
+        loop=Counter(),
+        loop_matrix=[],
+    )

@@ -1,0 +1,56 @@
+"""Launches, without running them, every configuration that selection can return for a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends.triton.decode import decode
+from lora_kernels.backends.triton.lowrank_matmul import lowrank_matmul
+from lora_kernels.backends.triton.one_pass import one_pass
+from lora_kernels.backends.triton.reduce_outer import reduce_outer
+from lora_kernels.backends.triton.shrink import shrink
+from lora_kernels.backends.triton.shrink_outer import shrink_outer
+from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.targets import Target
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Meta tensors of a problem; `forward` says which way the weights and adapters lie in memory."""
+
+    problem: Problem
+    forward: bool
+
+    def _empty(self, rows: int, cols: int, dtype: str, transposed: bool = False) -> Tensor:
+        shape = (cols, rows) if transposed else (rows, cols)
+        made = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+        return made.t() if transposed else made
+
+    def launch(self, config: TileConfig, target: Target) -> None:
+        """One launch of `config`'s kernel."""
+        p = self.problem
+        base, adapter = p.dtype, p.adapter_dtype
+        x = self._empty(p.M, p.K, base)
+        w = self._empty(p.K, p.N, base, transposed=self.forward)
+        a = self._empty(p.K, p.R, adapter, transposed=not self.forward)
+        b = self._empty(p.R, p.N, adapter, transposed=not self.forward)
+        s = self._empty(p.M, p.R, "float32")
+        dy = self._empty(p.M, p.N, base)
+        bias = self._empty(1, p.N, base)[0] if self.forward else None
+        dtype = getattr(torch, adapter)
+        if config.kernel == "shrink":
+            shrink(x, a, 0.5, config, release=target.tma)
+        elif config.kernel == "lowrank_matmul":
+            lowrank_matmul(x, w, s, b, bias, config, late_wait=target.tma)
+        elif config.kernel == "one_pass":
+            one_pass(x, w, a, b, 0.5, bias, config)
+        elif config.kernel == "decode":
+            decode(x, w, a, b, 0.5, bias, config)
+        elif config.kernel == "reduce_outer":
+            reduce_outer(*((x, s) if self.forward else (s, dy)), dtype, config)
+        else:
+            shrink_outer(dy, b.t(), 0.5, s, dtype, config)

@@ -1,0 +1,171 @@
+"""Every configuration that selection can return compiles for its GPU, fits it, spills nothing and uses matrix units."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+from collections.abc import Iterator
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.select import candidates, shipped
+from lora_kernels.tuning.targets import TARGETS
+from tests.compiled.recorder import recording
+from tests.compiled.sass import Code, inspect
+from tests.compiled.shipped import Shapes
+
+NEAR_DUPLICATES = ("sm_86", "sm_89")  # the code of sm_80 in smaller tiles: one rank and one stride form suffice
+MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "mfma", "gfx1100": "wmma"}
+
+
+def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool]]:
+    for problem, config in shipped(TARGETS[target]):
+        if target in NEAR_DUPLICATES and (problem.R != 64 or problem.adapter_dtype != problem.dtype):
+            continue
+        yield problem, config, True
+        if config.kernel != "shrink_outer" and target not in (*NEAR_DUPLICATES, "gfx942", "gfx1100"):
+            yield problem, config, False
+
+
+def compile_job(job: tuple[str, Problem, TileConfig, bool]) -> Code:
+    target, problem, config, forward = job
+    with recording(target) as launches:
+        Shapes(problem, forward).launch(config, TARGETS[target])
+    assert launches[0].name.strip("_") == config.kernel + "_kernel"
+    return inspect(launches[0].compiled)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[concurrent.futures.Executor]:
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, context) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_shipped_configurations(target, pool):
+    work = [(target, *job) for job in jobs(target)]
+    codes = list(pool.map(compile_job, work, chunksize=4))
+    limits = TARGETS[target]
+    wrong = []
+    for (_, problem, config, forward), code in zip(work, codes, strict=True):
+        what = f"{config} for {problem}, {'forward' if forward else 'backward'}"
+        if code.spills:
+            wrong.append(f"{what}: {code.spills} spills, {code.registers} registers")
+        if code.smem_bytes > limits.smem_bytes:
+            wrong.append(f"{what}: {code.smem_bytes} bytes of shared memory")
+        if code.tmem_columns > max(limits.tmem_columns, 0):
+            wrong.append(f"{what}: {code.tmem_columns} columns of tensor memory")
+        if problem.dtype == "bfloat16" and not code.matrix:
+            wrong.append(f"{what}: no matrix instruction")
+        main = config.kernel in ("lowrank_matmul", "one_pass") and problem.dtype == "bfloat16"
+        if main and not any(op.startswith(MATRIX_UNIT.get(target, "HMMA")) for op in code.matrix):
+            wrong.append(f"{what}: {dict(code.matrix)}, not {MATRIX_UNIT.get(target, 'HMMA')}")
+    assert len(codes) > 20 and not wrong, "\n".join(wrong)
+
+
+@triton.jit
+def _plain_product_kernel(
+    x,
+    w,
+    y_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_wk,
+    stride_wn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    W_K_MAJOR: tl.constexpr,
+):
+    """y = x·w and nothing else: what the main loop of the fused kernel is measured by."""
+    pid_m = tl.program_id(0) % tl.cdiv(M, BLOCK_M)
+    pid_n = tl.program_id(0) // tl.cdiv(M, BLOCK_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m[:, None] < M
+    mask_n = offs_n[None, :] < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if TMA:
+        for k in range(0, K, BLOCK_K):
+            x_tile = x.load([pid_m * BLOCK_M, k])
+            if W_K_MAJOR:  # noqa: SIM108, a constant decides which branch is compiled
+                w_tile = w.load([pid_n * BLOCK_N, k]).T
+            else:
+                w_tile = w.load([k, pid_n * BLOCK_N])
+            acc = tl.dot(x_tile, w_tile, acc)
+    else:
+        offs_k = tl.arange(0, BLOCK_K)
+        x_ptrs = x + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+        w_ptrs = w + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+        for _ in range(0, K, BLOCK_K):
+            x_tile = tl.load(x_ptrs, mask=mask_m, other=0.0)
+            w_tile = tl.load(w_ptrs, mask=mask_n, other=0.0)
+            acc = tl.dot(x_tile, w_tile, acc)
+            x_ptrs += BLOCK_K * stride_xk
+            w_ptrs += BLOCK_K * stride_wk
+    y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)
+
+
+def plain_product(target: str, config: TileConfig, problem: Problem, forward: bool) -> Code:
+    M, N, K = problem.M, problem.N, problem.K
+    x = torch.empty(M, K, dtype=torch.bfloat16, device="meta")
+    stored = torch.empty((N, K) if forward else (K, N), dtype=torch.bfloat16, device="meta")
+    w, y = stored.t() if forward else stored, torch.empty(M, N, dtype=torch.bfloat16, device="meta")
+    first, second = x, w
+    if config.tma:
+        block = [config.block_n, config.block_k] if forward else [config.block_k, config.block_n]
+        first = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
+        second = TensorDescriptor.from_tensor(stored, block)
+    with recording(target) as launches:
+        _plain_product_kernel[(1,)](
+            first,
+            second,
+            y,
+            M,
+            N,
+            K,
+            *x.stride(),
+            *w.stride(),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            TMA=config.tma,
+            W_K_MAJOR=forward,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+    return inspect(launches[0].compiled)
+
+
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_the_main_loop_is_the_plain_products(target, forward, record_property):
+    """The rank tail adds no matrix instruction to the loop and at most 10 % others, nor any shared memory."""
+    problem = Problem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
+    for config in candidates("lowrank_matmul", problem, TARGETS[target]):
+        plain = plain_product(target, config, problem, forward)
+        fused = compile_job((target, problem, config, forward))
+        others, plain_others = (code.loop.total() - len(code.loop_matrix) for code in (fused, plain))
+        line = (
+            f"{target} {config} {'forward' if forward else 'backward'}: loop of {fused.loop.total()} instructions, "
+            f"{len(fused.loop_matrix)} matrix; plain {plain.loop.total()}, {len(plain.loop_matrix)}; "
+            f"registers {fused.registers} and {plain.registers}; shared {fused.smem_bytes} and {plain.smem_bytes}"
+        )
+        print(line)
+        record_property("main loop", line)
+        assert plain.loop_matrix and fused.loop_matrix == plain.loop_matrix, line
+        assert others <= 1.1 * plain_others + 1, line
+        assert fused.smem_bytes <= plain.smem_bytes, line
