@@ -1,5 +1,6 @@
 // The table for processors whose AVX-512 multiplies pairs of bfloat16 into float32.
 #if defined(__x86_64__)
+#define LORA_KERNELS_AVX512_BF16
 #include "elements.h"
 
 #ifdef __clang__

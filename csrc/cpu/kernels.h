@@ -56,9 +56,10 @@ struct Kernels {
   // each panel.
   void (*pack)(float* dst, int64_t panel, int64_t width, const Matrix& src, int64_t rows,
                int64_t cols);
-  // out[r][c] = src[r][c], rounded to `type`; `pitch` floats from row to row of src.
+  // out[r][c] = scale·src[r][c] + bias[c], rounded to `type`; no bias where it is null. out may be
+  // src.
   void (*store)(void* out, Type type, int64_t row_stride, int64_t col_stride, const float* src,
-                int64_t pitch, int64_t rows, int64_t cols);
+                int64_t pitch, int64_t rows, int64_t cols, float scale, const float* bias);
   // Mask the rows x cols floats that are (row, col) onward of the masked matrix; col is a multiple
   // of 4.
   void (*mask)(float* dst, int64_t pitch, const Mask& mask, int64_t row, int64_t col, int64_t rows,

@@ -16,7 +16,8 @@ namespace {
 constexpr int64_t MAX_PANELS = 16;
 constexpr int64_t FEW_ROWS = 32;  // so few that reading w decides: wide blocks, read along its rows
 constexpr int64_t SHALLOW = 256;
-constexpr int64_t MAX_SCRATCH_ROWS = 512;  // of float32 results that wait for their rounding
+constexpr int64_t MAX_SCRATCH_ROWS = 516;  // of float32 results that wait for their rounding
+constexpr int64_t FLOAT_DEPTH = 512;       // wider blocks read x less often
 constexpr int64_t DOT_COLS = 64;           // a task's share of w in the forms for few rows
 constexpr int64_t ROW_COLS = 512;
 
@@ -84,7 +85,10 @@ class Run {
     return p.out_type == Type::F32 && p.scale == 1.0f && p.mask_out == nullptr &&
            cols.count == cols.pitch();
   }
-  int64_t chunk() const { return p.w.col_stride == 1 && M <= FEW_ROWS ? SHALLOW : DEPTH; }
+  int64_t chunk() const {
+    if (p.w.col_stride == 1 && M <= FEW_ROWS) return SHALLOW;
+    return pairs ? DEPTH : FLOAT_DEPTH;
+  }
   int64_t unit() const { return pairs ? 2 : 1; }
   int64_t tail_floats(int64_t block) const {
     return aligned(k.rows * PITCH) + aligned(k.rows * block) + aligned(R * block) + aligned(block);
@@ -124,8 +128,8 @@ void Run::pack_b(const Columns& cols) const {
   if (p.bias != nullptr) k.copy(cols.bias, 0, p.bias->from(0, cols.begin), 1, cols.count);
 }
 
-// Adds tail and bias to the float32 results c of some rows, scales them, and stores them unless c
-// is the output.
+// Adds the tail to the float32 results c of some rows, scales them, adds the bias and stores them;
+// c may be the output itself.
 void Run::finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const {
   float* sum = p.mask_out == nullptr ? c : cols.tail;
   const int64_t sum_pitch = p.mask_out == nullptr ? c_pitch : cols.pitch();
@@ -141,37 +145,30 @@ void Run::finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols.pitch(); ++j) c[i * c_pitch + j] += sum[i * sum_pitch + j];
   }
-  if (p.bias != nullptr) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < cols.pitch(); ++j) c[i * c_pitch + j] += cols.bias[j];
-  }
   char* out = static_cast<char*>(p.out) + (row * N + cols.begin) * size_of(p.out_type);
-  if (static_cast<void*>(c) == out) return;
-  if (p.scale != 1.0f) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < cols.pitch(); ++j) c[i * c_pitch + j] *= p.scale;
-  }
-  k.store(out, p.out_type, N, 1, c, c_pitch, rows, cols.count);
+  const float* bias = p.bias == nullptr ? nullptr : cols.bias;
+  if (static_cast<void*>(c) != out || bias != nullptr)
+    k.store(out, p.out_type, N, 1, c, c_pitch, rows, cols.count, p.scale, bias);
 }
 
 void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* c) const {
   const int64_t units = ceil_div(K, unit()), step = chunk();
-  const int64_t tiles = ceil_div(rows, k.rows), tile_rows = ceil_div(rows, tiles);
-  const bool in_place = direct(cols);
+  const int64_t tile_rows = ceil_div(rows, ceil_div(rows, k.rows));
+  const bool in_place = direct(cols), one_tile = !in_place && units <= step;
   const int64_t c_pitch = in_place ? N : cols.pitch();
   if (in_place) c = static_cast<float*>(p.out) + row * N + cols.begin;
-  pack_b(cols);
   for (int64_t u = 0; u == 0 || u < units; u += step) {
     const int64_t depth = std::min(step, units - u);
     pack_w(w, u, depth, cols);
     for (int64_t r = 0; r < rows; r += tile_rows) {
       const int64_t count = std::min(tile_rows, rows - r);
+      float* tile_c = one_tile ? c : c + r * c_pitch;
       load_x(cols.tile, row + r, count, u, depth);
       for (int64_t g = 0; g < cols.panels; ++g)
         (pairs ? k.multiply_pairs : k.multiply)(count, cols.width / k.lanes, cols.tile,
                                                 w + g * depth * cols.width, depth,
-                                                c + r * c_pitch + g * cols.width, c_pitch, u > 0);
-      if (u + step >= units) finish(row + r, count, cols, c + r * c_pitch, c_pitch);
+                                                tile_c + g * cols.width, c_pitch, u > 0);
+      if (u + step >= units) finish(row + r, count, cols, tile_c, c_pitch);
     }
   }
 }
@@ -186,9 +183,7 @@ void Run::by_panels() const {
   const int64_t splits = std::clamp<int64_t>(M / (all == 1 ? 48 : 96), 1, ceil_div(wanted, fewest));
   const int64_t groups = std::max(fewest, std::min(all, ceil_div(wanted, splits)));
   const int64_t panels = ceil_div(all, groups);
-  int64_t rows = ceil_div(ceil_div(M, splits), k.rows) * k.rows;
-  if (!(p.out_type == Type::F32 && p.mask_out == nullptr && p.scale == 1.0f))
-    rows = std::min(rows, MAX_SCRATCH_ROWS / k.rows * k.rows);
+  const int64_t rows = ceil_div(ceil_div(M, splits), k.rows) * k.rows;
   const int64_t chunks = ceil_div(M, rows), block = panels * width;
   for_each_task(groups * chunks, [&](int64_t task) {
     Columns cols{};
@@ -197,12 +192,17 @@ void Run::by_panels() const {
     if (cols.count <= 0) return;
     cols.width = width;
     cols.panels = ceil_div(cols.count, width);
-    const int64_t row = task % chunks * rows, count = std::min(rows, M - row);
-    const int64_t results = direct(cols) ? 0 : aligned(count * block);
+    const int64_t begin = task % chunks * rows, end = std::min(begin + rows, M);
+    // Results that are not yet complete after a chunk of k wait in the output or in scratch memory.
+    const bool waits = !direct(cols) && ceil_div(K, unit()) > chunk();
+    const int64_t step = waits ? std::min(rows, MAX_SCRATCH_ROWS) : rows;
+    const int64_t results = direct(cols) ? 0 : aligned((waits ? step : k.rows) * block);
     float* w = thread_scratch().reserve(tail_floats(block) + aligned(depth * block) + results);
     float* c = w + aligned(depth * block);
     take_tail(cols, c + results);
-    panel_task(row, count, cols, w, c);
+    pack_b(cols);
+    for (int64_t row = begin; row < end; row += step)
+      panel_task(row, std::min(step, end - row), cols, w, c);
   });
 }
 

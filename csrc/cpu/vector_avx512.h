@@ -15,6 +15,10 @@ struct Vector {
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BF16* p) const {
+#ifdef LORA_KERNELS_AVX512_BF16
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
+    return;
+#endif
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));

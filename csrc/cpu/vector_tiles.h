@@ -10,13 +10,6 @@ inline float widened(BF16 x) {
 }
 inline float widened(F16 x) { return _cvtsh_ss(x.bits); }
 
-template <class T>
-inline void store_part(T* out, Vector value, int64_t count) {
-  T buffer[Vector::LANES];
-  value.store(buffer);
-  std::memcpy(out, buffer, count * sizeof(T));
-}
-
 inline Vector load_part(const float* p, int64_t count) {
   float buffer[Vector::LANES] = {};
   std::memcpy(buffer, p, count * sizeof(float));
@@ -104,33 +97,37 @@ void pack(float* dst, int64_t panel, int64_t width, const Matrix& src, int64_t r
 
 template <class T>
 void store_elements(T* out, int64_t row_stride, int64_t col_stride, const float* src, int64_t pitch,
-                    int64_t rows, int64_t cols) {
+                    int64_t rows, int64_t cols, float scale, const float* bias) {
   constexpr int64_t L = Vector::LANES;
+  const Vector factor = Vector::all(scale);
   for (int64_t r = 0; r < rows; ++r) {
     const float* from = src + r * pitch;
-    if (col_stride == 1) {
-      T* to = out + r * row_stride;
-      int64_t c = 0;
-      for (; c + L <= cols; c += L) Vector::load(from + c).store(to + c);
-      if (c < cols) store_part(to + c, load_part(from + c, cols - c), cols - c);
-    } else {
-      for (int64_t c = 0; c < cols; c += L) {
-        T buffer[L];
-        const int64_t count = cols - c < L ? cols - c : L;
-        (count == L ? Vector::load(from + c) : load_part(from + c, count)).store(buffer);
-        for (int64_t i = 0; i < count; ++i) out[r * row_stride + (c + i) * col_stride] = buffer[i];
+    T* to = out + r * row_stride;
+    for (int64_t c = 0; c < cols; c += L) {
+      const int64_t count = cols - c < L ? cols - c : L;
+      Vector value = count == L ? Vector::load(from + c) : load_part(from + c, count);
+      Vector shift = Vector::zero();
+      if (bias != nullptr) shift = count == L ? Vector::load(bias + c) : load_part(bias + c, count);
+      value = shift.multiply_add(value, factor);
+      if (col_stride == 1 && count == L) {
+        value.store(to + c);
+        continue;
       }
+      T buffer[L];
+      value.store(buffer);
+      for (int64_t i = 0; i < count; ++i) to[(c + i) * col_stride] = buffer[i];
     }
   }
 }
 
 void store(void* out, Type type, int64_t row_stride, int64_t col_stride, const float* src,
-           int64_t pitch, int64_t rows, int64_t cols) {
-  if (type == Type::F32)
-    return store_elements((float*)out, row_stride, col_stride, src, pitch, rows, cols);
-  if (type == Type::BF16)
-    return store_elements((BF16*)out, row_stride, col_stride, src, pitch, rows, cols);
-  store_elements((F16*)out, row_stride, col_stride, src, pitch, rows, cols);
+           int64_t pitch, int64_t rows, int64_t cols, float scale, const float* bias) {
+  const auto run = [&](auto* to) {
+    store_elements(to, row_stride, col_stride, src, pitch, rows, cols, scale, bias);
+  };
+  if (type == Type::F32) return run((float*)out);
+  if (type == Type::BF16) return run((BF16*)out);
+  run((F16*)out);
 }
 
 // Philox-4x32-10 for `LANES` counters at once, four words each; see lora_kernels/dropout.py.
