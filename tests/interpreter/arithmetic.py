@@ -30,15 +30,17 @@ def float32(handle: TensorHandle) -> TensorHandle:
 
 
 def _bf16_again(output: np.ndarray) -> TensorHandle:
-    comparison = output.dtype == np.bool_
-    return TensorHandle(output if comparison else narrowed(output), tl.bfloat16)
+    if output.dtype == np.bool_:  # a comparison
+        return TensorHandle(output, tl.int1)
+    return TensorHandle(narrowed(output), tl.bfloat16)
 
 
 def binary_op_by(stock):
     def binary_op(self, lhs, rhs, op):
         if not (_is_bf16(lhs) and _is_bf16(rhs)):
             return stock(self, lhs, rhs, op)
-        return _bf16_again(op(widened(lhs.data), widened(rhs.data)))
+        with np.errstate(all="ignore"):
+            return _bf16_again(op(widened(lhs.data), widened(rhs.data)))
 
     return binary_op
 
@@ -65,6 +67,7 @@ def tf32(values: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+@np.errstate(all="ignore")
 def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     left, right = float32(a).data, float32(b).data
     if left.dtype == np.float32 and not _is_bf16(a):

@@ -7,6 +7,7 @@ asks a GPU what it is, and the list of backends that dispatch offers to CPU tens
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,19 +26,17 @@ VARIANTS = {  # name -> (algorithm, target, changes to the small tiles by kernel
     "decode": ("decode", "sm_80", {}),
 }
 _TILES = (
-    TileConfig("shrink", 16, 1, 16, 4, 2, split=3, rank_chunk=16),
-    TileConfig("lowrank_matmul", 16, 32, 16, 4, 2, group_m=2, rank_chunk=16),
-    TileConfig("one_pass", 32, 16, 16, 4, 2, group_m=2, rank_chunk=16),
-    TileConfig("decode", DECODE_ROWS, 16, 16, 4, 2, split=3, rank_chunk=FUSED_RANK),
-    TileConfig("reduce_outer", 16, 32, 16, 4, 2, split=2, rank_chunk=16),
-    TileConfig("shrink_outer", 16, 32, 16, 4, 2, split=2, rank_chunk=FUSED_RANK),
+    TileConfig("shrink", 32, 1, 16, 4, 2, split=3, rank_chunk=32),
+    TileConfig("lowrank_matmul", 32, 32, 32, 4, 2, group_m=2, rank_chunk=16),
+    TileConfig("one_pass", 32, 32, 32, 4, 2, group_m=2, rank_chunk=32),
+    TileConfig("decode", DECODE_ROWS, 32, 32, 4, 2, split=2, rank_chunk=FUSED_RANK),
+    TileConfig("reduce_outer", 16, 32, 16, 4, 2, split=2, rank_chunk=32),
+    TileConfig("shrink_outer", 16, 32, 16, 4, 2, split=3, rank_chunk=FUSED_RANK),
 )
 
 
 def small_tiles(changes: dict[str, dict] | None = None) -> Callable[..., Choice]:
     """A stand-in for `select` with tiles of 16 and 32, changed as told."""
-    from dataclasses import replace
-
     configs = tuple(replace(c, **(changes or {}).get(c.kernel, {})) for c in _TILES)
 
     def select(problem: Problem, target: Target, algorithm: str | None = None) -> Choice:

@@ -85,7 +85,7 @@ class TritonBackend(Backend):
         if 0 in (M, N):
             return x.new_empty((M, N)), self.shrink(x, a, alpha, dropout_in) if s is None else s
         problem = _problem(x, a, M, N, K, R, dropout_in or dropout_out)
-        target = current_target()
+        target = current_target(x.device)
         choice = self._choice(problem, target)
         fused = s is None and dropout_out is None and R > 0
         if fused and choice.algorithm == "decode":
@@ -151,12 +151,13 @@ class TritonBackend(Backend):
         dropout: Dropout | None,
     ) -> TileConfig:
         problem = _problem(x, a, M, N, K, R, dropout)
-        return select(problem, current_target(), "two_kernel").config(kernel)
+        return select(problem, current_target(x.device), "two_kernel").config(kernel)
 
 
-def current_target() -> Target:
-    """The target of the current device; ValueError for one that these kernels do not support."""
-    return target_of(_architecture(torch.cuda.current_device()))
+def current_target(device: torch.device | None = None) -> Target:
+    """The target of `device`, or of the current one; ValueError for one that these kernels do not support."""
+    index = None if device is None else device.index
+    return target_of(_architecture(torch.cuda.current_device() if index is None else index))
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,242 @@
+"""What the kernels do to memory: order, traffic, offsets past 2³¹, odd strides, launches."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_kernels.backends import triton as backend_module
+from lora_kernels.backends.triton import (
+    decode,
+    launch,
+    lowrank_matmul,
+    one_pass,
+    reduce_outer,
+    shrink,
+    shrink_outer,
+)
+from lora_kernels.tuning.config import TileConfig
+from tests.interpreter import strict
+from tests.interpreter.conftest import VARIANTS
+from tests.oracle import Case, assert_budget
+
+ALIGNED = Case(64, 96, 128, 16, dtype=torch.bfloat16)
+
+
+def every_product(backend, case: Case) -> dict[str, torch.Tensor]:
+    o = case.operands()
+    y, s = backend.lowrank_matmul(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
+    q, dB = backend.shrink_outer(o.dy, o.b.t(), case.alpha, s, o.b.dtype)
+    dx, _ = backend.lowrank_matmul(
+        o.dy, o.w.t(), o.b.t(), o.a.t(), case.alpha, s=q, dropout_out=o.dropout
+    )
+    dA = backend.reduce_outer(o.x, q, o.a.dtype, o.dropout)
+    return {"y": y, "s": s, "q": q, "dx": dx, "dA": dA, "dB": dB}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_program_order_changes_no_bit(variant, dropout, triton_backend):
+    backend = triton_backend(variant)
+    case = Case(61, 75, 88, 20, dtype=torch.bfloat16, dropout=dropout)
+    ascending = every_product(backend, case)
+    for order in ("descending", "shuffled"):
+        with strict.program_order(order):
+            for name, result in every_product(backend, case).items():
+                assert torch.equal(result, ascending[name]), f"{name} in {order} order"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_operands_are_left_alone_and_results_are_stored_once(variant, triton_backend):
+    backend = triton_backend(variant)
+    o, untouched = ALIGNED.operands(), ALIGNED.operands()
+    with strict.recording() as launches:
+        y, s = backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)
+        backend.shrink_outer(o.dy, o.b.t(), 0.5, s, o.b.dtype)
+        backend.reduce_outer(o.x, s, o.a.dtype)
+    for name in ("x", "w", "a", "b", "bias", "dy"):
+        assert torch.equal(getattr(o, name), getattr(untouched, name)), name
+    stored = [launch.written["y_ptr"] for launch in launches if "y_ptr" in launch.written]
+    (addresses,) = stored
+    assert len(set(addresses.tolist())) == len(addresses) == y.numel()
+    assert not any(launch.loads["y_ptr"] for launch in launches)
+
+
+@pytest.mark.parametrize("variant", ["two_kernel", "tma"])
+def test_traffic_of_two_kernels_is_that_of_their_tiles(variant, triton_backend):
+    """x is read once for s and once a block of columns; w once a block of rows; s is the only intermediate."""
+    backend = triton_backend(variant, shrink={"split": 1, "rank_chunk": 16})
+    o = ALIGNED.operands()
+    M, N, K, R = ALIGNED.M, ALIGNED.N, ALIGNED.K, ALIGNED.R
+    with strict.recording() as launches:
+        backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)
+    first, second = launches
+    assert first.kernel == "_shrink_kernel" and second.kernel == "_lowrank_matmul_kernel"
+    assert dict(first.loads) == {"x_ptr": M * K, "a_ptr": M // 32 * K * R}
+    assert dict(first.stores) == {"out_ptr": M * R}
+    assert dict(second.loads) == {
+        "x": N // 32 * M * K,
+        "w": M // 32 * K * N,
+        "s_ptr": N // 32 * M * R,
+        "b_ptr": M // 32 * R * N,
+        "bias_ptr": M // 32 * N,
+    }
+    assert dict(second.stores) == {"y_ptr": M * N}
+    described = isinstance(second.arguments["x"], TensorDescriptor)
+    assert described == (variant == "tma")
+
+
+def test_dy_is_read_once_for_q_and_db(triton_backend):
+    backend = triton_backend("two_kernel")
+    o = ALIGNED.operands()
+    s = torch.randn(ALIGNED.M, ALIGNED.R)
+    with strict.recording() as launches:
+        backend.shrink_outer(o.dy, o.b.t(), 0.5, s, o.b.dtype)
+    assert sum(launch.loads["dy_ptr"] for launch in launches) == o.dy.numel()
+
+
+def test_decode_is_one_launch_and_reads_w_once(triton_backend):
+    backend = triton_backend("decode")
+    o = ALIGNED.operands()
+    with strict.recording() as launches:
+        backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)
+    (only,) = launches
+    assert only.kernel == "_decode_kernel" and only.loads["w_ptr"] == o.w.numel()
+
+
+def apart(rows: int, cols: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """A tensor whose rows lie 2³⁰ elements apart: memory that is reserved and, but for the rows, never touched."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    buffer = torch.empty((rows - 1) * 2**30 + cols, dtype=dtype)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    view = buffer.as_strided((rows, cols), (2**30, 1))
+    return view.copy_(torch.randn(rows, cols))
+
+
+CONFIG = TileConfig("any", 16, 16, 16, 4, 2)
+WIDE_CALLS = {
+    "shrink": lambda x, w, t: shrink.shrink(x, w, 0.5, CONFIG),
+    "lowrank_matmul": lambda x, w, t: lowrank_matmul.lowrank_matmul(
+        x, w, t.float(), w[:1, :], None, CONFIG
+    ),
+    "one_pass": lambda x, w, t: one_pass.one_pass(x, w, w, w[:, :16], 0.5, None, CONFIG)[0],
+    "decode": lambda x, w, t: decode.decode(x, w, w, w[:, :16], 0.5, None, CONFIG)[0],
+    "reduce_outer": lambda x, w, t: reduce_outer.reduce_outer(x, t.float(), torch.float16, CONFIG),
+    "shrink_outer": lambda x, w, t: shrink_outer.shrink_outer(
+        x, w, 0.5, t.float(), torch.float16, CONFIG
+    )[1],
+}
+
+
+@pytest.mark.parametrize("kernel", WIDE_CALLS)
+def test_offsets_past_32_bits(kernel, monkeypatch):
+    """Rows 2³⁰ elements apart, the fourth past 2³¹: right with 64-bit offsets, an error without."""
+    call = WIDE_CALLS[kernel]
+    t = torch.randn(4, 1).half()
+    if kernel in ("reduce_outer", "shrink_outer"):  # M runs along the distant rows
+        x, w = apart(4, 4), torch.randn(4, 1).half()
+        near = x.contiguous(), w
+    else:  # so does K, as the rows of w
+        x, w = torch.randn(4, 4).half(), apart(4, 4)
+        near = x, w.contiguous()
+    result = call(x, w, t)
+    assert torch.equal(result, call(*near, t))
+    module = globals()[kernel]
+    monkeypatch.setattr(module, "needs_int64", lambda *operands: False)
+    with pytest.raises(Exception, match="does not have"):
+        call(x, w, t)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_descriptors_only_where_the_hardware_takes_them(offset, triton_backend):
+    """A base or a row that is not a multiple of 16 bytes: the pointer form, with the same result."""
+    backend = triton_backend("tma")
+    o = ALIGNED.operands()
+    storage = torch.zeros(o.x.numel() + offset, dtype=o.x.dtype)
+    x = storage[offset:].view(o.x.shape).copy_(o.x)
+    with strict.recording() as launches:
+        y, _ = backend.lowrank_matmul(x, o.w, o.a, o.b, 0.5, o.bias)
+    described = isinstance(launches[-1].arguments["x"], TensorDescriptor)
+    assert described == (offset == 0)
+    assert torch.equal(y, backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["linear", "plain"])
+def test_descriptors_at_edges(dtype, layout, triton_backend):
+    """Blocks that stick out on every side; w by rows of k and by rows of n."""
+    backend = triton_backend("tma")
+    case = Case(37, 72, 40, 20, dtype=dtype, layout=layout)
+    o = case.operands()
+    with strict.recording() as launches:
+        y, _ = backend.lowrank_matmul(o.x, o.w, o.a, o.b, case.alpha, o.bias)
+    assert isinstance(launches[-1].arguments["w"], TensorDescriptor)
+    assert_budget(y, o.results(None)["y"], o.results(torch.float64)["y"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("sizes", [(0, 8, 8, 4), (5, 0, 8, 4)], ids=str)
+def test_nothing_to_compute_launches_nothing(variant, sizes, triton_backend, monkeypatch):
+    backend = triton_backend(variant)
+    M, N, K, R = sizes
+    operands = torch.ones(M, K), torch.ones(K, N), torch.ones(K, R), torch.ones(R, N)
+    with strict.recording() as launches:
+        y, s = backend.lowrank_matmul(*operands, 0.5)
+    assert y.shape == (M, N) and s.shape == (M, R)
+    assert not any(launch.stores["y_ptr"] for launch in launches)
+    assert M or not launches
+    with strict.recording() as launches:
+        backend.shrink(torch.ones(0, K), torch.ones(K, R), 0.5)
+        backend.shrink(torch.ones(5, K), torch.ones(K, 0), 0.5)
+        for left, right in (((0, 4), (0, 3)), ((5, 0), (5, 3)), ((5, 4), (5, 0))):
+            backend.reduce_outer(torch.ones(left), torch.ones(right), torch.float32)
+    assert launches == []
+
+
+def test_sums_over_nothing_are_zero(triton_backend):
+    backend = triton_backend("two_kernel")
+    assert torch.equal(
+        backend.reduce_outer(torch.ones(0, 4), torch.ones(0, 3), torch.float32), torch.zeros(4, 3)
+    )
+    q, dB = backend.shrink_outer(
+        torch.ones(0, 4), torch.ones(4, 3), 1.0, torch.ones(0, 3), torch.float32
+    )
+    assert q.shape == (0, 3) and torch.equal(dB, torch.zeros(3, 4))
+
+
+def test_grids_are_one_dimensional(triton_backend):
+    """The second and third axis end at 65535, the first at 2³¹ - 1."""
+    with strict.recording() as launches:
+        every_product(triton_backend("two_kernel"), Case(70, 70, 70, 40))
+    assert launches and all(len(launch.grid) == 1 for launch in launches)
+
+
+def test_every_launch_names_its_device_and_its_rounding(monkeypatch):
+    entered, given = [], {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: given.update(options, grid=grid, args=args)
+
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: entered.append(device) or nullcontext()
+    )
+    device = torch.device("cuda", 1)
+    launch.launch(Kernel(), 7, CONFIG, device, 1, 2, dependent=True, FLAG=3)
+    assert entered == [device]
+    assert given["grid"] == (7,) and given["args"] == (1, 2) and given["FLAG"] == 3
+    assert given["launch_pdl"] is True and given["enable_fp_fusion"] is True
+    assert (given["num_warps"], given["num_stages"]) == (CONFIG.num_warps, CONFIG.num_stages)
+    given.clear()
+    launch.launch(Kernel(), 7, CONFIG, torch.device("cpu"))
+    assert "launch_pdl" not in given and entered == [device]
+
+
+def test_target_is_that_of_the_operands_device(monkeypatch):
+    monkeypatch.setattr(backend_module, "_architecture", lambda index: f"sm_{80 + 10 * index}")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert backend_module.current_target().name == "sm_80"
+    assert backend_module.current_target(torch.device("cuda", 1)).name == "sm_90"
