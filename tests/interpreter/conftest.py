@@ -6,6 +6,7 @@ asks a GPU what it is, and the list of backends that dispatch offers to CPU tens
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,6 +19,9 @@ from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import DECODE_ROWS, FUSED_RANK, TileConfig
 from lora_kernels.tuning.select import Choice
 from lora_kernels.tuning.targets import TARGETS, Target
+
+if importlib.util.find_spec("triton") is None:  # an optional dependency
+    collect_ignore_glob = ["test_*.py"]
 
 VARIANTS = {  # name -> (algorithm, target, changes to the small tiles by kernel)
     "two_kernel": ("two_kernel", "sm_80", {}),

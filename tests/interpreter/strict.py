@@ -33,6 +33,7 @@ from triton.backends.nvidia.compiler import min_dot_size
 from triton.runtime import interpreter
 from triton.runtime.interpreter import (
     GridExecutor,
+    InterpretedFunction,
     InterpreterBuilder,
     TensorDescHandle,
     TensorHandle,
@@ -82,11 +83,14 @@ class View:
 
 @dataclass
 class Launch:
-    """What one launch did: elements loaded and stored, by argument."""
+    """What was launched, and what it did: elements loaded and stored, by argument."""
 
     kernel: str
+    function: InterpretedFunction
     grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    arguments: dict[str, Any] = field(default_factory=dict)  # both, by name
     loads: Counter = field(default_factory=Counter)
     stores: Counter = field(default_factory=Counter)
     written: dict[str, np.ndarray] = field(default_factory=dict)  # addresses, one entry a store
@@ -235,15 +239,14 @@ def _init_args(stock):
     return init_args
 
 
-def _call(stock):
-    def call(self, *args, **kwargs):
-        grid = self.grid if not callable(self.grid) else self.grid(kwargs)
+def _run(stock):
+    def run(self, *args, grid, warmup, **kwargs):
         for size, limit in zip(grid, GRID_LIMITS, strict=False):
             if not 1 <= size <= limit:
                 raise ValueError(f"a grid of {grid} cannot be launched")
-        state.launch = Launch(self.fn.__name__, tuple(grid), {})
+        state.launch = Launch(self.fn.__name__, self, tuple(grid), args, kwargs)
         state.dependent = bool(kwargs.get("launch_pdl"))
-        stock(self, *args, **kwargs)
+        stock(self, *args, grid=grid, warmup=warmup, **kwargs)
         stored = state.launch.stores
         state.written_before = frozenset(
             view.storage for view in state.views.values() if stored[view.name]
@@ -251,7 +254,7 @@ def _call(stock):
         if state.recorded is not None:
             state.recorded.append(state.launch)
 
-    return call
+    return run
 
 
 def _set_grid_idx(stock):
@@ -294,7 +297,7 @@ def install() -> None:
         (InterpreterBuilder, "set_grid_idx", _set_grid_idx),
         (TensorDescHandle, "materialize_pointers", _materialize),
         (GridExecutor, "_init_args_hst", _init_args),
-        (GridExecutor, "__call__", _call),
+        (InterpretedFunction, "run", _run),
         (interpreter, "_implicit_cvt", _implicit_cvt),
     ):
         setattr(owner, name, wrap(getattr(owner, name)))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.interpreter import strict
 from tests.interpreter.arithmetic import narrowed, widened
-
-import triton  # isort: skip, `strict` must see that the process interprets
-import triton.language as tl  # isort: skip
-from triton.runtime.errors import InterpreterError  # isort: skip
-from triton.tools.tensor_descriptor import TensorDescriptor  # isort: skip
 
 
 def all_bfloat16() -> torch.Tensor:

@@ -1,0 +1,157 @@
+"""Values that need care: the dropout mask bit for bit, infinities beside padded ranks, alpha in memory, any shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_kernels.backends import triton as backend_module
+from lora_kernels.backends.triton import decode, one_pass, partials, shrink
+from lora_kernels.dropout import Dropout, keep_mask
+from lora_kernels.tuning.targets import TARGETS
+from tests.interpreter.conftest import VARIANTS, on_target, small_tiles
+from tests.interpreter.test_products import check_directions
+from tests.oracle import Case, check_backend
+
+SEEDS = [0, 0x1234_5678_9ABC_DEF0, -1, 2**63 - 1]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("p", [0.3, 1e-9, 0.999])
+@pytest.mark.parametrize("cols", [64, 41])
+def test_dropout_mask_bit_for_bit(seed, p, cols, triton_backend):
+    """Operands of ones and unit matrices make each of the four masked products its mask."""
+    dropout = Dropout(p, torch.tensor(seed))
+    rows = 37
+    expected = keep_mask(dropout, rows, cols)
+    ones, unit = torch.ones(rows, cols), torch.eye(cols)
+    two_kernel = triton_backend("two_kernel")
+    s = two_kernel.shrink(ones, unit, 1.0, dropout)
+    none = torch.zeros(rows, 1), torch.zeros(1, cols), torch.zeros(1, 1)
+    tail, _ = two_kernel.lowrank_matmul(
+        *none, torch.ones(1, cols), 1.0, s=torch.ones(rows, 1), dropout_out=dropout
+    )
+    reduced = two_kernel.reduce_outer(ones, torch.eye(rows), torch.float32, dropout).t()
+    _, s_one = triton_backend("one_pass").lowrank_matmul(
+        ones, torch.ones(cols, 4), unit, torch.ones(cols, 4), 1.0, dropout_in=dropout
+    )
+    for result in (s, tail, reduced, s_one):
+        assert torch.equal(result != 0, expected)
+        assert torch.allclose(result[expected], torch.tensor(1 / (1 - p)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinity_stays_an_infinity_beside_padded_ranks(variant, dtype, triton_backend):
+    """R = 5 of a block of 16: an infinite x times a padded rank's zeros is NaN, which y must not see."""
+    backend = triton_backend(variant)
+    x, w, a, b = (
+        torch.rand(size).to(dtype) + 0.5 for size in ((9, 40), (40, 24), (40, 5), (5, 24))
+    )
+    x[3, 7] = float("inf")
+    y, s = backend.lowrank_matmul(x, w, a, b, 0.5)
+    assert y[3].isinf().all() and s[3].isinf().all()
+    others = torch.arange(9) != 3
+    assert y[others].isfinite().all() and s[others].isfinite().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_nan_in_x_reaches_its_row_only(variant, triton_backend):
+    x, w, a, b = torch.ones(9, 40), torch.ones(40, 24), torch.ones(40, 5), torch.ones(5, 24)
+    x[8, 39] = float("nan")
+    y, s = triton_backend(variant).lowrank_matmul(x, w, a, b, 0.5)
+    assert y[8].isnan().all() and s[8].isnan().all()
+    assert y[:8].isfinite().all() and s[:8].isfinite().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_s_beyond_float16_does_not_overflow(variant, triton_backend):
+    """x·A passes float16's 65504; s is float32, so y is right where step-by-step float16 has infinities."""
+    backend = triton_backend(variant)
+    x, a = torch.full((3, 64), 64.0).half(), torch.full((64, 4), 64.0).half()
+    b = torch.full((4, 32), 2.0**-12).half()
+    y, s = backend.lowrank_matmul(x, torch.zeros(64, 32).half(), a, b, 2.0**-10)
+    assert torch.equal(s, torch.full((3, 4), 256.0))
+    assert torch.equal(y, torch.full((3, 32), 0.25).half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["two_kernel", "tma", "one_pass", "decode"])
+def test_alpha_in_memory(variant, dtype, triton_backend, monkeypatch):
+    """On a GPU a 0-d alpha is read by the kernel; here the launchers are told that a CPU tensor is one."""
+    backend = triton_backend(variant)
+    o = Case(20, 33, 70, 5).operands()
+    as_number = backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.75, o.bias)
+    for module in (shrink, one_pass, decode, partials):
+        monkeypatch.setattr(module, "scale_argument", lambda a: (a, isinstance(a, torch.Tensor)))
+    alpha = torch.tensor(0.75, dtype=dtype)
+    for expected, result in zip(
+        as_number, backend.lowrank_matmul(o.x, o.w, o.a, o.b, alpha, o.bias), strict=True
+    ):
+        assert torch.equal(expected, result)
+
+
+def test_decode_leaves_to_two_kernels_what_it_cannot_do(triton_backend):
+    backend = triton_backend("decode")
+    for case in (Case(65, 24, 40, 4), Case(9, 24, 40, 65), Case(9, 24, 40, 4, dropout=0.5)):
+        check_directions(backend, case)
+
+
+_SHIPPED = [
+    Case(150, 136, 200, 16, dtype=torch.bfloat16),
+    Case(20, 264, 136, 72, dtype=torch.float16, adapter_dtype=torch.float32),
+    Case(40, 70, 90, 8, dtype=torch.float32, dropout=0.1),
+]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize("case", _SHIPPED, ids=str)
+def test_tiles_that_select_picks(case, target, monkeypatch):
+    on_target(monkeypatch, target)
+    check_backend(backend_module.TritonBackend(), case)
+
+
+@pytest.mark.parametrize("algorithm", ["two_kernel", "one_pass", "decode"])
+def test_forced_algorithms_with_the_tiles_that_select_picks(algorithm, monkeypatch):
+    on_target(monkeypatch, "sm_90")
+    check_directions(
+        backend_module.TritonBackend(algorithm), Case(40, 136, 264, 16, dtype=torch.bfloat16)
+    )
+
+
+_DTYPES = st.sampled_from(
+    [
+        (torch.float32, None),
+        (torch.float16, None),
+        (torch.bfloat16, None),
+        (torch.bfloat16, torch.float32),
+    ]
+)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 70), st.integers(1, 90), st.integers(1, 40)),
+    dtypes=_DTYPES,
+    variant=st.sampled_from(sorted(VARIANTS)),
+    dropout=st.sampled_from([0.0, 0.0, 0.4]),
+    layout=st.sampled_from(["linear", "plain", "peft", "transposed", "sliced", "broadcast"]),
+)
+def test_any_problem(sizes, dtypes, variant, dropout, layout):
+    algorithm, target, changes = VARIANTS[variant]
+    with pytest.MonkeyPatch.context() as patch:
+        on_target(patch, target)
+        patch.setattr(backend_module, "select", small_tiles(changes))
+        check_backend(
+            backend_module.TritonBackend(algorithm),
+            Case(*sizes, *dtypes, dropout=dropout, layout=layout),
+        )
+
+
+def test_every_target_has_a_choice_for_the_smallest_problem():
+    for target in TARGETS:
+        with pytest.MonkeyPatch.context() as patch:
+            on_target(patch, target)
+            check_directions(backend_module.TritonBackend(), Case(1, 1, 1, 1))
