@@ -22,7 +22,7 @@ const Kernels AVX2_KERNELS = {
     .pack = pack,
     .store = store,
     .mask = mask,
-    .multiply = multiply_rows<FloatUnit, Vector::TILE_ROWS>,
+    .multiply = multiply_rows<FloatUnit<float>, Vector::TILE_ROWS>,
     .dots = dots,
     .rows_of_w = rows_of_w,
 };

@@ -17,6 +17,9 @@ namespace {
 #include "vector_tiles.h"
 
 struct PairUnit {
+  using Element = BF16;
+  static constexpr int64_t PER_LANE = 2;
+  static Vector load(const BF16* p) { return Vector::load((const float*)p); }
   static Vector multiply_add(Vector acc, Vector a, Vector b) {
     return {_mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_castps_si512(a.v),
                              (__m512bh)_mm512_castps_si512(b.v))};
@@ -29,11 +32,11 @@ inline void store_pair(float* dst, uint32_t low, uint32_t high) {
 }
 
 // dst[r][p] = elements (r, 2p) and (r, 2p + 1) of src.
-void copy_pairs(float* dst, const Matrix& src, int64_t rows, int64_t k) {
+void copy_pairs(float* dst, int64_t pitch, const Matrix& src, int64_t rows, int64_t k) {
   const uint16_t* data = (const uint16_t*)src.data;
   for (int64_t r = 0; r < rows; ++r) {
     const uint16_t* from = data + r * src.row_stride;
-    float* to = dst + r * PITCH;
+    float* to = dst + r * pitch;
     if (src.col_stride == 1) {
       std::memcpy(to, from, k / 2 * 4);
     } else {
@@ -118,12 +121,13 @@ const Kernels AVX512_BF16_KERNELS = {
     .pack = pack,
     .store = store,
     .mask = mask,
-    .multiply = multiply_rows<FloatUnit, Vector::TILE_ROWS>,
+    .multiply = multiply_rows<FloatUnit<float>, Vector::TILE_ROWS>,
     .dots = dots,
     .rows_of_w = rows_of_w,
     .copy_pairs = copy_pairs,
     .pack_pairs = pack_pairs,
     .multiply_pairs = multiply_rows<PairUnit, Vector::TILE_ROWS>,
+    .dots_pairs = dots_elements<PairUnit>,
 };
 
 }  // namespace lora_kernels

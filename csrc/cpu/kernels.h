@@ -67,7 +67,8 @@ struct Kernels {
   // c = tile·panel, or c += tile·panel: rows x (vectors·lanes), vectors 1 or 2, depth <= DEPTH.
   void (*multiply)(int64_t rows, int64_t vectors, const float* tile, const float* panel,
                    int64_t depth, float* c, int64_t c_pitch, bool add);
-  // c[r][n] = sum over k of x[r][k]·w[n][k], w's rows contiguous in k: rows x cols.
+  // c[r][n] = sum over k of x[r][k]·w[n][k], w's rows contiguous in k: rows x cols. x is followed
+  // by zeros up to a multiple of `lanes`.
   void (*dots)(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
                int64_t depth, float* c, int64_t c_pitch);
 
@@ -78,11 +79,13 @@ struct Kernels {
   // The same on pairs of bfloat16; null where the processor has no instruction for them. Pairs run
   // along src's columns in a tile, along its rows in a panel; depth counts pairs, and an odd last
   // element is paired with 0.
-  void (*copy_pairs)(float* dst, const Matrix& src, int64_t rows, int64_t k);
+  void (*copy_pairs)(float* dst, int64_t pitch, const Matrix& src, int64_t rows, int64_t k);
   void (*pack_pairs)(float* dst, int64_t panel, int64_t width, const Matrix& src, int64_t k,
                      int64_t cols);
   void (*multiply_pairs)(int64_t rows, int64_t vectors, const float* tile, const float* panel,
                          int64_t depth, float* c, int64_t c_pitch, bool add);
+  void (*dots_pairs)(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
+                     int64_t k, float* c, int64_t c_pitch);
 };
 
 extern const Kernels AVX2_KERNELS;

@@ -224,71 +224,86 @@ void multiply_rows(int64_t rows, int64_t vectors, const float* tile, const float
   }
 }
 
+// How elements T of w meet floats of x: one to a lane.
+template <class T>
 struct FloatUnit {
+  using Element = T;
+  static constexpr int64_t PER_LANE = 1;
+  static Vector load(const T* p) { return Vector::load(p); }
   static Vector multiply_add(Vector acc, Vector a, Vector b) { return acc.multiply_add(a, b); }
 };
 
-// c[r][n] = x[r]·w[n] for ROWS x COLS, vectors along k; what is left of k is added one by one.
-template <class T, int ROWS, int COLS>
-void dots_block(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch, int64_t depth,
-                float* c, int64_t c_pitch) {
-  constexpr int L = Vector::LANES;
+// c[r][n] = x[r]·w[n] for ROWS x COLS, vectors along k.
+template <class Unit, int ROWS, int COLS>
+void dots_block(const float* x, int64_t x_pitch, const typename Unit::Element* w, int64_t w_pitch,
+                int64_t depth, float* c, int64_t c_pitch) {
+  constexpr int64_t STEP = Vector::LANES * Unit::PER_LANE;
   Vector acc[ROWS][COLS];
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < COLS; ++j) acc[i][j] = Vector::zero();
   }
-  int64_t k = 0;
-  for (; k + L <= depth; k += L) {
-    Vector b[COLS];
-#pragma GCC unroll 4
-    for (int j = 0; j < COLS; ++j) b[j] = Vector::load(w + j * w_pitch + k);
+  const auto step = [&](const float* a_row, const Vector* b) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {
-      const Vector a = Vector::load(x + i * x_pitch + k);
+      const Vector a = Vector::load(a_row + i * x_pitch);
 #pragma GCC unroll 4
-      for (int j = 0; j < COLS; ++j) acc[i][j] = acc[i][j].multiply_add(a, b[j]);
+      for (int j = 0; j < COLS; ++j) acc[i][j] = Unit::multiply_add(acc[i][j], a, b[j]);
     }
+  };
+  Vector b[COLS];
+  int64_t k = 0;
+  for (; k + STEP <= depth; k += STEP) {
+#pragma GCC unroll 4
+    for (int j = 0; j < COLS; ++j) b[j] = Unit::load(w + j * w_pitch + k);
+    step(x + k / Unit::PER_LANE, b);
+  }
+  if (k < depth) {
+#pragma GCC unroll 4
+    for (int j = 0; j < COLS; ++j) {
+      typename Unit::Element rest[STEP] = {};
+      std::memcpy(rest, w + j * w_pitch + k, (depth - k) * sizeof(rest[0]));
+      b[j] = Unit::load(rest);
+    }
+    step(x + k / Unit::PER_LANE, b);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < COLS; ++j) {
-      float sum = acc[i][j].sum();
-      for (int64_t rest = k; rest < depth; ++rest)
-        sum += x[i * x_pitch + rest] * widened(w[j * w_pitch + rest]);
-      c[i * c_pitch + j] = sum;
-    }
+    for (int j = 0; j < COLS; ++j) c[i * c_pitch + j] = acc[i][j].sum();
   }
 }
 
-template <class T, int ROWS, int COLS>
-void dots_rows(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch, int64_t rows,
-               int64_t depth, float* c, int64_t c_pitch) {
+template <class Unit, int ROWS, int COLS>
+void dots_rows(const float* x, int64_t x_pitch, const typename Unit::Element* w, int64_t w_pitch,
+               int64_t rows, int64_t depth, float* c, int64_t c_pitch) {
   if constexpr (ROWS > 0) {
     if (rows < ROWS)
-      return dots_rows<T, ROWS - 1, COLS>(x, x_pitch, w, w_pitch, rows, depth, c, c_pitch);
-    dots_block<T, ROWS, COLS>(x, x_pitch, w, w_pitch, depth, c, c_pitch);
+      return dots_rows<Unit, ROWS - 1, COLS>(x, x_pitch, w, w_pitch, rows, depth, c, c_pitch);
+    dots_block<Unit, ROWS, COLS>(x, x_pitch, w, w_pitch, depth, c, c_pitch);
   }
 }
 
-template <class T>
-void dots_elements(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch, int64_t rows,
-                   int64_t cols, int64_t depth, float* c, int64_t c_pitch) {
-  constexpr int64_t STEP = Vector::DOT_COLS;
+template <class Unit>
+void dots_elements(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
+                   int64_t depth, float* c, int64_t c_pitch) {
+  constexpr int64_t STEP = Vector::DOT_COLS, MOST = Vector::DOT_ROWS;
+  const auto* data = (const typename Unit::Element*)w.data;
+  const int64_t w_pitch = w.row_stride, share = (rows + MOST - 1) / MOST;
+  const int64_t count = (rows + share - 1) / share;  // 16 rows are 6, 6 and 4
   for (int64_t n = 0; n < cols; n += STEP) {
-    for (int64_t r = 0; r < rows; r += Vector::DOT_ROWS) {
-      const int64_t count = rows - r < Vector::DOT_ROWS ? rows - r : Vector::DOT_ROWS;
+    for (int64_t r = 0; r < rows; r += count) {
+      const int64_t here = rows - r < count ? rows - r : count;
       const float* xr = x + r * x_pitch;
       float* cr = c + r * c_pitch + n;
       if (n + STEP <= cols) {
-        dots_rows<T, Vector::DOT_ROWS, STEP>(xr, x_pitch, w + n * w_pitch, w_pitch, count, depth,
-                                             cr, c_pitch);
+        dots_rows<Unit, MOST, STEP>(xr, x_pitch, data + n * w_pitch, w_pitch, here, depth, cr,
+                                    c_pitch);
       } else {
         for (int64_t j = 0; j < cols - n; ++j)
-          dots_rows<T, Vector::DOT_ROWS, 1>(xr, x_pitch, w + (n + j) * w_pitch, w_pitch, count,
-                                            depth, cr + j, c_pitch);
+          dots_rows<Unit, MOST, 1>(xr, x_pitch, data + (n + j) * w_pitch, w_pitch, here, depth,
+                                   cr + j, c_pitch);
       }
     }
   }
@@ -296,12 +311,11 @@ void dots_elements(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch,
 
 void dots(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
           int64_t depth, float* c, int64_t c_pitch) {
-  const auto run = [&](auto* data) {
-    dots_elements(x, x_pitch, data, w.row_stride, rows, cols, depth, c, c_pitch);
-  };
-  if (w.type == Type::F32) return run((const float*)w.data);
-  if (w.type == Type::BF16) return run((const BF16*)w.data);
-  run((const F16*)w.data);
+  if (w.type == Type::F32)
+    return dots_elements<FloatUnit<float>>(x, x_pitch, w, rows, cols, depth, c, c_pitch);
+  if (w.type == Type::BF16)
+    return dots_elements<FloatUnit<BF16>>(x, x_pitch, w, rows, cols, depth, c, c_pitch);
+  dots_elements<FloatUnit<F16>>(x, x_pitch, w, rows, cols, depth, c, c_pitch);
 }
 
 // c[r][n] (+)= the sum over STEPS rows of w, for ROWS rows of x.
