@@ -293,8 +293,8 @@ def is_plain(layer: LinearWithLoRA) -> bool:
         type(linear).forward is nn.Linear.forward
         and type(lora).forward is LoRALayer.forward
         and "forward" not in linear.__dict__
-        and not _has_hooks(linear)
-        and not _has_hooks(lora)
+        and not has_hooks(linear)
+        and not has_hooks(lora)
         and type(linear.weight) in _PLAIN_TENSORS
     )
 
@@ -302,7 +302,8 @@ def is_plain(layer: LinearWithLoRA) -> bool:
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` runs more than its forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -28,7 +28,9 @@ class Code:
     smem_bytes: int
     tmem_columns: int
     matrix: Counter[str]  # matrix instructions of the whole kernel, by opcode without its sizes
-    loop: Counter[str]  # instructions of the innermost loop that holds matrix instructions, by opcode
+    loop: Counter[
+        str
+    ]  # instructions of the innermost loop that holds matrix instructions, by opcode
     loop_matrix: list[str]  # its matrix instructions with their sizes, sorted
 
 

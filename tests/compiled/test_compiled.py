@@ -20,16 +20,25 @@ from tests.compiled.recorder import recording
 from tests.compiled.sass import Code, inspect
 from tests.compiled.shipped import Shapes
 
-NEAR_DUPLICATES = ("sm_86", "sm_89")  # the code of sm_80 in smaller tiles: one rank and one stride form suffice
+NEAR_DUPLICATES = (
+    "sm_86",
+    "sm_89",
+)  # the code of sm_80 in smaller tiles: one rank and one stride form suffice
 MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "mfma", "gfx1100": "wmma"}
 
 
 def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool]]:
     for problem, config in shipped(TARGETS[target]):
-        if target in NEAR_DUPLICATES and (problem.R != 64 or problem.adapter_dtype != problem.dtype):
+        if target in NEAR_DUPLICATES and (
+            problem.R != 64 or problem.adapter_dtype != problem.dtype
+        ):
             continue
         yield problem, config, True
-        if config.kernel != "shrink_outer" and target not in (*NEAR_DUPLICATES, "gfx942", "gfx1100"):
+        if config.kernel != "shrink_outer" and target not in (
+            *NEAR_DUPLICATES,
+            "gfx942",
+            "gfx1100",
+        ):
             yield problem, config, False
 
 
@@ -158,7 +167,9 @@ def test_the_main_loop_is_the_plain_products(target, forward, record_property):
     for config in candidates("lowrank_matmul", problem, TARGETS[target]):
         plain = plain_product(target, config, problem, forward)
         fused = compile_job((target, problem, config, forward))
-        others, plain_others = (code.loop.total() - len(code.loop_matrix) for code in (fused, plain))
+        others, plain_others = (
+            code.loop.total() - len(code.loop_matrix) for code in (fused, plain)
+        )
         line = (
             f"{target} {config} {'forward' if forward else 'backward'}: loop of {fused.loop.total()} instructions, "
             f"{len(fused.loop_matrix)} matrix; plain {plain.loop.total()}, {len(plain.loop_matrix)}; "

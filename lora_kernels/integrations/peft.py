@@ -1,0 +1,175 @@
+"""Fused forward and backward for the LoRA layers of a PEFT model: one call, undone by another.
+
+An eligible `peft.tuners.lora.Linear` gets the class `FusedLinear`, its subclass, and stays the same object with the same
+parameters, so that adapters are switched, merged, saved and added as before. Whatever a call needs that the fused product
+does not compute is left to PEFT's own forward, call by call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lora_kernels.functional import autocast_dtype, lora_linear
+from lora_kernels.modules import has_hooks
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+class FusedLinear(PeftLinear):
+    """PEFT's LoRA Linear whose forward is one fused product: y = x·Wᵀ + bias + scaling·(dropout(x)·A)·B.
+
+    Parameters and state are read inside forward. A call with several adapters, `adapter_names`, a variant such as DoRA,
+    hooks on the inner layers, or merged or disabled adapters takes PEFT's own forward.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y [..., out] for x [..., in]; arguments are those of PEFT's forward."""
+        if args or any(value is not None for value in kwargs.values()):
+            return super().forward(x, *args, **kwargs)
+        if why_not_fused(self) is not None or not _same_dtype(x, self.base_layer.weight):
+            return super().forward(x, *args, **kwargs)
+        name = _active(self)[0]
+        base, scaling = self.base_layer, self.scaling[name]
+        lora_A, lora_B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        bias = base.bias
+        if lora_B.bias is not None:
+            shift = (scaling * lora_B.bias).to(base.weight.dtype)
+            bias = shift if bias is None else bias + shift
+        return lora_linear(
+            x,
+            base.weight if isinstance(base, nn.Linear) else base.weight.t(),
+            lora_A.weight.t(),
+            lora_B.weight.t(),
+            scaling,
+            bias,
+            dropout_p=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
+        )
+
+    def _get_name(self) -> str:
+        return "Linear"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `accelerate` did: for each LoRA layer by name, None where it is fused now, else why it was left alone."""
+
+    layers: dict[str, str | None]
+
+    @property
+    def fused(self) -> list[str]:
+        """Names of the layers that are fused."""
+        return [name for name, reason in self.layers.items() if reason is None]
+
+    @property
+    def left_alone(self) -> dict[str, str]:
+        """Reasons by name of the layers that are not."""
+        return {name: reason for name, reason in self.layers.items() if reason is not None}
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} of {len(self.layers)} LoRA layers fused"]
+        return "\n".join([*lines, *(f"{name}: {why}" for name, why in self.left_alone.items())])
+
+
+def accelerate(model: nn.Module, *, allow_none: bool = False) -> Report:
+    """Fuse every eligible LoRA layer of a PEFT model, in place; says of each other layer why it is left alone.
+
+    A second call changes nothing but layers that came or became eligible since. ValueError, with the model as it was, when
+    no layer is fused at the end, unless `allow_none`.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0", "2"]))
+    >>> print(accelerate(model))
+    2 of 2 LoRA layers fused
+    """
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    report = Report({name: why_not_fused(module) for name, module in found})
+    if not report.fused and not allow_none:
+        if not found:
+            raise ValueError("model must contain LoRA layers of PEFT, but it has none")
+        raise ValueError(f"model must contain a LoRA layer that can be fused, but: {report}")
+    for name, module in found:
+        if report.layers[name] is None:
+            module.__class__ = FusedLinear
+    return report
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Give every fused layer PEFT's own class back; returns their names."""
+    fused = [(name, m) for name, m in model.named_modules() if isinstance(m, FusedLinear)]
+    for _, module in fused:
+        module.__class__ = PeftLinear
+    return [name for name, _ in fused]
+
+
+def why_not_fused(module: nn.Module) -> str | None:
+    """None if this LoRA layer of PEFT's computes the plain formula with one adapter now, else the reason."""
+    if type(module) not in (PeftLinear, FusedLinear):
+        return f"it is a lora.{type(module).__name__}, not a lora.Linear"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    base: Any = module.base_layer
+    if not _is_linear(base):
+        return f"its base layer is a {type(base).__name__}, not a plain Linear"
+    if module.disable_adapters:
+        return "its adapters are disabled"
+    if module.merged:
+        return "its adapters are merged"
+    names = _active(module)
+    if len(names) != 1:
+        return f"{len(names)} adapters are active in it, not one"
+    name = names[0]
+    if name in module.lora_variant:
+        return f"its adapter {name!r} is a variant, {type(module.lora_variant[name]).__name__}"
+    return _why_not_adapter(
+        base, module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+    )
+
+
+def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str | None:
+    inner = {"base_layer": base, "lora_A": lora_A, "lora_B": lora_B, "lora_dropout": dropout}
+    for part, layer in inner.items():
+        if has_hooks(layer):
+            return f"its {part} has hooks"
+        if "forward" in layer.__dict__:
+            return f"the forward of its {part} was replaced"
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+        return "its lora_A or lora_B is no plain Linear (parametrized or replaced)"
+    if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
+        return "its dropout is no plain Dropout with p < 1"
+    for part, weight in (
+        ("base weight", base.weight),
+        ("lora_A", lora_A.weight),
+        ("lora_B", lora_B.weight),
+    ):
+        if type(weight) not in _PLAIN_TENSORS or weight.dtype not in _FLOATS:
+            return f"its {part} is a {type(weight).__name__} of {weight.dtype}, no plain floating-point tensor"
+    if lora_A.weight.dtype != lora_B.weight.dtype:
+        return "its lora_A and lora_B have different dtypes"
+    if lora_B.bias is not None and lora_B.bias.dtype != base.weight.dtype:
+        return f"its lora_bias is {lora_B.bias.dtype} on a base of {base.weight.dtype}"
+    return None
+
+
+def _is_linear(base: nn.Module) -> bool:
+    """nn.Linear itself, or the transposed Linear of Transformers' GPT-2, called Conv1D there."""
+    kind = type(base)
+    return kind is nn.Linear or (kind.__module__, kind.__name__) == (
+        "transformers.pytorch_utils",
+        "Conv1D",
+    )
+
+
+def _active(module: Any) -> list[str]:
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def _same_dtype(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == weight.dtype or autocast_dtype(x.device.type) is not None
