@@ -6,9 +6,9 @@
     pytest benchmarks/bench_cpu.py                     the quoted problems under pytest-benchmark
 
 Results are checked against float64 before anything is timed. The contenders of a problem take turns, run after run, so
-that a change of the machine's speed meets all of them; a time is the median of its runs. On a busy machine `--threads 1
---clock cpu` takes the processor time of the one thread, in which waiting for others does not count. --output writes JSON with the
-machine, the versions and the commit, --docs the tables of docs/performance/cpu.md.
+that a change of the machine's speed meets all of them; a time is the median of its runs. On a busy machine --threads 1
+with --clock cpu takes the processor time of the one thread, in which waiting for others does not count. --output writes
+JSON with the machine, the versions and the commit, --docs the tables of docs/performance/cpu.md.
 """
 
 from __future__ import annotations
@@ -165,7 +165,9 @@ def check(o: Operands, name: str) -> None:
     o.forget()
 
 
-def measure(o: Operands, names: Iterable[str], backward: bool, seconds: float) -> dict[str, float]:
+def measure(
+    o: Operands, names: Iterable[str], backward: bool, seconds: float, clock: str = "wall"
+) -> dict[str, float]:
     """Median milliseconds of each contender; they take turns for about `seconds` each, 5 to 200 times."""
 
     def step(forward: Callable[[], torch.Tensor]) -> None:
