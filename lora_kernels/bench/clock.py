@@ -1,0 +1,126 @@
+"""Clocks, and medians of calls that take turns, so that a machine's moods hit all of them alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+Call = Callable[[], object]
+SAMPLE_US = 1000.0  # a shorter sample would count the clock
+FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU that is known
+
+
+class Clock(Protocol):
+    """Measures one sample of a call: the microseconds of one of its `inner` repetitions."""
+
+    def time_us(self, call: Call, inner: int) -> float: ...
+
+
+class HostClock:
+    """Wall time on the host: of CPU work, or, with `wait` given, of enqueuing GPU work that is waited for afterwards."""
+
+    def __init__(self, wait: Call | None = None) -> None:
+        self.wait = wait
+
+    def time_us(self, call: Call, inner: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(inner):
+            call()
+        elapsed = time.perf_counter() - begin
+        if self.wait is not None:
+            self.wait()
+        return 1e6 * elapsed / inner
+
+
+class CudaClock:
+    """Time between two events on the GPU.
+
+    `cold`: L2 is overwritten before every repetition, each timed alone. `graph`: the call is captured once and replayed,
+    which leaves the host out. `cuda` is torch.cuda, or a stand-in of it.
+    """
+
+    def __init__(self, cold: bool = False, graph: bool = False, cuda: Any = None) -> None:
+        self.cuda = torch.cuda if cuda is None else cuda
+        self.cold, self.graph = cold, graph
+        self._graphs: dict[Call, tuple[Any, Any]] = {}
+        self._flush: Any = None
+
+    def time_us(self, call: Call, inner: int) -> float:
+        run = self._replay(call) if self.graph else call
+        if not self.cold:
+            return self._between_events(run, inner)
+        total = 0.0
+        for _ in range(inner):
+            self._overwrite_l2()
+            total += self._between_events(run, 1)
+        return total / inner
+
+    def _between_events(self, run: Call, inner: int) -> float:
+        begin, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(inner):
+            run()
+        end.record()
+        end.synchronize()
+        return 1e3 * begin.elapsed_time(end) / inner
+
+    def _overwrite_l2(self) -> None:
+        if self._flush is None:
+            self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self._flush.zero_()
+
+    def _replay(self, call: Call) -> Call:
+        if call not in self._graphs:
+            stream = self.cuda.Stream()
+            stream.wait_stream(self.cuda.current_stream())
+            with self.cuda.stream(stream):  # capture needs everything lazy to have happened before
+                for _ in range(3):
+                    call()
+            self.cuda.current_stream().wait_stream(stream)
+            graph = self.cuda.CUDAGraph()
+            with self.cuda.graph(graph):
+                kept = call()  # its memory belongs to the graph
+            self._graphs[call] = graph, kept
+        return self._graphs[call][0].replay
+
+
+def clock_for(device: str, cold: bool = False, graph: bool = False) -> Clock:
+    """The clock of a device type. ValueError where cold caches or graphs are asked of a CPU."""
+    if device == "cuda":
+        return CudaClock(cold, graph)
+    if cold or graph:
+        raise ValueError(f"cold caches and graph replay are measured on cuda only, not on {device}")
+    return HostClock()
+
+
+def interleaved(
+    calls: dict[str, Call],
+    clock: Clock,
+    *,
+    seconds: float = 1.0,
+    rounds: tuple[int, int] = (7, 200),
+) -> dict[str, list[float]]:
+    """Samples in microseconds of each call, one a round, in an order that changes every round.
+
+    Stops after `seconds`, but not before the first and at the latest after the second number of `rounds`. Each call runs
+    twice before it counts. Sample i of one call was taken next to sample i of every other.
+    """
+    inner = {}
+    for name, call in calls.items():
+        call()
+        inner[name] = max(1, math.ceil(SAMPLE_US / max(clock.time_us(call, 1), 1.0)))
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    begin = time.perf_counter()
+    for index in range(rounds[1]):
+        if index >= rounds[0] and time.perf_counter() - begin > seconds:
+            break
+        turn = index // 2 % len(names)
+        order = names[turn:] + names[:turn]
+        for name in order if index % 2 == 0 else reversed(order):
+            samples[name].append(clock.time_us(calls[name], inner[name]))
+    return samples

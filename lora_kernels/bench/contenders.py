@@ -1,0 +1,243 @@
+"""The implementations that are compared: each way to compute a LoRA linear, built on the same operands.
+
+frozen        the layer without LoRA: the floor
+reference     linear(x) + alpha·(x·A·B), one operation after the other
+compiled      torch.compile of the reference
+addmm         the product, then addmm_ of the low-rank one onto it, gradients by hand: the form of hand-tuned training code
+expand_first  s·B + bias, then the product accumulated onto it by addmm_
+peft          PEFT's layer
+two_kernel    this package's Triton kernels, forced into shrink and product: what published fused kernels do
+ours[NAME]    `lora_linear` with that backend
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_kernels import dispatch, formulas
+from lora_kernels.backends.base import Backend
+from lora_kernels.formulas import Needs, Saved
+from lora_kernels.functional import lora_linear
+from lora_kernels.problem import Problem
+
+Function = Callable[[Tensor], Tensor]
+OURS = tuple(f"ours[{name}]" for name in dispatch.BACKENDS)
+RIVALS = ("frozen", "reference", "compiled", "addmm", "expand_first", "peft", "two_kernel")
+NAMES = RIVALS + OURS
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Frozen weight [N, K] and bias [N], adapters A [K, R] and B [R, N], and alpha."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Built:
+    """y = function(x), and the trained tensors, A and B; `transposed` says that they are stored [R, K] and [N, R]."""
+
+    function: Function
+    trained: tuple[Tensor, ...]
+    transposed: bool = False
+
+
+def make_layer(problem: Problem, seed: int = 0) -> Layer:
+    """Random operands of a problem, as trained layers have them: x·A·B is not small beside x·W."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float, dtype: str) -> Tensor:
+        return (scale * torch.randn(shape, generator=generator)).to(
+            device=problem.device, dtype=getattr(torch, dtype)
+        )
+
+    wide = 1 / math.sqrt(max(problem.K, 1))
+    return Layer(
+        weight=normal(problem.N, problem.K, scale=wide, dtype=problem.dtype),
+        bias=normal(problem.N, scale=1.0, dtype=problem.dtype) if problem.bias else None,
+        A=normal(problem.K, problem.R, scale=wide, dtype=problem.adapter_dtype).requires_grad_(),
+        B=normal(problem.R, problem.N, scale=0.5, dtype=problem.adapter_dtype).requires_grad_(),
+        alpha=0.5,
+    )
+
+
+def make_input(problem: Problem, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """x [M, K], which requires a gradient as inside of a network, and dy [M, N]."""
+    generator = torch.Generator().manual_seed(seed)
+    place: Any = {"device": problem.device, "dtype": getattr(torch, problem.dtype)}
+    x = torch.randn(problem.M, problem.K, generator=generator).to(**place).requires_grad_()
+    return x, torch.randn(problem.M, problem.N, generator=generator).to(**place)
+
+
+def build(name: str, layer: Layer) -> Built:
+    """The contender `name` on these operands. ValueError for an unknown name."""
+    if name in _BUILDERS:
+        return _BUILDERS[name](layer)
+    if name in OURS:
+        backend = name.removeprefix("ours[").removesuffix("]")
+        return Built(lambda x: _ours(x, layer, backend), (layer.A, layer.B))
+    raise ValueError(f"contender must be one of {NAMES}, got {name!r}")
+
+
+def left_out(name: str, problem: Problem) -> str | None:
+    """Why a contender cannot be measured on this problem here, or None."""
+    if name in OURS:
+        try:
+            dispatch.explain(problem, name.removeprefix("ours[").removesuffix("]"))
+        except RuntimeError as error:
+            return str(error).rpartition(": ")[2]
+    if name == "peft" and importlib.util.find_spec("peft") is None:
+        return "peft is not installed"
+    if name == "compiled" and problem.device == "cpu" and shutil.which("c++") is None:
+        return "torch.compile needs a C++ compiler"
+    if name in ("two_kernel", "expand_first") and problem.device != "cuda":
+        return "measured on cuda only" + ("; on a CPU it is ours[eager]" * (name != "two_kernel"))
+    return _get_two_kernel(problem) if name == "two_kernel" else None
+
+
+def reference(x: Tensor, layer: Layer) -> Tensor:
+    """The formula, one operation after the other, each rounded to its operands' dtype."""
+    lora = layer.alpha * (x.to(layer.A.dtype) @ layer.A @ layer.B)
+    return F.linear(x, layer.weight, layer.bias) + lora.to(x.dtype)
+
+
+def _ours(x: Tensor, layer: Layer, backend: str) -> Tensor:
+    return lora_linear(x, layer.weight, layer.A, layer.B, layer.alpha, layer.bias, backend=backend)
+
+
+def _compiled(layer: Layer) -> Built:
+    # Each layer is compiled for itself, as one layer of a model is; without a reset the ninth would run uncompiled.
+    torch._dynamo.reset()
+    function = torch.compile(lambda x: reference(x, layer), dynamic=False, fullgraph=True)
+    return Built(function, (layer.A, layer.B))
+
+
+def _by_hand(layer: Layer, expand_first: bool) -> Built:
+    def function(x: Tensor) -> Tensor:
+        A, B = layer.A.to(x.dtype), layer.B.to(x.dtype)
+        y: Tensor = _ByHand.apply(x, layer.weight, layer.bias, A, B, layer.alpha, expand_first)  # type: ignore
+        return y
+
+    return Built(function, (layer.A, layer.B))
+
+
+class _ByHand(torch.autograd.Function):
+    """addmm_ forms with gradients written out, everything in x's dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        alpha: float,
+        expand_first: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, A, B)
+        ctx.alpha = alpha
+        s = x @ A
+        if not expand_first:
+            return F.linear(x, weight, bias).addmm_(s, B, alpha=alpha)
+        y = s.mul_(alpha) @ B if bias is None else torch.addmm(bias, s, B, alpha=alpha)
+        return y.addmm_(x, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, A, B = ctx.saved_tensors
+        q = (dy @ B.t()).mul_(ctx.alpha)
+        dx = (dy @ weight).addmm_(q, A.t())
+        dB = ((x @ A).t() @ dy).mul_(ctx.alpha)
+        return dx, None, None, x.t() @ q, dB, None, None
+
+
+def _peft(layer: Layer) -> Built:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    rank = layer.A.shape[1]
+    N, K = layer.weight.shape
+    base = nn.Linear(K, N, bias=layer.bias is not None, device="meta")
+    base.weight = nn.Parameter(layer.weight, requires_grad=False)
+    if layer.bias is not None:
+        base.bias = nn.Parameter(layer.bias, requires_grad=False)
+    model = nn.Sequential(base)
+    config = LoraConfig(r=rank, lora_alpha=layer.alpha * rank, target_modules=["0"])  # type: ignore
+    inject_adapter_in_model(config, model)
+    inner: Any = model[0]
+    A = nn.Parameter(layer.A.detach().t().contiguous())
+    B = nn.Parameter(layer.B.detach().t().contiguous())
+    inner.lora_A["default"].weight, inner.lora_B["default"].weight = A, B
+    return Built(inner, (A, B), transposed=True)
+
+
+def _two_kernel(layer: Layer) -> Built:
+    from lora_kernels.backends.triton import TritonBackend
+
+    backend = TritonBackend("two_kernel")
+
+    def function(x: Tensor) -> Tensor:
+        y: Tensor = _OnBackend.apply(  # type: ignore
+            x, layer.weight, layer.A, layer.B, layer.bias, layer.alpha, backend
+        )
+        return y
+
+    return Built(function, (layer.A, layer.B))
+
+
+class _OnBackend(torch.autograd.Function):
+    """`formulas` on a backend object that dispatch does not know."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        alpha: float,
+        backend: Backend,
+    ) -> Tensor:
+        ctx.needs = Needs(*ctx.needs_input_grad[:5])
+        ctx.alpha, ctx.backend, ctx.adapter_dtype = alpha, backend, A.dtype
+        y, s = formulas.forward(backend, x, weight, A, B, bias, alpha, None)
+        ctx.save_for_backward(*formulas.keep(ctx.needs, x, weight, A, B, s))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        saved = Saved(*ctx.saved_tensors)
+        grads = formulas.backward(
+            ctx.backend, dy, saved, ctx.needs, ctx.alpha, None, ctx.adapter_dtype
+        )
+        return (*grads, None, None)
+
+
+def _get_two_kernel(problem: Problem) -> str | None:
+    backend = dispatch.get("triton")
+    return backend.unavailable() or backend.declines(problem)
+
+
+_BUILDERS: dict[str, Callable[[Layer], Built]] = {
+    "frozen": lambda layer: Built(lambda x: F.linear(x, layer.weight, layer.bias), ()),
+    "reference": lambda layer: Built(lambda x: reference(x, layer), (layer.A, layer.B)),
+    "compiled": _compiled,
+    "addmm": lambda layer: _by_hand(layer, expand_first=False),
+    "expand_first": lambda layer: _by_hand(layer, expand_first=True),
+    "peft": _peft,
+    "two_kernel": _two_kernel,
+}

@@ -1,0 +1,69 @@
+"""The overhead suite: host time of a call on a problem so small that computing it takes no time to speak of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+from lora_kernels.bench import contenders
+from lora_kernels.bench.clock import Call, HostClock, interleaved
+from lora_kernels.bench.linear import MODES, Effort, as_call
+from lora_kernels.bench.results import Row
+from lora_kernels.bench.statistics import ratios, summary
+from lora_kernels.functional import lora_linear
+from lora_kernels.problem import Problem
+
+NAMES = ("frozen", "reference", "compiled", "addmm", "peft", "ours", "ours, compiled")
+
+
+def measure(device: str, effort: Effort, left_out: dict[str, str]) -> list[Row]:
+    """A row for each contender and mode; `ours` is lora_linear as users call it, with backend "auto"."""
+    problem = Problem(2, 16, 16, 2, "float32", "float32", device, bias=True)
+    layer, (x, dy) = contenders.make_layer(problem), contenders.make_input(problem)
+    rows = []
+    for mode in MODES:
+        calls: dict[str, Call] = {}
+        for name in NAMES:
+            reason = None if name.startswith("ours") else contenders.left_out(name, problem)
+            if reason is not None:
+                left_out[f"overhead: {name}"] = reason
+                continue
+            calls[name] = as_call(_build(name, layer), x, dy, mode)
+        clock = HostClock(torch.cuda.synchronize if device == "cuda" else None)
+        taken = interleaved(calls, clock, seconds=effort.seconds, rounds=effort.rounds)
+        rows += [_row(problem, mode, name, taken) for name in taken]
+    return rows
+
+
+def _build(name: str, layer: contenders.Layer) -> contenders.Built:
+    if not name.startswith("ours"):
+        return contenders.build(name, layer)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return lora_linear(x, layer.weight, layer.A, layer.B, layer.alpha, layer.bias)
+
+    if name == "ours":
+        return contenders.Built(function, (layer.A, layer.B))
+    compiled = torch.compile(function, dynamic=False, fullgraph=True)
+    return contenders.Built(compiled, (layer.A, layer.B))
+
+
+def _row(problem: Problem, mode: str, name: str, taken: dict[str, list[float]]) -> Row:
+    own, floor = summary(taken[name]), ratios(taken[name], taken["frozen"])
+    return Row(
+        "overhead",
+        "2x16x16",
+        mode,
+        name,
+        "us",
+        own.median,
+        own.low,
+        own.high,
+        len(taken[name]),
+        problem=asdict(problem),
+        to_floor=floor.median,
+        to_floor_low=floor.low,
+        to_floor_high=floor.high,
+        to_reference=ratios(taken[name], taken["reference"]).median,
+    )

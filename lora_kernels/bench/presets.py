@@ -1,0 +1,156 @@
+"""Named sets of problems: the projections of well-known models, sweeps, and what fits a laptop's ten minutes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lora_kernels.bench.linear import Case
+from lora_kernels.problem import Problem
+
+
+@dataclass(frozen=True)
+class Model:
+    """Projections as (name, K, N), the usual rank, and how many rows of x a benchmark takes: on a CPU, on a GPU."""
+
+    projections: tuple[tuple[str, int, int], ...]
+    rank: int
+    tokens: tuple[int, int]
+
+
+MODELS = {
+    "minilm": Model((("q", 384, 384), ("up", 384, 1536), ("down", 1536, 384)), 8, (512, 4096)),
+    "gpt2": Model(
+        (("qkv", 768, 2304), ("proj", 768, 768), ("up", 768, 3072), ("down", 3072, 768)),
+        16,
+        (512, 8192),
+    ),
+    "llama-3-8b": Model(
+        (("q", 4096, 4096), ("k", 4096, 1024), ("up", 4096, 14336), ("down", 14336, 4096)),
+        16,
+        (128, 8192),
+    ),
+    "llama-3-70b": Model(
+        (("q", 8192, 8192), ("k", 8192, 1024), ("up", 8192, 28672), ("down", 28672, 8192)),
+        16,
+        (16, 4096),
+    ),
+    "qwen2.5-7b": Model(
+        (("q", 3584, 3584), ("k", 3584, 512), ("up", 3584, 18944), ("down", 18944, 3584)),
+        16,
+        (128, 8192),
+    ),
+}
+PRESETS = (*MODELS, "laptop", "gpu", "quick")
+ALL = ("frozen", "reference", "compiled", "addmm", "expand_first", "peft", "two_kernel", "ours")
+GROWTH = {
+    "cpu": (
+        (512, 1024, 1024, 16),
+        {"M": (16, 64, 256, 1024, 2048), "K": (256, 512, 2048, 4096), "N": (256, 512, 2048, 4096)},
+    ),
+    "cuda": (
+        (4096, 4096, 4096, 16),
+        {
+            "M": (16, 64, 256, 1024, 2048, 8192),
+            "K": (512, 1024, 2048, 8192, 14336),
+            "N": (512, 1024, 2048, 8192, 14336),
+        },
+    ),
+}
+RANKS = (4, 8, 32, 64, 128, 256)
+
+
+def cases(preset: str, device: str, dtypes: tuple[str, ...] = ()) -> list[Case]:
+    """The linear and growth cases of a preset; `dtypes` replaces its own. ValueError for an unknown name."""
+    if preset in MODELS:
+        made = []
+        for dtype in dtypes or (("bfloat16",) if device == "cuda" else ("float32",)):
+            made += model_cases(preset, device, dtype)
+        return made
+    if preset == "quick":
+        return shape_cases([(64, 96, 160, 4)], device, dtypes or ("float32",), ())
+    if preset == "laptop":
+        return _laptop(device, dtypes)
+    if preset == "gpu":
+        return _gpu(dtypes or ("bfloat16",))
+    raise ValueError(f"preset must be one of {PRESETS}, got {preset!r}")
+
+
+def model_cases(model: str, device: str, dtype: str, modes: tuple[str, ...] = ()) -> list[Case]:
+    """Forward and step of each projection of a model."""
+    found = MODELS[model]
+    tokens = found.tokens[device == "cuda"]
+    return [
+        Case(f"{model} {name}", _problem(tokens, K, N, found.rank, device, dtype), mode)
+        for name, K, N in found.projections
+        for mode in modes or ("forward", "step")
+    ]
+
+
+def shape_cases(
+    shapes: list[tuple[int, int, int, int]],
+    device: str,
+    dtypes: tuple[str, ...],
+    modes: tuple[str, ...],
+    adapter_dtype: str | None = None,
+) -> list[Case]:
+    """Cases of given (M, K, N, R)."""
+    return [
+        Case(f"{M}x{K}x{N}", _problem(M, K, N, R, device, dtype, adapter_dtype), mode)
+        for M, K, N, R in shapes
+        for dtype in dtypes
+        for mode in modes or ("forward", "step")
+    ]
+
+
+def growth_cases(device: str, dtype: str) -> list[Case]:
+    """Steps around one problem, one of M, K, N, R growing at a time; the problem itself belongs to each sweep."""
+    centre, sweeps = GROWTH[device]
+    M, K, N, R = centre
+    base = _problem(M, K, N, R, device, dtype)
+    made = [Case("centre", base, suite="growth")]
+    for letter, values in {**sweeps, "R": RANKS}.items():
+        made += [Case(letter, replace(base, **{letter: value}), suite="growth") for value in values]
+    return made
+
+
+def decode_cases(device: str, dtype: str, rows: tuple[int, ...]) -> list[Case]:
+    """Forward of few rows, as in generation."""
+    return [
+        Case(
+            f"decode {M} row{'s' * (M > 1)}", _problem(M, 4096, 4096, 16, device, dtype), "forward"
+        )
+        for M in rows
+    ]
+
+
+def _laptop(device: str, dtypes: tuple[str, ...]) -> list[Case]:
+    made = []
+    for dtype in dtypes or ("float32",):
+        made += model_cases("minilm", device, dtype)
+        made += model_cases("gpt2", device, dtype)
+        made += shape_cases([(1024, 2048, 2048, 16), (128, 4096, 4096, 16)], device, (dtype,), ())
+        made += decode_cases(device, dtype, (1, 16))
+        made += growth_cases(device, dtype)
+    if not dtypes:
+        made += model_cases("minilm", device, "bfloat16", ("step",))
+        made += shape_cases([(512, 768, 3072, 16)], device, ("bfloat16",), ())
+    return made
+
+
+def _gpu(dtypes: tuple[str, ...]) -> list[Case]:
+    made = []
+    for dtype in dtypes:
+        for model in ("minilm", "gpt2", "llama-3-8b", "llama-3-70b", "qwen2.5-7b"):
+            made += model_cases(model, "cuda", dtype)
+        decode = decode_cases("cuda", dtype, (1, 4, 16, 64))
+        made += [replace(case, cold=cold, graph=not cold) for case in decode for cold in (0, 1)]
+        for case in model_cases("llama-3-8b", "cuda", dtype, ("forward",)):
+            made += [replace(case, cold=True), replace(case, graph=True)]
+        made += growth_cases("cuda", dtype)
+    return made
+
+
+def _problem(
+    M: int, K: int, N: int, R: int, device: str, dtype: str, adapter_dtype: str | None = None
+) -> Problem:
+    return Problem(M, N, K, R, dtype, adapter_dtype or dtype, device, bias=True)

@@ -1,0 +1,87 @@
+"""One run of benchmarks: machine, ceilings, then suite after suite, into `Results`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lora_kernels.bench import linear, machine, memory, overhead, training
+from lora_kernels.bench.linear import Case, Effort
+from lora_kernels.bench.presets import ALL
+from lora_kernels.bench.results import Results, Row
+
+SUITES = ("linear", "growth", "training", "overhead", "memory")
+GROWTH_NAMES = ("frozen", "reference", "ours")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be measured. `names` are contenders of the linear suites, "ours" for all of our backends."""
+
+    device: str
+    cases: list[Case]
+    suites: tuple[str, ...] = ("linear", "growth")
+    names: tuple[str, ...] = ALL
+    effort: Effort = field(default_factory=Effort)
+    dtypes: tuple[str, ...] = ("float32",)
+    command: str = ""
+
+
+def run(order: Order, say: Say = lambda text: None) -> Results:
+    """Measure an order, telling `say` what is going on."""
+    say(f"measuring the ceilings of this machine ({order.device})")
+    dtypes = sorted({case.problem.dtype for case in order.cases} | set(order.dtypes))
+    rates = [d for d in dtypes if d != "float64"]
+    results = Results(
+        machine.describe(order.device),
+        machine.versions(),
+        machine.sha(),
+        machine.now(),
+        order.command,
+        machine.ceilings(order.device, rates),
+    )
+    wanted = [case for case in order.cases if case.suite in order.suites]
+    begin = time.perf_counter()
+    for index, case in enumerate(wanted, 1):
+        say(f"[{index}/{len(wanted)}] {case.suite} {case.label}: {case.mode}, {case.problem}")
+        results.rows += case_rows(case, order.names, order.effort, results)
+    if "training" in order.suites:
+        for which in training.MODELS:
+            for dtype in order.dtypes if which == "block" else ("float32",):
+                say(f"training: {which}, {dtype}")
+                effort = order.effort.times(2)
+                results.rows += training.measure(
+                    which, order.device, effort, results.left_out, dtype=dtype
+                )
+    if "overhead" in order.suites:
+        say("overhead of a call")
+        results.rows += overhead.measure(order.device, order.effort, results.left_out)
+    if "memory" in order.suites:
+        results.rows += _memory_rows(order, results, say)
+    say(f"done in {time.perf_counter() - begin:.0f} s")
+    return results
+
+
+def case_rows(case: Case, names: tuple[str, ...], effort: Effort, results: Results) -> list[Row]:
+    """The rows of one case; growth curves take fewer contenders."""
+    if case.suite == "growth":
+        names = tuple(name for name in names if name in GROWTH_NAMES or name.startswith("ours"))
+    names = linear.with_backends(names, case.problem)
+    return linear.measure(case, names, effort, results.ceilings, results.left_out)
+
+
+def _memory_rows(order: Order, results: Results, say: Say) -> list[Row]:
+    """Of the distinct problems of the linear cases, each once."""
+    rows: list[Row] = []
+    seen = set()
+    for case in order.cases:
+        if case.suite != "linear" or case.mode != "step" or case.problem in seen:
+            continue
+        seen.add(case.problem)
+        say(f"memory: {case.label}")
+        names = tuple(name for name in order.names if name in memory.NAMES or name[:4] == "ours")
+        names = linear.with_backends(names, case.problem)
+        rows += memory.measure(case, names, results.left_out)
+    return rows
