@@ -67,8 +67,19 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
         return f"decode takes at most {DECODE_ROWS} rows, got {problem.M}"
     if config.kernel in ("decode", "shrink_outer") and problem.R > FUSED_RANK:
         return f"{config.kernel} takes a rank of at most {FUSED_RANK}, got {problem.R}"
-    if config.kernel == "decode" and problem.dtype == "float32" and config.block_m * problem.R > 2048:
-        return f"decode in float32 has no registers for {config.block_m} rows of rank {problem.R}"
+    if target.name == "gfx1100" and (
+        problem.dtype == "float32" or config.kernel in ("decode", "shrink_outer")
+    ):
+        return f"{target.name} multiplies float32 without its matrix unit, and {config.kernel} runs out of registers"
+    mixed = problem.dtype != problem.adapter_dtype
+    if config.kernel == "shrink_outer" and target.name == "sm_120" and mixed and problem.R > 32:
+        return f"{target.name} runs out of registers for float32 adapters of rank {problem.R}"
+    if config.kernel == "decode" and "float32" in (problem.dtype, problem.adapter_dtype):
+        held, most = config.block_m * max(16, problem.R), 2048 if target.warp_size == 32 else 512
+        if held > most:
+            return (
+                f"decode has no registers for {config.block_m} rows of rank {problem.R} in float32"
+            )
     if config.kernel == "decode" and problem.dropout:
         return "decode has no dropout"
     needed = smem_bytes(config, problem)

@@ -36,7 +36,7 @@ _ONE_PASS_HALF = {
     "sm_100": [(128, 128, 64, 8, 3)],
 }
 _ONE_PASS_OTHER = [(64, 64, 32, 4, 2)]
-_ONE_PASS_FLOAT32 = [(32, 64, 32, 4, 2)]
+_ONE_PASS_FLOAT32 = [(32, 32, 32, 4, 2)]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Choice:
     algorithm: str
     source: str
     configs: tuple[TileConfig, ...]
+
+    def has(self, kernel: str) -> bool:
+        """Whether `kernel` can compute the problem at all."""
+        return any(c.kernel == kernel for c in self.configs)
 
     def config(self, kernel: str) -> TileConfig:
         """The tile of `kernel`."""
@@ -113,7 +117,11 @@ def shipped(target: Target) -> list[tuple[Problem, TileConfig]]:
     the code of its block, and float16 that of bfloat16 with another instruction.
     """
     found: dict[tuple[TileConfig, str, str, int], tuple[Problem, TileConfig]] = {}
-    for dtype, adapter_dtype in (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")):
+    for dtype, adapter_dtype in (
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("float32", "float32"),
+    ):
         for R, M in itertools.product((16, 64), _BUCKETS):
             for N, K in ((512, 4096), (4096, 4096), (4096, 512)):
                 problem = Problem(M, N, K, R, dtype, adapter_dtype, device="cuda")
@@ -146,10 +154,12 @@ def _configs(problem: Problem, target: Target) -> dict[str, TileConfig]:
 def _candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
     half = problem.dtype in _HALF
     # The tail's operands are float32: where they pass through registers, 64 columns of them do not fit.
-    chunk = 64 if half and target.tma else 32
+    chunk = 64 if half and target.tma else 16 if target.name == "gfx1100" else 32
     if kernel == "lowrank_matmul":
         tiles = _MATMUL_HALF[target.name] if half else _MATMUL_FLOAT32
-        return [TileConfig(kernel, *tile, tma=target.tma and half, rank_chunk=chunk) for tile in tiles]
+        return [
+            TileConfig(kernel, *tile, tma=target.tma and half, rank_chunk=chunk) for tile in tiles
+        ]
     if kernel == "one_pass":
         tiles = _ONE_PASS_HALF.get(target.name, _ONE_PASS_OTHER) if half else _ONE_PASS_FLOAT32
         return [TileConfig(kernel, *tile, rank_chunk=32 if target.tma else 16) for tile in tiles]
@@ -160,6 +170,8 @@ def _candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfi
 
 def _shrink(problem: Problem, target: Target) -> TileConfig:
     block_m, block_k = (64, 64) if _all_half(problem) else (32, 32)
+    if target.name == "sm_120" and (problem.R > 32 or not _all_half(problem)):
+        block_m //= 2  # its compiler keeps to 96 registers
     programs = max(1, problem.M // block_m)
     split = _split(target.multiprocessors // programs, problem.K // (4 * block_k))
     return TileConfig("shrink", block_m, 1, block_k, 4, 3, split=split)
@@ -181,10 +193,12 @@ def _reduce_outer(problem: Problem, target: Target) -> TileConfig:
 
 def _shrink_outer(problem: Problem, target: Target) -> TileConfig:
     # Both accumulators stay in registers.
-    block_m, block_n = (32, 64) if problem.R <= 32 else (32, 32) if problem.dtype in _HALF else (16, 32)
+    block_m, block_n = (32, 64) if problem.R <= 32 else (32, 32) if _all_half(problem) else (16, 32)
     programs = max(1, problem.N // block_n)
     split = _split(2 * target.multiprocessors // programs, problem.M // 128)
-    return TileConfig("shrink_outer", block_m, block_n, 16, 4, 2, split=split, rank_chunk=FUSED_RANK)
+    return TileConfig(
+        "shrink_outer", block_m, block_n, 16, 4, 2, split=split, rank_chunk=FUSED_RANK
+    )
 
 
 def _all_half(problem: Problem) -> bool:

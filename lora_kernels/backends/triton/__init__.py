@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_kernels.backends.base import Backend, Scale
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import FUSED_RANK, TileConfig
+from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.select import Choice, select
 from lora_kernels.tuning.targets import Target, target_of
@@ -34,7 +34,7 @@ class TritonBackend(Backend):
         if problem.dtype == "float64":
             return "float64 is computed by ATen"
         try:
-            current_target()
+            select(problem, current_target(), "two_kernel")
         except ValueError as error:
             return str(error)
         return None
@@ -126,12 +126,13 @@ class TritonBackend(Backend):
         self, dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         (M, N), R = dy.shape, s.shape[1]
-        if 0 in (M, N, R) or R > FUSED_RANK:
+        problem = _problem(dy, b_t, M, N, 1, R, None)
+        choice = select(problem, current_target(dy.device), "two_kernel")
+        if problem.empty or not choice.has("shrink_outer"):
             return super().shrink_outer(dy, b_t, alpha, s, dtype)
         from lora_kernels.backends.triton.shrink_outer import shrink_outer
 
-        config = self._config("shrink_outer", dy, b_t, M, N, 1, R, None)
-        return shrink_outer(dy, b_t, alpha, s, dtype, config)
+        return shrink_outer(dy, b_t, alpha, s, dtype, choice.config("shrink_outer"))
 
     def _choice(self, problem: Problem, target: Target) -> Choice:
         try:
