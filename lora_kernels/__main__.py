@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     env.logger()
     try:
         return module.run(args)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
     except (ValueError, TypeError, ModuleNotFoundError, RuntimeError, OSError) as error:
         print(f"lora_kernels {args.command}: {error}", file=sys.stderr)
         return 2

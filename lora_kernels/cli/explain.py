@@ -1,0 +1,89 @@
+"""`python -m lora_kernels explain`: which backend and tile a problem takes, and its predicted time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from lora_kernels.problem import ITEMSIZE, Problem
+from lora_kernels.tuning.targets import TARGETS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--shape", type=int, nargs=4, required=True, metavar=("M", "K", "N", "R"))
+    add("--dtype", choices=[*ITEMSIZE], default="float32", help="of x, W and y (default: float32)")
+    add("--adapter-dtype", choices=[*ITEMSIZE], help="of A and B (default: --dtype)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    add("--backend", default="auto", help="ask for one by name (default: auto)")
+    add("--dropout", action="store_true", help="with dropout before A")
+    add("--target", choices=[*TARGETS], help="predict for a GPU architecture that need not be here")
+    add("--json", action="store_true", help="print as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0, or an error where the backend that was asked for cannot compute the problem."""
+    if min(args.shape) < 0:
+        raise ValueError(f"--shape must be four sizes that are not negative, got {args.shape}")
+    if args.target and (args.device == "cpu" or args.backend != "auto"):
+        raise ValueError("--target predicts a GPU's choice: it takes no --device cpu, no --backend")
+    from lora_kernels.cli.bench import device_of
+
+    M, K, N, R = args.shape
+    device = "cuda" if args.target else device_of(args.device)
+    adapters = args.adapter_dtype or args.dtype
+    problem = Problem(M, N, K, R, args.dtype, adapters, device, bias=True, dropout=args.dropout)
+    directions = {"forward": problem, "backward": problem.adjoint()}
+    found = {
+        name: _predicted(each, args.target) if args.target else _here(each, args.backend)
+        for name, each in directions.items()
+    }
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    print(problem)
+    for name, each in found.items():
+        print(f"\n{name}")
+        print("\n".join(f"  {what}: {told}" for what, told in each.items() if what != "problem"))
+    return 0
+
+
+def _here(problem: Problem, backend: str) -> dict[str, Any]:
+    """Who computes it on this machine, and why nobody else does."""
+    from lora_kernels import dispatch
+
+    explanation = dispatch.explain(problem, backend)
+    chosen = explanation.backend + (f", {explanation.plan}" if explanation.plan else "")
+    return {"problem": asdict(problem), "chosen": chosen, **explanation.rejected}
+
+
+def _predicted(problem: Problem, name: str) -> dict[str, Any]:
+    """What the cost model chooses on a target, and every algorithm's predicted time against the frozen layer's."""
+    from lora_kernels.tuning import cost
+    from lora_kernels.tuning.select import select
+
+    if problem.empty or problem.dtype == "float64":
+        return {
+            "problem": asdict(problem),
+            "chosen": "eager: empty and float64 problems are ATen's",
+        }
+    target = TARGETS[name]
+    choice = select(problem, target)
+    kernel = {"two_kernel": "lowrank_matmul"}.get(choice.algorithm, choice.algorithm)
+    tile = f", {choice.config(kernel)}" if choice.has(kernel) else ""
+    frozen = cost.frozen_us(problem, target)
+    found: dict[str, Any] = {
+        "problem": asdict(problem),
+        "chosen": f"{choice.algorithm} ({choice.source}){tile} on {target.chip}",
+        "frozen layer": f"predicted {frozen:.1f} us",
+    }
+    for algorithm in (*cost.ALGORITHMS, "addmm", "naive"):
+        kernel = {"two_kernel": "lowrank_matmul"}.get(algorithm, algorithm)
+        if kernel in ("lowrank_matmul", "one_pass", "decode") and not choice.has(kernel):
+            continue
+        config = choice.config(kernel) if choice.has(kernel) else None
+        us = cost.predict_us(algorithm, problem, target, config)
+        found[algorithm] = f"predicted {us:.1f} us, {us / frozen:.2f} of the frozen layer"
+    return found

@@ -1,0 +1,68 @@
+"""`python -m lora_kernels info`: devices, versions and backends, and why each backend is or is not usable."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+# A problem that every backend which works at all on a device can compute.
+_SIZES = {"M": 256, "N": 256, "K": 256, "R": 8}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: something usable is always found, eager at the least."""
+    found = collect()
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    print(", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    for device, facts in found["devices"].items():
+        told = ", ".join(f"{k} {v}" for k, v in facts.items() if k not in ("name", "device") and v)
+        print(f"\n{device}: {facts['name']} ({told})")
+        for name, why in found["backends"][device].items():
+            print(f"  {name:<8}{'usable' if why is None else 'not usable: ' + why}")
+    print("\nvariables: " + ", ".join(f"{k}={v}" for k, v in found["variables"].items()))
+    print(f"cache: {found['cache']}")
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """What `info` prints; a backend's entry is None where it is usable, else the reason why not."""
+    import os
+
+    import torch
+
+    from lora_kernels import env
+    from lora_kernels.bench import machine
+
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    variables = ("BACKEND", "CACHE", "LOG", "BUILD")
+    return {
+        "versions": machine.versions(),
+        "devices": {device: machine.describe(device) for device in devices},
+        "backends": {device: why_not(device) for device in devices},
+        "variables": {
+            f"LORA_KERNELS_{name}": os.environ.get(f"LORA_KERNELS_{name}", "") for name in variables
+        },
+        "cache": str(env.cache_dir()),
+    }
+
+
+def why_not(device: str) -> dict[str, str | None]:
+    """Every backend's reason against itself on `device`, or None; on a GPU this runs the self-test if nobody has."""
+    from lora_kernels import Problem, dispatch
+
+    problem = Problem(**_SIZES, dtype="float32", adapter_dtype="float32", device=device)  # type: ignore
+    reasons: dict[str, str | None] = {}
+    for name in dispatch.BACKENDS:
+        try:
+            dispatch.explain(problem, name)
+            reasons[name] = None
+        except RuntimeError as error:
+            reasons[name] = str(error).partition(f"{problem}: ")[2] or str(error)
+    return reasons

@@ -1,0 +1,80 @@
+"""`python -m lora_kernels selftest`: every usable backend against float64 on this machine, forward and all gradients."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from lora_kernels.dispatch import BACKENDS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", action="append", choices=BACKENDS, help="repeatable (all)")
+    parser.add_argument("--device", action="append", choices=("cpu", "cuda"), help="repeatable")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when every check of every usable backend passed; 1 when one did not, or a named backend is not usable."""
+    import torch
+
+    devices = args.device or (["cpu"] + ["cuda"] * torch.cuda.is_available())
+    if "cuda" in devices and not torch.cuda.is_available():
+        raise RuntimeError("--device cuda needs a GPU that PyTorch can use, and there is none")
+    found = [
+        _one(name, device) for device in devices for name in args.backend or _backends_of(device)
+    ]
+    failed = any(each["failed"] or (each["skipped"] and args.backend) for each in found)
+    # With several devices a backend that runs on one of them is not asked of the other.
+    if args.backend and len(devices) > 1:
+        ran = {each["backend"] for each in found if not each["skipped"]}
+        failed = any(each["failed"] for each in found) or not set(args.backend) <= ran
+    if args.json:
+        print(json.dumps({"passed": not failed, "backends": found}, indent=1))
+    else:
+        print("\n".join(_told(each) for each in found))
+    return 1 if failed else 0
+
+
+def _backends_of(device: str) -> tuple[str, ...]:
+    return ("eager", "cpu") if device == "cpu" else ("eager", "triton", "cuda")
+
+
+def _one(name: str, device: str) -> dict[str, Any]:
+    """The checks of a backend on a device; those that failed in words."""
+    from lora_kernels import dispatch, selftest
+
+    backend = dispatch.get(name)
+    if name not in _backends_of(device):
+        skipped: str | None = f"does not run on {device}"
+    else:
+        skipped = backend.unavailable()
+    each: dict[str, Any] = {"backend": name, "device": device, "skipped": skipped}
+    each |= {"checks": 0, "failed": [], "closest": None}
+    if skipped is not None:
+        return each
+    print(f"{name} on {device} ...", file=sys.stderr, flush=True)
+    try:
+        results = selftest.run(backend, device)
+    except Exception as error:  # a kernel on an unknown device may fail in any way
+        return {**each, "failed": [f"raised {type(error).__name__}: {error}"]}
+    each["checks"] = len(results)
+    each["failed"] = [str(result) for result in results if not result.passed]
+    if not results:
+        each["failed"] = ["it declines every problem of the self-test"]
+    else:
+        each["closest"] = max(result.error / result.allowed for result in results)
+    return each
+
+
+def _told(each: dict[str, Any]) -> str:
+    head = f"{each['backend']:<8}{each['device']:<6}"
+    if each["skipped"]:
+        return f"{head}not usable: {each['skipped']}"
+    if each["failed"]:
+        return "\n  ".join(
+            [f"{head}FAILED {len(each['failed'])} of {each['checks']}", *each["failed"]]
+        )
+    return f"{head}{each['checks']} checks passed; the largest error is {each['closest']:.2f} of what is allowed"
