@@ -43,7 +43,7 @@ class Verdict:
 
 def cases_of(baseline: Results) -> list[Case]:
     """The cases whose rows of ours are compared. ValueError where there is none."""
-    found = {}
+    found: dict[Case, None] = {}
     for row in _checked(baseline):
         problem = row.as_problem()
         if problem is not None:

@@ -144,12 +144,13 @@ def roofline_us(problem: Problem, mode: str, ceilings: dict[str, float]) -> floa
 
 def with_backends(names: tuple[str, ...], problem: Problem) -> tuple[str, ...]:
     """`names`, where "ours" stands for each of our backends that the problem's device has."""
-    ours = ("ours[eager]", "ours[cpu]" if problem.device == "cpu" else "ours[triton]")
-    if problem.device == "cuda":
-        ours = (*ours, "ours[cuda]")
+    on = {
+        "cpu": ["ours[eager]", "ours[cpu]"],
+        "cuda": ["ours[eager]", "ours[triton]", "ours[cuda]"],
+    }
     expanded: list[str] = []
     for name in names:
-        expanded += ours if name == "ours" else [name]
+        expanded += on[problem.device] if name == "ours" else [name]
     return tuple(dict.fromkeys(expanded))
 
 

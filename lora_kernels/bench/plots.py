@@ -81,7 +81,7 @@ def _bars(rows: list[Row], axes: Any) -> None:
         places = [i for i, case in enumerate(cases) if case in found]
         mine = [found[cases[i]] for i in places]
         offsets = [i + (index - len(names) / 2 + 0.5) * width for i in places]
-        heights = [row.to_floor for row in mine]
+        heights = [row.to_floor or 0.0 for row in mine]
         spread = [
             [max(0.0, h - (r.to_floor_low or h)) for h, r in zip(heights, mine, strict=True)],
             [max(0.0, (r.to_floor_high or h) - h) for h, r in zip(heights, mine, strict=True)],

@@ -109,7 +109,10 @@ def growth_cases(device: str, dtype: str) -> list[Case]:
     base = _problem(M, K, N, R, device, dtype)
     made = [Case("centre", base, suite="growth")]
     for letter, values in {**sweeps, "R": RANKS}.items():
-        made += [Case(letter, replace(base, **{letter: value}), suite="growth") for value in values]
+        made += [
+            Case(letter, replace(base, **{letter: value}), suite="growth")  # type: ignore[arg-type]
+            for value in values
+        ]
     return made
 
 
@@ -143,7 +146,9 @@ def _gpu(dtypes: tuple[str, ...]) -> list[Case]:
         for model in ("minilm", "gpt2", "llama-3-8b", "llama-3-70b", "qwen2.5-7b"):
             made += model_cases(model, "cuda", dtype)
         decode = decode_cases("cuda", dtype, (1, 4, 16, 64))
-        made += [replace(case, cold=cold, graph=not cold) for case in decode for cold in (0, 1)]
+        made += [
+            replace(case, cold=cold, graph=not cold) for case in decode for cold in (False, True)
+        ]
         for case in model_cases("llama-3-8b", "cuda", dtype, ("forward",)):
             made += [replace(case, cold=True), replace(case, graph=True)]
         made += growth_cases("cuda", dtype)

@@ -39,7 +39,8 @@ class Block(nn.Module):
         split = (
             self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         )
-        mixed = F.scaled_dot_product_attention(*split.unbind(0), is_causal=True)
+        q, k, v = split.unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
