@@ -20,7 +20,7 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     exit 2
 fi
 
-mkdir -p "$RESULTS" || exit 2
+mkdir -p "$RESULTS" build || exit 2
 failed=
 step() {
     name=$1
@@ -32,8 +32,8 @@ has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 
 # The C++ and CUDA extensions, where compilers are; everything else works without them.
 if has setuptools && has ninja; then
-    "$PYTHON" setup.py --quiet build_ext --inplace >"$RESULTS/build.log" 2>&1 ||
-        echo "gpu.sh: extensions are not built, see $RESULTS/build.log" >&2
+    "$PYTHON" setup.py --quiet build_ext --inplace >build/extensions.log 2>&1 ||
+        echo "gpu.sh: extensions are not built, see build/extensions.log" >&2
 fi
 step info "$PYTHON" -m lora_kernels info
 step selftest "$PYTHON" -m lora_kernels selftest
