@@ -67,7 +67,7 @@ def bind_load(instr: Instr, strand: Strand) -> Run:
     machine, kind, count = strand.machine, instr.mods[-1], vector_of(instr)
     dtype, space = DTYPES[kind], space_of(instr)
     first = instr.operands[0]
-    targets = [strand.target(o, kind) for o in (first if count > 1 else [first])]
+    targets = [strand.target(o, kind) for o in (first if isinstance(first, list) else [first])]
     addresses_of = address_of(strand, instr.operands[1])
     if space == "param":
         return load_param(strand, dtype, targets, instr.operands[1])

@@ -1,0 +1,216 @@
+"""Launches: PTX with its arguments, one kernel or two dependent ones, and Triton's own launches redirected here."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from triton.runtime import jit
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tests.compiled.recorder import GPU_TARGETS, compile_call
+from tests.ptx.counters import Counters
+from tests.ptx.machine import Machine
+from tests.ptx.memory import Binding, GlobalMemory
+from tests.ptx.parser import Param, Program, PtxError, parse
+from tests.ptx.tma import Descriptor
+
+RESIDENT_LANES = 8192
+SCALARS = {"i1": "i1", "i8": "i1", "i16": "i2", "i32": "i4", "i64": "i8", "u8": "u1", "u16": "u2", "u32": "u4",
+           "u64": "u8", "fp32": "f4", "f32": "f4", "fp64": "f8", "f64": "f8"}  # fmt: skip
+
+
+@dataclass
+class Launch:
+    """A kernel with its arguments in place: everything but the order in which it runs."""
+
+    program: Program
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_size: int
+    params: np.ndarray
+    bindings: list[Binding]
+    descriptors: dict[int, Descriptor]
+    counters: Counters
+
+    def machine(self, ctas: list, rng: np.random.Generator | None, primary: Machine | None = None) -> Machine:
+        memory = GlobalMemory(self.bindings)
+        fixed = (self.program, ctas, self.grid, self.block, self.shared_size, self.params, memory)
+        return Machine(*fixed, self.descriptors, self.counters, rng, primary)
+
+    def ctas(self, rng: np.random.Generator | None) -> list[tuple[int, int, int]]:
+        """All CTAs, x fastest, or in random order."""
+        gx, gy, gz = self.grid
+        every = [(x, y, z) for z in range(gz) for y in range(gy) for x in range(gx)]
+        return every if rng is None else [every[i] for i in rng.permutation(len(every))]
+
+    def run(self, schedule: int | None) -> Counters:
+        """Execute; `schedule` is None for lockstep or a seed. Gives what it counted."""
+        rng = None if schedule is None else np.random.default_rng(schedule)
+        ctas = self.ctas(rng)
+        resident = max(1, RESIDENT_LANES // int(np.prod(self.block)))
+        for start in range(0, len(ctas), resident):
+            self.machine(ctas[start : start + resident], rng).run()
+        return self.counters
+
+
+def run_dependent(primary: Launch, dependent: Launch, schedule: int | None) -> None:
+    """Both at once: the second may begin when the first has begun, and waits where its own code waits."""
+    seed = 0 if schedule is None else schedule
+    rng = np.random.default_rng(seed)
+    own = None if schedule is None else rng
+    first = primary.machine(primary.ctas(own), own)
+    second = dependent.machine(dependent.ctas(own), own, first)
+    running = [first.steps(), second.steps()]
+    # In lockstep the dependent goes as far as it can first: what it reads too early, it reads wrong.
+    while running:
+        chosen = running[-1] if own is None and len(running) == 2 else running[int(rng.integers(len(running)))]
+        if own is None and len(running) == 2 and not any(c.ready() for c in second.cursors):
+            chosen = running[0]
+        try:
+            next(chosen)
+        except StopIteration:
+            running.remove(chosen)
+
+
+@functools.lru_cache(maxsize=512)
+def parsed(ptx: str, entry: str | None = None) -> Program:
+    return parse(ptx, entry)
+
+
+def prepare(
+    ptx: str,
+    grid: Sequence[int],
+    block: int | Sequence[int],
+    args: Sequence[tuple[str, str, Any]],
+    *,
+    shared: int = 0,
+    entry: str | None = None,
+    descriptors: Sequence[dict[str, Any]] = (),
+) -> Launch:
+    """A launch of PTX. Each of `args` is (name, type, value): "*" a tensor, a scalar type, or "tensordesc".
+
+    `shared` is the dynamic part where the PTX declares `.extern .shared`; the static part is added.
+    """
+    program = parsed(ptx, entry)
+    length = program.params[-1].offset + program.params[-1].size if program.params else 0
+    params = np.zeros(length, np.uint8)
+    bindings: dict[str, Binding] = {}
+    tensor_maps: dict[int, Descriptor] = {}
+    slots, metas = iter(program.params), iter(descriptors)
+    for name, kind, value in args:
+        param = next(slots)
+        if kind == "tensordesc":
+            tensor_maps[param.offset] = describe(name, value, next(metas), bindings)
+            for extent in (*value.shape, *value.strides):
+                store(params, next(slots), extent, "i64")
+        elif kind.startswith("*"):
+            binding = bindings.setdefault(name, Binding(name, value))
+            store(params, param, binding.start, "u64")
+        elif kind == "struct":
+            raw = np.frombuffer(bytes(value), np.uint8)
+            params[param.offset : param.offset + len(raw)] = raw
+        else:
+            store(params, param, value, kind)
+    counters = Counters(tensors={name: b.traffic for name, b in bindings.items()})
+    blocks = (block, 1, 1) if isinstance(block, int) else (*block, 1, 1)[:3]
+    size = program.static_shared + shared
+    return Launch(
+        program, (*grid, 1, 1)[:3], blocks, size, params, list(bindings.values()), tensor_maps, counters
+    )
+
+
+def store(params: np.ndarray, param: Param, value: Any, kind: str) -> None:
+    """Writes one scalar parameter; an integer takes the width that the kernel declares."""
+    if SCALARS.get(kind, "i4")[0] == "f":
+        raw = np.array([value], SCALARS[kind])
+    else:
+        raw = np.array([int(value) % (1 << 8 * param.size)], f"u{param.size}")
+    if raw.nbytes != param.size:
+        raise PtxError(f"{param.name} has {param.size} bytes, its argument {raw.nbytes}")
+    params[param.offset : param.offset + param.size] = raw.view(np.uint8)
+
+
+def describe(name: str, value: TensorDescriptor, meta: dict[str, Any], bindings: dict[str, Binding]) -> Descriptor:
+    binding = bindings.setdefault(name, Binding(name, value.base))
+    return Descriptor(
+        binding,
+        list(value.shape),
+        list(value.strides),
+        list(meta["block_size"]),
+        meta["swizzle"],
+        value.base.element_size(),
+    )
+
+
+def prepare_triton(compiled: Any, grid: Sequence[int], bound: dict[str, Any]) -> Launch:
+    """A launch of a kernel that Triton compiled, with the arguments its launcher bound."""
+    args = []
+    for name, kind in compiled.src.signature.items():
+        if kind == "constexpr":
+            continue
+        value = bound[name]
+        if isinstance(value, TensorDescriptor):
+            args.append((name, "tensordesc", value))
+        else:
+            args.append((name, kind, value))
+    metadata = compiled.metadata
+    return prepare(
+        compiled.asm["ptx"],
+        tuple(grid),
+        32 * metadata.num_warps,
+        args,
+        shared=metadata.shared,
+        descriptors=getattr(metadata, "tensordesc_meta", None) or (),
+    )
+
+
+@dataclass
+class Executed:
+    """One launch that was executed: the kernel's name, what Triton compiled, and the counters."""
+
+    name: str
+    compiled: Any
+    counters: Counters
+    dependent: bool
+
+
+@contextmanager
+def emulate(target: str, schedule: int | None = None) -> Iterator[list[Executed]]:
+    """Within the block Triton kernels launched on CPU tensors run here, as compiled for `target`.
+
+    The kernel is specialised as Triton specialises it. A launch that lets dependents start is held back until the next one,
+    and runs together with it if that one is dependent; results are complete when the block ends.
+    """
+    executed: list[Executed] = []
+    held: list[Launch] = []
+
+    def flush() -> None:
+        while held:
+            held.pop().run(schedule)
+
+    def run(kernel: jit.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        options = {key: value for key, value in kwargs.items() if key != "launch_pdl"}
+        dependent = bool(kwargs.get("launch_pdl", False))
+        compiled, bound = compile_call(kernel, GPU_TARGETS[target], args, {**options, **({"launch_pdl": True} if dependent else {})})
+        launch = prepare_triton(compiled, grid, bound)
+        executed.append(Executed(kernel.fn.__name__, compiled, launch.counters, dependent))
+        if dependent and held:
+            run_dependent(held.pop(), launch, schedule)
+            return compiled
+        flush()
+        if "griddepcontrol.launch_dependents" in compiled.asm["ptx"]:
+            held.append(launch)
+        else:
+            launch.run(schedule)
+        return compiled
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jit.JITFunction, "run", run)
+        yield executed
+        flush()

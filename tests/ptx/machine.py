@@ -1,0 +1,258 @@
+"""The processor: threads with program counters of their own, stepped together where they stand at the same instruction.
+
+Lockstep: all warps of all resident CTAs are one strand, and the threads at the lowest instruction go first. With a seed every
+warp is a strand of its own and a random one runs for a random number of steps, so that what no barrier orders happens
+in many orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import tests.ptx.access
+import tests.ptx.arithmetic
+import tests.ptx.control
+import tests.ptx.fragments
+import tests.ptx.tcgen05
+import tests.ptx.tma
+import tests.ptx.wgmma  # noqa: F401, importing these registers their opcodes
+from tests.ptx.control import JUMP, PARK, STOP, CtaBarrier
+from tests.ptx.counters import Counters
+from tests.ptx.memory import GlobalMemory
+from tests.ptx.parser import Program, PtxError
+from tests.ptx.strand import Strand
+from tests.ptx.tcgen05 import COLUMNS
+from tests.ptx.tma import Barrier, Descriptor, finish_bulk_stores
+
+MAX_STEPS = 20_000_000
+LONGEST_BURST = 60
+
+
+@dataclass
+class Machine:
+    """Resident CTAs of one launch: their shared and tensor memory, barriers, and work under way."""
+
+    program: Program
+    ctas: list[tuple[int, int, int]]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_size: int
+    params: np.ndarray
+    memory: GlobalMemory
+    descriptors: dict[int, Descriptor]
+    counters: Counters
+    rng: np.random.Generator | None = None
+    primary: Machine | None = None  # the launch that griddepcontrol.wait waits for
+    wait: str = "wait"  # what a try_wait answers with the lanes that are ready
+    barriers: dict[tuple[int, int], Barrier] = field(default_factory=dict)
+    cta_barriers: dict[tuple, CtaBarrier] = field(default_factory=dict)
+    tensor_columns: dict[int, int] = field(default_factory=dict)
+    tensor_work: dict[int, list] = field(default_factory=dict)
+    events: int = 0
+    released: bool = False  # griddepcontrol.launch_dependents was executed by every CTA, or all have ended
+
+    def __post_init__(self) -> None:
+        threads = int(np.prod(self.block))
+        if threads % 32:
+            raise PtxError(f"a block must be whole warps, got {threads} threads")
+        n_ctas, warps = len(self.ctas), list(range(threads // 32))
+        self.shared_bytes = -(-max(self.shared_size, 16) // 1024) * 1024
+        self.shared = np.full(n_ctas * self.shared_bytes, 0xFF, np.uint8)
+        if any("tcgen05" in instr.opcode for instr in self.program.code):
+            self.tensor_memory = np.full((n_ctas, 128, COLUMNS), 0xFFFFFFFF, np.uint32)
+        self.live = np.full(n_ctas, threads)
+        self.launched = np.zeros(n_ctas, bool)
+        groups = [warps] if self.rng is None else [[warp] for warp in warps]
+        self.strands = [Strand(self, list(range(n_ctas)), group) for group in groups]
+        self.cursors = [Cursor(self, strand) for strand in self.strands]
+
+    @property
+    def done(self) -> bool:
+        return not self.live.any()
+
+    def lands_early(self) -> bool:
+        """Whether an asynchronous copy arrives at once: never in lockstep, half the time at random."""
+        return self.rng is not None and bool(self.rng.random() < 0.5)
+
+    def special(self, strand: Strand, name: str) -> np.ndarray:
+        """The value of a special register, by lane or for all."""
+        base, _, axis = name.partition(".")
+        at = {"x": 0, "y": 1, "z": 2}.get(axis, 0)
+        if base == "tid":
+            x, y, _ = self.block
+            return [strand.thread % x, strand.thread // x % y, strand.thread // (x * y)][at]
+        if base in ("ctaid", "clusterid"):
+            return np.array([cta[at] for cta in self.ctas])[strand.cta]
+        if base in ("nctaid", "nclusterid"):
+            return np.array([self.grid[at]])
+        if base == "ntid":
+            return np.array([self.block[at]])
+        values = {
+            "laneid": strand.lane,
+            "warpid": strand.warp,
+            "nwarpid": np.array([int(np.prod(self.block)) // 32]),
+            "cluster_ctarank": np.array([0]),
+            "cluster_ctaid": np.array([0]),
+            "cluster_nctarank": np.array([1]),
+            "cluster_nctaid": np.array([1]),
+            "dynamic_smem_size": np.array([self.shared_size - self.program.static_shared]),
+            "total_smem_size": np.array([self.shared_size]),
+        }
+        if base not in values:
+            raise PtxError(f"unknown special register %{name}")
+        return values[base]
+
+    def finish_tensor_work(self, cta: int, barrier: Barrier, phase: int) -> None:
+        """Runs queued tensor-core work, in order, until the waited-for barrier's phase is complete or nothing is left."""
+        queue = self.tensor_work.get(cta, [])
+        while barrier.phase == phase and any(item is barrier for item in queue):
+            item = queue.pop(0)
+            if isinstance(item, Barrier):
+                item.arrive(self)
+            else:
+                item()
+
+    def run(self) -> None:
+        """Until every thread has ended."""
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Iterator[None]:
+        """One burst at a time; PtxError when threads are left and none can go on."""
+        for count in range(MAX_STEPS):
+            if self.done:
+                break
+            ready = [cursor for cursor in self.cursors if cursor.ready()]
+            if not ready:
+                if self.primary is not None and not self.primary.done:
+                    yield
+                    continue
+                raise PtxError(self.deadlock())
+            if self.rng is None:
+                ready[0].step()
+            else:
+                cursor = ready[int(self.rng.integers(len(ready)))]
+                for _ in range(int(self.rng.integers(1, LONGEST_BURST))):
+                    if not cursor.ready():
+                        break
+                    cursor.step()
+            if self.rng is not None or count % 64 == 0:
+                yield
+        else:
+            raise PtxError(f"{self.program.name} did not end in {MAX_STEPS} steps")
+        for strand in self.strands:
+            finish_bulk_stores(strand, True, strand.bulk_commits + 1)
+
+    def deadlock(self) -> str:
+        stuck = {}
+        for cursor in self.cursors:
+            for lane in np.flatnonzero(~cursor.ended):
+                instr = self.program.code[int(cursor.pcs[lane])]
+                where = f"CTA {self.ctas[int(cursor.strand.cta[lane])]} warp {int(cursor.strand.warp[lane])}"
+                stuck.setdefault(f"line {instr.line}: {instr.text}", set()).add(where)
+        lines = [f"{text}: {', '.join(sorted(where)[:6])}" for text, where in stuck.items()]
+        return f"{self.program.name}: nobody can go on\n" + "\n".join(lines)
+
+
+class Cursor:
+    """The program counters of a strand's lanes, and which of them are parked or have ended."""
+
+    def __init__(self, machine: Machine, strand: Strand) -> None:
+        self.machine, self.strand = machine, strand
+        self.pcs = np.zeros(strand.lanes, np.int64)
+        self.parked = np.zeros(strand.lanes, bool)  # at a CTA barrier, until it releases them
+        self.waiting = np.zeros(strand.lanes, bool)  # at a try_wait, until something happens
+        self.ended = np.zeros(strand.lanes, bool)
+        self.seen_events = -1
+        self.together = True  # all lanes stand at self.pcs[0] and may run
+        strand.cursor = self
+
+    def ready(self) -> bool:
+        if self.together:
+            return True
+        if self.waiting.any() and (
+            self.seen_events != self.machine.events or self._primary_ended()
+        ):
+            self.waiting[:] = False
+        return bool((~(self.parked | self.waiting | self.ended)).any())
+
+    def _primary_ended(self) -> bool:
+        return self.machine.primary is not None and self.machine.primary.done
+
+    def step(self) -> None:
+        """One instruction of the lanes at the lowest counter."""
+        machine, strand = self.machine, self.strand
+        if self.together:
+            at, where, warps = int(self.pcs[0]), True, strand.lanes // 32
+        else:
+            able = ~(self.parked | self.waiting | self.ended)
+            at = int(self.pcs[able].min())
+            where = able & (self.pcs == at)
+            warps = len(strand.active_warps(where))
+            if where.all():
+                where = True
+        instr = machine.program.code[at]
+        run = strand.bound[at] or strand.bind(at)
+        guard = None
+        if instr.guard is not None and instr.base in ("mbarrier", "griddepcontrol", "bar", "barrier"):
+            flag = strand.source(instr.guard, "pred")
+            guard = ~flag if instr.negated else flag.copy()
+        try:
+            answer = run(where)
+        except PtxError:
+            raise
+        except (IndexError, ValueError, TypeError) as error:
+            raise PtxError(f"line {instr.line}: {instr.text}: {type(error).__name__}: {error}") from error
+        machine.counters.executed(instr.opcode, warps)
+        self._advance(at, where, answer, instr.target, guard)
+
+    def _advance(self, at: int, where, answer, target: int, guard) -> None:
+        """Move the lanes of `where` on, by what the instruction answered."""
+        kind, lanes = answer if isinstance(answer, tuple) else (None, None)
+        if kind is None:
+            self._set(where, at + 1)
+        elif kind == JUMP:
+            self._set(where, at + 1)
+            self._set(lanes, target)
+        elif kind == STOP:
+            self._set(where, at + 1)
+            self._end(lanes)
+        elif kind == PARK:
+            self._set(where, at + 1)
+            held = np.broadcast_to(lanes, self.strand.lanes)
+            if held.any():
+                self.pcs[held] = at
+                self.parked |= held
+        elif kind == self.machine.wait:
+            self._set(where, at + 1)
+            held = np.broadcast_to(where, self.strand.lanes) & ~lanes
+            if guard is not None:
+                held = held & guard
+            if held.any():
+                self.pcs[held] = at
+                self.waiting |= held
+                self.seen_events = self.machine.events
+        self.together = not (self.parked.any() or self.waiting.any() or self.ended.any()) and bool(
+            (self.pcs == self.pcs[0]).all()
+        )
+
+    def _set(self, lanes, at: int) -> None:
+        if lanes is True:
+            self.pcs[:] = at
+        else:
+            self.pcs[lanes] = at
+
+    def _end(self, lanes) -> None:
+        ending = np.broadcast_to(lanes, self.strand.lanes) & ~self.ended
+        self.ended |= ending
+        np.subtract.at(self.machine.live, self.strand.cta[ending], 1)
+        for key, barrier in list(self.machine.cta_barriers.items()):
+            barrier.check(self.machine, key)
+
+    def release(self, lanes: np.ndarray) -> None:
+        """Lets parked lanes pass the barrier they stand at."""
+        self.parked[lanes] = False
+        self.pcs[lanes] += 1
