@@ -295,11 +295,14 @@ def is_plain(layer: LinearWithLoRA) -> bool:
         and "forward" not in linear.__dict__
         and not has_hooks(linear)
         and not has_hooks(lora)
-        and type(linear.weight) in _PLAIN_TENSORS
+        and _is_plain_tensor(linear.weight)
     )
 
 
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
+def _is_plain_tensor(weight: Tensor) -> bool:
+    """Whether weight is a dense tensor, whole or (a DTensor, known by name lest torch.distributed be imported) sharded."""
+    kind = type(weight)
+    return kind in (nn.Parameter, Tensor) or kind.__module__ == "torch.distributed.tensor"
 
 
 def has_hooks(module: nn.Module) -> bool:

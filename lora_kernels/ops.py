@@ -44,6 +44,8 @@ def _lora_linear_fake(x, weight, A, B, bias, alpha, dropout_p, seed, backend):
 
 @torch.library.custom_op("lora_kernels::lora_linear_backward", mutates_args=())
 def lora_linear_backward(
+    adapter_dtype: torch.dtype,
+    needs: list[bool],
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
@@ -53,25 +55,28 @@ def lora_linear_backward(
     alpha: Tensor,
     dropout_p: float,
     seed: Tensor | None,
-    needs: list[bool],
-    adapter_dtype: torch.dtype,
     backend: str,
-) -> list[Tensor]:
-    """[dx, dW, dA, dB, dbias] of `formulas.backward`, an empty tensor for each that is not needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dW, dA, dB, dbias) of `formulas.backward`, an empty tensor for each that is not needed.
+
+    DTensor remembers a sharding by a call's tensors and by every argument from the first integer, such as a dtype, on. It
+    comes first, so that calls with other operands left out are told apart.
+    """
     saved = Saved(x, weight, A, B, s)
     dropout = as_dropout(dropout_p, seed)
     chosen = dispatch.resolve_backward(backend, dy, saved, adapter_dtype, dropout)
     grads = formulas.backward(chosen, dy, saved, Needs(*needs), alpha, dropout, adapter_dtype)
-    return [dy.new_empty(0) if grad is None else grad for grad in grads]
+    dx, dW, dA, dB, dbias = (dy.new_empty(0) if grad is None else grad for grad in grads)
+    return dx, dW, dA, dB, dbias
 
 
 @lora_linear_backward.register_fake
 def _lora_linear_backward_fake(
-    dy, x, weight, A, B, s, alpha, dropout_p, seed, needs, adapter_dtype, backend
+    adapter_dtype, needs, dy, x, weight, A, B, s, alpha, dropout_p, seed, backend
 ):
     needed = Needs(*needs)
     M, N = dy.shape
-    return [
+    return (
         dy.new_empty((M, weight.shape[1]) if needed.x else 0),
         dy.new_empty((N, x.shape[1]) if needed.weight else 0),
         dy.new_empty((x.shape[1], B.shape[0]), dtype=adapter_dtype)
@@ -79,7 +84,7 @@ def _lora_linear_backward_fake(
         else dy.new_empty(0),
         dy.new_empty((s.shape[1], N), dtype=adapter_dtype) if needed.B else dy.new_empty(0),
         dy.new_empty(N if needed.bias else 0),
-    ]
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -93,7 +98,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 def _backward(ctx: Any, dy: Tensor, ds: Tensor | None) -> tuple[Tensor | None, ...]:
     *saved, alpha, seed = ctx.saved_tensors
     grads = lora_linear_backward(
-        dy, *saved, alpha, ctx.dropout_p, seed, list(ctx.needs), ctx.adapter_dtype, ctx.backend
+        ctx.adapter_dtype, list(ctx.needs), dy, *saved, alpha, ctx.dropout_p, seed, ctx.backend
     )
     needed = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return (*needed, None, None, None, None)

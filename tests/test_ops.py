@@ -56,6 +56,8 @@ def test_backward_registration(needs):
     x, weight, A, B, _ = (t.detach() for t in operands())
     dy, s = torch.randn(9, 7), torch.randn(9, 3)
     args = (
+        torch.float32,
+        list(needs),
         dy,
         x,
         weight,
@@ -65,8 +67,6 @@ def test_backward_registration(needs):
         torch.tensor(0.5),
         0.0,
         None,
-        list(needs),
-        torch.float32,
         "eager",
     )
     torch.library.opcheck(torch.ops.lora_kernels.lora_linear_backward, args)

@@ -316,6 +316,17 @@ class TestState:
 
 
 class TestLeftAlone:
+    def test_for_the_moment(self, monkeypatch):
+        """A layer left alone because of its adapters' state is fused as soon as that allows."""
+        net = model(lora_dropout=0.0)
+        layer = net.base_model.model.first
+        net.merge_adapter()
+        assert "its adapters are merged" in str(accelerate(net, allow_none=True))
+        net.unmerge_adapter()
+        assert why_not_fused(layer) is None
+        with pytest.raises(AssertionError, match="the fused product ran"):
+            left_to_peft(monkeypatch, net, tokens())
+
     @pytest.mark.parametrize(
         "options, part",
         [

@@ -1,8 +1,8 @@
 """Fused forward and backward for the LoRA layers of a PEFT model: one call, undone by another.
 
-An eligible `peft.tuners.lora.Linear` gets the class `FusedLinear`, its subclass, and stays the same object with the same
-parameters, so that adapters are switched, merged, saved and added as before. Whatever a call needs that the fused product
-does not compute is left to PEFT's own forward, call by call.
+A `peft.tuners.lora.Linear` gets the class `FusedLinear`, its subclass, and stays the same object with the same parameters,
+so that adapters are switched, merged, saved and added as before. Whatever a call needs that the fused product does not
+compute is left to PEFT's own forward, call by call.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ class FusedLinear(PeftLinear):
         """y [..., out] for x [..., in]; arguments are those of PEFT's forward."""
         if args or any(value is not None for value in kwargs.values()):
             return super().forward(x, *args, **kwargs)
-        if why_not_fused(self) is not None or not _same_dtype(x, self.base_layer.weight):
+        layer: Any = self
+        if why_not_fused(self) is not None or not _same_dtype(x, layer.base_layer.weight):
             return super().forward(x, *args, **kwargs)
         name = _active(self)[0]
-        base, scaling = self.base_layer, self.scaling[name]
-        lora_A, lora_B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        base, scaling, dropout = layer.base_layer, layer.scaling[name], layer.lora_dropout[name]
+        lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
         bias = base.bias
         if lora_B.bias is not None:
             shift = (scaling * lora_B.bias).to(base.weight.dtype)
@@ -73,49 +74,62 @@ class Report:
         return {name: reason for name, reason in self.layers.items() if reason is not None}
 
     def __str__(self) -> str:
-        lines = [f"{len(self.fused)} of {len(self.layers)} LoRA layers fused"]
-        return "\n".join([*lines, *(f"{name}: {why}" for name, why in self.left_alone.items())])
+        """A head line, then one line for each layer."""
+        width = max(map(len, self.layers), default=0)
+        rows = (f"{name:{width}}  {why or 'fused'}" for name, why in self.layers.items())
+        return "\n".join([f"{len(self.fused)} of {len(self.layers)} LoRA layers fused", *rows])
 
 
 def accelerate(model: nn.Module, *, allow_none: bool = False) -> Report:
-    """Fuse every eligible LoRA layer of a PEFT model, in place; says of each other layer why it is left alone.
+    """Fuse the LoRA layers of a PEFT model, in place; says of each layer that it is fused, or why it is left to PEFT.
 
-    A second call changes nothing but layers that came or became eligible since. ValueError, with the model as it was, when
-    no layer is fused at the end, unless `allow_none`.
+    A reason holds for the moment: a layer left alone because of its adapters' state (merged, disabled, several active, a
+    variant) is fused as soon as that state allows. A second call changes nothing but layers that are new. ValueError, with
+    the model as it was, when no layer is fused now, unless `allow_none`.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0", "2"]))
     >>> print(accelerate(model))
     2 of 2 LoRA layers fused
+    base_model.model.0  fused
+    base_model.model.2  fused
     """
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    found = _layers(model, LoraLayer)
     report = Report({name: why_not_fused(module) for name, module in found})
     if not report.fused and not allow_none:
         if not found:
             raise ValueError("model must contain LoRA layers of PEFT, but it has none")
         raise ValueError(f"model must contain a LoRA layer that can be fused, but: {report}")
-    for name, module in found:
-        if report.layers[name] is None:
+    for _, module in found:
+        if type(module) is PeftLinear:
             module.__class__ = FusedLinear
     return report
 
 
 def restore(model: nn.Module) -> list[str]:
     """Give every fused layer PEFT's own class back; returns their names."""
-    fused = [(name, m) for name, m in model.named_modules() if isinstance(m, FusedLinear)]
+    fused = _layers(model, FusedLinear)
     for _, module in fused:
         module.__class__ = PeftLinear
     return [name for name, _ in fused]
+
+
+def _layers(model: nn.Module, kind: type) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 
 
 def why_not_fused(module: nn.Module) -> str | None:
     """None if this LoRA layer of PEFT's computes the plain formula with one adapter now, else the reason."""
     if type(module) not in (PeftLinear, FusedLinear):
         return f"it is a lora.{type(module).__name__}, not a lora.Linear"
+    return _why_not_linear(module)
+
+
+def _why_not_linear(module: Any) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced"
-    base: Any = module.base_layer
+    base = module.base_layer
     if not _is_linear(base):
         return f"its base layer is a {type(base).__name__}, not a plain Linear"
     if module.disable_adapters:
