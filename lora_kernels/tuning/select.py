@@ -192,12 +192,15 @@ def _reduce_outer(problem: Problem, target: Target) -> TileConfig:
 
 
 def _shrink_outer(problem: Problem, target: Target) -> TileConfig:
-    # Both accumulators stay in registers.
-    block_m, block_n = (32, 64) if problem.R <= 32 else (32, 32) if _all_half(problem) else (16, 32)
+    # Both accumulators stay in registers; the wider the block, the fewer partial results of q.
+    if problem.R <= 32:
+        block_m, block_n, warps = (32, 256, 8) if _all_half(problem) else (32, 64, 4)
+    else:
+        block_m, block_n, warps = (32, 32, 4) if _all_half(problem) else (16, 32, 4)
     programs = max(1, problem.N // block_n)
     split = _split(2 * target.multiprocessors // programs, problem.M // 128)
     return TileConfig(
-        "shrink_outer", block_m, block_n, 16, 4, 2, split=split, rank_chunk=FUSED_RANK
+        "shrink_outer", block_m, block_n, 16, warps, 2, split=split, rank_chunk=FUSED_RANK
     )
 
 

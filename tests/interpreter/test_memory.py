@@ -18,9 +18,12 @@ from lora_kernels.backends.triton import (
     shrink,
     shrink_outer,
 )
+from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.select import select
+from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter import strict
-from tests.interpreter.conftest import VARIANTS
+from tests.interpreter.conftest import VARIANTS, on_target
 from tests.oracle import Case, assert_budget
 
 ALIGNED = Case(64, 96, 128, 16, dtype=torch.bfloat16)
@@ -63,6 +66,8 @@ def test_operands_are_left_alone_and_results_are_stored_once(variant, triton_bac
     (addresses,) = stored
     assert len(set(addresses.tolist())) == len(addresses) == y.numel()
     assert not any(launch.loads["y_ptr"] for launch in launches)
+    if variant in ("one_pass", "decode"):  # by the programs of one block of columns only
+        assert launches[0].stores["s_ptr"] == s.numel()
 
 
 @pytest.mark.parametrize("variant", ["two_kernel", "tma"])
@@ -96,6 +101,24 @@ def test_dy_is_read_once_for_q_and_db(triton_backend):
     with strict.recording() as launches:
         backend.shrink_outer(o.dy, o.b.t(), 0.5, s, o.b.dtype)
     assert sum(launch.loads["dy_ptr"] for launch in launches) == o.dy.numel()
+
+
+def test_dy_is_read_once_only_where_that_moves_less(monkeypatch):
+    """Counted, not predicted: with the shipped tiles the fused form moves less than two readings of dy, or is not taken."""
+    for R, fused in ((16, True), (64, False)):
+        backend = backend_module.TritonBackend()
+        o = Case(512, 512, 16, R, dtype=torch.bfloat16).operands()
+        s = torch.randn(512, R)
+        problem = Problem(512, 512, 1, R, "bfloat16", "bfloat16", device="cuda")
+        config = select(problem, TARGETS["sm_90"]).config("shrink_outer")
+        assert backend_module.one_reading_pays(problem, config) == fused
+        on_target(monkeypatch, "sm_90")
+        monkeypatch.setattr(backend_module, "one_reading_pays", lambda *args: True)
+        with strict.recording() as launches:
+            backend.shrink_outer(o.dy, o.b.t(), 0.5, s, o.b.dtype)
+        monkeypatch.undo()
+        parts = 4 * (launches[0].stores["q_ptr"] + launches[1].loads["partials_ptr"])
+        assert (parts < o.dy.numel() * o.dy.itemsize) == fused
 
 
 def test_decode_is_one_launch_and_reads_w_once(triton_backend):

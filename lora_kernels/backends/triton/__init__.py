@@ -130,9 +130,12 @@ class TritonBackend(Backend):
         choice = select(problem, current_target(dy.device), "two_kernel")
         if problem.empty or not choice.has("shrink_outer"):
             return super().shrink_outer(dy, b_t, alpha, s, dtype)
+        config = choice.config("shrink_outer")
+        if not one_reading_pays(problem, config):
+            return super().shrink_outer(dy, b_t, alpha, s, dtype)
         from lora_kernels.backends.triton.shrink_outer import shrink_outer
 
-        return shrink_outer(dy, b_t, alpha, s, dtype, choice.config("shrink_outer"))
+        return shrink_outer(dy, b_t, alpha, s, dtype, config)
 
     def _choice(self, problem: Problem, target: Target) -> Choice:
         try:
@@ -153,6 +156,14 @@ class TritonBackend(Backend):
     ) -> TileConfig:
         problem = _problem(x, a, M, N, K, R, dropout)
         return select(problem, current_target(x.device), "two_kernel").config(kernel)
+
+
+def one_reading_pays(problem: Problem, config: TileConfig) -> bool:
+    """Whether writing and reading q's partial results moves fewer bytes than the second reading of dy that it saves.
+
+    A row of dy has 8·R bytes of partial results, float32 there and back, for each block of columns.
+    """
+    return problem.itemsize * config.block_n > 8 * problem.R
 
 
 def current_target(device: torch.device | None = None) -> Target:

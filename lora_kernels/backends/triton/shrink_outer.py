@@ -12,7 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.backends.base import Scale
-from lora_kernels.backends.triton.launch import cdiv, launch, mixed_precision, needs_int64
+from lora_kernels.backends.triton.launch import (
+    base_precision,
+    cdiv,
+    launch,
+    mixed_precision,
+    needs_int64,
+)
 from lora_kernels.backends.triton.partials import sum_partials
 from lora_kernels.backends.triton.tiles import widen
 from lora_kernels.tuning.config import TileConfig, rank_block
@@ -52,7 +58,7 @@ def _shrink_outer_kernel(
     col = widen(offs_n, WIDE)
     rank = widen(offs_r, WIDE)
     b_ptrs = b_ptr + col[:, None] * stride_bn + rank[None, :] * stride_br
-    b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0).to(tl.float32)
+    b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
 
     per_part = tl.cdiv(tl.cdiv(M, BLOCK_M), split) * BLOCK_M
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
@@ -62,10 +68,10 @@ def _shrink_outer_kernel(
         row = widen(offs_m, WIDE)
         dy_ptrs = dy_ptr + row[:, None] * stride_dm + col[None, :] * stride_dn
         s_ptrs = s_ptr + row[:, None] * stride_sm + rank[None, :] * stride_sr
-        dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        q = tl.dot(dy, b, input_precision=Q_PRECISION)  # [BLOCK_M, BLOCK_R]
-        db = tl.dot(tl.trans(dy), s, db, input_precision=DB_PRECISION)
+        q = tl.dot(dy.to(b.dtype), b, input_precision=Q_PRECISION)  # [BLOCK_M, BLOCK_R]
+        db = tl.dot(tl.trans(dy.to(tl.float32)), s, db, input_precision=DB_PRECISION)
         q_row = pid_n.to(tl.int64) * M + offs_m
         tl.store(
             q_ptr + q_row[:, None] * R + offs_r[None, :], q, mask=mask_m[:, None] & mask_r[None, :]
@@ -104,9 +110,9 @@ def shrink_outer(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=rank_block(R, config.rank_chunk),
-        Q_PRECISION=mixed_precision(
-            dy.dtype, torch.float32 if b_t.dtype == torch.float32 else dy.dtype
-        ),
+        Q_PRECISION=base_precision(dy.dtype)
+        if b_t.dtype == dy.dtype
+        else mixed_precision(dy.dtype, b_t.dtype),
         DB_PRECISION=mixed_precision(dy.dtype, dtype),
         WIDE=needs_int64(dy, b_t, s, db_parts),
     )
