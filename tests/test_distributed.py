@@ -1,0 +1,296 @@
+"""DDP, FSDP2 and tensor parallelism: two gloo processes train as one does, with our layers and with PEFT's."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from lora_kernels import LinearWithLoRA, freeze_base, lora_linear
+
+ROOT = Path(__file__).parent.parent
+RANKS = 2
+
+
+def network(bias=True, frozen=True, dtype=torch.float64):
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        LinearWithLoRA(nn.Linear(8, 12, bias=bias), 3, 0.5),
+        nn.ReLU(),
+        LinearWithLoRA(nn.Linear(12, 6, bias=bias), 3, 2.0),
+    )
+    for layer in (net[0], net[2]):
+        nn.init.normal_(layer.lora.B)
+    if frozen:
+        freeze_base(net)
+    return net.to(dtype)
+
+
+def batch(dtype=torch.float64):
+    return torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(5), dtype=dtype)
+
+
+def gradients(net):
+    """Every gradient, whole."""
+    return {
+        name: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        for name, p in net.named_parameters()
+        if p.grad is not None
+    }
+
+
+def single(net, x):
+    """Loss is the mean over ranks of each rank's own sum, as data parallelism averages."""
+    (net(x).square().sum() / RANKS).backward()
+    return gradients(net)
+
+
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys() and expected
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def check_ddp(frozen):
+    net = network(frozen=frozen)
+    x = batch()
+    expected = single(copy.deepcopy(net), x)
+    parallel = nn.parallel.DistributedDataParallel(net)
+    parallel(x.chunk(RANKS)[dist.get_rank()]).square().sum().backward()
+    assert_equal(gradients(net), expected)
+
+
+def check_fsdp(frozen):
+    from torch.distributed.fsdp import fully_shard
+
+    net = network(frozen=frozen)
+    x = batch()
+    expected = single(copy.deepcopy(net), x)
+    for layer in (net[0], net[2]):
+        fully_shard(layer)
+    fully_shard(net)
+    net(x.chunk(RANKS)[dist.get_rank()]).square().sum().backward()
+    assert_equal(gradients(net), expected)
+    assert type(net[0].lora.A).__name__ == "DTensor"
+
+
+def check_fsdp_mixed_precision():
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    net = network(dtype=torch.float32)
+    x = batch(torch.float32)
+    expected = single(copy.deepcopy(net).bfloat16(), x.bfloat16())
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in (net[0], net[2]):
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(net, mp_policy=policy)
+    y = net(x.chunk(RANKS)[dist.get_rank()])
+    assert y.dtype == torch.bfloat16
+    y.square().sum().backward()
+    for name, gradient in gradients(net).items():
+        assert gradient.dtype == torch.float32
+        difference = (gradient - expected[name].float()).norm() / expected[name].float().norm()
+        assert difference < 0.02, (name, difference)
+
+
+def check_peft_under_fsdp():
+    from peft import LoraConfig, get_peft_model
+    from torch.distributed.fsdp import fully_shard
+
+    from lora_kernels.integrations.peft import accelerate
+
+    torch.manual_seed(3)
+    base = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 6))
+    config = LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
+    net = get_peft_model(base, config).double()
+    x = batch()
+    expected = single(copy.deepcopy(net), x)
+    accelerate(net)
+    for index in (0, 2):
+        fully_shard(net.base_model.model[index])
+    fully_shard(net)
+    net(x.chunk(RANKS)[dist.get_rank()]).square().sum().backward()
+    assert_equal(gradients(net), expected)
+
+
+def check_tensor_parallel(bias, frozen):
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from lora_kernels.distributed import ColwiseLoRA, RowwiseLoRA
+
+    net = network(bias, frozen)
+    sharded = copy.deepcopy(net)
+    parallelize_module(sharded, mesh(), {"0": ColwiseLoRA(), "2": RowwiseLoRA()})
+    x, sharded_x = (batch().requires_grad_() for _ in range(2))
+    y, sharded_y = net(x), sharded(sharded_x)
+    torch.testing.assert_close(sharded_y, y)
+    y.square().sum().backward()
+    sharded_y.square().sum().backward()
+    torch.testing.assert_close(sharded_x.grad, x.grad)
+    assert_equal(gradients(sharded), gradients(net))
+    for p in sharded.parameters():
+        assert p.grad is None or p.grad.placements == p.placements
+    assert sharded[0].linear.weight.to_local().shape == (12 // RANKS, 8)
+    assert sharded[2].lora.A.to_local().shape == (12 // RANKS, 3)
+
+
+def check_tensor_parallel_products(monkeypatch):
+    """A rank computes on its shards: one fused product of the local sizes for a layer, nothing gathered before."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from lora_kernels import formulas
+    from lora_kernels.distributed import ColwiseLoRA, RowwiseLoRA
+
+    seen = []
+    forward = formulas.forward
+
+    def record(backend, x, weight, *rest):
+        seen.append((tuple(x.shape), tuple(weight.shape)))
+        return forward(backend, x, weight, *rest)
+
+    net = network()
+    parallelize_module(net, mesh(), {"0": ColwiseLoRA(), "2": RowwiseLoRA()})
+    monkeypatch.setattr(formulas, "forward", record)
+    net(batch())
+    assert seen == [((20, 8), (6, 8)), ((20, 6), (6, 6))]
+
+
+def check_sharded_rows():
+    """DTensors by hand: rows of x are sharded, all else is whole, and dA, dB and dbias are summed."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from lora_kernels.distributed import register
+
+    register()
+    layer = network(frozen=False)[0]
+    x = batch().flatten(0, 1)
+    operands = [x, layer.weight, layer.lora.A, layer.lora.B, layer.bias]
+    local = [t.detach().clone().requires_grad_() for t in operands]
+    placements = [Shard(0), *[Replicate()] * 4]
+    remote = [
+        distribute_tensor(t.detach().clone(), mesh(), [p]).requires_grad_()
+        for t, p in zip(operands, placements, strict=True)
+    ]
+    y = lora_linear(*local[:4], 0.5, local[4])
+    sharded = lora_linear(*remote[:4], 0.5, remote[4])
+    assert sharded.placements == (Shard(0),)
+    torch.testing.assert_close(sharded.full_tensor(), y)
+    y.square().sum().backward()
+    sharded.square().sum().backward()
+    for ours, theirs in zip(remote, local, strict=True):
+        torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
+
+
+def check_style_wants_our_layer():
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from lora_kernels.distributed import ColwiseLoRA
+
+    with pytest.raises(TypeError, match="module must be a LinearWithLoRA, got ReLU"):
+        parallelize_module(network(), mesh(), {"1": ColwiseLoRA()})
+
+
+def check_checkpointing_under_ddp():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return checkpoint(self.net, x, use_reentrant=False)
+
+    net = network()
+    x = batch()
+    expected = single(copy.deepcopy(net), x)
+    parallel = nn.parallel.DistributedDataParallel(Checkpointed(net))
+    parallel(x.chunk(RANKS)[dist.get_rank()]).square().sum().backward()
+    assert_equal(gradients(net), expected)
+
+
+CHECKS = {
+    "ddp-frozen": lambda patch: check_ddp(frozen=True),
+    "ddp-trained-base": lambda patch: check_ddp(frozen=False),
+    "ddp-checkpointed": lambda patch: check_checkpointing_under_ddp(),
+    "fsdp-frozen": lambda patch: check_fsdp(frozen=True),
+    "fsdp-trained-base": lambda patch: check_fsdp(frozen=False),
+    "fsdp-mixed-precision": lambda patch: check_fsdp_mixed_precision(),
+    "fsdp-peft": lambda patch: check_peft_under_fsdp(),
+    "tp": lambda patch: check_tensor_parallel(bias=True, frozen=True),
+    "tp-trained-base": lambda patch: check_tensor_parallel(bias=True, frozen=False),
+    "tp-without-bias": lambda patch: check_tensor_parallel(bias=False, frozen=True),
+    "tp-local-products": check_tensor_parallel_products,
+    "tp-rows": lambda patch: check_sharded_rows(),
+    "tp-other-layers": lambda patch: check_style_wants_our_layer(),
+}
+
+
+def mesh():
+    return init_device_mesh("cpu", (RANKS,))
+
+
+def _rank_main(rank, folder):
+    """Every check in turn, on this rank; what failed is written to a file of the rank's own."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting-point",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=30),
+    )
+    outcome = {}
+    for name, check in CHECKS.items():
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                check(patch)
+            outcome[name] = None
+        except Exception:
+            outcome[name] = traceback.format_exc()
+            break  # the ranks may wait for one another now
+    torch.save(outcome, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What each rank says of each check: one pair of processes runs them all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    code = (
+        f"import sys; from tests.test_distributed import _rank_main; "
+        f"_rank_main(int(sys.argv[1]), {str(folder)!r})"
+    )
+    ranks = [
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(rank)], cwd=ROOT)
+        for rank in range(RANKS)
+    ]
+    try:
+        for process in ranks:
+            process.wait(timeout=180)
+    finally:
+        for process in ranks:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_processes(outcomes, name):
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.get(name, "was not reached") is None, f"rank {rank}: {outcome.get(name)}"
+
+
+def test_import_is_inert():
+    """No sharding rule is registered, and torch.distributed's tensors are not imported, before somebody asks."""
+    code = "import sys, lora_kernels; assert 'lora_kernels.distributed' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
