@@ -21,6 +21,14 @@ from lora_kernels.formulas import Needs, Saved
 class LoRALinear(torch.autograd.Function):
     """(x, weight, A, B, bias, alpha, dropout_p, seed, backend name) -> (y, s), as `formulas.forward` on 2-D x."""
 
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Function.apply without its look at forward's signature in every call, which costs more than a small product."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        args = torch._functorch.utils.unwrap_dead_wrappers(args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
     @staticmethod
     def forward(
         x: Tensor,
