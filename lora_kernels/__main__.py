@@ -19,22 +19,28 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0 done, 1 the command found something wrong, 2 it could not be carried out."""
+def parser_for(asked: list[str]) -> argparse.ArgumentParser:
+    """The parser of a command line; only the command that it asks for is imported and has its own arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m lora_kernels", description="Fused LoRA linear layers."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    asked = sys.argv[1:] if argv is None else argv
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{name}: {summary}.")
         if name in asked[:1]:
             module = importlib.import_module(f"lora_kernels.cli.{name}")
             module.add_arguments(command)
-    args = parser.parse_args(asked)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0 done, 1 the command found something wrong, 2 it could not be carried out."""
+    asked = sys.argv[1:] if argv is None else argv
+    args = parser_for(asked).parse_args(asked)
     env.logger()
     try:
-        return module.run(args)
+        return args.run(args)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stdout = None  # type: ignore[assignment]
         return 0
