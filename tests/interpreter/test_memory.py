@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +129,39 @@ def test_decode_is_one_launch_and_reads_w_once(triton_backend):
         backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)
     (only,) = launches
     assert only.kernel == "_decode_kernel" and only.loads["w_ptr"] == o.w.numel()
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "shuffled"])
+def test_decode_leaves_its_counters_zero(order, triton_backend, monkeypatch):
+    """So that the next call can count with them: two calls on one set of counters give equal bits."""
+    backend = triton_backend("decode", decode={"split": 4})
+    shared = torch.zeros(8, dtype=torch.int32)
+    monkeypatch.setattr(decode, "counters", lambda device, count: shared)
+    o = ALIGNED.operands()
+    with strict.program_order(order):
+        first = backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)
+        assert shared.eq(0).all()
+        again = backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)
+    assert all(map(torch.equal, first, again))
+
+
+def test_decode_counters_belong_to_a_device_and_a_stream(monkeypatch):
+    stream, capturing = SimpleNamespace(cuda_stream=11), False
+    real_zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda n, device, **kind: real_zeros(n, **kind))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(decode, "_counters", {})
+    device = torch.device("cuda", 0)
+    held = decode.counters(device, 5)
+    assert decode.counters(device, 5) is held and decode.counters(device, 3) is held
+    assert decode.counters(torch.device("cuda", 1), 5) is not held
+    larger = decode.counters(device, 9)
+    assert larger.numel() == 9 and decode.counters(device, 5) is larger
+    stream = SimpleNamespace(cuda_stream=12)
+    assert decode.counters(device, 5) is not larger
+    capturing = True
+    assert decode.counters(device, 5) is not decode.counters(device, 5)
 
 
 def apart(rows: int, cols: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:

@@ -37,7 +37,7 @@ def _decode_kernel(
     s_ptr,  # [M, R] float32, contiguous
     y_parts_ptr,  # [split, M, N] float32
     s_parts_ptr,  # [split, M, R] float32
-    arrived_ptr,  # int32 [blocks of columns], zero before and after
+    arrived_ptr,  # int32 [blocks of columns], zero before and after; None where K is whole
     alpha,
     split,
     M,
@@ -133,6 +133,23 @@ def _decode_kernel(
             tl.store(s_ptr + s_offs, s, mask=mask_s)
 
 
+_counters: dict[tuple[int, int], Tensor] = {}  # by device and stream
+
+
+def counters(device: torch.device, count: int) -> Tensor:
+    """int32 [>= count], all zero. A call leaves it zero, so the calls of a stream share one and none has to clear it.
+
+    A captured graph gets its own, cleared by the graph: it may be replayed on any stream, beside others.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    held = _counters.get(key)
+    if held is None or held.numel() < count:
+        held = _counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
+    return held
+
+
 def decode(
     x: Tensor,
     w: Tensor,
@@ -153,7 +170,7 @@ def decode(
     s = x.new_empty((M, R), dtype=torch.float32)
     y_parts = x.new_empty((split, M, N) if split > 1 else 0, dtype=torch.float32)
     s_parts = x.new_empty((split, M, R) if split > 1 else 0, dtype=torch.float32)
-    arrived = x.new_zeros(blocks if split > 1 else 1, dtype=torch.int32)
+    arrived = counters(x.device, blocks) if split > 1 else None
     scale, alpha_is_ptr = scale_argument(alpha)
     launch(
         _decode_kernel,
