@@ -1,0 +1,72 @@
+"""Runs one shipped configuration, compiled for its GPU, on a small ragged problem, and compares with float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends.triton.decode import decode
+from lora_kernels.backends.triton.lowrank_matmul import lowrank_matmul
+from lora_kernels.backends.triton.one_pass import one_pass
+from lora_kernels.backends.triton.reduce_outer import reduce_outer
+from lora_kernels.backends.triton.shrink import shrink
+from lora_kernels.backends.triton.shrink_outer import shrink_outer
+from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import TileConfig
+from tests.oracle import Case, Operands, assert_budget
+from tests.ptx.launch import Executed, emulate
+
+
+def small(problem: Problem, config: TileConfig) -> Case:
+    """A problem of more than one tile and step, ragged in every size; rows stay 16-byte aligned for tensor descriptors."""
+    m, n, k = config.block_m, config.block_n, config.block_k
+    sizes = {
+        "shrink": (m + 3, 40, 2 * k + 8),
+        "lowrank_matmul": (m + 3, n + 8, 2 * k + 8),
+        "one_pass": (m + 3, n + 8, 2 * k + 8),
+        "decode": (m - 3, n + 8, 3 * k + 8),
+        "reduce_outer": (2 * m + 3, 40, n + 8),
+        "shrink_outer": (2 * m + 3, n + 8, 40),
+    }[config.kernel]
+    dtype, adapter = getattr(torch, problem.dtype), getattr(torch, problem.adapter_dtype)
+    return Case(*sizes, problem.R - 3, dtype=dtype, adapter_dtype=adapter)
+
+
+def execute(
+    target: str, problem: Problem, config: TileConfig, schedule: int | None
+) -> list[Executed]:
+    """Launch, compare within the error budget, and give what was executed. AssertionError when it is wrong."""
+    case = small(problem, config)
+    o = case.operands()
+    config = replace(config, split=min(config.split, 2))
+    with emulate(target, schedule) as executed:
+        actual = _launch(config, o)
+    eager, exact = o.results(None), o.results(torch.float64)
+    for name, value in actual.items():
+        skinny = name in ("s", "q")
+        expected = eager[name].to(torch.float32 if skinny else eager[name].dtype)
+        assert_budget(value, expected, exact[name], f"{name} by {config} on {target}, schedule {schedule}")
+    return executed
+
+
+def _launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
+    alpha = o.case.alpha
+    if config.kernel == "shrink":
+        return {"s": shrink(o.x, o.a, alpha, config)}
+    if config.kernel == "lowrank_matmul":
+        s = o.results(None)["s"].float()
+        return {"y": lowrank_matmul(o.x, o.w, s, o.b, o.bias, config)}
+    if config.kernel == "one_pass":
+        return dict(zip(("y", "s"), one_pass(o.x, o.w, o.a, o.b, alpha, o.bias, config), strict=True))
+    if config.kernel == "decode":
+        return dict(zip(("y", "s"), decode(o.x, o.w, o.a, o.b, alpha, o.bias, config), strict=True))
+    reference = o.results(None)
+    s, q = reference["s"].float(), reference["q"].float()
+    if config.kernel == "reduce_outer":
+        return {
+            "dA": reduce_outer(o.x, q, o.a.dtype, config),
+            "dB": reduce_outer(s, o.dy, o.b.dtype, config),
+        }
+    return dict(zip(("q", "dB"), shrink_outer(o.dy, o.b.t(), alpha, s, o.b.dtype, config), strict=True))

@@ -1,0 +1,134 @@
+"""The code that really ships, compiled for each NVIDIA GPU, executed: every configuration, every gradient, any order."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lora_kernels import dispatch, lora_linear, use_backend
+from lora_kernels.backends import triton as backend_module
+from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.select import select, shipped
+from lora_kernels.tuning.targets import TARGETS
+from tests.executed.shipped import execute
+from tests.oracle import assert_budget, reference
+from tests.ptx.launch import emulate
+
+EXECUTED = ("sm_80", "sm_90", "sm_100", "sm_120")
+
+
+def _attempt(job: tuple[str, Problem, TileConfig, int]) -> str | None:
+    """What went wrong, or None. Lockstep for one half of the configurations, a seeded random schedule for the other."""
+    torch.set_num_threads(1)
+    target, problem, config, number = job
+    try:
+        execute(target, problem, config, None if number % 2 else number)
+    except Exception as error:  # reported by the parent, with the configuration
+        return f"{config} for {problem}: {type(error).__name__}: {str(error)[:400]}"
+    return None
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[concurrent.futures.Executor]:
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, context) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize("target", EXECUTED)
+def test_every_shipped_configuration(target, pool):
+    jobs = [(target, *pair, i) for i, pair in enumerate(shipped(TARGETS[target]))]
+    wrong = [failure for failure in pool.map(_attempt, jobs, chunksize=4) if failure]
+    assert len(jobs) > 20 and not wrong, "\n".join(wrong)
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """on(target): CPU tensors may ask for the Triton backend, which takes them to be on that GPU."""
+
+    def use(target: str) -> None:
+        monkeypatch.setattr(backend_module, "current_target", lambda *device: TARGETS[target])
+        monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton", "eager")})
+        dispatch._choose.cache_clear()
+
+    yield use
+    dispatch._choose.cache_clear()
+
+
+@pytest.mark.parametrize("schedule", [None, 7], ids=["lockstep", "random"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25], ids=["", "dropout"])
+@pytest.mark.parametrize("target", EXECUTED)
+def test_a_layers_forward_and_every_gradient(on, target, dropout, schedule):
+    """Through `lora_linear`: the launches, their order and the dependent one are those of a training step."""
+    on(target)
+    torch.manual_seed(3)
+    shapes = {"x": (70, 72), "weight": (88, 72), "A": (72, 12), "B": (12, 88), "bias": (88,)}
+    leaves = [
+        (torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5).bfloat16().requires_grad_()
+        for shape in shapes.values()
+    ]
+    dy = torch.randn(70, 88).bfloat16()
+    mask = None
+    if dropout:
+        from lora_kernels.dropout import Dropout, scaled_mask
+
+        mask = scaled_mask(Dropout(dropout, torch.tensor(5)), 70, 72, torch.float64)
+    with emulate(target, schedule) as executed, use_backend("triton"):
+        y = lora_linear(*leaves[:4], 0.75, leaves[4], dropout_p=dropout, seed=5)
+        actual = [y, *torch.autograd.grad(y, leaves, dy)]
+
+    def plain(dtype):
+        cast = [t.detach().to(dtype).requires_grad_() for t in leaves]
+        out = reference(*cast[:4], 0.75, cast[4], mask=mask)
+        return [out, *torch.autograd.grad(out, cast, dy.to(dtype))]
+
+    names = ("y", *shapes)
+    for name, *triple in zip(names, actual, plain(torch.bfloat16), plain(torch.float64), strict=True):
+        assert_budget(*triple, what=f"{name} on {target}")
+    kernels = [launch.name.strip("_").removesuffix("_kernel") for launch in executed]
+    assert kernels[:2] == ["shrink", "lowrank_matmul"] and "reduce_outer" in kernels
+    assert executed[1].dependent == TARGETS[target].tma
+
+
+@pytest.mark.parametrize("target", EXECUTED)
+def test_a_result_does_not_depend_on_the_order_of_warps_and_blocks(target):
+    """Equal bits under four schedules: of the whole, and of the split sums that the last arriver adds."""
+    torch.manual_seed(0)
+    x, w = torch.randn(20, 264).bfloat16(), torch.randn(72, 264).bfloat16().t()
+    a, b = torch.randn(264, 8).bfloat16(), torch.randn(8, 72).bfloat16()
+    problem = Problem(20, 72, 264, 8, "bfloat16", "bfloat16", device="cuda")
+    from dataclasses import replace
+
+    from lora_kernels.backends.triton.decode import decode
+
+    config = replace(select(problem, TARGETS[target], "decode").config("decode"), split=4)
+    results = []
+    for schedule in (None, 1, 2, 3):
+        with emulate(target, schedule):
+            results.append(decode(x, w, a, b, 0.5, None, config))
+    assert all(torch.equal(y, results[0][0]) and torch.equal(s, results[0][1]) for y, s in results)
+
+
+@pytest.mark.parametrize("target", EXECUTED)
+def test_small_batches_take_one_launch(on, target, monkeypatch):
+    on(target)
+    choose = backend_module.select
+    monkeypatch.setattr(
+        backend_module,
+        "select",
+        lambda problem, t, algorithm=None: choose(problem, t, algorithm or "decode"),
+    )
+    x, w = torch.randn(5, 72).bfloat16(), torch.randn(40, 72).bfloat16()
+    a, b = torch.randn(72, 8).bfloat16(), torch.randn(8, 40).bfloat16()
+    with emulate(target) as executed, use_backend("triton"):
+        y = lora_linear(x, w, a, b, 0.5)
+    exact = reference(x.double(), w.double(), a.double(), b.double(), 0.5)
+    assert_budget(y, reference(x, w, a, b, 0.5), exact)
+    assert [launch.name for launch in executed] == ["_decode_kernel"]
+
+
