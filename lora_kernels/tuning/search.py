@@ -1,0 +1,97 @@
+"""The search behind `tune`: which algorithm, tile and split are fastest for a problem, by asking somebody who measures.
+
+Nothing in the call path comes here. The search goes one coordinate at a time: the product's tile, then the split of the
+narrow kernel before it; beside them the one-launch kernels, and plain ATen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import TileConfig, fits
+from lora_kernels.tuning.select import Choice, bucket, candidates
+from lora_kernels.tuning.tables import Entry
+from lora_kernels.tuning.targets import Target
+
+SPLITS = (1, 2, 4, 8, 16)
+PRODUCT_KERNELS = ("shrink", "lowrank_matmul", "one_pass", "decode")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What came of a choice: microseconds, or why it does not count (it failed, or its result was wrong)."""
+
+    choice: Choice
+    us: float | None
+    failure: str = ""
+
+    def __str__(self) -> str:
+        tiles = ", ".join(map(str, self.choice.configs)) or "plain ATen"
+        told = f"{self.us:.1f} us" if self.us is not None else f"not counted: {self.failure}"
+        return f"{self.choice.algorithm}: {told} ({tiles})"
+
+
+# Measures choices in turns; for each the microseconds, or the reason why it does not count.
+Measure = Callable[[list[Choice]], list["float | str"]]
+
+
+def search(problem: Problem, target: Target, measure: Measure) -> tuple[Entry | None, list[Timed]]:
+    """The table's entry for `problem`, and everything that was measured.
+
+    The entry is None where nothing but plain ATen worked: then there is no tile to write down. M is taken to its bucket.
+    """
+    problem = replace(problem, M=bucket(problem.M))
+    kept = {kernel: candidates(kernel, problem, target) for kernel in PRODUCT_KERNELS}
+    done: list[Timed] = []
+    if kept["lowrank_matmul"] and kept["shrink"]:
+        shrink = kept["shrink"][0]
+        pairs = [Choice("two_kernel", "search", (shrink, c)) for c in kept["lowrank_matmul"]]
+        best = _fastest(_timed(pairs, measure, done))
+        if best is not None:
+            matmul = best.choice.config("lowrank_matmul")
+            others = [c for c in _splits([shrink], problem, target) if c != shrink]
+            _timed([Choice("two_kernel", "search", (c, matmul)) for c in others], measure, done)
+    single = [Choice("one_pass", "search", (c,)) for c in kept["one_pass"]]
+    single += [Choice("decode", "search", (c,)) for c in _splits(kept["decode"], problem, target)]
+    _timed([*single, Choice("aten", "search", ())], measure, done)
+    return _entry(problem, done), done
+
+
+def _entry(problem: Problem, done: list[Timed]) -> Entry | None:
+    """The fastest algorithm, with the best tiles of every algorithm: a caller may force another than the fastest."""
+    best = _fastest(done)
+    tiled = [timed for timed in done if timed.us is not None and timed.choice.configs]
+    if best is None or not tiled:
+        return None
+    configs: dict[str, TileConfig] = {}
+    for timed in sorted(tiled, key=lambda timed: timed.us or 0.0):
+        for config in timed.choice.configs:
+            configs.setdefault(config.kernel, config)
+    return Entry(problem, best.choice.algorithm, tuple(configs.values()))
+
+
+def _timed(choices: list[Choice], measure: Measure, done: list[Timed]) -> list[Timed]:
+    if not choices:
+        return []
+    found = [
+        Timed(choice, None, told) if isinstance(told, str) else Timed(choice, told)
+        for choice, told in zip(choices, measure(choices), strict=True)
+    ]
+    done += found
+    return found
+
+
+def _fastest(found: list[Timed]) -> Timed | None:
+    counted = [timed for timed in found if timed.us is not None]
+    return min(counted, key=lambda timed: timed.us or 0.0, default=None)
+
+
+def _splits(configs: list[TileConfig], problem: Problem, target: Target) -> Iterator[TileConfig]:
+    """The split is a run-time number of the kernel: other splits are the same code."""
+    for config in configs:
+        for split in SPLITS:
+            other = replace(config, split=split)
+            if split * config.block_k <= problem.K and fits(other, problem, target) is None:
+                yield other
