@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,15 +22,13 @@ ALPHA = 0.5
 
 
 class Product:
-    """y = x·w + bias + s·b of a problem, w in the problem's layout, by any choice."""
+    """y = x·w + s·b of a problem, w in the problem's layout, by any choice."""
 
     def __init__(self, problem: Problem, device: str = "cuda") -> None:
-        self.problem = problem
-        place: Any = {"device": device}
-        layer, (x, _) = contenders.make_layer(problem), contenders.make_input(problem)
+        self.problem = replace(problem, device=device)
+        layer, (x, _) = contenders.make_layer(self.problem), contenders.make_input(self.problem)
         w = layer.weight.t() if problem.w_k_major else layer.weight.t().contiguous()
-        operands = (x, w, layer.A, layer.B)
-        self.operands = tuple(t.detach().to(**place) for t in operands)
+        self.operands = tuple(t.detach() for t in (x, w, layer.A, layer.B))
         self.exact = self._y(COMPOSITE, tuple(t.double() for t in self.operands))
         error = self._error(self._y(dispatch.get("eager"), self.operands))
         eps = torch.finfo(self.operands[0].dtype).eps

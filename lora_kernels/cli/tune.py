@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from dataclasses import asdict
@@ -69,11 +70,12 @@ def tune(
     from lora_kernels.bench.tiles import Product
     from lora_kernels.tuning.search import search
 
+    effort = Effort(seconds)
     entries, told, failures = [], [], []
     for index, problem in enumerate(problems, 1):
         product = Product(problem, device)
-        effort = Effort(seconds)
-        entry, done = search(problem, target, lambda c, p=product: p.measure(c, effort, clock))  # type: ignore
+        measure = functools.partial(product.measure, effort=effort, clock=clock)
+        entry, done = search(problem, target, measure)
         if entry is not None:
             entries.append(entry)
         layout = "x·W" if problem.w_k_major else "dy·Wᵀ"

@@ -82,8 +82,8 @@ def _load(file: Path, changed: int, target: Target) -> dict[Problem, Entry]:
 
 
 def _key(problem: Problem) -> Problem:
-    """What decides a choice: everything but whether there is a bias."""
-    return replace(problem, bias=False, device="cuda")
+    """What decides a choice: everything but whether there is a bias, and whether it is forward's product or backward's."""
+    return replace(problem, bias=False, device="cuda", backward=False)
 
 
 def _to_json(entry: Entry) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class TritonBackend(Backend):
         choice = select(problem, target)
         if choice.algorithm != "aten":
             return None
+        if choice.source == "tuned":
+            return "ATen was faster when this device was tuned"
         ours = predict_us("two_kernel", problem, target, choice.config("lowrank_matmul"))
         theirs = predict_us("aten", problem, target)
         return f"expanding first and accumulating with ATen is predicted faster: {theirs:.1f} us, not {ours:.1f} us"
@@ -84,7 +86,7 @@ class TritonBackend(Backend):
         (M, K), N, R = x.shape, w.shape[1], b.shape[0]
         if 0 in (M, N):
             return x.new_empty((M, N)), self.shrink(x, a, alpha, dropout_in) if s is None else s
-        problem = _problem(x, a, M, N, K, R, dropout_in or dropout_out)
+        problem = _problem(x, a, M, N, K, R, dropout_in or dropout_out, w.stride(0) == 1)
         target = current_target(x.device)
         choice = self._choice(problem, target)
         fused = s is None and dropout_out is None and R > 0
@@ -181,7 +183,14 @@ def _architecture(device: int) -> str:
 
 
 def _problem(
-    x: Tensor, a: Tensor, M: int, N: int, K: int, R: int, dropout: Dropout | None
+    x: Tensor,
+    a: Tensor,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dropout: Dropout | None,
+    w_k_major: bool = True,
 ) -> Problem:
     return Problem(
         M=M,
@@ -192,6 +201,7 @@ def _problem(
         adapter_dtype=str(a.dtype).removeprefix("torch."),
         device="cuda",
         dropout=dropout is not None,
+        w_k_major=w_k_major,
     )
 
 
