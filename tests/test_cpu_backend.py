@@ -203,6 +203,29 @@ def test_what_it_cannot_do_is_said():
 
 
 @pytest.mark.parametrize(
+    "problem, words",
+    [
+        (Problem(1, 64, 64, 4, "float32", "float32"), "dot products"),
+        (Problem(17, 64, 64, 4, "float32", "float32"), "packed panels"),
+        (Problem(4, 64, 64, 4, "float32", "float32", w_k_major=False), "sums of the rows"),
+        (Problem(64, 64, 64, 4, "float16", "float16"), "in float32"),
+    ],
+)
+def test_explain_tells_the_plan(isa, problem, words):
+    assert words in BACKEND.plan(problem) and isa in BACKEND.plan(problem)
+    assert "in float32" not in BACKEND.plan(problem) or problem.dtype == "float16"
+
+
+def test_halves_are_left_to_aten_where_it_has_amx(monkeypatch):
+    halves = Problem(64, 64, 64, 4, "bfloat16", "bfloat16")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert "AMX" in BACKEND.slower(halves)
+    assert BACKEND.slower(Problem(64, 64, 64, 4, "float32", "float32")) is None
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert BACKEND.slower(halves) is None
+
+
+@pytest.mark.parametrize(
     "call",
     [
         lambda x: OPS.shrink(x, x, 1.0, 0, 0, 1.0),

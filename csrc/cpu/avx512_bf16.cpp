@@ -38,7 +38,13 @@ void copy_pairs(float* dst, int64_t pitch, const Matrix& src, int64_t rows, int6
     const uint16_t* from = data + r * src.row_stride;
     float* to = dst + r * pitch;
     if (src.col_stride == 1) {
-      std::memcpy(to, from, k / 2 * 4);
+      int64_t p = 0;
+      for (; p + 16 <= k / 2; p += 16) {
+        _mm_prefetch((const char*)(from + rows * src.row_stride + 2 * p),
+                     _MM_HINT_T1);  // next tile
+        Vector::load((const float*)(from + 2 * p)).store(to + p);
+      }
+      std::memcpy(to + p, from + 2 * p, (k / 2 - p) * 4);
     } else {
       for (int64_t p = 0; p < k / 2; ++p)
         store_pair(to + p, from[2 * p * src.col_stride], from[(2 * p + 1) * src.col_stride]);
