@@ -295,14 +295,19 @@ def is_plain(layer: LinearWithLoRA) -> bool:
         and "forward" not in linear.__dict__
         and not has_hooks(linear)
         and not has_hooks(lora)
-        and _is_plain_tensor(linear.weight)
+        and (is_plain_tensor(linear.weight) or type(linear.weight).__module__ == _SHARDED)
     )
 
 
-def _is_plain_tensor(weight: Tensor) -> bool:
-    """Whether weight is a dense tensor, whole or (a DTensor, known by name lest torch.distributed be imported) sharded."""
-    kind = type(weight)
-    return kind in (nn.Parameter, Tensor) or kind.__module__ == "torch.distributed.tensor"
+def is_plain_tensor(t: Tensor) -> bool:
+    """Whether t is a dense tensor, or one that stands for it while torch.export traces."""
+    return type(t) in _PLAIN_TENSORS or type(t).__module__ in _TRACED
+
+
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+_TRACED = ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
+# By name, lest torch.distributed be imported; the operators have sharding rules for it, see `distributed`.
+_SHARDED = "torch.distributed.tensor"
 
 
 def has_hooks(module: nn.Module) -> bool:

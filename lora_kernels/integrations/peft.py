@@ -16,10 +16,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_kernels.functional import autocast_dtype, lora_linear
-from lora_kernels.modules import has_hooks
+from lora_kernels.modules import has_hooks, is_plain_tensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 class FusedLinear(PeftLinear):
@@ -163,7 +162,7 @@ def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str |
         ("lora_A", lora_A.weight),
         ("lora_B", lora_B.weight),
     ):
-        if type(weight) not in _PLAIN_TENSORS or weight.dtype not in _FLOATS:
+        if not is_plain_tensor(weight) or weight.dtype not in _FLOATS:
             return f"its {part} is a {type(weight).__name__} of {weight.dtype}, no plain floating-point tensor"
     if lora_A.weight.dtype != lora_B.weight.dtype:
         return "its lora_A and lora_B have different dtypes"

@@ -1,0 +1,318 @@
+"""Whole models under torch.compile, torch.export, autocast, GradScaler and checkpointing, ours and PEFT's."""
+
+from __future__ import annotations
+
+import copy
+import io
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from lora_kernels import LinearWithLoRA, formulas, freeze_base, lora_parameters, ops
+from lora_kernels.integrations.peft import FusedLinear, accelerate
+from lora_kernels.reference import LinearWithLoRA as ReferenceLayer
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    """Two LoRA layers around a non-linearity, with a residual."""
+
+    def __init__(self, layer=LinearWithLoRA):
+        super().__init__()
+        torch.manual_seed(2)
+        self.up, self.down = layer(nn.Linear(12, 20), 3, 0.5), layer(nn.Linear(20, 12), 3, 2.0)
+        for wrapped in (self.up, self.down):
+            nn.init.normal_(wrapped.lora.B)
+            wrapped.linear.requires_grad_(False)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def peft_block():
+    torch.manual_seed(2)
+    base = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12))
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["0", "2"], init_lora_weights=False)
+    return get_peft_model(base, config)
+
+
+def fused_peft_block():
+    net = peft_block()
+    accelerate(net)
+    return net.base_model.model
+
+
+MODELS = {"ours": Block, "peft": fused_peft_block}
+
+
+def inputs(*lead):
+    return torch.randn(*lead, 12, generator=torch.Generator().manual_seed(8))
+
+
+def run(net, x):
+    """y and every gradient; x itself is frozen, as the first layer's input is."""
+    for p in net.parameters():
+        p.grad = None
+    y = net(x)
+    y.float().square().sum().backward()
+    grads = {
+        name.removeprefix("_orig_mod."): p.grad.clone()
+        for name, p in net.named_parameters()
+        if p.grad is not None
+    }
+    return y.detach(), grads
+
+
+def assert_same(actual, expected, **tolerance):
+    tolerance = tolerance or {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(actual[0], expected[0], **tolerance)
+    assert actual[1].keys() == expected[1].keys() and expected[1]
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(actual[1][name], gradient, **tolerance)
+
+
+class TestCompile:
+    @pytest.mark.parametrize("kind", MODELS)
+    def test_training_at_any_batch_size(self, kind):
+        net = MODELS[kind]()
+        compiled = torch.compile(net, fullgraph=True, dynamic=True)
+        for lead in ((3, 5), (2, 7), (6, 4)):
+            assert_same(run(compiled, inputs(*lead)), run(net, inputs(*lead)))
+
+    def test_reduce_overhead(self):
+        net = Block()
+        compiled = torch.compile(net, fullgraph=True, mode="reduce-overhead")
+        assert_same(run(compiled, inputs(4, 3)), run(net, inputs(4, 3)))
+
+    def test_autocast(self):
+        net = Block()
+
+        def step(x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return net(x)
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        y, expected = compiled(inputs(5)), step(inputs(5))
+        assert net.up(inputs(5)).dtype == torch.float32
+        torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+        y.sum().backward()
+        assert net.up.lora.A.grad.dtype == torch.float32
+
+    def test_a_tensor_scaling_of_peft_compiles_nothing_more(self):
+        net = fused_peft_block()
+        counter = CompileCounter()
+        compiled = torch.compile(net, backend=counter, fullgraph=True)
+        for value in (0.5, 1.0, -3.0):
+            for layer in (net[0], net[2]):
+                layer.scaling["default"] = torch.tensor(value)
+            torch.testing.assert_close(compiled(inputs(5)), net(inputs(5)))
+        assert counter.frame_count == 1
+
+    def test_one_graph_serves_every_alpha_of_a_whole_model(self):
+        net = Block()
+        counter = CompileCounter()
+        compiled = torch.compile(net, backend=counter, fullgraph=True)
+        for alpha in (0.5, 1.0, -3.0, 16):
+            net.up.lora.alpha = alpha
+            torch.testing.assert_close(compiled(inputs(5)), net(inputs(5)))
+        assert counter.frame_count == 1
+
+
+class TestExport:
+    @pytest.mark.parametrize("strict", [True, False])
+    @pytest.mark.parametrize("kind", MODELS)
+    def test_a_dynamic_batch(self, kind, strict):
+        net = MODELS[kind]().eval()
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(
+            net, (inputs(3, 5),), dynamic_shapes=({0: batch},), strict=strict
+        )
+        targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
+        assert targets.count(torch.ops.lora_kernels.lora_linear.default) == 2
+        for size in (1, 2, 9):
+            torch.testing.assert_close(program.module()(inputs(size, 5)), net(inputs(size, 5)))
+
+    def test_a_saved_program(self):
+        net = Block().eval()
+        file = io.BytesIO()
+        torch.export.save(torch.export.export(net, (inputs(3),)), file)
+        file.seek(0)
+        loaded = torch.export.load(file).module()
+        torch.testing.assert_close(loaded(inputs(3)), net(inputs(3)))
+
+
+class TestMixedPrecision:
+    @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+    def test_autocast_is_that_of_the_reference_layer(self, half):
+        results = []
+        for layer in (LinearWithLoRA, ReferenceLayer):
+            with torch.autocast("cpu", half):
+                results.append(run(Block(layer), inputs(6, 4)))
+        (y, grads), (expected, expected_grads) = results
+        assert y.dtype == expected.dtype
+        assert (y - expected).norm() < 0.02 * expected.norm()
+        assert grads.keys() == expected_grads.keys()
+        for name, gradient in expected_grads.items():
+            assert grads[name].dtype == torch.float32
+            assert (grads[name] - gradient).norm() < 0.02 * gradient.norm(), name
+
+    def test_a_float16_training_loop_with_a_gradient_scaler(self):
+        """An overflow skips its step and halves the scale; otherwise the loss follows the reference layer's."""
+        losses = []
+        for layer in (LinearWithLoRA, ReferenceLayer):
+            net = Block(layer)
+            trained = [p for p in net.parameters() if p.requires_grad]
+            optimizer = torch.optim.SGD(trained, lr=1e-3)
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+            followed = []
+            for step in range(6):
+                x = inputs(6, 4)
+                with torch.autocast("cpu", torch.float16):
+                    loss = net(x).float().square().mean()
+                if step == 2:
+                    loss = loss * float("inf")
+                before = net.up.lora.A.detach().clone()
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                assert torch.equal(net.up.lora.A, before) == (step == 2)
+                followed.append(loss.item())
+            assert scaler.get_scale() == 2.0**9
+            assert followed[5] < followed[0]
+            losses.append(followed)
+        torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.01, atol=0.0)
+
+
+class TestCheckpointing:
+    """The block's forward again in backward: gradients are the same, and a policy may keep our product's result."""
+
+    @pytest.mark.parametrize("kind", MODELS)
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_gradients(self, kind, reentrant):
+        net = MODELS[kind]()
+        plain = run(net, inputs(6))
+        x = inputs(6).requires_grad_(reentrant)
+        y, grads = run(_Checkpointed(net, use_reentrant=reentrant), x)
+        assert torch.equal(y, plain[0])
+        for name, gradient in plain[1].items():
+            assert torch.equal(grads["net." + name], gradient)
+
+    @pytest.mark.parametrize(
+        "policy, products",
+        [(CheckpointPolicy.MUST_SAVE, 2), (CheckpointPolicy.MUST_RECOMPUTE, 4)],
+    )
+    def test_selective_in_compiled_code(self, policy, products, monkeypatch):
+        def decide(ctx, op, *args, **kwargs):
+            ours = op == torch.ops.lora_kernels.lora_linear.default
+            return policy if ours else CheckpointPolicy.MUST_RECOMPUTE
+
+        count = []
+        forward = formulas.forward
+        monkeypatch.setattr(formulas, "forward", lambda *args: count.append(1) or forward(*args))
+        net = Block()
+        expected = run(net, inputs(6))
+        context = partial(create_selective_checkpoint_contexts, decide)
+        wrapped = _Checkpointed(net, use_reentrant=False, context_fn=context)
+        compiled = torch.compile(wrapped, fullgraph=True, backend="aot_eager_decomp_partition")
+        run(compiled, inputs(6))
+        count.clear()
+        y, grads = run(compiled, inputs(6))
+        assert len(count) == products
+        assert_same((y, {n.removeprefix("net."): g for n, g in grads.items()}), expected)
+
+    @pytest.mark.parametrize(
+        "policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE]
+    )
+    def test_selective_in_eager_mode(self, policy):
+        net = Block()
+        expected = run(net, inputs(6))
+        context = partial(create_selective_checkpoint_contexts, lambda *args, **kwargs: policy)
+        wrapped = _Checkpointed(net, use_reentrant=False, context_fn=context)
+        y, grads = run(wrapped, inputs(6))
+        assert_same((y, {n.removeprefix("net."): g for n, g in grads.items()}), expected)
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, net, **options):
+        super().__init__()
+        self.net, self.options = net, options
+
+    def forward(self, x):
+        return checkpoint(self.net, x, **self.options)
+
+
+class TestSavedMemory:
+    """What forward keeps for backward, parameters aside: x and, in float32, the [M, rank] product s."""
+
+    def saved_bytes(self, layer, x):
+        parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+        kept = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = layer(x)
+        assert y.requires_grad
+        return sum(kept.values())
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.25])
+    def test_a_peft_layer_with_float32_adapters_on_a_bfloat16_base(self, dropout):
+        M, K, N, rank = 64, 48, 40, 4
+        base = nn.Sequential(nn.Linear(K, N)).bfloat16()
+        config = LoraConfig(
+            r=rank, target_modules=["0"], lora_dropout=dropout, init_lora_weights=False
+        )
+        net = get_peft_model(base, config)
+        plain = copy.deepcopy(net)
+        assert accelerate(net).fused
+        x = torch.randn(M, K, dtype=torch.bfloat16)
+        fused_layer, plain_layer = (n.base_model.model[0] for n in (net, plain))
+        assert isinstance(fused_layer, FusedLinear)
+        assert fused_layer.lora_A["default"].weight.dtype == torch.float32
+        seed = 8 if dropout else 0
+        allowed = 2 * M * K + 4 * M * rank + seed
+        assert self.saved_bytes(fused_layer, x.clone()) <= allowed
+        assert self.saved_bytes(plain_layer, x.clone()) > allowed  # PEFT keeps a float32 copy of x
+
+    def test_what_is_trained_decides(self):
+        layer = LinearWithLoRA(nn.Linear(48, 40), 4, 1.0)
+        freeze_base(layer)
+        assert len(list(lora_parameters(layer))) == 2
+        assert self.saved_bytes(layer, torch.randn(64, 48)) == 4 * 64 * (48 + 4)
+        layer.lora.A.requires_grad_(False)
+        assert self.saved_bytes(layer, torch.randn(64, 48)) == 4 * 64 * 4
+
+
+def test_the_operator_is_what_traces_hold():
+    """make_fx sees one operator for a layer, so that a graph pass can find it."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, w, A, B = torch.randn(5, 8), torch.randn(6, 8), torch.randn(8, 2), torch.randn(2, 6)
+    graph = make_fx(lambda *t: ops.lora_linear(*t, None, torch.tensor(0.5), 0.0, None, "auto")[0])(
+        x, w, A, B
+    )
+    assert "lora_kernels.lora_linear" in graph.code
+    torch.testing.assert_close(
+        graph(x, w, A, B), F.linear(x, w) + 0.5 * x @ A @ B, atol=1e-4, rtol=1e-4
+    )
