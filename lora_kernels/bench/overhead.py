@@ -29,14 +29,15 @@ def measure(device: str, effort: Effort, left_out: dict[str, str]) -> list[Row]:
             if reason is not None:
                 left_out[f"overhead: {name}"] = reason
                 continue
-            calls[name] = as_call(_build(name, layer), x, dy, mode)
+            calls[name] = as_call(build(name, layer), x, dy, mode)
         clock = HostClock(torch.cuda.synchronize if device == "cuda" else None)
         taken = interleaved(calls, clock, seconds=effort.seconds, rounds=effort.rounds)
         rows += [_row(problem, mode, name, taken) for name in taken]
     return rows
 
 
-def _build(name: str, layer: contenders.Layer) -> contenders.Built:
+def build(name: str, layer: contenders.Layer) -> contenders.Built:
+    """A contender by its name here: "ours" with backend "auto", alone and compiled."""
     if not name.startswith("ours"):
         return contenders.build(name, layer)
 
