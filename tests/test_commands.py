@@ -1,0 +1,129 @@
+"""The commands that look at a machine and choose for it: info, explain, selftest, tune say what the package does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lora_kernels import dispatch, selftest
+from lora_kernels.__main__ import main
+from lora_kernels.problem import Problem
+from lora_kernels.tuning import cost
+from lora_kernels.tuning.select import select
+from lora_kernels.tuning.targets import TARGETS
+
+
+def told(capsys, *command):
+    """The exit code and the JSON that a command prints."""
+    code = main([*command, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_info_says_what_dispatch_does(capsys):
+    code, found = told(capsys, "info")
+    assert code == 0 and found["versions"]["torch"] == torch.__version__
+    assert set(found["backends"]["cpu"]) == set(dispatch.BACKENDS)
+    for name, reason in found["backends"]["cpu"].items():
+        problem = Problem(256, 256, 256, 8, "float32", "float32", "cpu")
+        if reason is None:
+            assert dispatch.explain(problem, name).backend == name
+        else:
+            with pytest.raises(RuntimeError) as refused:
+                dispatch.explain(problem, name)
+            assert reason in str(refused.value) and "asked for" not in reason
+
+
+def test_info_names_the_variables(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    main(["info"])
+    out = capsys.readouterr().out
+    assert f"cache: {tmp_path}" in out and f"LORA_KERNELS_CACHE={tmp_path}" in out
+    assert "eager   usable" in out and "triton  not usable: " in out
+
+
+def test_explain_is_dispatchs_word_for_both_directions(capsys):
+    code, found = told(capsys, "explain", "--shape", "512", "768", "3072", "16", "--device", "cpu")
+    problem = Problem(512, 3072, 768, 16, "float32", "float32", "cpu", bias=True)
+    assert code == 0
+    for name, each in {"forward": problem, "backward": problem.adjoint()}.items():
+        explanation = dispatch.explain(each)
+        assert Problem(**found[name].pop("problem")) == each
+        assert found[name].pop("chosen").partition(",")[0] == explanation.backend
+        assert found[name] == explanation.rejected
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("shape", ["4096 4096 4096 16", "8 4096 4096 16", "300 1000 64 200"])
+def test_predictions_are_the_cost_models(capsys, target, shape):
+    sizes = shape.split()
+    code, found = told(
+        capsys, "explain", "--shape", *sizes, "--dtype", "bfloat16", "--target", target
+    )
+    M, K, N, R = map(int, sizes)
+    problem = Problem(M, N, K, R, "bfloat16", "bfloat16", "cuda", bias=True)
+    choice = select(problem, TARGETS[target])
+    assert code == 0 and found["forward"]["chosen"].startswith(choice.algorithm)
+    frozen = cost.frozen_us(problem, TARGETS[target])
+    assert found["forward"]["frozen layer"] == f"predicted {frozen:.1f} us"
+    naive = cost.predict_us("naive", problem, TARGETS[target]) / frozen
+    assert found["forward"]["naive"].endswith(f"{naive:.2f} of the frozen layer")
+    assert ("decode" in found["forward"]) == choice.has("decode")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("explain --shape 1 2 3 -4", "not negative"),
+        ("explain --shape 1 2 3 4 --backend turbo", "backend must be one of"),
+        ("explain --shape 1 2 3 4 --backend triton --device cpu", "runs on cuda tensors only"),
+        ("explain --shape 1 2 3 4 --target sm_90 --device cpu", "--target"),
+        ("selftest --device cuda", "there is none"),
+        ("tune --shape 1 2 3 4", "needs a GPU"),
+        ("tune --shape 0 2 3 4", "sizes must be positive"),
+        ("tune --shape 1 2 3 4 --seconds 0", "--seconds must be positive"),
+    ],
+)
+def test_bad_input_is_refused_in_words(command, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(command.split()) == 2
+    out, err = capsys.readouterr()
+    assert message in err and out == "" and "Traceback" not in err
+
+
+def test_selftest_passes_here(capsys):
+    code, found = told(capsys, "selftest", "--device", "cpu")
+    usable = [name for name in ("eager", "cpu") if dispatch.get(name).unavailable() is None]
+    assert code == 0 and found["passed"]
+    ran = [each for each in found["backends"] if each["skipped"] is None]
+    assert [each["backend"] for each in ran] == usable
+    assert all(each["checks"] > 50 and each["closest"] <= 1.0 for each in ran)
+
+
+def test_selftest_fails_where_a_product_is_wrong(capsys, monkeypatch):
+    eager = dispatch.get("eager")
+    right = type(eager).reduce_outer
+
+    def wrong(self, left, right_operand, dtype, dropout=None):
+        return right(self, left, right_operand, dtype, dropout) * 1.05
+
+    monkeypatch.setattr(type(eager), "reduce_outer", wrong)
+    code, found = told(capsys, "selftest", "--backend", "eager", "--device", "cpu")
+    assert code == 1 and not found["passed"]
+    failed = found["backends"][0]["failed"]
+    assert failed and all(text.startswith(("dA", "dB")) for text in failed)
+
+
+def test_selftest_fails_where_a_product_raises(capsys, monkeypatch):
+    def run(backend, device):
+        raise ZeroDivisionError("of a kernel")
+
+    monkeypatch.setattr(selftest, "run", run)
+    assert main(["selftest", "--backend", "eager", "--device", "cpu"]) == 1
+    assert "raised ZeroDivisionError: of a kernel" in capsys.readouterr().out
+
+
+def test_a_named_backend_that_is_not_usable_fails_the_selftest(capsys):
+    assert main(["selftest", "--backend", "triton", "--device", "cpu"]) == 1
+    assert "not usable: does not run on cpu" in capsys.readouterr().out
