@@ -16,7 +16,8 @@ class Problem:
     """Sizes and types of one call, forward or (see `adjoint`) backward.
 
     `dtype` is that of x, W, bias and y; `adapter_dtype` that of A and B. `device` is a torch device type: "cpu", "cuda".
-    `w_k_major` says that consecutive k are adjacent in memory: true in forward (nn.Linear stores [N, K]). `backward`: x is dy, y is dx, and dA and dB are computed beside them.
+    `w_k_major` says that consecutive k are adjacent in memory: true in forward (nn.Linear stores [N, K]). `backward`: x is
+    dy, y is dx, and dA and dB are computed beside them.
     """
 
     M: int
