@@ -37,6 +37,7 @@ from lora_kernels import dispatch  # noqa: E402  (runs from a checkout as well)
 from lora_kernels.functional import lora_linear  # noqa: E402
 
 ALPHA = 2.0
+MARKER = "<!-- tables by benchmarks/bench_cpu.py -->"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
 DEFAULT = ("frozen", "reference", "addmm", "ours")
 QUOTED = [  # (M, K, N, R)
@@ -288,13 +289,17 @@ def machine() -> dict[str, str]:
     }
 
 
-def document(cells: list[Cell], memory: dict[str, dict[str, int]], names: tuple[str, ...]) -> str:
+def document(
+    about: dict[str, str],
+    cells: list[Cell],
+    memory: dict[str, dict[str, int]],
+    names: tuple[str, ...],
+) -> str:
     """The tables as Markdown, the losses on top."""
-    about = machine()
     lines = [
         f"Measured on {about['processor']} ({about['cores']} cores; the kernels use {about['kernels']}, ATen "
         f"{about['aten']}), torch {about['torch']}, commit {about['commit']}, {about['date']}; medians of interleaved "
-        "runs. `frozen` is the linear layer without LoRA, `reference` the layer as it is usually written, `addmm` the "
+        f"runs, {about['clock']} clock. `frozen` is the linear layer without LoRA, `reference` the layer as it is usually written, `addmm` the "
         "eager backend.",
         "",
     ]
@@ -323,6 +328,7 @@ def document(cells: list[Cell], memory: dict[str, dict[str, int]], names: tuple[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--grid", action="store_true", help="every shape, M and rank")
+    parser.add_argument("--problem", action="append", help="M,K,N,R instead of the quoted ones")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--threads", default=str(torch.get_num_threads()))
     parser.add_argument("--contenders", default="", help="in addition: compiled, peft")
@@ -336,20 +342,26 @@ def main() -> None:
     names = DEFAULT + tuple(filter(None, given.contenders.split(",")))
     dtypes, threads = given.dtypes.split(","), [int(t) for t in given.threads.split(",")]
     print(header(names))
-    cells = run(GRID if given.grid else QUOTED, dtypes, threads, names, given.seconds, given.clock)
+    problems = GRID if given.grid else QUOTED
+    if given.problem:
+        problems = [tuple(map(int, problem.split(","))) for problem in given.problem]
+    cells = run(problems, dtypes, threads, names, given.seconds, given.clock)
+    about = machine() | {"clock": given.clock}
     memory = {}
-    for problem in QUOTED[:2]:
+    for problem in problems[:2]:
         for dtype in dtypes:
             operands = Operands(*problem, getattr(torch, dtype))
             label = ", ".join(map(str, (*problem, dtype)))
             memory[label] = {name: peak_bytes(operands, name) for name in names}
     if given.output:
         given.output.parent.mkdir(parents=True, exist_ok=True)
-        report = {"machine": machine(), "cells": [asdict(c) for c in cells], "peak_bytes": memory}
+        report = {"machine": about, "cells": [asdict(c) for c in cells], "peak_bytes": memory}
         given.output.write_text(json.dumps(report, indent=1) + "\n")
-    if given.docs:
+    if given.docs:  # the text above the marker is written by hand
+        text = given.docs.read_text() if given.docs.exists() else ""
+        tables = document(about, cells, memory, names)
         given.docs.parent.mkdir(parents=True, exist_ok=True)
-        given.docs.write_text(document(cells, memory, names))
+        given.docs.write_text(text.split(MARKER)[0] + MARKER + "\n\n" + tables)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
