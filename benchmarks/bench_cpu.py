@@ -299,8 +299,8 @@ def document(
     lines = [
         f"Measured on {about['processor']} ({about['cores']} cores; the kernels use {about['kernels']}, ATen "
         f"{about['aten']}), torch {about['torch']}, commit {about['commit']}, {about['date']}; medians of interleaved "
-        f"runs, {about['clock']} clock. `frozen` is the linear layer without LoRA, `reference` the layer as it is usually written, `addmm` the "
-        "eager backend.",
+        f"runs, {about['clock']} clock. `frozen` is the linear layer without LoRA, `reference` the layer as it is "
+        "usually written, `addmm` the eager backend.",
         "",
     ]
     losses = [
