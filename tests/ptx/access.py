@@ -11,10 +11,8 @@ from tests.ptx.strand import DTYPES, Run, Strand, bf16_to_f32, f32_to_bf16, opco
 
 def address_of(strand: Strand, mem: Mem):
     """A function that gives the [lanes] byte addresses of a memory operand."""
-    if isinstance(mem.base, Imm):
-        base = strand.source(mem.base, "s64")
-    else:
-        base = strand.source(mem.base, f"u{mem.base.width}")
+    kind = "s64" if isinstance(mem.base, Imm) else f"u{mem.base.width}"
+    base = strand.source(mem.base, kind)
     offset = mem.offset
     return lambda: np.broadcast_to(base.astype(np.int64) + offset, strand.lanes)
 
@@ -77,7 +75,9 @@ def bind_load(instr: Instr, strand: Strand) -> Run:
         addresses, warps = addresses_of()[lanes], lanes >> 5
         actual, size = resolve_space(space, addresses), dtype.itemsize * count
         if actual == "global":
-            words = machine.memory.read(addresses, warps, dtype, count, explain(strand, instr, lanes))
+            words = machine.memory.read(
+                addresses, warps, dtype, count, explain(strand, instr, lanes)
+            )
         elif actual == "shared":
             index = shared_index(strand, instr, addresses, lanes, size) // dtype.itemsize
             words = machine.shared.view(dtype)[index[:, None] + np.arange(count)]

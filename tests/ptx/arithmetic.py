@@ -306,7 +306,9 @@ def bind_convert(instr: Instr, strand: Strand) -> Run:
     mods = instr.mods
     to, source = mods[-2:]
     if to in ("f16x2", "bf16x2"):
-        return compute(instr, strand, lambda high, low: np.stack([low, high], -1), [to, source, source])
+        return compute(
+            instr, strand, lambda high, low: np.stack([low, high], -1), [to, source, source]
+        )
     if to == "tf32":
         return compute(instr, strand, round_to_tf32, ["f32", "f32"])
     rounding = next((ROUND[m] for m in mods if m in ROUND), None)
@@ -350,7 +352,9 @@ def bind_shuffle(instr: Instr, strand: Strand) -> Run:
     start = np.arange(strand.lanes) - strand.lane
 
     def run(where):
-        source, inside = shuffle_source(mode, strand.lane, b.astype(np.int64), clamp.astype(np.int64))
+        source, inside = shuffle_source(
+            mode, strand.lane, b.astype(np.int64), clamp.astype(np.int64)
+        )
         picked = np.where(inside, source & 31, strand.lane)
         np.copyto(to, value[start + picked], where=where)
         if flag is not None:
@@ -370,7 +374,10 @@ def bind_vote(instr: Instr, strand: Strand) -> Run:
     def run(where):
         value = ~flag if negated else flag
         asked = np.broadcast_to(where, strand.lanes)
-        votes, asked = (np.broadcast_to(value, strand.lanes) & asked).reshape(-1, 32), asked.reshape(-1, 32)
+        votes, asked = (
+            (np.broadcast_to(value, strand.lanes) & asked).reshape(-1, 32),
+            asked.reshape(-1, 32),
+        )
         if mode == "ballot":
             result = np.where(votes, np.uint32(1) << np.arange(32, dtype=np.uint32), 0).sum(1)
         elif mode == "any":

@@ -52,7 +52,9 @@ def bind_trap(instr: Instr, strand: Strand) -> Run:
 
 def number(strand: Strand, operand, where) -> int:
     """The value of an operand that all active lanes agree on."""
-    values = np.unique(np.broadcast_to(strand.source(operand, "u32"), strand.lanes)[strand.indices(where)])
+    values = np.unique(
+        np.broadcast_to(strand.source(operand, "u32"), strand.lanes)[strand.indices(where)]
+    )
     if len(values) != 1:
         raise PtxError(f"a barrier operand differs between threads: {values}")
     return int(values[0])
@@ -129,5 +131,3 @@ def bind_wait_for_primary(instr: Instr, strand: Strand) -> Run:
         return machine.wait, np.full(strand.lanes, free)
 
     return run
-
-

@@ -129,5 +129,3 @@ def bind_matrix_move(instr: Instr, strand: Strand) -> Run:
         memory[tile_rows(strand, instr, addresses_of(), count, warps)] = tiles
 
     return load if loads else store
-
-

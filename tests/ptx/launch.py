@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,9 @@ class Launch:
     descriptors: dict[int, Descriptor]
     counters: Counters
 
-    def machine(self, ctas: list, rng: np.random.Generator | None, primary: Machine | None = None) -> Machine:
+    def machine(
+        self, ctas: list, rng: np.random.Generator | None, primary: Machine | None = None
+    ) -> Machine:
         memory = GlobalMemory(self.bindings)
         fixed = (self.program, ctas, self.grid, self.block, self.shared_size, self.params, memory)
         return Machine(*fixed, self.descriptors, self.counters, rng, primary)
@@ -69,7 +71,11 @@ def run_dependent(primary: Launch, dependent: Launch, schedule: int | None) -> N
     running = [first.steps(), second.steps()]
     # In lockstep the dependent goes as far as it can first: what it reads too early, it reads wrong.
     while running:
-        chosen = running[-1] if own is None and len(running) == 2 else running[int(rng.integers(len(running)))]
+        chosen = (
+            running[-1]
+            if own is None and len(running) == 2
+            else running[int(rng.integers(len(running)))]
+        )
         if own is None and len(running) == 2 and not any(c.ready() for c in second.cursors):
             chosen = running[0]
         try:
@@ -92,15 +98,18 @@ def prepare(
     shared: int = 0,
     entry: str | None = None,
     descriptors: Sequence[dict[str, Any]] = (),
+    pointed: Mapping[str, Any] | None = None,
 ) -> Launch:
-    """A launch of PTX. Each of `args` is (name, type, value): "*" a tensor, a scalar type, or "tensordesc".
+    """A launch of PTX.
 
-    `shared` is the dynamic part where the PTX declares `.extern .shared`; the static part is added.
+    Each of `args` is (name, type, value): "*" a tensor, a scalar type, "tensordesc", or "struct" with its bytes;
+    `pointed` are the tensors that pointers inside a struct lead to. `shared` is the dynamic part of shared memory,
+    where the PTX declares one; the static part is added.
     """
     program = parsed(ptx, entry)
     length = program.params[-1].offset + program.params[-1].size if program.params else 0
     params = np.zeros(length, np.uint8)
-    bindings: dict[str, Binding] = {}
+    bindings = {name: Binding(name, tensor) for name, tensor in (pointed or {}).items()}
     tensor_maps: dict[int, Descriptor] = {}
     slots, metas = iter(program.params), iter(descriptors)
     for name, kind, value in args:
@@ -121,7 +130,14 @@ def prepare(
     blocks = (block, 1, 1) if isinstance(block, int) else (*block, 1, 1)[:3]
     size = program.static_shared + shared
     return Launch(
-        program, (*grid, 1, 1)[:3], blocks, size, params, list(bindings.values()), tensor_maps, counters
+        program,
+        (*grid, 1, 1)[:3],
+        blocks,
+        size,
+        params,
+        list(bindings.values()),
+        tensor_maps,
+        counters,
     )
 
 
@@ -136,7 +152,9 @@ def store(params: np.ndarray, param: Param, value: Any, kind: str) -> None:
     params[param.offset : param.offset + param.size] = raw.view(np.uint8)
 
 
-def describe(name: str, value: TensorDescriptor, meta: dict[str, Any], bindings: dict[str, Binding]) -> Descriptor:
+def describe(
+    name: str, value: TensorDescriptor, meta: dict[str, Any], bindings: dict[str, Binding]
+) -> Descriptor:
     binding = bindings.setdefault(name, Binding(name, value.base))
     return Descriptor(
         binding,
@@ -195,9 +213,10 @@ def emulate(target: str, schedule: int | None = None) -> Iterator[list[Executed]
             held.pop().run(schedule)
 
     def run(kernel: jit.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        options = {key: value for key, value in kwargs.items() if key != "launch_pdl"}
         dependent = bool(kwargs.get("launch_pdl", False))
-        compiled, bound = compile_call(kernel, GPU_TARGETS[target], args, {**options, **({"launch_pdl": True} if dependent else {})})
+        if not dependent:
+            kwargs.pop("launch_pdl", None)
+        compiled, bound = compile_call(kernel, GPU_TARGETS[target], args, kwargs)
         launch = prepare_triton(compiled, grid, bound)
         executed.append(Executed(kernel.fn.__name__, compiled, launch.counters, dependent))
         if dependent and held:

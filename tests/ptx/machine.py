@@ -1,8 +1,8 @@
 """The processor: threads with program counters of their own, stepped together where they stand at the same instruction.
 
-Lockstep: all warps of all resident CTAs are one strand, and the threads at the lowest instruction go first. With a seed every
-warp is a strand of its own and a random one runs for a random number of steps, so that what no barrier orders happens
-in many orders.
+Lockstep: all warps of all resident CTAs are one strand, and the threads at the lowest instruction go first. With a seed
+every warp is a strand of its own and a random one runs for a random number of steps, so that what no barrier orders
+happens in many orders.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class Machine:
     tensor_columns: dict[int, int] = field(default_factory=dict)
     tensor_work: dict[int, list] = field(default_factory=dict)
     events: int = 0
-    released: bool = False  # griddepcontrol.launch_dependents was executed by every CTA, or all have ended
+    released: bool = (
+        False  # griddepcontrol.launch_dependents was executed by every CTA, or all have ended
+    )
 
     def __post_init__(self) -> None:
         threads = int(np.prod(self.block))
@@ -197,7 +199,12 @@ class Cursor:
         instr = machine.program.code[at]
         run = strand.bound[at] or strand.bind(at)
         guard = None
-        if instr.guard is not None and instr.base in ("mbarrier", "griddepcontrol", "bar", "barrier"):
+        if instr.guard is not None and instr.base in (
+            "mbarrier",
+            "griddepcontrol",
+            "bar",
+            "barrier",
+        ):
             flag = strand.source(instr.guard, "pred")
             guard = ~flag if instr.negated else flag.copy()
         try:
@@ -205,7 +212,9 @@ class Cursor:
         except PtxError:
             raise
         except (IndexError, ValueError, TypeError) as error:
-            raise PtxError(f"line {instr.line}: {instr.text}: {type(error).__name__}: {error}") from error
+            raise PtxError(
+                f"line {instr.line}: {instr.text}: {type(error).__name__}: {error}"
+            ) from error
         machine.counters.executed(instr.opcode, warps)
         self._advance(at, where, answer, instr.target, guard)
 

@@ -18,6 +18,8 @@ OPCODE = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 ARRAY = re.compile(r"\.(shared|local|global|const)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)"
                    r"(?:\[(\d*)\])?(?:\s*=\s*\{([^}]*)\})?")  # fmt: skip
+SHARED = re.compile(r"^\s*(\.shared[^;]*);", re.MULTILINE)
+EXTERN_SHARED = re.compile(r"^\s*\.extern\s+(\.shared[^;]*);", re.MULTILINE)
 PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)?"
                    r"\.align\s+\d+\s+)?([\w$]+)(?:\[(\d+)\])?")  # fmt: skip
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{]*)\{")
@@ -179,7 +181,7 @@ class _Reader:
             width = 1 if registers[1] == "pred" else int(re.sub(r"\D", "", registers[1]))
             for name in registers[2].split(","):
                 self.scopes[-1].widths[name.strip().partition("<")[0]] = width
-        elif text.startswith((".shared", ".local")):
+        elif text.startswith(".local"):
             declare_array(self.program, text)
         elif text and not text.startswith("."):
             self.instruction(text, line)
@@ -269,8 +271,11 @@ def parse(text: str, entry: str | None = None) -> Program:
         raise PtxError(f"no kernel {entry} among {names}")
     match = found[0]
     program = Program(entry)
-    for declared in re.finditer(r"^\.extern\s+(\.shared[^;]*);", text, re.MULTILINE):
-        declare_array(program, declared[1])
+    following = ENTRY.search(text, match.end())
+    body = text[match.end() : following.start() if following else None]
+    static = SHARED.findall(text[: ENTRY.search(text).start()]) + SHARED.findall(body)
+    for declared in static + EXTERN_SHARED.findall(text):  # the dynamic part comes last
+        declare_array(program, declared)
     offset = 0
     for param in PARAM.finditer(match[2] or ""):
         size = type_bytes(param[2]) * int(param[4] or 1)

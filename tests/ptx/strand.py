@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from tests.ptx.machine import Machine
 
 Run = Callable[[object], object]
-BINDERS: dict[str, Callable[[Instr, "Strand"], Run]] = {}
+BINDERS: dict[str, Callable[[Instr, Strand], Run]] = {}
 
-DTYPES = {kind + str(bits): np.dtype(f"{letter}{bits // 8}")
-          for kind, letter in (("b", "u"), ("u", "u"), ("s", "i")) for bits in (8, 16, 32, 64)}
+DTYPES = {
+    kind + str(bits): np.dtype(f"{letter}{bits // 8}")
+    for kind, letter in (("b", "u"), ("u", "u"), ("s", "i"))
+    for bits in (8, 16, 32, 64)
+}
 DTYPES |= {"pred": np.dtype(bool), "f16": np.dtype("f2"), "f32": np.dtype("f4"),
            "f64": np.dtype("f8"), "tf32": np.dtype("f4"), "bf16": np.dtype("u2")}  # fmt: skip
 PACKED = {"f16x2": "f16", "bf16x2": "bf16", "f32x2": "f32"}

@@ -105,10 +105,9 @@ def bind_wgmma(instr: Instr, strand: Strand) -> Run:
             key = cta, int(given["b"][i])
             if key not in right:
                 right[key] = operand(cta, key[1], columns, b_trans).T
-            if from_registers:
-                left = given["a"][i]
-            else:
-                left = operand(cta, given["a"][i], 16 * quarter + np.arange(16), a_trans)
+            left = given["a"][i]
+            if from_registers is None:
+                left = operand(cta, left, 16 * quarter + np.arange(16), a_trans)
             total[i] += left @ right[key]
         accumulator.write(warps, c_registers(total))
         machine.counters.flops += 2 * 16 * n * depth * len(warps)
