@@ -31,14 +31,18 @@ _ON_GPU = {
 }
 
 
-def work(problem: Problem, mode: str) -> tuple[float, float]:
-    """(operations, bytes) that a LoRA linear cannot do without, in a forward or in a step.
+def work(problem: Problem, mode: str, lora: bool = True) -> tuple[float, float]:
+    """(operations, bytes) that a LoRA linear, or without `lora` the frozen layer, cannot do without, in a forward or step.
 
     A step's backward reads dy, W and x and writes dx; its products are dx and, for the adapters, as many operations twice.
     """
+    back = problem.adjoint()
+    if not lora:
+        times = 1 if mode == "forward" else 2
+        moved = problem.frozen_bytes + (0 if mode == "forward" else back.frozen_bytes)
+        return times * problem.flops, moved
     if mode == "forward":
         return problem.flops + problem.lowrank_flops, problem.frozen_bytes + problem.lowrank_bytes
-    back = problem.adjoint()
     flops = 2 * problem.flops + 3 * problem.lowrank_flops
     inputs = problem.M * problem.K * problem.itemsize
     moved = problem.frozen_bytes + back.frozen_bytes + inputs + 3 * problem.lowrank_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ _COLOURS = {
     "ours[cuda]": "#0b3d91",
     "frozen": "#202124",
 }
-_MOST_BARS = 12  # cases in one picture
+_MOST_BARS = 12  # cases in one panel
+_FEWEST_PLACES = 5  # a panel with fewer cases leaves room, or its bars are walls
 
 
 def draw(results: Results, folder: Path, stem: str, suffix: str = "png") -> list[Path]:
@@ -51,31 +53,39 @@ def draw(results: Results, folder: Path, stem: str, suffix: str = "png") -> list
 def price(results: Results, pyplot: Any) -> Any:
     """Bars: time over the frozen layer's by problem and contender, one panel for forward, one for steps."""
     rows = [r for r in results.of(suite="linear") if r.contender != "frozen" and r.caches == "warm"]
-    dtypes = list(dict.fromkeys(_of(row, "dtype") for row in rows))
-    panels = [
-        (mode, dtype)
-        for dtype in dtypes
-        for mode in ("forward", "step")
-        if any(row.mode == mode and _of(row, "dtype") == dtype for row in rows)
-    ]
+    panels = list(_panels(rows))
     if not panels:
         return None
     size = (12, 3.6 * len(panels))
     figure, all_axes = pyplot.subplots(
         len(panels), 1, figsize=size, layout="constrained", squeeze=False
     )
-    for (mode, dtype), axes in zip(panels, all_axes[:, 0], strict=True):
-        _bars([r for r in rows if r.mode == mode and _of(r, "dtype") == dtype], axes)
-        what = "forward" if mode == "forward" else "forward + backward"
-        axes.set(ylabel="time / frozen layer", title=f"{what}, {dtype}")
+    shown: dict[str, Any] = {}
+    for (title, some), axes in zip(panels, all_axes[:, 0], strict=True):
+        shown |= _bars(some, axes)
+        axes.set(ylabel="time / frozen layer", title=title)
     figure.suptitle(f"What LoRA costs over the frozen layer: {results.machine['name']}")
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown))
     return figure
 
 
-def _bars(rows: list[Row], axes: Any) -> None:
-    cases = list(dict.fromkeys((row.case, row.graph) for row in rows))[:_MOST_BARS]
+def _panels(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """(title, rows) of each panel: one dtype, one mode, a dozen cases."""
+    for dtype in dict.fromkeys(_of(row, "dtype") for row in rows):
+        for mode, title in (("forward", "forward"), ("step", "forward + backward")):
+            some = [row for row in rows if row.mode == mode and _of(row, "dtype") == dtype]
+            cases = list(dict.fromkeys((row.case, row.graph) for row in some))
+            for first in range(0, len(cases), _MOST_BARS):
+                here = cases[first : first + _MOST_BARS]
+                yield f"{title}, {dtype}", [row for row in some if (row.case, row.graph) in here]
+
+
+def _bars(rows: list[Row], axes: Any) -> dict[str, Any]:
+    """Draws one panel; what a legend shows, by name."""
+    cases = list(dict.fromkeys((row.case, row.graph) for row in rows))
     names = list(dict.fromkeys(row.contender for row in rows))
     width = 0.8 / len(names)
+    shown: dict[str, Any] = {}
     for index, name in enumerate(names):
         found = {(r.case, r.graph): r for r in rows if r.contender == name}
         places = [i for i, case in enumerate(cases) if case in found]
@@ -86,18 +96,21 @@ def _bars(rows: list[Row], axes: Any) -> None:
             [max(0.0, h - (r.to_floor_low or h)) for h, r in zip(heights, mine, strict=True)],
             [max(0.0, (r.to_floor_high or h) - h) for h, r in zip(heights, mine, strict=True)],
         ]
-        axes.bar(offsets, heights, width, label=name, color=_COLOURS.get(name))
+        shown[name] = axes.bar(offsets, heights, width, color=_COLOURS.get(name))
         axes.errorbar(offsets, heights, spread, fmt="none", ecolor="#20212480", elinewidth=0.8)
-    axes.axhline(1.0, color=_COLOURS["frozen"], linewidth=1, linestyle="--", label="frozen")
+    floor = axes.axhline(1.0, color=_COLOURS["frozen"], linewidth=1, linestyle="--")
     labels = [case + (" (graph)" if graph else "") for case, graph in cases]
     axes.set_xticks(range(len(cases)), labels, rotation=20, ha="right")
     highest = sorted(row.to_floor or 0.0 for row in rows)[int(0.95 * (len(rows) - 1))]
     axes.set_ylim(0, max(1.2, 1.15 * highest))
-    axes.legend(ncols=4, fontsize=8)
+    axes.set_xlim(-0.6, max(len(cases), _FEWEST_PLACES) - 0.4)
+    return {"frozen": floor, **shown}
 
 
 def growth(results: Results, pyplot: Any) -> Any:
     """Lines: time of a step as one of M, K, N and R grows and the others stay."""
+    from matplotlib import ticker
+
     rows = results.of(suite="growth")
     if not rows:
         return None
@@ -118,6 +131,12 @@ def growth(results: Results, pyplot: Any) -> Any:
         fixed = ", ".join(f"{n}={_of(centre[0], n)}" for n in "MKNR" if n != letter)
         panel.set(xscale="log", yscale="log", xlabel=letter, title=f"{letter} grows ({fixed})")
         panel.title.set_fontsize(9)
+        sizes = sorted({_of(row, letter) for row in sweep})
+        panel.set_xticks(sizes, [str(size) for size in sizes], rotation=45, fontsize=8)
+        panel.xaxis.set_minor_locator(ticker.NullLocator())
+        for formatted in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            formatted(ticker.FuncFormatter(lambda ms, _: f"{ms:g}"))
+        panel.yaxis.set_minor_locator(ticker.LogLocator(subs=(2.0, 5.0)))
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("forward + backward, ms")
     axes[0].legend(fontsize=8)
@@ -153,7 +172,7 @@ def _roof(rows: list[Row], dtype: str, ceilings: dict[str, float], axes: Any) ->
         for row in rows:
             problem = row.as_problem()
             if row.contender == name and problem is not None:
-                flops, moved = cost_model.work(problem, row.mode)
+                flops, moved = cost_model.work(problem, row.mode, lora=name != "frozen")
                 points.append((flops / moved, flops / (1e3 * row.value)))
         if points:
             lowest = min(lowest, *(p[0] for p in points))
