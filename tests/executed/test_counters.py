@@ -60,7 +60,9 @@ def test_bytes_of_the_product(target):
 
 def test_accesses_are_coalesced(target):
     config = tile(target)
-    tensors = product(target, config, 2 * config.block_m, config.block_n, 2 * config.block_k, 16).tensors
+    tensors = product(
+        target, config, 2 * config.block_m, config.block_n, 2 * config.block_k, 16
+    ).tensors
     for name in ("x", "w", "y_ptr"):
         t = tensors[name]
         if name == "y_ptr" or not config.tma:  # a tensor descriptor moves whole boxes
@@ -99,7 +101,11 @@ def test_shrink_reads_x_once(target):
 
 def test_the_backward_reads_dy_once_for_q_and_dB(target):
     config = TileConfig("shrink_outer", 32, 64, 16, 4, 2)
-    dy, s, b_t = torch.randn(64, 128).bfloat16(), torch.randn(64, 16), torch.randn(128, 16).bfloat16()
+    dy, s, b_t = (
+        torch.randn(64, 128).bfloat16(),
+        torch.randn(64, 16),
+        torch.randn(128, 16).bfloat16(),
+    )
     with emulate(target) as executed:
         shrink_outer(dy, b_t, 0.5, s, torch.bfloat16, config)
     tensors = executed[0].counters.tensors

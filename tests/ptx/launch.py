@@ -166,8 +166,10 @@ def describe(
     )
 
 
-def prepare_triton(compiled: Any, grid: Sequence[int], bound: dict[str, Any]) -> Launch:
-    """A launch of a kernel that Triton compiled, with the arguments its launcher bound."""
+def prepare_triton(
+    compiled: Any, grid: Sequence[int], bound: dict[str, Any], ptx: str | None = None
+) -> Launch:
+    """A launch of a kernel that Triton compiled, with the arguments its launcher bound; `ptx` replaces the text."""
     args = []
     for name, kind in compiled.src.signature.items():
         if kind == "constexpr":
@@ -179,7 +181,7 @@ def prepare_triton(compiled: Any, grid: Sequence[int], bound: dict[str, Any]) ->
             args.append((name, kind, value))
     metadata = compiled.metadata
     return prepare(
-        compiled.asm["ptx"],
+        ptx or compiled.asm["ptx"],
         tuple(grid),
         32 * metadata.num_warps,
         args,
