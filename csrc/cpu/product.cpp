@@ -1,6 +1,6 @@
 // The product by blocks: a thread packs a group of w's panels into its L2 cache and sweeps rows of
 // x over them; the rank-R tail, bias and rounding follow while a tile of results is in L1. Few rows
-// take dot products instead.
+// of x read w in place instead.
 #include "product.h"
 
 #include <unistd.h>
@@ -65,8 +65,11 @@ class Run {
       if (M <= MAX_DOT_ROWS) return in_place(DOT_COLS, pairs && !skinny ? k.dots_pairs : k.dots);
     } else if (p.w.col_stride == 1 && M <= MAX_ADDED_ROWS) {
       // Long pieces of w's rows: 3.2 ms for 4096 x 4096 float32 in one piece, 5.2 in pieces of 512.
-      const int64_t share = ceil_div(N, at::get_num_threads());
-      return in_place(std::clamp<int64_t>(ceil_div(share, 64) * 64, 128, 4096), k.rows_of_w);
+      // A large rank shortens them, since its part of b is packed for each.
+      const int64_t share = ceil_div(ceil_div(N, at::get_num_threads()), 64) * 64;
+      const int64_t most =
+          std::clamp<int64_t>((1 << 18) / std::max<int64_t>(R, 1) / 64 * 64, 128, 4096);
+      return in_place(std::clamp<int64_t>(share, 128, most), k.rows_of_w);
     }
     by_panels();
   }

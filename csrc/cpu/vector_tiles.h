@@ -106,7 +106,7 @@ void store_elements(T* out, int64_t row_stride, int64_t col_stride, const float*
     for (int64_t c = 0; c < cols; c += L) {
       const int64_t count = cols - c < L ? cols - c : L;
       Vector value = count == L ? Vector::load(from + c) : load_part(from + c, count);
-      Vector shift = Vector::zero();
+      Vector shift = Vector::all(-0.0f);  // what adds nothing, not even to -0
       if (bias != nullptr) shift = count == L ? Vector::load(bias + c) : load_part(bias + c, count);
       value = shift.multiply_add(value, factor);
       if (col_stride == 1 && count == L) {
