@@ -114,7 +114,7 @@ class Product:
     y: Tensor
 
     @classmethod
-    def of(cls, M: int = 72, N: int = 40, K: int = 104, R: int = 13) -> Product:
+    def of(cls, M: int = 72, N: int = 48, K: int = 112, R: int = 13) -> Product:
         shapes = ((M, K), (K, N), (M, R), (R, N))
         return cls(*(torch.randn(shape).bfloat16() for shape in shapes), torch.empty(M, N))
 

@@ -1,301 +1,254 @@
-"""The emulator computes what the compiled code says, and notices what is wrong with it.
-
-Every fault below is put into PTX that Triton really emitted, one at a time. A fault counts as noticed when the run raises
-or its result leaves the error budget.
-"""
+"""Compiled Triton kernels run right in the emulator, and wrong ones are found out."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 
-from lora_kernels.backends.triton.lowrank_matmul import lowrank_matmul
-from lora_kernels.backends.triton.shrink import shrink
-from lora_kernels.tuning.config import TileConfig
-from tests.compiled.recorder import GPU_TARGETS, Recorded, compile_call, recording
-from tests.oracle import Case, assert_budget
-from tests.ptx.launch import Launch, emulate, prepare, prepare_triton, run_dependent
+from tests.ptx.kernels import Compiled, Product, compiled, double_kernel
+from tests.ptx.launch import prepare, run_dependent
 from tests.ptx.memory import MemoryFault
-from tests.ptx.parser import PtxError, parse
+from tests.ptx.parser import PtxError
 
-CASE = Case(72, 40, 80, 12, dtype=torch.bfloat16)
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # damaged kernels multiply garbage
 
-
-@dataclass
-class Product:
-    """The fused product compiled for a target with its operands, to be run again with other PTX."""
-
-    recorded: Recorded
-    y: torch.Tensor
-
-    def launch(self, ptx: str | None = None) -> Launch:
-        compiled: Any = self.recorded.compiled
-        self.y.fill_(float("nan"))
-        if ptx is None:
-            return prepare_triton(compiled, self.recorded.grid, self.recorded.arguments)
-        return prepare_triton(_Changed(compiled, ptx), self.recorded.grid, self.recorded.arguments)
-
-    def noticed(self, ptx: str, schedules=(None, 1, 2, 3)) -> bool:
-        """Whether some schedule raises or leaves the budget."""
-        for schedule in schedules:
-            try:
-                self.launch(ptx).run(schedule)
-                self.check()
-            except (PtxError, AssertionError):
-                return True
-        return False
-
-    def check(self) -> None:
-        o = CASE.operands()
-        assert_budget(self.y, o.results(None)["y"], o.results(torch.float64)["y"])
-
-    @property
-    def ptx(self) -> str:
-        return self.recorded.compiled.asm["ptx"]
+TARGETS = [("sm_80", False), ("sm_90", False), ("sm_90", True), ("sm_100", True), ("sm_120", False)]
+SCHEDULES = (1, 2, 3, 4, 5)
+RIGHT = 1e-4  # float32 sums of 125 products of normal numbers
 
 
-class _Changed:
-    """A compiled kernel with other PTX."""
-
-    def __init__(self, compiled, ptx):
-        self.src, self.metadata, self.asm = compiled.src, compiled.metadata, {"ptx": ptx}
-
-
-def product(target: str) -> Product:
-    o = CASE.operands()
-    s = o.results(None)["s"].float()
-    tma = target in ("sm_90", "sm_100")
-    config = TileConfig("lowrank_matmul", 64, 32, 32, 4, 3, tma=tma, rank_chunk=32)
-    with recording(target) as launches:
-        y = lowrank_matmul(o.x, o.w, s, o.b, o.bias, config)
-    return Product(launches[0], y)
-
-
-@pytest.fixture(scope="module")
-def products():
-    return {target: product(target) for target in TARGETS}
+def noticed(kernel: Compiled, product: Product, schedules) -> str | None:
+    """How the first schedule that finds something wrong does: the fault, or "wrong"."""
+    for schedule in schedules:
+        product.y.fill_(torch.nan)
+        try:
+            kernel.run(schedule)
+        except PtxError as fault:
+            return str(fault)
+        if product.error > RIGHT:
+            return "wrong"
+    return None
 
 
 @pytest.mark.parametrize("schedule", [None, 1, 2])
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_product_is_right(products, target, schedule):
-    products[target].launch().run(schedule)
-    products[target].check()
-
-
-def without(ptx: str, pattern: str, number: int = 0) -> str:
-    """`ptx` without the n-th instruction that matches."""
-    found = list(re.finditer(rf"^[ \t]*(?:@\S+ )?{pattern}[^\n]*;", ptx, re.M))
-    assert len(found) > number, f"no {pattern} to delete"
-    match = found[number]
-    return ptx[: match.start()] + ptx[match.end() :]
-
-
-def test_deleted_barriers(products):
-    """Most: what is left guards a reuse of shared memory that this small problem does not reach."""
-    ptx = products["sm_80"].ptx
-    count = len(re.findall(r"^\s*bar\.sync", ptx, re.M))
-    noticed = sum(products["sm_80"].noticed(without(ptx, r"bar\.sync", n)) for n in range(count))
-    assert count >= 4 and noticed >= count / 2
+@pytest.mark.parametrize(("target", "tma"), TARGETS)
+def test_product_with_a_rank_tail(target, tma, schedule):
+    product = Product.of()
+    launch = product.compile(target, tma=tma).run(schedule)
+    assert product.error < RIGHT
+    assert (launch.counters.tensors["y"].stores == 1).all()
 
 
 @pytest.mark.parametrize(
-    "target, pattern",
+    ("target", "tma", "instruction"),
     [
-        ("sm_80", r"cp\.async\.wait_group"),
-        ("sm_120", r"cp\.async\.wait_group"),
-        ("sm_90", r"wgmma\.wait_group"),
-        ("sm_90", r"mbarrier\.init"),
-        ("sm_90", r"mbarrier\.arrive"),
-        ("sm_100", r"tcgen05\.commit"),
-        ("sm_100", r"mbarrier\.arrive"),
+        ("sm_80", False, "cp.async.wait_group"),
+        ("sm_80", False, "cp.async.commit_group"),
+        ("sm_80", False, "ldmatrix"),
+        ("sm_90", True, "wgmma.wait_group"),
+        ("sm_90", True, "mbarrier.try_wait"),
+        ("sm_90", True, "cp.async.bulk.tensor"),
+        ("sm_90", True, "mbarrier.init"),
+        ("sm_100", True, "mbarrier.try_wait"),
+        ("sm_100", True, "tcgen05.commit"),
     ],
 )
-def test_deleted_waits_and_arrivals(products, target, pattern):
-    ptx = products[target].ptx
-    count = len(re.findall(rf"^\s*(?:@\S+ )?{pattern}", ptx, re.M))
-    assert any(products[target].noticed(without(ptx, pattern, n)) for n in range(count))
+def test_a_missing_wait_or_copy_is_noticed(target, tma, instruction):
+    """Each in turn, without luck: what nobody waits for has not arrived."""
+    product = Product.of(64, 32, 112)
+    kernel = product.compile(target, tma=tma)
+    numbers = kernel.instructions(instruction)
+    assert numbers
+    missed = [n for n in numbers if noticed(kernel.without(n), product, [None]) is None]
+    assert len(missed) < len(numbers) and (instruction == "cp.async.commit_group" or not missed)
 
 
-def test_a_barrier_that_nobody_completes_is_a_deadlock(products):
-    broken = without(products["sm_90"].ptx, r"mbarrier\.arrive", 0)
-    with pytest.raises(
-        PtxError, match=r"(?s)nobody can go on.*mbarrier\.try_wait.*CTA \(0, 0, 0\) warp"
-    ):
-        products["sm_90"].launch(broken).run(None)
+@pytest.mark.parametrize("target", ["sm_80", "sm_120"])
+def test_missing_barriers_are_noticed_in_random_order(target):
+    """In lockstep no deletion matters; with warps in random order most do."""
+    product = Product.of(64, 32, 112)
+    kernel = product.compile(target)
+    numbers = kernel.instructions("bar.sync")
+    found = [noticed(kernel.without(n), product, SCHEDULES) for n in numbers]
+    assert noticed(kernel, product, SCHEDULES) is None
+    assert len(numbers) >= 5 and sum(how is not None for how in found) > len(numbers) / 2
 
 
-def test_an_instruction_that_is_not_modelled_is_named(products):
-    ptx = products["sm_80"].ptx.replace("mma.sync", "mma.sparse", 1)
-    with pytest.raises(PtxError, match=r"line \d+: unknown opcode: mma\.sparse"):
-        products["sm_80"].launch(ptx).run(None)
-
-
-@triton.jit
-def _copy_kernel(x_ptr, y_ptr, rows, cols, stride, MASKED: tl.constexpr):
-    offs_m = tl.arange(0, 16)
-    offs_n = tl.arange(0, 64)
-    inside = (offs_m < rows)[:, None] & (offs_n < cols)[None, :]
-    if MASKED:
-        x = tl.load(x_ptr + offs_m[:, None] * stride + offs_n[None, :], mask=inside, other=0.0)
-    else:
-        x = tl.load(x_ptr + offs_m[:, None] * stride + offs_n[None, :])
-    tl.store(y_ptr + offs_m[:, None] * cols + offs_n[None, :], x, mask=inside)
-
-
-def copy(
-    x: torch.Tensor, stride: int, masked: bool = True, rows: int | None = None
-) -> torch.Tensor:
-    y = torch.full(x.shape, float("nan"))
-    with emulate("sm_80"):
-        _copy_kernel[(1,)](
-            x,
-            y,
-            x.shape[0] if rows is None else rows,
-            x.shape[1],
-            stride,
-            MASKED=masked,
-            num_warps=1,
-        )
-    return y
-
-
-def test_a_copy_is_exact_and_bounds_are_those_of_the_view():
-    x = torch.randn(13, 64)
-    assert torch.equal(copy(x, 64), x)
-    part = torch.randn(13, 96)[:, 32:]
-    assert torch.equal(copy(part, 96), part)
-
-
-def test_a_missing_mask_is_a_fault():
-    with pytest.raises(MemoryFault, match=r"outside every tensor, at byte \d+ of x_ptr"):
-        copy(torch.randn(13, 64), 64, masked=False)
-
-
-def test_a_wrong_mask_is_a_fault():
-    with pytest.raises(MemoryFault, match="outside every tensor"):
-        copy(torch.randn(13, 64), 64, rows=14)
-
-
-def test_a_stride_off_by_one_is_a_fault():
-    with pytest.raises(MemoryFault, match="of x_ptr"):
-        copy(torch.randn(13, 64), 65)
-
-
-def test_reading_the_gap_between_the_rows_of_a_view_is_a_fault():
-    with pytest.raises(MemoryFault, match="of x_ptr"):
-        copy(torch.randn(13, 96)[:, :60], 95)
-
-
-def test_a_false_promise_of_alignment_is_a_fault():
-    """Compiled for a stride divisible by 16, given one that is not: the wide loads are misaligned."""
-    x, y = torch.randn(13, 64), torch.empty(13, 64)
-    args = (x, y, 13, 64, 64)
-    compiled, bound = compile_call(
-        _copy_kernel, GPU_TARGETS["sm_80"], args, {"MASKED": True, "num_warps": 1}
+def test_a_branch_for_some_threads_only():
+    """Threads that take a branch and threads that do not both arrive, in their own registers."""
+    out = np.zeros(64, np.uint32)
+    ptx = kernel_text(
+        "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 10; mov.u32 %r2, 7; @%p1 bra SOME;"
+        "add.u32 %r2, %r2, %r1; bra DONE; SOME: mul.lo.u32 %r2, %r1, 3; DONE:" + STORE
     )
-    skewed = torch.randn(13, 67)[:, :64]
-    with pytest.raises(MemoryFault, match="misaligned 16-byte access"):
-        prepare_triton(compiled, (1,), {**bound, "x_ptr": skewed, "stride": 67}).run(None)
+    for schedule in (None, 1):
+        prepare(ptx, (1,), 64, [("out", "*", out)]).run(schedule)
+        thread = np.arange(64)
+        assert (out == np.where(thread < 10, 3 * thread, thread + 7)).all()
 
 
-def test_a_dependent_launch_that_does_not_wait_reads_too_early():
-    """In lockstep the dependent kernel goes as far as it can before the first one writes."""
-    o = CASE.operands()
-    results = []
-    for waits in (True, False):
-        with recording("sm_90") as launches:
-            s = shrink(o.x, o.a, CASE.alpha, TileConfig("shrink", 64, 1, 32, 4, 2), release=True)
-            config = TileConfig("lowrank_matmul", 64, 32, 32, 4, 3, tma=True, rank_chunk=32)
-            y = lowrank_matmul(o.x, o.w, s, o.b, o.bias, config, late_wait=True)
-        s.fill_(float("nan"))
-        first, second = launches
-        ptx = second.compiled.asm["ptx"]
-        changed = ptx if waits else without(ptx, r"griddepcontrol\.wait")
-        run_dependent(
-            prepare_triton(first.compiled, first.grid, first.arguments),
-            prepare_triton(_Changed(second.compiled, changed), second.grid, second.arguments),
-            None,
+class TestDependentLaunch:
+    @staticmethod
+    def run(wait: bool, schedule: int | None, remove: bool = False) -> float:
+        product = Product.of()
+        half = product.s / 2
+        product.s.fill_(torch.nan)
+        n, block = half.numel(), 256
+        primary = compiled(
+            double_kernel, "sm_90", (-(-n // block),), half, product.s, n,
+            BLOCK=block, MASKED=True, RELEASE=True,
+        )  # fmt: skip
+        kernel = product.compile("sm_90", wait=wait)
+        (waiting,) = kernel.instructions("griddepcontrol.wait") or (None,)
+        if remove:
+            kernel = kernel.without(waiting)
+        run_dependent(primary.prepare(), kernel.prepare(), schedule)
+        return product.error
+
+    @pytest.mark.parametrize("schedule", [None, 1, 2, 3])
+    def test_it_waits_where_its_code_waits(self, schedule):
+        assert self.run(True, schedule) < RIGHT
+
+    @pytest.mark.parametrize("remove", [False, True])
+    def test_a_missing_wait_reads_what_is_not_there_yet(self, remove):
+        assert self.run(remove, None, remove) > RIGHT
+        errors = [self.run(remove, schedule, remove) for schedule in SCHEDULES]
+        assert max(errors) > RIGHT
+
+
+class TestFaults:
+    def doubled(self, n: int, masked: bool, target: str = "sm_80") -> Compiled:
+        source, out = torch.randn(n), torch.zeros(n)
+        return compiled(
+            double_kernel, target, (2,), source, out, n, BLOCK=128, MASKED=masked, RELEASE=False
         )
-        results.append(y.clone())
-    assert_budget(results[0], o.results(None)["y"], o.results(torch.float64)["y"])
-    assert results[1].isnan().any()
+
+    def test_a_missing_mask(self):
+        self.doubled(200, True).run()
+        self.doubled(256, False).run()
+        with pytest.raises(MemoryFault, match=r"line \d+: .*ld\.global.*of CTA \(1, 0, 0\): \d+ bytes outside"):
+            self.doubled(200, False).run()
+
+    def test_the_fault_names_the_tensor(self):
+        with pytest.raises(MemoryFault, match=r"of source \(800 bytes"):
+            self.doubled(200, False).run()
+
+    def test_an_element_between_the_rows_of_a_view_is_outside(self):
+        """Memory that belongs to the tensor's storage and not to the tensor."""
+        storage = torch.randn(4, 64)
+        view = storage[:, :32]
+        kernel = compiled(
+            double_kernel, "sm_80", (1,), view, torch.zeros(128), 128, BLOCK=128, MASKED=False, RELEASE=False
+        )  # fmt: skip
+        with pytest.raises(MemoryFault, match="source"):
+            kernel.run()
+
+    def test_a_false_promise_of_alignment(self):
+        kernel = self.doubled(256, False)
+        shifted = torch.randn(257)[1:]
+        with pytest.raises(MemoryFault, match="misaligned"):
+            replace(kernel, bound={**kernel.bound, "source": shifted}).run()
+
+    def test_a_false_promise_of_a_stride(self):
+        """Compiled for a stride that 16 divides, called with another: the code rounds nothing, the addresses do not fit."""
+        product = Product.of()
+        kernel = product.compile("sm_80")
+        other = Product.of(K=113)
+        bound = {**kernel.bound, "x": other.x, "w": other.w, "K": 113, "stride_x": 113}
+        with pytest.raises(MemoryFault, match="misaligned"):
+            replace(kernel, bound=bound).run()
+
+    @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+    def test_a_stride_that_is_one_off(self, target):
+        product = Product.of(N=47)  # no vector loads of w: every wrong address is aligned
+        kernel = product.compile(target)
+        with pytest.raises(MemoryFault, match="outside every tensor"):
+            replace(kernel, bound={**kernel.bound, "stride_w": 48}).run()
+
+    def test_a_deadlock_names_warp_and_instruction(self):
+        ptx = kernel_text(
+            "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 32; @%p1 bra DONE; bar.sync 0, 64; DONE: ret;"
+        )
+        for schedule in (None, 1):
+            with pytest.raises(PtxError, match=r"nobody can go on\nline \d+: bar.sync 0, 64: CTA \(0, 0, 0\) warp 1"):
+                prepare(ptx, (1,), 64, [("out", "*", np.zeros(1, np.uint32))]).run(schedule)
+
+    def test_a_copy_that_nobody_issued_is_waited_for_in_vain(self):
+        product = Product.of(64, 32, 64)
+        kernel = product.compile("sm_90", tma=True)
+        (first, *_) = kernel.instructions("cp.async.bulk.tensor")
+        with pytest.raises(PtxError, match=r"nobody can go on\nline \d+: mbarrier.try_wait.*warp 0"):
+            kernel.without(first).run()
+
+    def test_shared_memory_starts_as_garbage_and_ends(self):
+        text = "ld.shared.u32 %r2, [area+{}];" + STORE
+        out = np.zeros(32, np.uint32)
+        prepare(kernel_text(text.format(0)), (1,), 32, [("out", "*", out)]).run(None)
+        assert (out == 0xFFFFFFFF).all()
+        with pytest.raises(MemoryFault, match="shared address 4096"):
+            prepare(kernel_text(text.format(4096)), (1,), 32, [("out", "*", out)]).run(None)
+
+    @pytest.mark.parametrize("text", ["frobnicate.u32 %r2, %r1;", "prmt.b32.f4e %r2, %r1, %r1, 0;"])
+    def test_an_unknown_instruction(self, text):
+        with pytest.raises(PtxError, match=r"line \d+: unknown opcode: \w+"):
+            prepare(kernel_text(text), (1,), 32, [("out", "*", np.zeros(32, np.uint32))]).run(None)
+
+    def test_part_of_a_warp_must_not_multiply(self):
+        kernel = Product.of(64, 32, 64).compile("sm_80")
+        (first, *_) = kernel.instructions("mma.sync")
+        kernel = kernel.edited(first, lambda line: f"{{ .reg .b32 %me; .reg .pred %few; mov.u32 %me, %tid.x;"
+                               f" setp.lt.u32 %few, %me, 7; @%few {line} }}")  # fmt: skip
+        with pytest.raises(PtxError, match="executed by part of a warp"):
+            kernel.run()
 
 
-HAND_WRITTEN = """
-.version 8.0
-.target sm_80
-.address_size 64
-.visible .entry sums(.param .u64 out, .param .u32 count)
-.maxntid 64
-{
-    .reg .pred %p<3>;
-    .reg .b32 %r<12>;
-    .reg .b64 %rd<6>;
-    .shared .align 4 .b8 total[256];
-    mov.u32 %r1, %tid.x;
-    ld.param.u32 %r2, [count];
-    mov.u32 %r3, 0;
-    mov.u32 %r4, 0;
-LOOP:
-    setp.ge.u32 %p1, %r4, %r1;
-    @%p1 bra DONE;
-    mad.lo.s32 %r3, %r4, %r2, %r3;
-    add.s32 %r4, %r4, 1;
-    bra LOOP;
-DONE:
-    shl.b32 %r5, %r1, 2;
-    mov.u32 %r6, total;
-    add.s32 %r7, %r6, %r5;
-    st.shared.u32 [%r7], %r3;
-    bar.sync 0;
-    xor.b32 %r8, %r5, 252;
-    add.s32 %r9, %r6, %r8;
-    ld.shared.u32 %r10, [%r9];
-    ld.param.u64 %rd1, [out];
-    cvta.to.global.u64 %rd2, %rd1;
-    mul.wide.u32 %rd3, %r1, 4;
-    add.s64 %rd4, %rd2, %rd3;
-    st.global.u32 [%rd4], %r10;
-    ret;
-}
-"""
+class TestCounters:
+    def test_traffic_of_a_copy(self):
+        source, out = torch.randn(256), torch.zeros(256)
+        kernel = compiled(double_kernel, "sm_80", (2,), source, out, 256, BLOCK=128, MASKED=False, RELEASE=False)
+        loaded, stored = (kernel.run().counters.tensors[name] for name in ("source", "out"))
+        assert (loaded.bytes_loaded, loaded.load_sectors, loaded.fewest_load_sectors) == (1024, 32, 32)
+        assert (stored.bytes_stored, stored.store_sectors, stored.bytes_loaded) == (1024, 32, 0)
+
+    def test_scattered_loads_touch_more_sectors(self):
+        source, out = np.arange(32 * 8, dtype=np.uint32), np.zeros(32, np.uint32)
+        ptx = kernel_text("mov.u32 %r1, %tid.x; mad.wide.u32 %rd3, %r1, 32, %rd2; ld.global.u32 %r2, [%rd3];" + STORE)
+        launch = prepare(ptx, (1,), 32, [("out", "*", out), ("source", "*", source)])
+        traffic = launch.run(None).tensors["source"]
+        assert (out == 8 * np.arange(32)).all()
+        assert (traffic.bytes_loaded, traffic.load_sectors, traffic.fewest_load_sectors) == (128, 32, 4)
+
+    @pytest.mark.parametrize(("stride", "wavefronts"), [(1, 1), (2, 2), (8, 8), (32, 32), (33, 1)])
+    def test_bank_conflicts(self, stride, wavefronts):
+        ptx = kernel_text(f"mov.u32 %r1, %tid.x; mul.lo.u32 %r3, %r1, {4 * stride}; st.shared.u32 [%r3], %r1;", 8192)
+        counters = prepare(ptx, (1,), 32, [("out", "*", np.zeros(1, np.uint32))]).run(None)
+        assert (counters.wavefronts, counters.fewest_wavefronts) == (wavefronts, 1)
+
+    @pytest.mark.parametrize(("target", "tma"), TARGETS)
+    def test_flops_are_those_of_the_tiles(self, target, tma):
+        product = Product.of(64, 32, 128, 16)
+        assert product.compile(target, tma=tma).run().counters.flops == 2 * 64 * 32 * (128 + 16)
+
+    def test_any_schedule_executes_the_same_instructions(self):
+        product = Product.of()
+        kernel = product.compile("sm_80")
+        counted = [kernel.run(schedule).counters.instructions for schedule in (None, 1)]
+        assert counted[0] == counted[1] and counted[0]["tensor"] > 0
 
 
-@pytest.mark.parametrize("schedule", [None, 5])
-def test_threads_that_diverge_meet_again(schedule):
-    """Thread t sums t·(t-1)/2·count in a loop of t steps, and reads another thread's sum behind a barrier."""
-    out = np.zeros(64, np.int32)
-    launch = prepare(HAND_WRITTEN, (1,), 64, [("out", "*u32", out), ("count", "u32", 3)])
-    launch.run(schedule)
-    t = np.arange(64)[::-1]
-    assert (out == 3 * t * (t - 1) // 2).all()
-    assert launch.counters.tensors["out"].bytes_stored == 256
-    assert launch.counters.instructions["barrier"] == 2
+STORE = "mov.u32 %r9, %tid.x; mad.wide.u32 %rd9, %r9, 4, %rd1; st.global.u32 [%rd9], %r2;"
 
 
-def test_without_its_barrier_the_same_code_is_wrong_in_some_order():
-    broken = without(HAND_WRITTEN, r"bar\.sync")
-    results = []
-    for schedule in range(1, 9):
-        out = np.zeros(64, np.int32)
-        prepare(broken, (1,), 64, [("out", "*u32", out), ("count", "u32", 3)]).run(schedule)
-        results.append(out.tolist())
-    assert any(result != results[0] for result in results) or -1 in results[0]
-
-
-def test_text_that_is_no_ptx_is_refused():
-    with pytest.raises(PtxError, match="no kernel other among"):
-        parse(HAND_WRITTEN, "other")
-    with pytest.raises(PtxError, match="unknown name"):
-        parse(HAND_WRITTEN.replace("[out]", "[nowhere]"))
-    with pytest.raises(PtxError, match="unknown label"):
-        parse(HAND_WRITTEN.replace("bra LOOP", "bra NOWHERE"))
+def kernel_text(body: str, shared: int = 4096) -> str:
+    """A kernel of two pointers, in %rd1 and %rd2."""
+    return f"""
+    .visible .entry small(.param .u64 out, .param .u64 source) {{
+        .reg .pred %p<9>; .reg .b32 %r<19>; .reg .b64 %rd<19>;
+        .shared .align 16 .b8 area[{shared}];
+        ld.param.u64 %rd1, [out]; ld.param.u64 %rd2, [source];
+        {body}
+        ret;
+    }}"""
