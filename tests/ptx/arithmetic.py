@@ -35,8 +35,9 @@ def is_native(kind: str) -> bool:
 
 
 def truncated_divide(a, b):
-    quotient = np.abs(a.astype(np.float64) if a.itemsize < 8 else a) // np.maximum(np.abs(b), 1)
-    return np.where((a < 0) != (b < 0), -quotient, quotient).astype(a.dtype)
+    unsigned = np.dtype(f"u{a.itemsize}")  # holds the magnitude of the least integer too
+    quotient = np.abs(a).view(unsigned) // np.maximum(np.abs(b).view(unsigned), 1)
+    return np.where((a < 0) != (b < 0), -quotient.view(a.dtype), quotient.view(a.dtype))
 
 
 def divide(a, b):

@@ -91,9 +91,10 @@ class Compiled:
         lines[number] = change(lines[number])
         return replace(self, ptx="\n".join(lines))
 
-    def without(self, number: int) -> Compiled:
-        """With one line's instruction deleted."""
-        return self.edited(number, lambda line: "")
+    def without(self, *numbers: int) -> Compiled:
+        """With these lines' instructions deleted."""
+        lines = ["" if i in numbers else line for i, line in enumerate(self.ptx.splitlines())]
+        return replace(self, ptx="\n".join(lines))
 
 
 def compiled(
