@@ -55,14 +55,14 @@ def on(monkeypatch):
     def use(target: str) -> None:
         monkeypatch.setattr(backend_module, "current_target", lambda *device: TARGETS[target])
         monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton", "eager")})
+        monkeypatch.setattr(backend_module, "BACKEND", backend_module.TritonBackend("two_kernel"))
         dispatch._choose.cache_clear()
 
     yield use
     dispatch._choose.cache_clear()
 
 
-@pytest.mark.parametrize("schedule", [None, 7], ids=["lockstep", "random"])
-@pytest.mark.parametrize("dropout", [0.0, 0.25], ids=["", "dropout"])
+@pytest.mark.parametrize("dropout, schedule", [(0.0, None), (0.25, 7)], ids=["lockstep", "dropout, random"])
 @pytest.mark.parametrize("target", EXECUTED)
 def test_a_layers_forward_and_every_gradient(on, target, dropout, schedule):
     """Through `lora_linear`: the launches, their order and the dependent one are those of a training step."""
@@ -120,12 +120,7 @@ def test_a_result_does_not_depend_on_the_order_of_warps_and_blocks(target):
 @pytest.mark.parametrize("target", EXECUTED)
 def test_small_batches_take_one_launch(on, target, monkeypatch):
     on(target)
-    choose = backend_module.select
-    monkeypatch.setattr(
-        backend_module,
-        "select",
-        lambda problem, t, algorithm=None: choose(problem, t, algorithm or "decode"),
-    )
+    monkeypatch.setattr(backend_module, "BACKEND", backend_module.TritonBackend("decode"))
     x, w = torch.randn(5, 72).bfloat16(), torch.randn(40, 72).bfloat16()
     a, b = torch.randn(72, 8).bfloat16(), torch.randn(8, 40).bfloat16()
     with emulate(target) as executed, use_backend("triton"):

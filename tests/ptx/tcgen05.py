@@ -7,8 +7,8 @@ import re
 import numpy as np
 
 from tests.ptx.access import address_of, shared_index
-from tests.ptx.fragments import KIND_BYTES, RegisterBlock, whole_warps
-from tests.ptx.parser import Instr, PtxError
+from tests.ptx.fragments import KIND_BYTES, RegisterBlock, decode, whole_warps
+from tests.ptx.parser import Instr, Mem, PtxError
 from tests.ptx.strand import Run, Strand, opcode
 from tests.ptx.tma import barrier_at, barriers_of
 from tests.ptx.wgmma import operand_addresses, read_operand
@@ -75,21 +75,38 @@ def bind_tensor_access(instr: Instr, strand: Strand) -> Run:
     return run
 
 
-def multiply(machine, cta: int, kind: str, target: int, a: int, b: int, shape: int, keep: bool):
-    """D (+)= A B on tensor memory; shape is the 32-bit instruction descriptor."""
+def multiply(
+    machine,
+    cta: int,
+    kind: str,
+    target: int,
+    a: int,
+    b: int,
+    shape: int,
+    keep: bool,
+    in_memory: bool,
+):
+    """D (+)= A B on tensor memory; shape is the 32-bit instruction descriptor.
+
+    `a` is a shared-memory descriptor, or, where it is `in_memory`, a tensor-memory address: row i in lane i, 32 bits of its
+    elements a column.
+    """
     m, n = (shape >> 24 & 31) * 16, (shape >> 17 & 63) * 8
     if kind == "f16":
         kind = "bf16" if shape >> 7 & 7 == 1 else "f16"
     size = KIND_BYTES[kind]
     ks = np.arange(32 // size)
     rows = np.arange(m)
-    left, right = (
-        read_operand(machine, cta, operand_addresses(
-            desc, np.arange(extent), ks, size, bool(shape >> bit & 1), TCGEN05_SWIZZLE), kind)
-        for desc, extent, bit in ((a, m, 15), (b, n, 16))
-    )  # fmt: skip
-    lanes = (target >> 16) + (rows if m == 128 else rows // 16 * 32 + rows % 16)
-    place = cta, lanes[:, None], (target & 0xFFFF) + np.arange(n)
+    right = shared_operand(machine, cta, b, n, ks, size, shape >> 16, kind)
+    row_lanes = rows if m == 128 else rows // 16 * 32 + rows % 16
+    if in_memory:
+        words = machine.tensor_memory[
+            cta, (a >> 16) + row_lanes[:, None], (a & 0xFFFF) + np.arange(8)
+        ]
+        left = decode(np.ascontiguousarray(words).view(f"u{size}"), kind)
+    else:
+        left = shared_operand(machine, cta, a, m, ks, size, shape >> 15, kind)
+    place = cta, (target >> 16) + row_lanes[:, None], (target & 0xFFFF) + np.arange(n)
     total = left @ right.T
     if keep:
         total = total + machine.tensor_memory[place].view(np.float32)
@@ -97,26 +114,38 @@ def multiply(machine, cta: int, kind: str, target: int, a: int, b: int, shape: i
     machine.counters.flops += 2 * m * n * len(ks)
 
 
+def shared_operand(
+    machine, cta: int, descriptor: int, extent: int, ks, size: int, flags: int, kind: str
+):
+    """[extent, k] elements that a shared-memory descriptor describes; bit 0 of `flags`: stored transposed."""
+    rows = np.arange(extent)
+    where = operand_addresses(descriptor, rows, ks, size, bool(flags & 1), TCGEN05_SWIZZLE)
+    return read_operand(machine, cta, where, kind)
+
+
 @opcode("tcgen05.mma.cta_group::1.kind::f16", "tcgen05.mma.cta_group::1.kind::tf32")
 def bind_multiply(instr: Instr, strand: Strand) -> Run:
     """Queued per CTA: runs, in order, no earlier than a commit after it is waited for."""
     machine, kind = strand.machine, instr.mods[-1].removeprefix("kind::")
     target, a, b, shape, keep = instr.operands
-    if hasattr(a, "base") or "ws" in instr.mods:
+    in_memory = isinstance(a, Mem)
+    if "ws" in instr.mods:
         raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
     target_of = address_of(strand, target)
-    sources = [strand.source(o, k) for o, k in ((a, "u64"), (b, "u64"), (shape, "u32"))]
+    a_of = address_of(strand, a) if in_memory else strand.reader(a, "u64")
+    sources = [strand.source(o, k) for o, k in ((b, "u64"), (shape, "u32"))]
     flag = strand.source(keep, "pred")
 
     def run(where):
         for lane in strand.indices(where):
             cta = int(strand.cta[lane])
-            values = [int(np.broadcast_to(s, strand.lanes)[lane]) for s in sources]
+            values = [int(np.broadcast_to(s, strand.lanes)[lane]) for s in (a_of(), *sources)]
             kept = bool(np.broadcast_to(flag, strand.lanes)[lane])
             to = int(target_of()[lane])
             machine.tensor_work.setdefault(cta, []).append(
                 lambda cta=cta, to=to, values=values, kept=kept: multiply(
-                    machine, cta, kind, to, *values, kept))  # fmt: skip
+                    machine, cta, kind, to, *values, kept, in_memory
+                ))  # fmt: skip
 
     return run
 
