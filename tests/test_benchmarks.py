@@ -261,6 +261,10 @@ def test_a_wrong_contender_is_refused(where, told, monkeypatch):
     assert told in notes["addmm"] and {row.contender for row in rows} == {"frozen", "reference"}
     with pytest.raises(check.Wrong):
         linear.measure(case, ("ours[eager]",), QUICK, RATES, {})
+    failed = {}
+    rows = linear.measure(case, ("ours[eager]",), QUICK, RATES, {}, failed)
+    assert failed.popitem()[1].startswith("ours[eager]: ") and not failed
+    assert {row.contender for row in rows} == {"frozen", "reference"}
 
 
 @pytest.mark.parametrize("mode", linear.MODES)
@@ -542,6 +546,21 @@ def replace_ratios(found, factor):
     names = ("to_floor", "to_floor_low", "to_floor_high")
     rows = [replace(r, **{n: factor * getattr(r, n) for n in names}) for r in found.rows]
     return replace(found, rows=rows)
+
+
+def test_a_wrong_backend_fails_the_run_and_the_rest_is_kept(
+    tmp_path, capsys, fast_machine, monkeypatch
+):
+    eager = type(contenders.dispatch.get("eager"))
+    right = eager.shrink
+    monkeypatch.setattr(eager, "shrink", lambda *a, **k: right(*a, **k) * 1.01)
+    assert main([*BENCH, "--output", str(tmp_path / "a.json")]) == 1
+    assert "FAILED ours[eager], step of M=24" in capsys.readouterr().err
+    found = results.load(tmp_path / "a.json")
+    assert len(found.failed) == 1
+    names = {row.contender for row in found.rows}
+    assert "ours[eager]" not in names and {"frozen", "addmm"} <= names
+    assert "### Failed" in report.markdown({"a": (found, [])})
 
 
 def test_bench_as_json(capsys, fast_machine):

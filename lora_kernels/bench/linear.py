@@ -49,10 +49,11 @@ def measure(
     effort: Effort,
     ceilings: dict[str, float],
     left_out: dict[str, str] | None = None,
+    failed: dict[str, str] | None = None,
 ) -> list[Row]:
     """One row for each contender that can be built here, all checked against float64 first; the others go to `left_out`.
 
-    A contender of ours that is wrong raises `Wrong`; of others it is left out.
+    A contender of ours that is wrong, or raises, goes to `failed`, or is raised where that is None.
     """
     notes = {} if left_out is None else left_out
     problem = case.problem
@@ -67,9 +68,12 @@ def measure(
                 built = contenders.build(name, layer)
                 errors[name] = None if name == "frozen" else oracle.check(name, built)
             except Exception as error:
-                if name in contenders.OURS:
-                    raise
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+                if name in contenders.OURS:
+                    if failed is None:
+                        raise
+                    failed[f"{name}, {case.mode} of {problem}"] = reason
+                    continue
         if reason is None:
             calls[name] = as_call(built, x, dy, case.mode)
         else:

@@ -103,6 +103,9 @@ def _run(name: str, results: Results, plots: Sequence[Path]) -> Iterable[str]:
     if predicted:
         yield "### Predicted against measured"
         yield _predicted_tables(predicted, str(machine["device"]))
+    if results.failed:
+        yield "### Failed"
+        yield "\n".join(f"* {name}: {why}" for name, why in results.failed.items())
     if results.left_out:
         yield "### Not measured"
         yield "\n".join(f"* {name}: {why}" for name, why in results.left_out.items())

@@ -55,7 +55,7 @@ class Row:
 
 @dataclass
 class Results:
-    """The rows of one run on one machine, its ceilings, and what was not measured, with the reason."""
+    """The rows of one run on one machine, its ceilings, and what was not measured or failed, with the reason."""
 
     machine: dict[str, Any]
     versions: dict[str, Any]
@@ -65,6 +65,7 @@ class Results:
     ceilings: dict[str, float]
     rows: list[Row] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def of(self, **wanted: Any) -> list[Row]:
         """The rows whose fields have these values."""

@@ -29,8 +29,15 @@ class Order:
     command: str = ""
 
 
-def run(order: Order, say: Say = lambda text: None) -> Results:
-    """Measure an order, telling `say` what is going on."""
+def run(
+    order: Order,
+    say: Say = lambda text: None,
+    keep: Callable[[Results], object] = lambda results: None,
+) -> Results:
+    """Measure an order, telling `say` what is going on; `keep` gets what there is after each step, in case it is the last.
+
+    A backend of ours that fails on a problem is in `failed`, and the run goes on.
+    """
     say(f"measuring the ceilings of this machine ({order.device})")
     dtypes = sorted({case.problem.dtype for case in order.cases} | set(order.dtypes))
     rates = [d for d in dtypes if d != "float64"]
@@ -47,6 +54,7 @@ def run(order: Order, say: Say = lambda text: None) -> Results:
     for index, case in enumerate(wanted, 1):
         say(f"[{index}/{len(wanted)}] {case.suite} {case.label}: {case.mode}, {case.problem}")
         results.rows += case_rows(case, order.names, order.effort, results)
+        keep(results)
     if "training" in order.suites:
         for which in training.MODELS:
             for dtype in order.dtypes if which == "block" else ("float32",):
@@ -55,9 +63,11 @@ def run(order: Order, say: Say = lambda text: None) -> Results:
                 results.rows += training.measure(
                     which, order.device, effort, results.left_out, dtype=dtype
                 )
+                keep(results)
     if "overhead" in order.suites:
         say("overhead of a call")
         results.rows += overhead.measure(order.device, order.effort, results.left_out)
+        keep(results)
     if "memory" in order.suites:
         results.rows += _memory_rows(order, results, say)
     say(f"done in {time.perf_counter() - begin:.0f} s")
@@ -69,7 +79,7 @@ def case_rows(case: Case, names: tuple[str, ...], effort: Effort, results: Resul
     if case.suite == "growth":
         names = tuple(name for name in names if name in GROWTH_NAMES or name.startswith("ours"))
     names = linear.with_backends(names, case.problem)
-    return linear.measure(case, names, effort, results.ceilings, results.left_out)
+    return linear.measure(case, names, effort, results.ceilings, results.left_out, results.failed)
 
 
 def _memory_rows(order: Order, results: Results, say: Say) -> list[Row]:

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0, or 1 where --compare found something slower or missing."""
+    """0; 1 where one of our backends failed or was wrong, or --compare found something slower or missing."""
     from lora_kernels.bench import compare, report, results
     from lora_kernels.bench import run as runner
 
@@ -57,9 +57,17 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--fail-over must be more than 1, got {args.fail_over}")
         baseline = results.load(results.find([args.compare])[0])
     order = _order(args, baseline)
-    found = runner.run(order, _say)
+
+    def keep(so_far: Any) -> None:
+        if args.output is not None:
+            results.save(so_far, _file(args, so_far))
+
+    found = runner.run(order, _say, keep)
+    keep(found)
     if args.output is not None:
-        _say(f"written to {results.save(found, _file(args, found))}")
+        _say(f"written to {_file(args, found)}")
+    for what, why in found.failed.items():
+        _say(f"FAILED {what}: {why}")
     verdicts: list[Any] = []
     if baseline is not None:
         verdicts = compare.compare(baseline, found, args.fail_over, _again(order, found))
@@ -70,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({**asdict(found), "comparison": told}, indent=1))
     else:
         print("\n".join(map(str, verdicts)) if baseline is not None else report.plain_table(found))
-    return 1 if any(verdict.slower for verdict in verdicts) else 0
+    return 1 if found.failed or any(verdict.slower for verdict in verdicts) else 0
 
 
 def device_of(asked: str | None) -> str:
