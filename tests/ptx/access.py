@@ -92,15 +92,26 @@ def bind_load(instr: Instr, strand: Strand) -> Run:
 
 
 def load_param(strand: Strand, dtype: np.dtype, targets: list, mem: Mem) -> Run:
-    offset = int(mem.base.text) - PARAM_WINDOW + mem.offset
-    stop = offset + dtype.itemsize * len(targets)
-    values = strand.machine.params[offset:stop].view(dtype)
+    addresses_of = address_of(strand, mem)
+    stretch = np.arange(dtype.itemsize * len(targets))
+    if isinstance(mem.base, Imm):  # the same for all, and known now
+        start = int(addresses_of()[0]) - PARAM_WINDOW
+        values = strand.machine.params[start + stretch].view(dtype)
 
-    def run(where):
-        for target, value in zip(targets, values, strict=True):
-            np.copyto(target, value, where=where)
+        def run(where):
+            for target, value in zip(targets, values, strict=True):
+                np.copyto(target, value, where=where)
 
-    return run
+        return run
+
+    def gather(where):
+        lanes = strand.indices(where)
+        start = addresses_of()[lanes] - PARAM_WINDOW
+        words = strand.machine.params[start[:, None] + stretch].view(dtype)
+        for target, word in zip(targets, words.T, strict=True):
+            target[lanes] = word
+
+    return gather
 
 
 @opcode("st")
