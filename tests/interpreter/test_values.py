@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton import decode, one_pass, partials, shrink
-from lora_kernels.dropout import Dropout, keep_mask
+from lora_kernels.dropout import Dropout, _philox, keep_mask
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter.conftest import VARIANTS, on_target, small_tiles
@@ -41,6 +41,20 @@ def test_dropout_mask_bit_for_bit(seed, p, cols, triton_backend):
     for result in (s, tail, reduced, s_one):
         assert torch.equal(result != 0, expected)
         assert torch.allclose(result[expected], torch.tensor(1 / (1 - p)))
+
+
+def test_a_word_that_is_the_threshold_is_kept(triton_backend):
+    """p such that the first element's word is round(p·2³²) exactly: the mask keeps words that are not below it."""
+    seed = torch.tensor(99)
+    word = _philox(seed, torch.zeros(1, dtype=torch.int64))[0, 0].item()
+    s = triton_backend("two_kernel").shrink(
+        torch.ones(1, 1), torch.ones(1, 1), 1.0, Dropout(word / 2**32, seed)
+    )
+    assert s.item() > 0
+    s = triton_backend("two_kernel").shrink(
+        torch.ones(1, 1), torch.ones(1, 1), 1.0, Dropout((word + 1) / 2**32, seed)
+    )
+    assert s.item() == 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
