@@ -1,9 +1,10 @@
 // decode: y = x·w + bias + s·b and s = alpha·x·a for at most 32 tokens, in one pass over w.
 //
-// Block (tile, split) multiplies all tokens by one tile of w's rows over one slice of k, and by all of a over that slice,
-// so that a block reads no byte of w, x or a twice. Warps take turns in k and are added in warp order. With more than one
-// slice the block stores its sums; whichever block of a tile arrives last adds all slices in index order and finishes the
-// tile. So sizes alone decide the order of every sum, and no block ever waits for another.
+// Block (tile, split) multiplies all tokens by one tile of w's rows over one slice of k, and by all
+// of a over that slice, so that a block reads no byte of w, x or a twice. Warps take turns in k and
+// are added in warp order. With more than one slice the block stores its sums; whichever block of a
+// tile arrives last adds all slices in index order and finishes the tile. So sizes alone decide the
+// order of every sum, and no block ever waits for another.
 #pragma once
 
 #include "fma_tile.cuh"
@@ -14,23 +15,24 @@ namespace lora_kernels {
 constexpr int WARPS = 4, THREADS = 32 * WARPS, MAX_TOKENS = 32, RANK_CHUNK = 32;
 
 struct Decode {
-  Rows x, w, a;         // [M, K], [N, K], [R, K] as rows; a is not read by tiles without ranks
-  const void* b;        // [R, N]
+  Rows x, w, a;   // [M, K], [N, K], [R, K] as rows; a is not read by tiles without ranks
+  const void* b;  // [R, N]
   int64_t b_row, b_col;
-  const void* bias;     // [N] or null
-  const float* s_given; // [M, R] or null: then s is computed from a
+  const void* bias;       // [N] or null
+  const float* s_given;   // [M, R] or null: then s is computed from a
   const float* alpha_at;  // read on the device if not null, else `alpha` holds
-  void* y;              // [M, N]
-  float* s;             // [M, R], written if a is multiplied
-  float* partials;      // [tiles, splits, M, ROWS + RANKS]
-  int* arrived;         // [tiles], zero before and after
+  void* y;                // [M, N]
+  float* s;               // [M, R], written if a is multiplied
+  float* partials;        // [tiles, splits, M, ROWS + RANKS]
+  int* arrived;           // [tiles], zero before and after
   float alpha;
-  int k, rank, chunk;   // chunk: the k that a split takes, a multiple of the tile's STEP
+  int k, rank, chunk;  // chunk: the k that a split takes, a multiple of the tile's STEP
   bool b_float, y_float;
-  bool scale_y;         // y = alpha·x·w: the skinny product alone
+  bool scale_y;  // y = alpha·x·w: the skinny product alone
 };
 
-// Both tiles keep row (COUNT/8)·g + i of "rows adjacent" operands, and row 8i + g of k-major ones, in slot 8i + g.
+// Both tiles keep row (COUNT/8)·g + i of "rows adjacent" operands, and row 8i + g of k-major ones,
+// in slot 8i + g.
 template <int COUNT>
 __device__ int row_of_slot(int slot, bool k_major) {
   return k_major ? slot : COUNT / 8 * (slot % 8) + slot / 8;
@@ -46,13 +48,16 @@ __device__ float element(const void* p, int64_t i, bool is_float) {
   return is_float ? static_cast<const float*>(p)[i] : to_float(static_cast<const T*>(p)[i]);
 }
 
-// Stores this split's sums; true in the block that finds all others' stored, with the ordered total in `sums`.
+// Stores this split's sums; true in the block that finds all others' stored, with the ordered total
+// in `sums`.
 template <int SLOTS, int PITCH>
 __device__ bool combine_splits(const Decode& p, float* sums) {
   const int tile = blockIdx.x, splits = gridDim.y, tokens = p.x.count;
-  float4* mine = reinterpret_cast<float4*>(p.partials) + (int64_t(tile) * splits + blockIdx.y) * tokens * (SLOTS / 4);
+  float4* mine = reinterpret_cast<float4*>(p.partials) +
+                 (int64_t(tile) * splits + blockIdx.y) * tokens * (SLOTS / 4);
   for (int i = threadIdx.x; i < tokens * (SLOTS / 4); i += THREADS) {
-    mine[i] = *reinterpret_cast<const float4*>(sums + i / (SLOTS / 4) * PITCH + i % (SLOTS / 4) * 4);
+    mine[i] =
+        *reinterpret_cast<const float4*>(sums + i / (SLOTS / 4) * PITCH + i % (SLOTS / 4) * 4);
   }
   __shared__ bool last;
   __threadfence();
@@ -64,7 +69,8 @@ __device__ bool combine_splits(const Decode& p, float* sums) {
   __syncthreads();
   if (!last) return false;
   __threadfence();
-  const float4* first = reinterpret_cast<const float4*>(p.partials) + int64_t(tile) * splits * tokens * (SLOTS / 4);
+  const float4* first =
+      reinterpret_cast<const float4*>(p.partials) + int64_t(tile) * splits * tokens * (SLOTS / 4);
   for (int i = threadIdx.x; i < tokens * (SLOTS / 4); i += THREADS) {
     float4 total = __ldcg(first + i);
 #pragma unroll 4
@@ -82,7 +88,8 @@ template <class Tile, bool W_K_MAJOR>
 __global__ void __launch_bounds__(THREADS, 2) decode_kernel(const __grid_constant__ Decode p) {
   using T = typename Tile::Element;
   constexpr int SLOTS = Tile::ROWS + Tile::RANKS;
-  constexpr int PITCH = SLOTS + 4;  // 4 mod 16: the 8 x 4 threads of a warp deposit into 32 different banks
+  constexpr int PITCH =
+      SLOTS + 4;  // 4 mod 16: the 8 x 4 threads of a warp deposit into 32 different banks
   constexpr int STRIDE = WARPS * Tile::STEP;
   const int row0 = blockIdx.x * Tile::ROWS, warp = threadIdx.x / 32;
   const int k_begin = blockIdx.y * p.chunk, k_end = min(p.k, k_begin + p.chunk);
@@ -130,7 +137,8 @@ __global__ void __launch_bounds__(THREADS, 2) decode_kernel(const __grid_constan
       for (int r = 0; r < ranks; ++r) {
         const float b = element<T>(p.b, (r0 + r) * p.b_row + n * p.b_col, p.b_float);
 #pragma unroll
-        for (int i = 0; i < PER_THREAD; ++i) lowrank[i] = fmaf(s[m0 + i * GROUPS][r], b, lowrank[i]);
+        for (int i = 0; i < PER_THREAD; ++i)
+          lowrank[i] = fmaf(s[m0 + i * GROUPS][r], b, lowrank[i]);
       }
     }
   }

@@ -1,14 +1,16 @@
-// A warp's tile of x·w for float32 w (or float32 a beside a half x): exact float32 products, no tensor cores, no TF32.
+// A warp's tile of x·w for float32 w (or float32 a beside a half x): exact float32 products, no
+// tensor cores, no TF32.
 //
-// Thread (g, t) = (lane / 4, lane % 4) takes k = 4t .. 4t+3 of a step of 16 and four rows; the four threads of a group are
-// added once at the end.
+// Thread (g, t) = (lane / 4, lane % 4) takes k = 4t .. 4t+3 of a step of 16 and four rows; the four
+// threads of a group are added once at the end.
 #pragma once
 
 #include "operands.cuh"
 
 namespace lora_kernels {
 
-// Sums of 32 rows of w with 8·TOKEN_TILES tokens. It has no rows of a: their sums would not fit the registers.
+// Sums of 32 rows of w with 8·TOKEN_TILES tokens. It has no rows of a: their sums would not fit the
+// registers.
 template <class T, int TOKEN_TILES, bool W_K_MAJOR>
 struct FmaTile {
   using Element = T;
@@ -29,11 +31,13 @@ struct FmaTile {
       if constexpr (W_K_MAJOR) {
         const int row = row0 + 8 * i + g;
         const int valid = row < rows.count ? k_end - k : 0;
-        weights.run[i] = load_run<float4, float, 4, true>(data + row * rows.stride + k, valid, vector);
+        weights.run[i] =
+            load_run<float4, float, 4, true>(data + row * rows.stride + k, valid, vector);
       } else {
         const int row = row0 + 4 * g;
         const int valid = k + i < k_end ? rows.count - row : 0;
-        weights.run[i] = load_run<float4, float, 4, true>(data + (k + i) * rows.stride + row, valid, vector);
+        weights.run[i] =
+            load_run<float4, float, 4, true>(data + (k + i) * rows.stride + row, valid, vector);
       }
     }
   }
@@ -73,7 +77,9 @@ struct FmaTile {
   }
 
  private:
-  __device__ static float component(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+  __device__ static float component(const float4& v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+  }
 
   __device__ static void load_x(float (&x)[4], const Rows& rows, int m, int k, int k_end) {
     const T* p = static_cast<const T*>(rows.data) + m * rows.stride + k;
@@ -86,7 +92,8 @@ struct FmaTile {
         uint2 run;
         uint16_t bits[4];
       };
-      run = load_run<uint2, uint16_t, 4, false>(reinterpret_cast<const uint16_t*>(p), valid, rows.align >= 8);
+      run = load_run<uint2, uint16_t, 4, false>(reinterpret_cast<const uint16_t*>(p), valid,
+                                                rows.align >= 8);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         T v;

@@ -1,7 +1,6 @@
 // All kernels that ship: every instance that the launchers can pick.
-#include "launch.h"
-
 #include "decode_kernel.cuh"
+#include "launch.h"
 #include "reduce_outer_kernel.cuh"
 
 namespace lora_kernels {
@@ -17,7 +16,8 @@ cudaError_t launch_tile(const Decode& p, int splits, cudaStream_t stream) {
 template <class T, int TOKEN_TILES>
 cudaError_t launch_mma(const Decode& p, int fused_rank, int splits, cudaStream_t stream) {
   if (!p.w.k_major) return launch_tile<MmaTile<T, TOKEN_TILES, 0, false>, false>(p, splits, stream);
-  if (fused_rank > 16) return launch_tile<MmaTile<T, TOKEN_TILES, 2, true>, true>(p, splits, stream);
+  if (fused_rank > 16)
+    return launch_tile<MmaTile<T, TOKEN_TILES, 2, true>, true>(p, splits, stream);
   if (fused_rank > 0) return launch_tile<MmaTile<T, TOKEN_TILES, 1, true>, true>(p, splits, stream);
   return launch_tile<MmaTile<T, TOKEN_TILES, 0, true>, true>(p, splits, stream);
 }
@@ -29,7 +29,8 @@ cudaError_t launch_fma(const Decode& p, int splits, cudaStream_t stream) {
 }
 
 template <class T>
-cudaError_t launch_tokens(const Decode& p, Type w, int fused_rank, int splits, cudaStream_t stream) {
+cudaError_t launch_tokens(const Decode& p, Type w, int fused_rank, int splits,
+                          cudaStream_t stream) {
   const int tokens = p.x.count;
   if constexpr (sizeof(T) == 2) {
     if (w != Type::float32) {
@@ -45,7 +46,8 @@ cudaError_t launch_tokens(const Decode& p, Type w, int fused_rank, int splits, c
 
 template <class T, class Out>
 cudaError_t launch_outer(const ReduceOuter& p, cudaStream_t stream) {
-  const dim3 grid((p.columns + OUTER_THREADS - 1) / OUTER_THREADS, (p.rank + OUTER_RANKS - 1) / OUTER_RANKS);
+  const dim3 grid((p.columns + OUTER_THREADS - 1) / OUTER_THREADS,
+                  (p.rank + OUTER_RANKS - 1) / OUTER_RANKS);
   reduce_outer_kernel<T, Out><<<grid, OUTER_THREADS, 0, stream>>>(p);
   return cudaGetLastError();
 }
@@ -56,7 +58,8 @@ int rows_per_tile(Type w) { return w == Type::float32 ? 32 : 64; }
 
 int ranks_per_tile(int fused_rank) { return (fused_rank + 15) / 16 * 16; }
 
-cudaError_t launch_decode(const Decode& p, Type x, Type w, int fused_rank, int splits, cudaStream_t stream) {
+cudaError_t launch_decode(const Decode& p, Type x, Type w, int fused_rank, int splits,
+                          cudaStream_t stream) {
   if (x == Type::float32) return launch_tokens<float>(p, w, fused_rank, splits, stream);
   if (x == Type::float16) return launch_tokens<__half>(p, w, fused_rank, splits, stream);
   return launch_tokens<__nv_bfloat16>(p, w, fused_rank, splits, stream);
@@ -65,7 +68,8 @@ cudaError_t launch_decode(const Decode& p, Type x, Type w, int fused_rank, int s
 cudaError_t launch_reduce_outer(const ReduceOuter& p, Type wide, Type out, cudaStream_t stream) {
   if (wide == Type::float32) return launch_outer<float, float>(p, stream);
   if (wide == Type::float16) {
-    return out == Type::float32 ? launch_outer<__half, float>(p, stream) : launch_outer<__half, __half>(p, stream);
+    return out == Type::float32 ? launch_outer<__half, float>(p, stream)
+                                : launch_outer<__half, __half>(p, stream);
   }
   return out == Type::float32 ? launch_outer<__nv_bfloat16, float>(p, stream)
                               : launch_outer<__nv_bfloat16, __nv_bfloat16>(p, stream);

@@ -13,11 +13,14 @@ enum class Type { float32, float16, bfloat16 };
 // Rows of w that one block takes: the unit of `tiles` in Decode::partials and Decode::arrived.
 int rows_per_tile(Type w);
 
-// Ranks that Decode::partials holds beside them: `rank` rounded up if a is multiplied in the same pass, else 0.
+// Ranks that Decode::partials holds beside them: `rank` rounded up if a is multiplied in the same
+// pass, else 0.
 int ranks_per_tile(int fused_rank);
 
-// w is x's type, or float32 beside a half x. fused_rank: a's rows, at most 32, if s comes out of this pass; else 0.
-cudaError_t launch_decode(const Decode& p, Type x, Type w, int fused_rank, int splits, cudaStream_t stream);
+// w is x's type, or float32 beside a half x. fused_rank: a's rows, at most 32, if s comes out of
+// this pass; else 0.
+cudaError_t launch_decode(const Decode& p, Type x, Type w, int fused_rank, int splits,
+                          cudaStream_t stream);
 
 // out is wide's type or float32.
 cudaError_t launch_reduce_outer(const ReduceOuter& p, Type wide, Type out, cudaStream_t stream);

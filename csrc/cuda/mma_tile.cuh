@@ -1,24 +1,30 @@
-// A warp's tile of x·w and x·a for bfloat16 and float16, on mma.sync m16n8k16: rows of w are the M operand, tokens the N.
+// A warp's tile of x·w and x·a for bfloat16 and float16, on mma.sync m16n8k16: rows of w are the M
+// operand, tokens the N.
 //
-// The order of k inside a step is free as long as both operands agree. Thread (g, t) = (lane / 4, lane % 4) takes
-// k = 8t .. 8t+7 of a step of 32, which is one 16-byte load a row; a step is two mma, the first on k = 8t .. 8t+3.
-// The order of rows is free too: with rows adjacent in memory thread g takes 2·TILES neighbouring ones, one load a k.
+// The order of k inside a step is free as long as both operands agree. Thread (g, t) = (lane / 4,
+// lane % 4) takes k = 8t .. 8t+7 of a step of 32, which is one 16-byte load a row; a step is two
+// mma, the first on k = 8t .. 8t+3. The order of rows is free too: with rows adjacent in memory
+// thread g takes 2·TILES neighbouring ones, one load a k.
 #pragma once
 
 #include "operands.cuh"
 
 namespace lora_kernels {
 
-__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                           __nv_bfloat16) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                           __half) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -26,13 +32,20 @@ __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
 template <int TILES>
 struct VectorOf;
 template <>
-struct VectorOf<1> { using type = unsigned; };
+struct VectorOf<1> {
+  using type = unsigned;
+};
 template <>
-struct VectorOf<2> { using type = uint2; };
+struct VectorOf<2> {
+  using type = uint2;
+};
 template <>
-struct VectorOf<4> { using type = uint4; };
+struct VectorOf<4> {
+  using type = uint4;
+};
 
-// A thread's share of 16·TILES rows and 32 k, as loaded: nothing waits for the data until `operand` asks for it.
+// A thread's share of 16·TILES rows and 32 k, as loaded: nothing waits for the data until `operand`
+// asks for it.
 template <int TILES, bool STREAM>
 struct Fragment {
   uint32_t word[8 * TILES];
@@ -46,8 +59,10 @@ struct Fragment {
       for (int i = 0; i < 2 * TILES; ++i) {  // tile i / 2, upper or lower eight rows
         const int row = row0 + 8 * i + g;
         const int valid = row < rows.count ? k_end - k : 0;
-        const uint4 run = load_run<uint4, uint16_t, 8, STREAM>(data + row * rows.stride + k, valid, vector);
-        word[4 * i] = run.x, word[4 * i + 1] = run.y, word[4 * i + 2] = run.z, word[4 * i + 3] = run.w;
+        const uint4 run =
+            load_run<uint4, uint16_t, 8, STREAM>(data + row * rows.stride + k, valid, vector);
+        word[4 * i] = run.x, word[4 * i + 1] = run.y, word[4 * i + 2] = run.z,
+                 word[4 * i + 3] = run.w;
       }
     } else {
       using Vector = typename VectorOf<TILES>::type;
@@ -60,7 +75,8 @@ struct Fragment {
           Vector run;
           uint32_t part[TILES];
         };
-        run = load_run<Vector, uint16_t, 2 * TILES, STREAM>(data + (k + i) * rows.stride + row, valid, vector);
+        run = load_run<Vector, uint16_t, 2 * TILES, STREAM>(data + (k + i) * rows.stride + row,
+                                                            valid, vector);
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) word[TILES * i + tile] = part[tile];
       }
@@ -98,7 +114,8 @@ struct MmaTile {
     weights.load(rows, W_K_MAJOR, row0, k, k_end);
   }
 
-  __device__ void step(const Weights& weights, const Rows& x_rows, const Rows& a_rows, int k, int k_end) {
+  __device__ void step(const Weights& weights, const Rows& x_rows, const Rows& a_rows, int k,
+                       int k_end) {
     Fragment<RANK_TILES ? RANK_TILES : 1, false> adapters;
     if constexpr (RANK_TILES > 0) adapters.load(a_rows, a_rows.k_major, 0, k, k_end);
     uint4 x[TOKEN_TILES];
@@ -108,8 +125,7 @@ struct MmaTile {
       const int m = 8 * token + g;
       x[token] = load_run<uint4, uint16_t, 8, false>(
           static_cast<const uint16_t*>(x_rows.data) + m * x_rows.stride + k_x,
-          m < x_rows.count ? k_end - k_x : 0,
-          x_rows.align >= 16);
+          m < x_rows.count ? k_end - k_x : 0, x_rows.align >= 16);
     }
     multiply(w, weights, W_K_MAJOR, x);
     if constexpr (RANK_TILES > 0) {
@@ -129,8 +145,9 @@ struct MmaTile {
 
  private:
   template <int TILES, bool STREAM>
-  __device__ static void multiply(
-      float (&c)[TILES][TOKEN_TILES][4], const Fragment<TILES, STREAM>& rows, bool k_major, const uint4 (&x)[TOKEN_TILES]) {
+  __device__ static void multiply(float (&c)[TILES][TOKEN_TILES][4],
+                                  const Fragment<TILES, STREAM>& rows, bool k_major,
+                                  const uint4 (&x)[TOKEN_TILES]) {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
@@ -147,7 +164,8 @@ struct MmaTile {
   }
 
   template <int TILES>
-  __device__ static void deposit_part(const float (&c)[TILES][TOKEN_TILES][4], float* sums, int pitch, bool first) {
+  __device__ static void deposit_part(const float (&c)[TILES][TOKEN_TILES][4], float* sums,
+                                      int pitch, bool first) {
     const int g = (threadIdx.x % 32) / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {

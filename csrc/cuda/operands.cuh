@@ -9,13 +9,15 @@
 
 namespace lora_kernels {
 
-// `count` rows of K elements: w is N rows, a is R rows, x is M rows. Either the elements of a row are adjacent in memory
-// (k_major) and `stride` leads to the next row, or the rows' k-th elements are adjacent and `stride` leads to the next k.
+// `count` rows of K elements: w is N rows, a is R rows, x is M rows. Either the elements of a row
+// are adjacent in memory (k_major) and `stride` leads to the next row, or the rows' k-th elements
+// are adjacent and `stride` leads to the next k.
 struct Rows {
   const void* data;
   int64_t stride;
   int count;
-  int align;  // bytes that divide the address, the stride and the length of every contiguous run; at most 16
+  int align;  // bytes that divide the address, the stride and the length of every contiguous run;
+              // at most 16
   bool k_major;
 };
 
@@ -26,13 +28,20 @@ __device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); 
 template <class T>
 __device__ T from_float(float v);
 template <>
-__device__ inline float from_float<float>(float v) { return v; }
+__device__ inline float from_float<float>(float v) {
+  return v;
+}
 template <>
-__device__ inline __half from_float<__half>(float v) { return __float2half_rn(v); }
+__device__ inline __half from_float<__half>(float v) {
+  return __float2half_rn(v);
+}
 template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
 
-// One load of sizeof(V) bytes. w streams past the caches' reuse order: each of its bytes is read once per call.
+// One load of sizeof(V) bytes. w streams past the caches' reuse order: each of its bytes is read
+// once per call.
 template <class V, bool STREAM>
 __device__ V load_vector(const void* address) {
   const V* p = static_cast<const V*>(address);
@@ -40,8 +49,9 @@ __device__ V load_vector(const void* address) {
   return __ldg(p);
 }
 
-// `COUNT` adjacent elements as one vector V, or one by one where the alignment forbids that; elements from `valid` on
-// are zero and not read. With an alignment of sizeof(V) the runs' lengths are multiples of COUNT: all or none is valid.
+// `COUNT` adjacent elements as one vector V, or one by one where the alignment forbids that;
+// elements from `valid` on are zero and not read. With an alignment of sizeof(V) the runs' lengths
+// are multiples of COUNT: all or none is valid.
 template <class V, class Bits, int COUNT, bool STREAM>
 __device__ V load_run(const Bits* p, int valid, bool vector) {
   static_assert(sizeof(V) == COUNT * sizeof(Bits));
@@ -57,7 +67,8 @@ __device__ V load_run(const Bits* p, int valid, bool vector) {
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) run.part[i] = i < valid ? load_vector<Bits, STREAM>(p + i) : Bits(0);
+    for (int i = 0; i < COUNT; ++i)
+      run.part[i] = i < valid ? load_vector<Bits, STREAM>(p + i) : Bits(0);
   }
   return run.whole;
 }

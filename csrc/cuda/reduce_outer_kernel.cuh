@@ -1,6 +1,8 @@
-// reduce_outer: out = leftᵀ·right over at most 32 tokens, one operand wide (x or dy) and the other skinny (q or s).
+// reduce_outer: out = leftᵀ·right over at most 32 tokens, one operand wide (x or dy) and the other
+// skinny (q or s).
 //
-// A thread keeps one column of the wide operand in registers and multiplies it by eight columns of the skinny one.
+// A thread keeps one column of the wide operand in registers and multiplies it by eight columns of
+// the skinny one.
 #pragma once
 
 #include "operands.cuh"
@@ -18,13 +20,15 @@ struct ReduceOuter {
 };
 
 template <class T, class Out>
-__global__ void __launch_bounds__(OUTER_THREADS) reduce_outer_kernel(const __grid_constant__ ReduceOuter p) {
+__global__ void __launch_bounds__(OUTER_THREADS)
+    reduce_outer_kernel(const __grid_constant__ ReduceOuter p) {
   const int column = blockIdx.x * OUTER_THREADS + threadIdx.x, r0 = blockIdx.y * OUTER_RANKS;
   if (column >= p.columns) return;
   const T* wide = static_cast<const T*>(p.wide) + column * p.wide_column;
   float v[OUTER_TOKENS];
 #pragma unroll
-  for (int m = 0; m < OUTER_TOKENS; ++m) v[m] = m < p.tokens ? to_float(wide[m * p.wide_row]) : 0.0f;
+  for (int m = 0; m < OUTER_TOKENS; ++m)
+    v[m] = m < p.tokens ? to_float(wide[m * p.wide_row]) : 0.0f;
   Out* out = static_cast<Out*>(p.out) + column * p.out_column;
   for (int r = r0; r < min(r0 + OUTER_RANKS, p.rank); ++r) {
     float sum = 0.0f;

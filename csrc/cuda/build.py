@@ -1,0 +1,62 @@
+"""Compiles the CUDA extension with nvcc: against any torch, a CPU-only one too, as it uses the stable ABI alone."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+SOURCES = ("bindings.cu", "launch.cu")
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+_HERE = Path(__file__).resolve().parent
+
+
+def build(output: Path, *, archs: Sequence[str] | None = None) -> str:
+    """Write the shared library `output` for the compute capabilities `archs` ("80", ...); returns what nvcc printed.
+
+    The newest capability's PTX is included, for GPUs to come. FileNotFoundError without nvcc; RuntimeError with nvcc's own
+    words when it fails.
+    """
+    import torch
+
+    archs = ARCHITECTURES if archs is None else tuple(archs)
+    include = Path(torch.__file__).parent / "include"
+    command = [
+        nvcc(),
+        "-std=c++20",
+        "-O3",
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",  # 2.10, the oldest that is supported
+        f"-I{include}",
+        *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
+        f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}",
+        "-Xcompiler=-fPIC",
+        "-Xptxas=-v",
+        "-shared",
+        "--threads=0",
+        *(str(_HERE / name) for name in SOURCES),
+        "-o",
+        str(output),
+    ]
+    return _run(command)
+
+
+def ptx(output: Path, arch: str) -> None:
+    """Write the kernels' PTX for one compute capability."""
+    _run([nvcc(), "-std=c++20", "-O3", "-ptx", f"-arch=sm_{arch}", str(_HERE / "launch.cu"), "-o", str(output)])
+
+
+def nvcc() -> str:
+    """The compiler on the PATH; FileNotFoundError if there is none."""
+    found = shutil.which("nvcc")
+    if found is None:
+        raise FileNotFoundError("nvcc must be on the PATH to build the CUDA extension")
+    return found
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed:\n{done.stderr[-4000:]}")
+    return done.stdout + done.stderr
