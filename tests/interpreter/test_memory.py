@@ -45,7 +45,7 @@ def every_product(backend, case: Case) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_program_order_changes_no_bit(variant, dropout, triton_backend):
     backend = triton_backend(variant)
-    case = Case(61, 75, 88, 20, dtype=torch.bfloat16, dropout=dropout)
+    case = Case(45, 50, 56, 20, dtype=torch.bfloat16, dropout=dropout)
     ascending = every_product(backend, case)
     for order in ("descending", "shuffled"):
         with strict.program_order(order):

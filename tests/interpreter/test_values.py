@@ -121,7 +121,7 @@ _SHIPPED = [
 ]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("case", _SHIPPED, ids=str)
 def test_tiles_that_select_picks(case, target, monkeypatch):
     on_target(monkeypatch, target)
@@ -146,7 +146,7 @@ _DTYPES = st.sampled_from(
 )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(
     sizes=st.tuples(st.integers(1, 70), st.integers(1, 70), st.integers(1, 90), st.integers(1, 40)),
     dtypes=_DTYPES,
