@@ -44,7 +44,18 @@ def build(output: Path, *, archs: Sequence[str] | None = None) -> str:
 
 def ptx(output: Path, arch: str) -> None:
     """Write the kernels' PTX for one compute capability."""
-    _run([nvcc(), "-std=c++20", "-O3", "-ptx", f"-arch=sm_{arch}", str(_HERE / "launch.cu"), "-o", str(output)])
+    _run(
+        [
+            nvcc(),
+            "-std=c++20",
+            "-O3",
+            "-ptx",
+            f"-arch=sm_{arch}",
+            str(_HERE / "launch.cu"),
+            "-o",
+            str(output),
+        ]
+    )
 
 
 def nvcc() -> str:

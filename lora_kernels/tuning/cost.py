@@ -7,6 +7,7 @@ frozen      max(2·M·N·K / P, bytes / W)
 two_kernel  frozen / efficiency · (1 + r/K) + shrink + gap          shrink = e·M·K / 0.9·W, hidden in part on sm_90+
 one_pass    frozen / efficiency · (1 + side + r/K)                  side: x·a again for each block of columns
 decode      (bytes + re-read a) / 0.92·W
+cuda_decode the same by the CUDA C++ kernel
 aten        frozen + shrink + 1.25 passes over y + 2 gaps           y = s·b + bias, then y += x·w by the vendor's library
 addmm       frozen + shrink + 2 passes over y + 2 gaps              the usual hand-written form
 naive       frozen + shrink + 6 passes over y + 4 gaps              one PyTorch operation after the other
@@ -85,6 +86,12 @@ def predict_us(
         again_us = blocks * problem.K * ranks * size / (target.l2_gbs * 1e3)
         stream_us = problem.frozen_bytes / (0.92 * target.bandwidth_gbs * 1e3)
         return max(stream_us, again_us, MIN_KERNEL_US) + adapter_grads
+    if (
+        algorithm == "cuda_decode"
+    ):  # a block reads no byte of W, x or A twice; A once for each block of columns
+        again_us = math.ceil(problem.N / 64) * problem.K * problem.R * size / (target.l2_gbs * 1e3)
+        stream_us = problem.frozen_bytes / (0.92 * target.bandwidth_gbs * 1e3)
+        return max(stream_us + 0.5, again_us, MIN_KERNEL_US) + adapter_grads
     tail = ranks / max(problem.K, 1)
     main = frozen / (efficiency(config, target) * relative_rate(problem, target, config))
     if algorithm == "two_kernel":
