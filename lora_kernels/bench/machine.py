@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -22,13 +23,14 @@ _PACKAGES = ("torch", "triton", "peft", "transformers")
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Name, cores or multiprocessors, clocks as far as they can be told."""
+    """Name, cores or multiprocessors, clocks and the load before the run, as far as they can be told."""
     facts: dict[str, Any] = {
         "device": device,
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "",
     }
     if device == "cuda":
         properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())

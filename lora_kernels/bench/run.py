@@ -49,6 +49,8 @@ def run(
         order.command,
         machine.ceilings(order.device, rates),
     )
+    if isinstance(results.machine["load"], float) and results.machine["load"] > 0.5:
+        say(f"the machine is busy (load {results.machine['load']}): times will be noisy")
     wanted = [case for case in order.cases if case.suite in order.suites]
     begin = time.perf_counter()
     for index, case in enumerate(wanted, 1):
