@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lora_kernels import LinearWithLoRA, freeze_base, lora_linear
+from lora_kernels import LinearWithLoRA, freeze_base, lora_linear, modules
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2
@@ -69,18 +69,26 @@ def check_ddp(frozen):
     assert_equal(gradients(net), expected)
 
 
-def check_fsdp(frozen):
+def count_fused(patch, module):
+    """A list that grows with every fused product that `module` asks for."""
+    calls = []
+    patch.setattr(module, "lora_linear", lambda *a, **kw: calls.append(1) or lora_linear(*a, **kw))
+    return calls
+
+
+def check_fsdp(patch, frozen):
     from torch.distributed.fsdp import fully_shard
 
     net = network(frozen=frozen)
     x = batch()
     expected = single(copy.deepcopy(net), x)
+    calls = count_fused(patch, modules)
     for layer in (net[0], net[2]):
         fully_shard(layer)
     fully_shard(net)
     net(x.chunk(RANKS)[dist.get_rank()]).square().sum().backward()
     assert_equal(gradients(net), expected)
-    assert type(net[0].lora.A).__name__ == "DTensor"
+    assert type(net[0].lora.A).__name__ == "DTensor" and len(calls) == 2
 
 
 def check_fsdp_mixed_precision():
@@ -102,11 +110,11 @@ def check_fsdp_mixed_precision():
         assert difference < 0.02, (name, difference)
 
 
-def check_peft_under_fsdp():
+def check_peft_under_fsdp(patch):
     from peft import LoraConfig, get_peft_model
     from torch.distributed.fsdp import fully_shard
 
-    from lora_kernels.integrations.peft import accelerate
+    from lora_kernels.integrations import peft as integration
 
     torch.manual_seed(3)
     base = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 6))
@@ -114,12 +122,16 @@ def check_peft_under_fsdp():
     net = get_peft_model(base, config).double()
     x = batch()
     expected = single(copy.deepcopy(net), x)
-    accelerate(net)
+    integration.accelerate(net)
+    calls = count_fused(patch, integration)
     for index in (0, 2):
         fully_shard(net.base_model.model[index])
     fully_shard(net)
     net(x.chunk(RANKS)[dist.get_rank()]).square().sum().backward()
     assert_equal(gradients(net), expected)
+    assert len(calls) == 2
+    with pytest.raises(ValueError, match="must be restored before it is sharded"):
+        integration.restore(net)
 
 
 def check_tensor_parallel(bias, frozen):
@@ -222,10 +234,10 @@ CHECKS = {
     "ddp-frozen": lambda patch: check_ddp(frozen=True),
     "ddp-trained-base": lambda patch: check_ddp(frozen=False),
     "ddp-checkpointed": lambda patch: check_checkpointing_under_ddp(),
-    "fsdp-frozen": lambda patch: check_fsdp(frozen=True),
-    "fsdp-trained-base": lambda patch: check_fsdp(frozen=False),
+    "fsdp-frozen": lambda patch: check_fsdp(patch, frozen=True),
+    "fsdp-trained-base": lambda patch: check_fsdp(patch, frozen=False),
     "fsdp-mixed-precision": lambda patch: check_fsdp_mixed_precision(),
-    "fsdp-peft": lambda patch: check_peft_under_fsdp(),
+    "fsdp-peft": check_peft_under_fsdp,
     "tp": lambda patch: check_tensor_parallel(bias=True, frozen=True),
     "tp-trained-base": lambda patch: check_tensor_parallel(bias=True, frozen=False),
     "tp-without-bias": lambda patch: check_tensor_parallel(bias=False, frozen=True),
@@ -291,6 +303,6 @@ def test_two_processes(outcomes, name):
 
 
 def test_import_is_inert():
-    """No sharding rule is registered, and torch.distributed's tensors are not imported, before somebody asks."""
-    code = "import sys, lora_kernels; assert 'lora_kernels.distributed' not in sys.modules"
+    """No sharding rule is registered, and distributed tensors are not even imported, before somebody asks."""
+    code = "import sys, lora_kernels; assert 'torch.distributed.tensor' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)

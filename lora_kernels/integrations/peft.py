@@ -107,8 +107,13 @@ def accelerate(model: nn.Module, *, allow_none: bool = False) -> Report:
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Give every fused layer PEFT's own class back; returns their names."""
+    """Give every fused layer PEFT's own class back; returns their names. ValueError if another class was built on ours."""
     fused = _layers(model, FusedLinear)
+    for name, module in fused:
+        if type(module) is not FusedLinear:
+            raise ValueError(
+                f"model must be restored before it is sharded: {name} is a {type(module).__name__}"
+            )
     for _, module in fused:
         module.__class__ = PeftLinear
     return [name for name, _ in fused]
@@ -120,7 +125,8 @@ def _layers(model: nn.Module, kind: type) -> list[tuple[str, Any]]:
 
 def why_not_fused(module: nn.Module) -> str | None:
     """None if this LoRA layer of PEFT's computes the plain formula with one adapter now, else the reason."""
-    if type(module) not in (PeftLinear, FusedLinear):
+    # fully_shard makes a subclass for each layer that it is given, and that is still ours.
+    if type(module) is not PeftLinear and type(module).forward is not FusedLinear.forward:
         return f"it is a lora.{type(module).__name__}, not a lora.Linear"
     return _why_not_linear(module)
 
