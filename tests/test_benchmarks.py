@@ -563,6 +563,16 @@ def test_a_wrong_backend_fails_the_run_and_the_rest_is_kept(
     assert "### Failed" in report.markdown({"a": (found, [])})
 
 
+def test_explain_predicts_from_measured_rates(capsys, fast_machine):
+    command = ["explain", "--shape", "64", "96", "128", "8", "--device", "cpu", "--json"]
+    assert main([*command, "--backend", "eager", "--measure"]) == 0
+    told = json.loads(capsys.readouterr().out)["forward and backward on this CPU"]
+    problem = Problem(64, 128, 96, 8, "float32", "float32", "cpu", bias=True)
+    us = cost_model.predict_cpu_us("ours[eager]", problem, "step", RATES)
+    assert told["ours[eager]"].startswith(f"predicted {us:.1f} us") and "roofline" in told
+    assert main([*command, "--measure", "--dtype", "float64"]) == 2
+
+
 def test_bench_as_json(capsys, fast_machine):
     assert main([*BENCH, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", default="auto", help="ask for one by name (default: auto)")
     add("--dropout", action="store_true", help="with dropout before A")
     add("--target", choices=[*TARGETS], help="predict for a GPU architecture that need not be here")
+    add(
+        "--measure", action="store_true", help="CPU: measure its rates, and predict times from them"
+    )
     add("--json", action="store_true", help="print as JSON")
 
 
@@ -40,6 +43,10 @@ def run(args: argparse.Namespace) -> int:
         name: _predicted(each, args.target) if args.target else _here(each, args.backend)
         for name, each in directions.items()
     }
+    if args.measure:
+        if device != "cpu" or args.dtype == "float64":
+            raise ValueError("--measure predicts float32, bfloat16 and float16 on a CPU")
+        found["forward and backward on this CPU"] = _on_this_cpu(problem, args.backend)
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
@@ -57,6 +64,24 @@ def _here(problem: Problem, backend: str) -> dict[str, Any]:
     explanation = dispatch.explain(problem, backend)
     chosen = explanation.backend + (f", {explanation.plan}" if explanation.plan else "")
     return {"problem": asdict(problem), "chosen": chosen, **explanation.rejected}
+
+
+def _on_this_cpu(problem: Problem, backend: str) -> dict[str, Any]:
+    """Times that this machine's measured rates predict, against the frozen layer and against the roofline."""
+    from lora_kernels import dispatch
+    from lora_kernels.bench import cost_model, linear, machine
+
+    rates = machine.ceilings("cpu", [problem.dtype])
+    ours = f"ours[{dispatch.explain(problem, backend).backend}]"
+    names = ("frozen", "reference", "addmm", ours)
+    times = {name: cost_model.predict_cpu_us(name, problem, "step", rates) for name in names}
+    times["roofline"] = linear.roofline_us(problem, "step", rates)
+    frozen = times["frozen"] or float("nan")
+    return {
+        name: f"predicted {us:.1f} us, {us / frozen:.2f} of the frozen layer"
+        for name, us in times.items()
+        if us is not None
+    }
 
 
 def _predicted(problem: Problem, name: str) -> dict[str, Any]:
