@@ -153,16 +153,19 @@ def _choose(
             )
         others = {other: f"{name} was asked for" for other in BACKENDS if other != name}
         return Explanation(problem, name, others, get(name).plan(problem))
+    refused = []  # those that cannot, as opposed to those that could and expect to be slower
     for candidate in preference:
         backend = get(candidate)
         reason = _impossible(backend, problem, device)
-        if reason is None:
+        if reason is not None:
+            refused.append(f"{candidate} cannot compute {problem}: {reason}")
+        else:
             reason = backend.slower(problem)
             if reason is None:
                 break
-        elif strict:
-            raise RuntimeError(f"strict: {candidate} cannot compute {problem}: {reason}")
         rejected[candidate] = reason
+    if strict and refused and len(refused) == len(preference) - 1:
+        raise RuntimeError(f"strict: {'; '.join(refused)}")
     for other in preference[preference.index(candidate) + 1 :]:
         rejected[other] = f"{candidate} comes first"
     return Explanation(problem, candidate, rejected, backend.plan(problem))

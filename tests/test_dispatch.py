@@ -102,6 +102,15 @@ def test_strict_refuses_what_auto_would_let_pass(install):
     call()
 
 
+def test_strict_lets_the_second_of_our_own_compute(install, monkeypatch):
+    monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("cuda", "cpu", "eager")})
+    install(Fake("cuda", declines="too many rows"))
+    cpu = install(Fake("cpu"))
+    with use_backend("auto", strict=True):
+        call()
+    assert cpu.products == 1
+
+
 def test_the_innermost_block_counts_and_ends_after_an_error(install):
     cpu = install(Fake("cpu"))
     with use_backend("cpu"):

@@ -1,0 +1,36 @@
+"""What the device's tests share: they are skipped where PyTorch finds no GPU; each GPU backend that can run there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_kernels import dispatch
+
+DEVICE = "cuda"
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.path.is_relative_to(__file__.rpartition("/")[0]):
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def gpu_backend(request):
+    """A backend that computes on GPU tensors here, without asking for its self-test's verdict."""
+    backend = dispatch.get(request.param)
+    reason = backend.unavailable()
+    if reason is not None:
+        pytest.skip(f"{request.param} backend: {reason}")
+    return backend
+
+
+@pytest.fixture(autouse=True)
+def _float32_is_float32():
+    """Budgets are eager's error; TF32 would make that of float32 a thousand times larger."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)

@@ -1,0 +1,167 @@
+"""The layer on the device: gradients, autocast, compiled graphs, CUDA graphs, streams, another GPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import lora_kernels
+from lora_kernels import LinearWithLoRA, dispatch, lora_linear, use_backend
+from lora_kernels.reference import LinearWithLoRA as Reference
+from tests.gpu.conftest import DEVICE
+from tests.oracle import assert_budget
+
+BACKENDS = ["auto", "eager", "triton", "cuda"]
+
+
+def named(name):
+    """The backend's name; skipped where it is not available."""
+    if name != "auto" and (reason := dispatch.get(name).unavailable()) is not None:
+        pytest.skip(reason)
+    return name
+
+
+def operands(M, K, N, R, dtype=torch.float32):
+    torch.manual_seed(1)
+    shapes = {"x": (M, K), "weight": (N, K), "A": (K, R), "B": (R, N), "bias": (N,)}
+    made = {n: torch.randn(s, device=DEVICE) / K**0.5 * 4 for n, s in shapes.items()}
+    return {n: t.to(dtype).requires_grad_() for n, t in made.items()}
+
+
+def gradients(function, given, dy):
+    y = function(**given)
+    return [y.detach(), *torch.autograd.grad(y, list(given.values()), dy.to(y.dtype))]
+
+
+def plain(x, weight, A, B, bias):
+    return torch.nn.functional.linear(x, weight, bias) + 0.5 * (x @ A @ B)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("M", [8, 300])
+def test_every_gradient(name, dtype, M):
+    given = operands(M, 256, 192, 8, dtype)
+    dy = torch.randn(M, 192, device=DEVICE)
+    named(name)
+
+    def ours(**t):
+        return lora_linear(t["x"], t["weight"], t["A"], t["B"], 0.5, t["bias"], backend=name)
+
+    try:
+        actual = gradients(ours, given, dy)
+    except RuntimeError as error:
+        if name == "cuda" and "cannot compute" in str(error):
+            pytest.skip(str(error))
+        raise
+    eager = gradients(plain, given, dy)
+    wide = {n: t.detach().double().requires_grad_() for n, t in given.items()}
+    exact = gradients(plain, wide, dy.to(dtype).double())
+    for what, *each in zip(("y", *given), actual, eager, exact, strict=True):
+        assert_budget(*each, what)
+
+
+def test_autocast_gives_the_dtype_of_linear():
+    layer = LinearWithLoRA(torch.nn.Linear(128, 64), rank=4, alpha=2.0).to(DEVICE)
+    torch.nn.init.normal_(layer.lora.B)
+    x = torch.randn(32, 128, device=DEVICE)
+    exact = copy.deepcopy(layer).double()(x.double())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), exact, rtol=0.05, atol=0.05 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_is_eager(dtype):
+    given = operands(64, 128, 96, 8, dtype)
+    dy = torch.randn(64, 96, device=DEVICE)
+
+    def function(x, weight, A, B, bias):
+        return lora_linear(x, weight, A, B, 0.5, bias)
+
+    compiled = torch.compile(function, fullgraph=True)
+    for ours, theirs in zip(
+        gradients(compiled, given, dy), gradients(function, given, dy), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("M", [4, 256])
+def test_a_captured_graph_computes_new_values(M):
+    layer = LinearWithLoRA(torch.nn.Linear(256, 128), rank=8, alpha=2.0).to(DEVICE, torch.bfloat16)
+    torch.nn.init.normal_(layer.lora.B)
+    x = torch.randn(M, 256, device=DEVICE, dtype=torch.bfloat16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(side):
+        for _ in range(3):
+            layer(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = layer(x)
+    for _ in range(3):
+        x.normal_()
+        layer.lora.A.data.normal_()
+        graph.replay()
+        with torch.no_grad():
+            assert torch.equal(y, layer(x))
+
+
+def test_work_follows_the_current_stream(gpu_backend):
+    """Operands are made late on a side stream: a kernel on any other stream would read them too early."""
+    side = torch.cuda.Stream()
+    given = [torch.zeros(s, device=DEVICE) for s in ((16, 512), (512, 512), (512, 8), (8, 512))]
+    made = [torch.randn_like(t) for t in given]
+    expected, _ = gpu_backend.lowrank_matmul(*made, 0.5)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for target, source in zip(given, made, strict=True):
+            target.copy_(source)
+        y, _ = gpu_backend.lowrank_matmul(*given, 0.5)
+    side.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_operands_decide_the_device(gpu_backend):
+    given = [torch.randn(s) for s in ((16, 64), (64, 48), (64, 4), (4, 48))]
+    there, _ = gpu_backend.lowrank_matmul(*(t.to("cuda:1") for t in given), 0.5)
+    here, _ = gpu_backend.lowrank_matmul(*(t.to("cuda:0") for t in given), 0.5)
+    assert there.device == torch.device("cuda:1")
+    torch.testing.assert_close(there.cpu(), here.cpu())
+
+
+def test_training_is_the_references():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 64).to(DEVICE)
+    theirs = Reference(copy.deepcopy(linear), 4, 2.0).to(DEVICE)
+    ours = LinearWithLoRA(linear, rank=4, alpha=2.0).to(DEVICE)
+    ours.load_state_dict(theirs.state_dict())
+    losses = []
+    x, target = torch.randn(128, 64, device=DEVICE), torch.randn(128, 64, device=DEVICE)
+    for model in (theirs, ours):
+        lora_kernels.freeze_base(ours)
+        optimizer = torch.optim.AdamW([model.lora.A, model.lora.B], lr=1e-2)
+        told = []
+        for _ in range(30):
+            loss = torch.nn.functional.mse_loss(model(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            told.append(loss.item())
+        losses.append(told)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+    assert losses[1][-1] < losses[1][0]
+
+
+def test_strict_says_who_cannot():
+    """On this device the first choice works; if it did not, strict would say why and this test would show it."""
+    given = operands(512, 512, 512, 8, torch.bfloat16)
+    with use_backend("auto", strict=True):
+        y = lora_linear(given["x"], given["weight"], given["A"], given["B"], 0.5, given["bias"])
+    assert torch.isfinite(y).all()
