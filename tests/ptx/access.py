@@ -130,12 +130,27 @@ def bind_store(instr: Instr, strand: Strand) -> Run:
         if actual == "global":
             machine.memory.write(addresses, warps, words, explain(strand, instr, lanes))
         elif actual == "shared":
-            index = shared_index(strand, instr, addresses, lanes, size) // dtype.itemsize
-            machine.shared.view(dtype)[index[:, None] + np.arange(count)] = words
+            start = shared_index(strand, instr, addresses, lanes, size)
+            machine.shared.view(dtype)[start[:, None] // dtype.itemsize + np.arange(count)] = words
+            halves = start[:, None] // 2 + np.arange(-(-size // 2))
+            machine.stored(halves)
             machine.counters.shared(addresses, warps, size)
         else:
             bytes_ = (addresses - LOCAL_WINDOW)[:, None] + np.arange(size)
             strand.local[lanes[:, None], bytes_] = words.view(np.uint8).reshape(len(lanes), size)
+
+    return run
+
+
+@opcode("fence.proxy.async")
+def bind_proxy_fence(instr: Instr, strand: Strand) -> Run:
+    """What the executing CTAs' threads stored in shared memory may now be read by tensor cores and tensor copies."""
+    machine = strand.machine
+
+    def run(where):
+        if machine.unfenced is not None:
+            parts = machine.unfenced.reshape(-1, machine.shared_bytes // 2)
+            parts[np.unique(strand.cta[strand.indices(where)])] = False
 
     return run
 
@@ -203,6 +218,7 @@ class Copy:
     def land(self, machine, chosen: np.ndarray) -> bool:
         """Writes the chosen lanes' bytes; True while some lanes are still under way."""
         machine.shared[self.index[chosen]] = self.data[chosen]
+        machine.stored(self.index[chosen][:, ::2] // 2, asynchronous=True)
         self.index, self.data = self.index[~chosen], self.data[~chosen]
         self.group, self.lanes = self.group[~chosen], self.lanes[~chosen]
         return len(self.lanes) > 0

@@ -126,6 +126,8 @@ def bind_matrix_move(instr: Instr, strand: Strand) -> Run:
         tiles = words.view(np.uint16).reshape(len(warps), count, 8, 8)
         if transposed:
             tiles = tiles.swapaxes(-1, -2)
-        memory[tile_rows(strand, instr, addresses_of(), count, warps)] = tiles
+        rows = tile_rows(strand, instr, addresses_of(), count, warps)
+        memory[rows] = tiles
+        strand.machine.stored(rows)
 
     return load if loads else store

@@ -63,6 +63,10 @@ class Machine:
         n_ctas, warps = len(self.ctas), list(range(threads // 32))
         self.shared_bytes = -(-max(self.shared_size, 16) // 1024) * 1024
         self.shared = np.full(n_ctas * self.shared_bytes, 0xFF, np.uint8)
+        asynchronous = ("tcgen05.mma", "wgmma.mma", "cp.async.bulk.tensor")
+        self.unfenced = None  # half-words of shared memory that threads stored and no fence.proxy.async followed
+        if any(instr.opcode.startswith(asynchronous) for instr in self.program.code):
+            self.unfenced = np.zeros(n_ctas * self.shared_bytes // 2, bool)
         if any("tcgen05" in instr.opcode for instr in self.program.code):
             self.tensor_memory = np.full((n_ctas, 128, COLUMNS), 0xFFFFFFFF, np.uint32)
         self.live = np.full(n_ctas, threads)
@@ -106,6 +110,17 @@ class Machine:
         if base not in values:
             raise PtxError(f"unknown special register %{name}")
         return values[base]
+
+    def stored(self, halves: np.ndarray, asynchronous: bool = False) -> None:
+        """These half-words of shared memory were stored by threads or by an asynchronous copy."""
+        if self.unfenced is not None:
+            self.unfenced[halves] = not asynchronous
+
+    def check_fenced(self, index: np.ndarray) -> None:
+        """PtxError if threads stored one of these bytes and no fence.proxy.async followed."""
+        if self.unfenced is not None and self.unfenced[index // 2].any():
+            raise PtxError(f"{self.program.name}: a matrix operand or tensor copy reads what threads stored in shared memory"
+                           " without a fence.proxy.async")  # fmt: skip
 
     def finish_tensor_work(self, cta: int, barrier: Barrier, phase: int) -> None:
         """Runs queued tensor-core work, in order, until the waited-for barrier's phase is complete or nothing is left."""

@@ -66,6 +66,15 @@ def test_a_missing_wait_or_copy_is_noticed(target, tma, instruction):
     assert not missed
 
 
+@pytest.mark.parametrize(("target", "tma"), [("sm_90", False), ("sm_90", True), ("sm_100", True)])
+def test_a_missing_fence_before_the_tensor_core_reads_is_noticed(target, tma):
+    """The tail's operands are stored by threads and read by the tensor core: its fence is the last."""
+    product = Product.of(64, 32, 112)
+    kernel = product.compile(target, tma=tma)
+    last = kernel.instructions("fence.proxy.async")[-1]
+    assert "without a fence.proxy.async" in noticed(kernel.without(last), product, [None])
+
+
 def test_missing_waits_for_asynchronous_copies_are_noticed():
     """That before the loop alone, and those of the loop together: one of these would do."""
     product = Product.of(64, 32, 112)

@@ -185,6 +185,8 @@ def bind_tensor_load(instr: Instr, strand: Strand) -> Run:
 
             def land(index=index, words=words, dtype=dtype):
                 machine.shared.view(dtype)[index] = words[:, 0]
+                halves = index[:, None] * words.itemsize // 2 + np.arange(-(-words.itemsize // 2))
+                machine.stored(halves, asynchronous=True)
                 return words.nbytes
 
             barrier = barrier_at(strand, instr, (cta, key))
@@ -225,7 +227,9 @@ class BulkStore:
         machine, size = self.strand.machine, self.descriptor.itemsize
         address, shared, inside = self.place
         dtype = DTYPES[f"u{8 * size}"]
-        index = (shared + int(self.strand.cta[self.lane]) * machine.shared_bytes) // size
+        start = shared + int(self.strand.cta[self.lane]) * machine.shared_bytes
+        machine.check_fenced(start)
+        index = start // size
         words = machine.shared.view(dtype)[index[inside]][:, None]
         if len(words):
             text = explain(self.strand, self.instr, np.full(len(words), self.lane))

@@ -52,8 +52,9 @@ def read_operand(machine, cta: int, addresses: np.ndarray, kind: str) -> np.ndar
     if addresses.max() + size > machine.shared_size:
         raise PtxError(f"a matrix operand reaches shared address {addresses.max()}"
                        f" of {machine.shared_size}")  # fmt: skip
-    words = machine.shared.view(f"u{size}")
-    return decode(words[(addresses + cta * machine.shared_bytes) // size], kind)
+    words, index = machine.shared.view(f"u{size}"), addresses + cta * machine.shared_bytes
+    machine.check_fenced(index)
+    return decode(words[index // size], kind)
 
 
 @dataclass
