@@ -62,7 +62,9 @@ def on(monkeypatch):
     dispatch._choose.cache_clear()
 
 
-@pytest.mark.parametrize("dropout, schedule", [(0.0, None), (0.25, 7)], ids=["lockstep", "dropout, random"])
+@pytest.mark.parametrize(
+    "dropout, schedule", [(0.0, None), (0.25, 7)], ids=["lockstep", "dropout, random"]
+)
 @pytest.mark.parametrize("target", EXECUTED)
 def test_a_layers_forward_and_every_gradient(on, target, dropout, schedule):
     """Through `lora_linear`: the launches, their order and the dependent one are those of a training step."""

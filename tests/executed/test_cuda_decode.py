@@ -1,0 +1,119 @@
+"""The CUDA backend end to end: its Python side over the kernels that nvcc compiled, executed in the emulator."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels import Problem
+from lora_kernels.backends import cuda
+from lora_kernels.tuning.targets import TARGETS
+from tests.executed.cuda_operators import EmulatedOperators
+from tests.oracle import AWKWARD, Case, check_backend
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+# Exact float32 products take a hundred times the instructions of a matrix unit's: of those cases the smaller ones.
+SMALL = [
+    case
+    for case in AWKWARD
+    if case.M <= (cuda.MAX_ROWS if case.dtype != torch.float32 else 16) and not case.dropout
+]
+
+
+def build_module():
+    spec = importlib.util.spec_from_file_location("cuda_build", SOURCES / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def ptx(request) -> str:
+    """Every shipped kernel for sm_80; compiled again only when a source has changed."""
+    sources = sorted(SOURCES.glob("*.*u*"))
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+    file = request.config.cache.mkdir("cuda_ptx") / f"{digest}.ptx"
+    if not file.exists():
+        scratch = file.with_suffix(".tmp")
+        build_module().ptx(scratch, "80")
+        scratch.rename(file)
+    return file.read_text()
+
+
+@pytest.fixture
+def backend(monkeypatch, ptx):
+    """The backend on CPU tensors; `.operators` are the emulated ones."""
+    made = cuda.CudaBackend()
+    made.operators = EmulatedOperators(ptx)
+    monkeypatch.setattr(torch.ops, "lora_kernels_cuda", made.operators, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 4)
+    monkeypatch.setattr(cuda, "_current_target", lambda: TARGETS["sm_80"])
+    return made
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_every_product_of_small_problems(backend, case):
+    check_backend(backend, case)
+
+
+@pytest.mark.parametrize("M", [*range(1, 33, 4), 8, 16, 32])
+def test_any_number_of_rows(backend, M):
+    check_backend(backend, Case(M, 70, 328, 13, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("M", [1, 9, 32])
+def test_any_number_of_rows_in_float32(backend, M):
+    check_backend(backend, Case(M, 37, 50, 3))
+
+
+@pytest.mark.parametrize("layout", ["plain", "peft", "transposed", "sliced"])
+@pytest.mark.parametrize(
+    "dtype, adapter", [(torch.float16, None), (torch.bfloat16, torch.float32)], ids=str
+)
+def test_layouts_with_split_sums(backend, layout, dtype, adapter):
+    check_backend(backend, Case(5, 67, 395, 20, dtype=dtype, adapter_dtype=adapter, layout=layout))
+
+
+@pytest.mark.parametrize("R", [1, 16, 17, 32, 33, 100])
+def test_ranks(backend, R):
+    check_backend(backend, Case(4, 65, 256, R, dtype=torch.bfloat16))
+
+
+def test_bits_do_not_depend_on_the_order_of_blocks_and_warps(backend, ptx):
+    o = Case(6, 130, 1030, 12, dtype=torch.bfloat16).operands()
+    results = []
+    for schedule in (None, 1, 2, 3):
+        backend.operators.schedule = schedule
+        results.append(backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias))
+    assert all(torch.equal(y, results[0][0]) and torch.equal(s, results[0][1]) for y, s in results)
+
+
+def test_bytes(backend):
+    """W once; x and A once for each block of 64 columns; y stored once and never read."""
+    o = replace(Case(8, 256, 2048, 16, dtype=torch.bfloat16), bias=False).operands()
+    backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5)
+    (counters,) = backend.operators.counters
+    tensors, blocks = counters.tensors, 256 // 64
+    assert tensors["w"].bytes_loaded == o.w.nbytes
+    assert tensors["x"].bytes_loaded == blocks * o.x.nbytes
+    assert tensors["a"].bytes_loaded <= blocks * o.a.nbytes
+    assert tensors["y"].bytes_loaded == 0 and (tensors["y"].stores == 1).all()
+    assert tensors["w"].load_sectors == tensors["w"].fewest_load_sectors
+
+
+def test_what_it_declines(backend):
+    problem = Problem(4, 8, 8, 2, "bfloat16", "bfloat16", device="cuda")
+    assert backend.declines(problem) is None
+    assert "at most 32 rows, got 33" in backend.declines(replace(problem, M=33))
+    float64 = replace(problem, dtype="float64", adapter_dtype="float64")
+    assert "float64" in backend.declines(float64)
+    assert "dropout" in backend.declines(replace(problem, dropout=True))
+    assert "float16 adapters" in backend.declines(replace(problem, adapter_dtype="float16"))
