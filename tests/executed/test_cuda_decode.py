@@ -23,7 +23,7 @@ SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 SMALL = [
     case
     for case in AWKWARD
-    if case.M <= (cuda.MAX_ROWS if case.dtype != torch.float32 else 16) and not case.dropout
+    if (cuda.MAX_ROWS if case.dtype != torch.float32 else 16) >= case.M and not case.dropout
 ]
 
 
