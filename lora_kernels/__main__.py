@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 
 from lora_kernels import env
@@ -40,9 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser_for(asked).parse_args(asked)
     env.logger()
     try:
-        return args.run(args)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        sys.stdout = None  # type: ignore[assignment]
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except (
+        BrokenPipeError
+    ):  # the reader, such as `head`, has seen enough; the interpreter's last flush goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, ModuleNotFoundError, RuntimeError, OSError) as error:
         print(f"lora_kernels {args.command}: {error}", file=sys.stderr)

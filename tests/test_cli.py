@@ -1,14 +1,17 @@
-"""The commands that look at a machine and choose for it: info, explain, selftest, tune say what the package does."""
+"""The commands that look at a machine and choose for it say what the package does; every command fails in words."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from lora_kernels import dispatch, selftest
-from lora_kernels.__main__ import main
+from lora_kernels.__main__ import COMMANDS, main
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost
 from lora_kernels.tuning.select import select
@@ -127,3 +130,41 @@ def test_selftest_fails_where_a_product_raises(capsys, monkeypatch):
 def test_a_named_backend_that_is_not_usable_fails_the_selftest(capsys):
     assert main(["selftest", "--backend", "triton", "--device", "cpu"]) == 1
     assert "not usable: does not run on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert COMMANDS[command][:20] in out and "--json" in out
+
+
+def test_a_command_that_is_not_there(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["dance"])
+    assert ended.value.code == 2 and "explain" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 130), (OSError("disk full"), 2)])
+def test_what_stops_a_command_is_an_exit_code(raised, code, capsys, monkeypatch):
+    def run(args):
+        raise raised
+
+    monkeypatch.setattr("lora_kernels.cli.info.run", run)
+    assert main(["info"]) == code
+    assert "lora_kernels info: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_is_no_error(unbuffered):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_kernels", "explain", "--shape", "1", "2", "3", "4"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    process.stdout.close()
+    assert process.wait(60) == 0 and process.stderr.read() == b""
+    process.stderr.close()
