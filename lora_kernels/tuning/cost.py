@@ -3,7 +3,7 @@
 With P the achievable rate, W the achievable bandwidth, e an element's bytes and r = max(16, R), the fewest columns that a
 matrix instruction takes:
 
-frozen      max(2·M·N·K / P, bytes / W)
+frozen      max(2·M·N·K / P, bytes / 0.92·W)
 two_kernel  frozen / efficiency · (1 + r/K) + shrink + gap          shrink = e·M·K / 0.9·W, hidden in part on sm_90+
 one_pass    frozen / efficiency · (1 + side + r/K)                  side: x·a again for each block of columns
 decode      (bytes + re-read a) / 0.92·W
@@ -28,6 +28,7 @@ from lora_kernels.tuning.targets import Target
 
 ALGORITHMS = ("two_kernel", "one_pass", "decode", "aten")
 MIN_KERNEL_US = 2.0
+_STREAMED = 0.92  # of the copy bandwidth, by a product that is bound by reading W
 # The share of the vendor library's rate that a tile loop of these kernels reaches: published Triton results, pointer loads
 # and tensor descriptors, without and with a persistent loop.
 _EFFICIENCY = {
@@ -54,7 +55,8 @@ _HIDDEN = {
 def frozen_us(problem: Problem, target: Target) -> float:
     """The frozen layer's own time, the floor."""
     compute = problem.flops / (target.tflops(problem.dtype) * 1e6)
-    return max(compute, problem.frozen_bytes / (target.bandwidth_gbs * 1e3), MIN_KERNEL_US)
+    stream = problem.frozen_bytes / (_STREAMED * target.bandwidth_gbs * 1e3)
+    return max(compute, stream, MIN_KERNEL_US)
 
 
 def predict_us(
@@ -84,13 +86,13 @@ def predict_us(
     if algorithm == "decode":
         blocks = math.ceil(problem.N / (config.block_n if config else 64))
         again_us = blocks * problem.K * ranks * size / (target.l2_gbs * 1e3)
-        stream_us = problem.frozen_bytes / (0.92 * target.bandwidth_gbs * 1e3)
+        stream_us = problem.frozen_bytes / (_STREAMED * target.bandwidth_gbs * 1e3)
         return max(stream_us, again_us, MIN_KERNEL_US) + adapter_grads
     if (
         algorithm == "cuda_decode"
     ):  # a block reads no byte of W, x or A twice; A once for each block of columns
         again_us = math.ceil(problem.N / 64) * problem.K * problem.R * size / (target.l2_gbs * 1e3)
-        stream_us = problem.frozen_bytes / (0.92 * target.bandwidth_gbs * 1e3)
+        stream_us = problem.frozen_bytes / (_STREAMED * target.bandwidth_gbs * 1e3)
         return max(stream_us + 0.5, again_us, MIN_KERNEL_US) + adapter_grads
     tail = ranks / max(problem.K, 1)
     main = frozen / (efficiency(config, target) * relative_rate(problem, target, config))

@@ -80,7 +80,9 @@ def target_of(architecture: str) -> Target:
     older = [
         t
         for name, t in TARGETS.items()
-        if name.startswith(kind) and _version(name) <= _version(architecture)
+        if architecture.startswith(kind)
+        and name.startswith(kind)
+        and _version(name) <= _version(architecture)
     ]
     if not older:
         raise ValueError(

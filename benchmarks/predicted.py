@@ -1,0 +1,237 @@
+"""Writes docs/performance/gpu-predicted.md and its plot: what the cost model and the compiled code say about GPUs.
+
+Nothing in it is measured on a device. `python benchmarks/predicted.py` takes some minutes; `--no-code` keeps to the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402, the repository's own tests are imported below, from its root
+
+from lora_kernels.problem import Problem  # noqa: E402
+from lora_kernels.tuning.cost import predict_us  # noqa: E402
+from lora_kernels.tuning.select import candidates, select  # noqa: E402
+from lora_kernels.tuning.targets import TARGETS, Target  # noqa: E402
+
+FOLDER = ROOT / "docs" / "performance"
+SHAPES = (  # M, K, N, R
+    (8192, 4096, 4096, 16),
+    (8192, 4096, 14336, 16),
+    (8192, 14336, 4096, 16),
+    (8192, 4096, 1024, 16),
+    (2048, 4096, 4096, 64),
+    (4096, 5120, 5120, 32),
+    (512, 4096, 4096, 16),
+    (16, 4096, 4096, 16),
+    (1, 4096, 4096, 16),
+)
+FORMS = ("naive", "addmm", "aten", "two_kernel", "one_pass", "decode", "cuda_decode")
+TITLES = {
+    "naive": "eager",
+    "addmm": "addmm_",
+    "aten": "expand first",
+    "two_kernel": "two kernels",
+    "one_pass": "one pass",
+    "decode": "decode (Triton)",
+    "cuda_decode": "decode (CUDA)",
+}
+# Per multiprocessor and clock: half-precision tensor FLOPs (dense, data sheets), and bytes from L2.
+CLOCK_RATES = {"sm_80": (2048, 64), "sm_90": (4096, 64), "sm_100": (8192, 64), "sm_120": (1024, 64)}
+
+
+def problem_of(shape: tuple[int, int, int, int]) -> Problem:
+    M, K, N, R = shape
+    return Problem(M, N, K, R, "bfloat16", "bfloat16", device="cuda")
+
+
+def times(problem: Problem, target: Target) -> dict[str, float]:
+    """Predicted microseconds by form, where the form can compute the problem."""
+    choice = select(problem, target)
+    found = {}
+    for form in FORMS:
+        kernel = "lowrank_matmul" if form == "two_kernel" else form
+        if form in ("two_kernel", "one_pass", "decode"):
+            if (form == "decode" and problem.backward) or not choice.has(kernel):
+                continue
+            found[form] = predict_us(form, problem, target, choice.config(kernel))
+        elif form != "cuda_decode" or problem.M <= 32:
+            found[form] = predict_us(form, problem, target)
+    return found
+
+
+def tables(name: str) -> Iterator[str]:
+    """Forward and backward on one target, each form over the frozen layer."""
+    target = TARGETS[name]
+    for backward in (False, True):
+        yield f"\n**{target.chip} ({name}), {'backward' if backward else 'forward'}, predicted**\n"
+        yield f"| M, K, N, R | frozen, us | {' | '.join(TITLES[form] for form in FORMS)} | chosen |"
+        yield f"|---|---|{'---|' * len(FORMS)}---|"
+        for shape in SHAPES:
+            problem = problem_of(shape).adjoint() if backward else problem_of(shape)
+            frozen = predict_us("frozen", problem, target)
+            found = times(problem, target)
+            cells = (f"{found[form] / frozen:.2f}" if form in found else "" for form in FORMS)
+            chosen = TITLES[select(problem, target).algorithm]
+            yield f"| {', '.join(map(str, shape))} | {frozen:.1f} | {' | '.join(cells)} | {chosen} |"
+
+
+def plot(file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained", sharey=True)
+    for axis, name in zip(axes, ("sm_80", "sm_90"), strict=True):
+        target, width = TARGETS[name], 0.2
+        forms = ("naive", "addmm", "aten", "two_kernel")
+        for i, form in enumerate(forms):
+            prices = []
+            for shape in SHAPES[:7]:
+                problem = problem_of(shape)
+                both = (problem, problem.adjoint())
+                total = sum(times(p, target)[form] for p in both)
+                prices.append(total / sum(predict_us("frozen", p, target) for p in both))
+            at = [x + (i - 1.5) * width for x in range(len(prices))]
+            axis.bar(at, prices, width, label=TITLES[form])
+        axis.axhline(1.0, color="black", linewidth=1)
+        labels = ["\n".join(map(str, shape)) for shape in SHAPES[:7]]
+        axis.set_xticks(range(7), labels, fontsize=8)
+        axis.set(
+            title=f"{target.chip}: predicted, not measured", ylim=(0.9, None), xlabel="M, K, N, R"
+        )
+    axes[0].set_ylabel("forward + backward over the frozen layer")
+    axes[1].legend()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def loops() -> Iterator[str]:
+    """The main loop of the fused kernel against that of the plain product, from the machine code."""
+    from tests.compiled.test_compiled import compile_job, plain_product
+
+    yield "| target | tile | direction | loop: instructions, of them matrix | plain product | registers | plain |"
+    yield "|---|---|---|---|---|---|---|"
+    problem = problem_of((4096, 4096, 4096, 16))
+    for name in ("sm_80", "sm_90", "sm_100", "sm_120"):
+        for config in candidates("lowrank_matmul", problem, TARGETS[name]):
+            for forward in (True, False):
+                fused = compile_job((name, problem, config, forward))
+                plain = plain_product(name, config, problem, forward)
+                yield (
+                    f"| {name} | {str(config).removeprefix('lowrank_matmul ')} | {'forward' if forward else 'dx'} | "
+                    f"{fused.loop.total()}, {len(fused.loop_matrix)} | {plain.loop.total()}, {len(plain.loop_matrix)} | "
+                    f"{fused.registers} | {plain.registers} |"
+                )
+
+
+def pipes() -> Iterator[str]:
+    """Cycles that one block of each tile keeps each pipe busy, counted from the compiled code in the emulator."""
+    from lora_kernels.backends.triton.lowrank_matmul import lowrank_matmul
+    from tests.ptx.launch import emulate
+
+    yield "| target | tile | tensor | shared memory | issue | L2 | bound by | tensor share of the bound |"
+    yield "|---|---|---|---|---|---|---|---|"
+    problem = problem_of((4096, 4096, 4096, 16))
+    for name in ("sm_80", "sm_90", "sm_100", "sm_120"):
+        for config in candidates("lowrank_matmul", problem, TARGETS[name]):
+            M, N, K = config.block_m, config.block_n, 512
+            x, w = torch.zeros(M, K).bfloat16(), torch.zeros(N, K).bfloat16().t()
+            with emulate(name) as executed:
+                lowrank_matmul(
+                    x, w, torch.zeros(M, 16), torch.zeros(16, N).bfloat16(), None, config
+                )
+            counters = executed[0].counters
+            flops, l2_bytes = CLOCK_RATES[name]
+            moved = sum(t.bytes_loaded + t.bytes_stored for t in counters.tensors.values())
+            # A wgmma or tcgen05 operand is read from shared memory by the instruction itself and is in no wavefront.
+            cycles = {
+                "tensor": counters.flops / flops,
+                "shared memory": float(counters.wavefronts),
+                "issue": sum(counters.instructions.values()) / 4,
+                "L2": moved / l2_bytes,
+            }
+            bound = max(cycles, key=cycles.__getitem__)
+            yield (
+                f"| {name} | {str(config).removeprefix('lowrank_matmul ')} | "
+                f"{' | '.join(f'{value:.0f}' for value in cycles.values())} | {bound} | "
+                f"{cycles['tensor'] / cycles[bound]:.2f} |"
+            )
+
+
+def decode_table() -> Iterator[str]:
+    """The CUDA C++ kernel against the time that reading W alone takes."""
+    yield "| chip | M, K, N, R | reading W alone, us | CUDA decode | Triton decode | expand first (ATen) | eager |"
+    yield "|---|---|---|---|---|---|---|"
+    for name in ("sm_80", "sm_90"):
+        target = TARGETS[name]
+        for shape in (
+            (1, 4096, 4096, 16),
+            (16, 4096, 4096, 16),
+            (1, 4096, 14336, 16),
+            (32, 4096, 14336, 32),
+        ):
+            problem = problem_of(shape)
+            found = times(problem, target)
+            floor = 2 * problem.K * problem.N / (target.bandwidth_gbs * 1e3)
+            row = (found[form] for form in ("cuda_decode", "decode", "aten", "naive"))
+            cells = " | ".join(f"{us:.1f}" for us in row)
+            yield f"| {target.chip} | {', '.join(map(str, shape))} | {floor:.1f} | {cells} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--no-code", action="store_true", help="only what the cost model says")
+    args = parser.parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    plot(FOLDER / "gpu-predicted.png")
+    lines = [
+        "# GPUs: predicted, not measured",
+        "",
+        "No kernel of this package has run on a device yet. The tables follow from the",
+        "[cost model](../../lora_kernels/tuning/cost.py) with the reference chips of",
+        "[targets.py](../../lora_kernels/tuning/targets.py), and from the compiled code, as `benchmarks/predicted.py` wrote",
+        "them. bfloat16; each figure is a multiple of the frozen layer's own predicted time. `two kernels` is also the",
+        "structure of LoRAFusion's forward. Backward: dx, dA and dB over the frozen layer's dx.",
+        "",
+        "![predicted price of LoRA over the frozen layer](gpu-predicted.png)",
+        *(line for name in ("sm_90", "sm_80", "sm_100", "sm_120") for line in tables(name)),
+        "",
+        "Where `expand first` is predicted fastest the call is left to ATen, which `explain` says. The efficiency of the",
+        "tile loops in this model comes from published Triton results, not from a measurement of ours.",
+    ]
+    if not args.no_code:
+        lines += ["", "## The main loop, from the machine code", "", *loops()]
+        lines += ["", "## Cycles of one block by pipe, counted from the compiled code", ""]
+        lines += [
+            "One tile, K = 512, rank 16, counted in the emulator and divided by the pipe's rate per multiprocessor and",
+            "clock: tensor FLOPs, 128 bytes of shared memory, four instructions, 64 bytes of L2. Operands that wgmma and",
+            "tcgen05 read from shared memory themselves are not in its column.",
+            "",
+            *pipes(),
+        ]
+    (FOLDER / "gpu-predicted.md").write_text("\n".join(lines) + "\n")
+    decode = [
+        "# The CUDA C++ kernel for small batches: predicted, not measured",
+        "",
+        "For at most 32 rows the time is that of reading W. The kernel reads W once with 16-byte loads, x and A once for",
+        "each block of 64 columns (counted in the emulator by `tests/executed/test_cuda_decode.py`), computes x·A on the",
+        "way where R is at most 32, and stores y once. Splits of K are summed in index order by the last block to arrive.",
+        "",
+        *decode_table(),
+        "",
+        "It compiles for sm_80, 86, 89, 90, 100 and 120 without spills: `tests/test_cuda_extension.py`.",
+    ]
+    (FOLDER / "cuda-decode.md").write_text("\n".join(decode) + "\n")
+    print(f"wrote {FOLDER / 'gpu-predicted.md'}, its plot, and cuda-decode.md")
+
+
+if __name__ == "__main__":
+    main()
