@@ -104,10 +104,9 @@ def plot(file: Path) -> None:
         axis.axhline(1.0, color="black", linewidth=1)
         labels = ["\n".join(map(str, shape)) for shape in SHAPES[:7]]
         axis.set_xticks(range(7), labels, fontsize=8)
-        axis.set(
-            title=f"{target.chip}: predicted, not measured", ylim=(0.9, None), xlabel="M, K, N, R"
-        )
+        axis.set(title=f"{target.chip}: predicted, not measured", xlabel="M, K, N, R")
     axes[0].set_ylabel("forward + backward over the frozen layer")
+    axes[0].set_ylim(bottom=0.9)
     axes[1].legend()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
