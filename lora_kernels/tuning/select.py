@@ -11,12 +11,14 @@ import itertools
 from dataclasses import dataclass, replace
 
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import DECODE_ROWS, FUSED_RANK, TileConfig, fits
+from lora_kernels.tuning.config import DECODE_ROWS, FUSED_RANK, TileConfig, fits, rank_block
 from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.targets import TARGETS, Target
 
 _HALF = ("float16", "bfloat16")
 _BUCKETS = (16, 64, 256, 512, 1024, 2048, 4096, 8192)  # of M; larger problems are like the largest
+# N, K that get every kernel somewhere with and somewhere without a split
+_SHIPPED_SHAPES = ((512, 4096), (4096, 4096), (4096, 512), (32768, 128))
 
 # (block_m, block_n, block_k, num_warps, num_stages) of the tiled product, large tiles first.
 _MATMUL_HALF = {
@@ -111,24 +113,31 @@ def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig
 
 
 def shipped(target: Target) -> list[tuple[Problem, TileConfig]]:
-    """Every configuration that `select` can return for `target`, each once, with a problem that gets it.
+    """Every configuration that `select` and `tune`'s tiles can return for `target`, with a problem that may get it.
 
-    Configurations that compile to the same code count once: the split is a run-time number but for being 1, a rank takes
-    the code of its block, and float16 that of bfloat16 with another instruction.
+    Configurations that compile to the same code count once: the split is a run-time number but for being 1, and float16
+    takes bfloat16's code with another instruction. Ranks take the code of their block, of which each configuration has its
+    narrowest and its widest here.
     """
-    found: dict[tuple[TileConfig, str, str, int], tuple[Problem, TileConfig]] = {}
+    found: dict[tuple[TileConfig, str, str], dict[int, tuple[Problem, TileConfig]]] = {}
     for dtype, adapter_dtype in (
         ("bfloat16", "bfloat16"),
         ("bfloat16", "float32"),
         ("float32", "float32"),
     ):
-        for R, M in itertools.product((16, 64), _BUCKETS):
-            for N, K in ((512, 4096), (4096, 4096), (4096, 512)):
-                problem = Problem(M, N, K, R, dtype, adapter_dtype, device="cuda")
-                for config in _select(problem, target, None).configs:
-                    code = replace(config, split=min(config.split, 2))
-                    found.setdefault((code, dtype, adapter_dtype, R), (problem, config))
-    return list(found.values())
+        for R, M, (N, K) in itertools.product((16, 32, 64), _BUCKETS, _SHIPPED_SHAPES):
+            problem = Problem(M, N, K, R, dtype, adapter_dtype, device="cuda")
+            tiles = (
+                candidates(kernel, problem, target) for kernel in ("lowrank_matmul", "one_pass")
+            )
+            for config in itertools.chain(_select(problem, target, None).configs, *tiles):
+                code = replace(config, split=min(config.split, 2)), dtype, adapter_dtype
+                ranks = rank_block(R, config.rank_chunk)
+                found.setdefault(code, {})[ranks] = (problem, config)
+    ends = ({min(ranks), max(ranks)} for ranks in found.values())
+    return [
+        ranks[end] for ranks, both in zip(found.values(), ends, strict=True) for end in sorted(both)
+    ]
 
 
 def _configs(problem: Problem, target: Target) -> dict[str, TileConfig]:
