@@ -75,7 +75,8 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
     if config.kernel == "shrink_outer" and target.name == "sm_120" and mixed and problem.R > 32:
         return f"{target.name} runs out of registers for float32 adapters of rank {problem.R}"
     if config.kernel == "decode" and "float32" in (problem.dtype, problem.adapter_dtype):
-        held, most = config.block_m * max(16, problem.R), 2048 if target.warp_size == 32 else 512
+        held = config.block_m * rank_block(problem.R, FUSED_RANK)
+        most = 512 if target.warp_size == 64 else 1024 if problem.dtype == "float32" else 2048
         if held > most:
             return (
                 f"decode has no registers for {config.block_m} rows of rank {problem.R} in float32"

@@ -179,7 +179,7 @@ def _candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfi
 
 def _shrink(problem: Problem, target: Target) -> TileConfig:
     block_m, block_k = (64, 64) if _all_half(problem) else (32, 32)
-    if target.name == "sm_120" and (problem.R > 32 or not _all_half(problem)):
+    if target.name == "sm_120" and (problem.R > 16 or not _all_half(problem)):
         block_m //= 2  # its compiler keeps to 96 registers
     programs = max(1, problem.M // block_m)
     split = _split(target.multiprocessors // programs, problem.K // (4 * block_k))

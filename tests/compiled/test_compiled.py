@@ -28,17 +28,18 @@ MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "mfma", "gfx1100": "
 
 
 def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool]]:
-    for problem, config in shipped(TARGETS[target]):
+    """Both stride forms; the second at a configuration's widest rank alone, which takes the most registers."""
+    pairs = shipped(TARGETS[target])
+    widest = {(config, p.dtype, p.adapter_dtype): p for p, config in pairs}
+    once = target in (*NEAR_DUPLICATES, "gfx942", "gfx1100")
+    for problem, config in pairs:
         if target in NEAR_DUPLICATES and (
             problem.R != 64 or problem.adapter_dtype != problem.dtype
         ):
             continue
         yield problem, config, True
-        if config.kernel != "shrink_outer" and target not in (
-            *NEAR_DUPLICATES,
-            "gfx942",
-            "gfx1100",
-        ):
+        last = widest[config, problem.dtype, problem.adapter_dtype] is problem
+        if last and not once and config.kernel != "shrink_outer":
             yield problem, config, False
 
 
