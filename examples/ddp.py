@@ -58,6 +58,7 @@ def main():
         dist.all_reduce(loss := loss.detach())
         if rank == 0 and (step % 10 == 0 or step == options.steps - 1):
             print(f"step {step:3}  loss {loss.item() / ranks:.4f}")
+    dist.barrier()  # nobody leaves while another still speaks to it
     dist.destroy_process_group()
 
 

@@ -57,6 +57,7 @@ def main():
         optimizer.step()
         if first and (step % 10 == 0 or step == options.steps - 1):
             print(f"step {step:3}  loss {loss.item():.4f}")
+    dist.barrier()  # nobody leaves while another still speaks to it
     dist.destroy_process_group()
 
 

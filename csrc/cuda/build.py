@@ -21,19 +21,28 @@ def build(output: Path, *, archs: Sequence[str] | None = None) -> str:
     import torch
 
     archs = ARCHITECTURES if archs is None else tuple(archs)
-    include = Path(torch.__file__).parent / "include"
+    root = Path(torch.__file__).parent
+    # A torch with CUDA has the stream in a library of its own, which only a weak symbol asks for.
+    libraries = [
+        name
+        for name in ("torch", "torch_cpu", "torch_cuda")
+        if (root / f"lib/lib{name}.so").exists()
+    ]
     command = [
         nvcc(),
         "-std=c++20",
         "-O3",
         "-DUSE_CUDA",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",  # 2.10, the oldest that is supported
-        f"-I{include}",
+        f"-I{root / 'include'}",
         *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
         f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}",
         "-Xcompiler=-fPIC",
         "-Xptxas=-v",
         "-shared",
+        f"-L{root / 'lib'}",
+        "-Xlinker=--no-as-needed",
+        *(f"-l{name}" for name in libraries),
         "--threads=0",
         *(str(_HERE / name) for name in SOURCES),
         "-o",
