@@ -108,6 +108,8 @@ def minilm_step(contender: str, device: str, dtype: torch.dtype) -> Callable[[],
         raise ValueError("the encoder is not compiled as a whole")
     words, _ = demo.load_words()
     model = demo.load_model(lambda encoder, rank, alpha: replace_all(encoder, contender))
+    torch.manual_seed(2)  # the head was made after a contender's own random draws
+    model.head.reset_parameters()
     model.to(device, dtype)
     batch = words[: demo.BATCH]
     batch = demo.Words(batch.ids.to(device), batch.mask.to(device), batch.labels.to(device))
@@ -142,7 +144,12 @@ def measure(
         if name == "reference":
             expected = losses
         elif name != "frozen" and expected:
-            _agree(f"{which}: {name}", losses, expected, dtype)
+            wrong = _disagreement(losses, expected, dtype)
+            if wrong is not None and name == "ours":
+                raise RuntimeError(f"{which}: {name}: {wrong}")
+            if wrong is not None:
+                left_out[f"{which}: {name}"] = wrong
+                continue
         calls[name] = step
     if "reference" not in calls:
         return []
@@ -150,13 +157,13 @@ def measure(
     return [_row(which, name, taken, dtype) for name in taken]
 
 
-def _agree(what: str, losses: list[float], expected: list[float], dtype: str) -> None:
+def _disagreement(losses: list[float], expected: list[float], dtype: str) -> str | None:
+    """What is wrong with a contender's losses, or None."""
     allowed = MAX_LOSS_GAP if dtype == "float32" else 20 * MAX_LOSS_GAP
     gap = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(losses, expected, strict=True))
-    if not gap <= allowed:
-        raise RuntimeError(
-            f"{what}: losses differ from the reference's by {gap:.1e}, over {allowed}"
-        )
+    if gap <= allowed:
+        return None
+    return f"losses differ from the reference's by {gap:.1e}, over {allowed}"
 
 
 def _row(which: str, name: str, taken: dict[str, list[float]], dtype: str) -> Row:
