@@ -503,12 +503,20 @@ def test_the_blocks_losses_are_the_references(small_block):
     assert all(row.to_floor and row.to_reference for row in rows)
 
 
-def test_a_block_that_learns_something_else_is_not_timed(small_block, monkeypatch):
+@pytest.mark.parametrize("wrong", ["addmm", "ours"])
+def test_a_block_that_learns_something_else_is_not_timed(small_block, monkeypatch, wrong):
+    """A rival is left out with the reason; one of ours ends the run."""
     start = training.block_step
-    wrong = lambda name, *a: lambda: start(name, *a)() * (1.01 if name == "addmm" else 1.0)  # noqa: E731
-    monkeypatch.setitem(training.STEPS, "block", wrong)
-    with pytest.raises(RuntimeError, match="losses differ"):
-        training.measure("block", "cpu", QUICK, {}, ("addmm",))
+    step = lambda name, *a: lambda: start(name, *a)() * (1.01 if name == wrong else 1.0)  # noqa: E731
+    monkeypatch.setitem(training.STEPS, "block", step)
+    if wrong == "ours":
+        with pytest.raises(RuntimeError, match="block: ours: losses differ"):
+            training.measure("block", "cpu", QUICK, {}, ("addmm", "ours"))
+        return
+    left_out: dict[str, str] = {}
+    rows = training.measure("block", "cpu", QUICK, left_out, ("addmm", "ours"))
+    assert "addmm" not in {row.contender for row in rows}
+    assert "losses differ" in left_out["block: addmm"]
 
 
 @pytest.fixture
