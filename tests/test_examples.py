@@ -28,19 +28,20 @@ def run(name, folder, *arguments):
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"the package {needed} is not installed")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            *(launcher if name in ON_TWO_RANKS else []),
-            str(EXAMPLES / f"{name}.py"),
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    command = [sys.executable, *(launcher if name in ON_TWO_RANKS else [])]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, str(EXAMPLES / f"{name}.py"), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env=environment,
+            timeout=300,
+        )
+        # A thread of gloo's that outlives its process group on a loaded machine: once is no fault of the example.
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
