@@ -86,13 +86,17 @@ def predict_us(
     if algorithm == "decode":
         blocks = math.ceil(problem.N / (config.block_n if config else 64))
         again_us = blocks * problem.K * ranks * size / (target.l2_gbs * 1e3)
-        stream_us = problem.frozen_bytes / (_STREAMED * target.bandwidth_gbs * 1e3)
+        stream_us = (problem.frozen_bytes + problem.lowrank_bytes) / (
+            _STREAMED * target.bandwidth_gbs * 1e3
+        )
         return max(stream_us, again_us, MIN_KERNEL_US) + adapter_grads
     if (
         algorithm == "cuda_decode"
     ):  # a block reads no byte of W, x or A twice; A once for each block of columns
         again_us = math.ceil(problem.N / 64) * problem.K * problem.R * size / (target.l2_gbs * 1e3)
-        stream_us = problem.frozen_bytes / (_STREAMED * target.bandwidth_gbs * 1e3)
+        stream_us = (problem.frozen_bytes + problem.lowrank_bytes) / (
+            _STREAMED * target.bandwidth_gbs * 1e3
+        )
         return max(stream_us + 0.5, again_us, MIN_KERNEL_US) + adapter_grads
     tail = ranks / max(problem.K, 1)
     main = frozen / (efficiency(config, target) * relative_rate(problem, target, config))
