@@ -14,7 +14,7 @@ from lora_kernels.problem import Problem
 _HALF = (torch.float16, torch.bfloat16)
 # Other types (fake and distributed tensors) intercept operators, so they must see a registered one.
 _EAGER_TYPES = frozenset({Tensor, torch.nn.Parameter})
-_DTYPES = (*_HALF, torch.float32, torch.float64)
+DTYPES = (*_HALF, torch.float32, torch.float64)
 
 
 def lora_linear(
@@ -109,7 +109,7 @@ def check_operands(
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-        if t.dtype not in _DTYPES:
+        if t.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device, {x.device}, got {t.device}")

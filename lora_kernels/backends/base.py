@@ -15,6 +15,14 @@ Scale = (
 )  # a number, or a 0-d tensor on the operands' device or the CPU, read when the product is computed
 
 
+def left_is_wide(left: Tensor, right: Tensor, dropout: Dropout | None = None) -> bool:
+    """Which operand of `reduce_outer` has the base's width: a masked left, the one that is no float32, or the wider."""
+    return dropout is not None or (
+        right.dtype == torch.float32
+        and (left.dtype != torch.float32 or left.shape[1] >= right.shape[1])
+    )
+
+
 class Backend(ABC):
     """Products on 2-D operands of any strides. Sizes may be zero. Results are new, contiguous tensors, fully written.
 

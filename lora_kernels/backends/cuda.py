@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.base import Backend, Scale
+from lora_kernels.backends.base import Backend, Scale, left_is_wide
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.cost import predict_us
@@ -109,14 +109,12 @@ class CudaBackend(Backend):
     ) -> Tensor:
         out = left.new_zeros((left.shape[1], right.shape[1]), dtype=dtype)
         if out.numel() and left.shape[0]:
-            left_is_wide = right.dtype == torch.float32 and (
-                left.dtype != torch.float32 or left.shape[1] >= right.shape[1]
-            )
-            if left_is_wide:
+            wide_first = left_is_wide(left, right)
+            if wide_first:
                 right = right.contiguous()
             else:
                 left = left.contiguous()
-            torch.ops.lora_kernels_cuda.reduce_outer(left, right, out, left_is_wide)
+            torch.ops.lora_kernels_cuda.reduce_outer(left, right, out, wide_first)
         return out
 
 

@@ -10,15 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lora_kernels.functional import autocast_dtype, lora_linear
+from lora_kernels.functional import DTYPES, autocast_dtype, lora_linear
 from lora_kernels.modules import has_hooks, is_plain_tensor
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class FusedLinear(PeftLinear):
@@ -168,7 +165,7 @@ def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str |
         ("lora_A", lora_A.weight),
         ("lora_B", lora_B.weight),
     ):
-        if not is_plain_tensor(weight) or weight.dtype not in _FLOATS:
+        if not is_plain_tensor(weight) or weight.dtype not in DTYPES:
             return f"its {part} is a {type(weight).__name__} of {weight.dtype}, no plain floating-point tensor"
     if lora_A.weight.dtype != lora_B.weight.dtype:
         return "its lora_A and lora_B have different dtypes"

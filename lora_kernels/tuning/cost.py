@@ -84,20 +84,10 @@ def predict_us(
         passes, launches = _PASSES[algorithm]
         return frozen + shrink + passes * y_us + launches * gap + adapter_grads
     if algorithm == "decode":
-        blocks = math.ceil(problem.N / (config.block_n if config else 64))
-        again_us = blocks * problem.K * ranks * size / (target.l2_gbs * 1e3)
-        stream_us = (problem.frozen_bytes + problem.lowrank_bytes) / (
-            _STREAMED * target.bandwidth_gbs * 1e3
-        )
-        return max(stream_us, again_us, MIN_KERNEL_US) + adapter_grads
-    if (
-        algorithm == "cuda_decode"
-    ):  # a block reads no byte of W, x or A twice; A once for each block of columns
-        again_us = math.ceil(problem.N / 64) * problem.K * problem.R * size / (target.l2_gbs * 1e3)
-        stream_us = (problem.frozen_bytes + problem.lowrank_bytes) / (
-            _STREAMED * target.bandwidth_gbs * 1e3
-        )
-        return max(stream_us + 0.5, again_us, MIN_KERNEL_US) + adapter_grads
+        block_n = config.block_n if config else 64
+        return _streamed_us(problem, target, block_n, ranks, 0.0) + adapter_grads
+    if algorithm == "cuda_decode":
+        return _streamed_us(problem, target, 64, problem.R, 0.5) + adapter_grads
     tail = ranks / max(problem.K, 1)
     main = frozen / (efficiency(config, target) * relative_rate(problem, target, config))
     if algorithm == "two_kernel":
@@ -108,6 +98,16 @@ def predict_us(
     raise ValueError(
         f"algorithm must be one of {ALGORITHMS}, frozen, addmm or naive, got {algorithm!r}"
     )
+
+
+def _streamed_us(
+    problem: Problem, target: Target, block_n: int, ranks: int, start_us: float
+) -> float:
+    """W streamed once, or A read again from L2 by every block of `block_n` columns, whichever takes longer."""
+    moved = problem.frozen_bytes + problem.lowrank_bytes
+    stream_us = moved / (_STREAMED * target.bandwidth_gbs * 1e3)
+    again = math.ceil(problem.N / block_n) * problem.K * ranks * problem.itemsize
+    return max(stream_us + start_us, again / (target.l2_gbs * 1e3), MIN_KERNEL_US)
 
 
 def efficiency(config: TileConfig | None, target: Target) -> float:

@@ -7,6 +7,7 @@ import importlib.util
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,22 @@ def test_layouts_with_split_sums(backend, layout, dtype, adapter):
 @pytest.mark.parametrize("R", [1, 16, 17, 32, 33, 100])
 def test_ranks(backend, R):
     check_backend(backend, Case(4, 65, 256, R, dtype=torch.bfloat16))
+
+
+def test_split_sums_of_the_fused_pass(backend):
+    """x·A beside x·W, both split over K, in values."""
+    check_backend(backend, Case(6, 130, 1030, 12, dtype=torch.bfloat16))
+
+
+def test_counters_serve_the_next_launch(backend, monkeypatch):
+    """Outside of a graph's capture the counters are made once, so every launch must leave them at zero."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(cuda, "_arrived", {})
+    case = Case(6, 130, 1030, 12, dtype=torch.bfloat16)
+    check_backend(backend, case)
+    (counters,) = cuda._arrived.values()
+    assert not counters.any()
 
 
 def test_bits_do_not_depend_on_the_order_of_blocks_and_warps(backend, ptx):

@@ -21,6 +21,7 @@ from lora_kernels.backends.triton.launch import (
     mixed_precision,
     needs_int64,
     scale_argument,
+    shrink_precision,
 )
 from lora_kernels.backends.triton.tiles import scale_value, widen
 from lora_kernels.tuning.config import TileConfig, rank_block
@@ -204,9 +205,7 @@ def decode(
         BLOCK_R=rank_block(R, config.rank_chunk),
         WHOLE=split == 1,
         PRECISION=base_precision(x.dtype),
-        SHRINK_PRECISION=base_precision(x.dtype)
-        if a.dtype == x.dtype
-        else mixed_precision(x.dtype, a.dtype),
+        SHRINK_PRECISION=shrink_precision(x.dtype, a.dtype),
         TAIL_PRECISION=mixed_precision(x.dtype, x.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
         HAS_BIAS=bias is not None,

@@ -99,5 +99,10 @@ def mixed_precision(wide: torch.dtype, result: torch.dtype) -> str:
     return "tf32" if result in _HALF else "tf32x3"
 
 
+def shrink_precision(x: torch.dtype, a: torch.dtype) -> str:
+    """`input_precision` of x·a, whose result stays float32."""
+    return base_precision(x) if a == x else mixed_precision(x, a)
+
+
 def _allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"

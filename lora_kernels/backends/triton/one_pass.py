@@ -20,6 +20,7 @@ from lora_kernels.backends.triton.launch import (
     mixed_precision,
     needs_int64,
     scale_argument,
+    shrink_precision,
 )
 from lora_kernels.backends.triton.tiles import grouped_order, keep_tile, scale_value, widen
 from lora_kernels.dropout import Dropout
@@ -174,9 +175,7 @@ def one_pass(
         BLOCK_R=rank_block(R, config.rank_chunk),
         GROUP_M=config.group_m,
         PRECISION=base_precision(x.dtype),
-        SHRINK_PRECISION=base_precision(x.dtype)
-        if a.dtype == x.dtype
-        else mixed_precision(x.dtype, a.dtype),
+        SHRINK_PRECISION=shrink_precision(x.dtype, a.dtype),
         TAIL_PRECISION=mixed_precision(x.dtype, x.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
         HAS_BIAS=bias is not None,

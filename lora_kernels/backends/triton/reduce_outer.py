@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.backends.base import left_is_wide
 from lora_kernels.backends.triton.launch import (
     Mask,
     cdiv,
@@ -92,11 +93,8 @@ def reduce_outer(
     One operand is wide, in the base's dtype; the other has a rank's width and is float32. A masked left is the wide one.
     """
     M = left.shape[0]
-    left_is_wide = dropout is not None or (
-        right.dtype == torch.float32
-        and (left.dtype != torch.float32 or left.shape[1] >= right.shape[1])
-    )
-    wide, thin = (left, right) if left_is_wide else (right, left)
+    wide_first = left_is_wide(left, right, dropout)
+    wide, thin = (left, right) if wide_first else (right, left)
     C, R = wide.shape[1], thin.shape[1]
     split = min(config.split, max(1, cdiv(M, config.block_m)))
     block_r = rank_block(R, config.rank_chunk)
@@ -118,7 +116,7 @@ def reduce_outer(
         R,
         *wide.stride(),
         *thin.stride(),
-        *((R, 1) if left_is_wide else (1, C)),
+        *((R, 1) if wide_first else (1, C)),
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_n,
         BLOCK_R=block_r,

@@ -10,12 +10,11 @@ from torch import Tensor
 from lora_kernels.backends.base import Scale
 from lora_kernels.backends.triton.launch import (
     Mask,
-    base_precision,
     cdiv,
     launch,
-    mixed_precision,
     needs_int64,
     scale_argument,
+    shrink_precision,
 )
 from lora_kernels.backends.triton.partials import sum_partials
 from lora_kernels.backends.triton.tiles import keep_tile, scale_value, widen
@@ -137,9 +136,7 @@ def shrink(
         BLOCK_R=block_r,
         WHOLE=split == 1,
         EVEN_K=K % config.block_k == 0,
-        PRECISION=base_precision(x.dtype)
-        if a.dtype == x.dtype
-        else mixed_precision(x.dtype, a.dtype),
+        PRECISION=shrink_precision(x.dtype, a.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
         DROPOUT=dropout is not None,
         WIDE=needs_int64(x, a),
