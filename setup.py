@@ -100,7 +100,10 @@ class Build(build_ext):
         build.build_temp, build.build_lib = self.build_temp, str(Path(self.build_temp) / "lib")
         build.ensure_finalized()
         build.run()
-        shutil.copy(Path(build.build_lib) / "lora_kernels/_cpu.so", self.destination("cpu"))
+        # Moved into place: a process that has the old library loaded keeps it.
+        made, to = Path(build.build_lib) / "lora_kernels/_cpu.so", self.destination("cpu")
+        shutil.copy(made, to.with_suffix(".new"))
+        os.replace(to.with_suffix(".new"), to)
 
     def build_cuda(self):
         spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc/cuda/build.py")

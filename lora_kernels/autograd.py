@@ -1,4 +1,6 @@
-"""The autograd.Function that eager mode takes: first and higher derivatives, forward mode, vmap and torch.func.
+"""The autograd.Function of eager mode: first and higher derivatives, forward mode, vmap and torch.func.
+
+A backend may have an operator of its own for the usual case, see `Backend.whole_layer`; this Function serves all others.
 
 Derivatives that must themselves be differentiated, and those under a function transform, run `formulas` on the composite
 backend, which autograd sees through. s is an output of the Function, so that a saved s is still connected to x and A.
@@ -42,7 +44,7 @@ class LoRALinear(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         dropout = as_dropout(dropout_p, seed)
-        chosen = dispatch.resolve(backend, x, weight, A, B, bias, dropout)
+        chosen = dispatch.resolve(backend, x, weight, A, B, bias, dropout is not None)
         return formulas.forward(chosen, x, weight, A, B, bias, alpha, dropout)
 
     @staticmethod
@@ -72,7 +74,9 @@ class LoRALinear(torch.autograd.Function):
         if torch.is_grad_enabled() or ds is not None or _under_transform(dy):
             backend = COMPOSITE
         else:
-            backend = dispatch.resolve_backward(ctx.backend, dy, kept, ctx.adapter_dtype, dropout)
+            backend = dispatch.resolve_backward(
+                ctx.backend, dy, kept, ctx.adapter_dtype, dropout is not None
+            )
         grads = formulas.backward(
             backend, dy, kept, ctx.needs, alpha, dropout, ctx.adapter_dtype, ds
         )
@@ -102,4 +106,5 @@ def as_dropout(p: float, seed: Tensor | None) -> Dropout | None:
 
 def _under_transform(t: Tensor) -> bool:
     """Whether t is a wrapper of a function transform (vmap of a backward), which only plain ATen understands."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(t)
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)

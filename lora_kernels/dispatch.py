@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from lora_kernels import env
 from lora_kernels.backends.base import Backend
-from lora_kernels.dropout import Dropout
 from lora_kernels.formulas import Saved
 from lora_kernels.problem import Problem
 
@@ -77,50 +77,55 @@ def resolve(
     A: Tensor,
     B: Tensor,
     bias: Tensor | None,
-    dropout: Dropout | None,
+    dropout: bool,
 ) -> Backend:
-    """The backend for a forward call on 2-D x; RuntimeError where an explicit or strict choice cannot compute it."""
-    problem = Problem(
-        M=x.shape[0],
-        N=weight.shape[0],
-        K=x.shape[1],
-        R=A.shape[1],
-        dtype=_name(x.dtype),
-        adapter_dtype=_name(A.dtype),
-        device=x.device.type,
-        bias=bias is not None,
-        dropout=dropout is not None,
-        w_k_major=weight.stride(1) == 1,
+    """The backend for a forward call on x [..., K]; RuntimeError where an explicit or strict choice cannot compute it."""
+    (N, K), R = weight.shape, A.shape[1]
+    return _backend(
+        *_asked(name),
+        x.device,
+        torch.get_num_threads(),
+        x.numel() // K if K else math.prod(x.shape[:-1]),
+        N,
+        K,
+        R,
+        x.dtype,
+        A.dtype,
+        bias is not None,
+        dropout,
+        weight.stride(1) == 1,
+        False,
     )
-    return get(_choose(*_asked(name), problem, x.device, torch.get_num_threads()).backend)
 
 
 def resolve_backward(
-    name: str, dy: Tensor, saved: Saved, adapter_dtype: torch.dtype, dropout: Dropout | None
+    name: str, dy: Tensor, saved: Saved, adapter_dtype: torch.dtype, dropout: bool
 ) -> Backend:
     """The backend for the backward of a call; sizes that no saved tensor tells do not matter to it and count as one."""
     skinny = saved.s if saved.s is not None else (saved.B.t() if saved.B is not None else None)
     wide = saved.weight if saved.weight is not None else saved.x
-    problem = Problem(
-        M=dy.shape[0],
-        N=wide.shape[1] if wide is not None else 1,
-        K=dy.shape[1],
-        R=skinny.shape[1] if skinny is not None else 1,
-        dtype=_name(dy.dtype),
-        adapter_dtype=_name(adapter_dtype),
-        device=dy.device.type,
-        dropout=dropout is not None,
-        w_k_major=saved.weight is None or saved.weight.stride(0) == 1,
-        backward=True,
+    return _backend(
+        *_asked(name),
+        dy.device,
+        torch.get_num_threads(),
+        dy.shape[0],
+        wide.shape[1] if wide is not None else 1,
+        dy.shape[1],
+        skinny.shape[1] if skinny is not None else 1,
+        dy.dtype,
+        adapter_dtype,
+        False,
+        dropout,
+        saved.weight is None or saved.weight.stride(0) == 1,
+        True,
     )
-    return get(_choose(*_asked(name), problem, dy.device, torch.get_num_threads()).backend)
 
 
 def explain(problem: Problem, backend: str = "auto") -> Explanation:
     """Who would compute `problem`, and why not the others: one reason each. ValueError for an unknown name."""
     check_name(backend)
     name, strict = _asked(backend)
-    return _choose(name, strict, problem, torch.device(problem.device), torch.get_num_threads())
+    return _choose(name, strict, problem, torch.device(problem.device))
 
 
 def _asked(name: str) -> tuple[str, bool]:
@@ -135,10 +140,44 @@ def _asked(name: str) -> tuple[str, bool]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(
-    name: str, strict: bool, problem: Problem, device: torch.device, threads: int
-) -> Explanation:
-    """The choice, remembered per problem; `threads` is part of the key because rules may depend on it."""
+def _backend(
+    name: str,
+    strict: bool,
+    device: torch.device,
+    threads: int,
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    bias: bool,
+    dropout: bool,
+    w_k_major: bool,
+    backward: bool,
+) -> Backend:
+    """The backend of a call, remembered by plain facts: making a Problem takes longer than a small product.
+
+    `threads` is part of the key because rules may depend on it.
+    """
+    problem = Problem(
+        M,
+        N,
+        K,
+        R,
+        _name(dtype),
+        _name(adapter_dtype),
+        device.type,
+        bias,
+        dropout,
+        w_k_major,
+        backward,
+    )
+    return get(_choose(name, strict, problem, device).backend)
+
+
+def _choose(name: str, strict: bool, problem: Problem, device: torch.device) -> Explanation:
+    """The choice and its reasons."""
     preference = _PREFERENCE.get(device.type, ("eager",))
     rejected = {
         other: f"runs on {'cpu' if other == 'cpu' else 'cuda'} tensors only, not on {device.type}"

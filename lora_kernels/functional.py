@@ -6,9 +6,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lora_kernels import dispatch, ops
-from lora_kernels.autograd import LoRALinear
+from lora_kernels.autograd import LoRALinear, as_dropout
 from lora_kernels.problem import Problem
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -49,10 +50,10 @@ def lora_linear(
     >>> torch.allclose(y, layer(x) + 0.5 * (x @ A @ B), atol=1e-5)
     True
     """
-    check_operands(x, weight, A, B, alpha, bias)
+    half = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
+    check_operands(x, weight, A, B, alpha, bias, autocast=half is not None)
     check_dropout("dropout_p", dropout_p)
     dispatch.check_name(backend)
-    half = autocast_dtype(x.device.type)
     if half is not None and x.dtype != torch.float64:
         x, weight = x.to(half), weight.to(half)
         bias = None if bias is None else bias.to(half)
@@ -80,8 +81,8 @@ def explain(
         return dispatch.explain(x, backend)
     if weight is None or A is None or B is None:
         raise TypeError("explain needs a Problem, or x, weight, A and B")
-    check_operands(x, weight, A, B, alpha, bias)
-    half = autocast_dtype(x.device.type)
+    half = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
+    check_operands(x, weight, A, B, alpha, bias, autocast=half is not None)
     dtype = x.dtype if half is None or x.dtype == torch.float64 else half
     keeps_adapters = A.dtype == torch.float32 and dtype in _HALF
     problem = Problem(
@@ -100,19 +101,29 @@ def explain(
 
 
 def check_operands(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, alpha: float | Tensor, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    alpha: float | Tensor,
+    bias: Tensor | None,
+    *,
+    autocast: bool,
 ) -> None:
-    """TypeError or ValueError unless these are the operands of one LoRA linear; it names argument, value and rule."""
-    named = {"x": x, "weight": weight, "A": A, "B": B, "bias": bias}
-    for name, t in named.items():
+    """TypeError or ValueError unless these are the operands of one LoRA linear; it names argument, value and rule.
+
+    `autocast`: x, weight and bias will be cast to one dtype.
+    """
+    device = x.device if isinstance(x, Tensor) else None
+    for name, t in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)):
         if t is None and name == "bias":
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
         if t.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"{name} must be on x's device, {x.device}, got {t.device}")
+        if t.device != device:
+            raise ValueError(f"{name} must be on x's device, {device}, got {t.device}")
     if weight.ndim != 2:
         raise ValueError(f"weight must be [N, K], 2-D, got {_shape(weight)}")
     N, K = weight.shape
@@ -120,13 +131,14 @@ def check_operands(
         raise ValueError(f"x must be [..., K] with K = {K} as in weight, got {_shape(x)}")
     if A.ndim != 2 or A.shape[0] != K:
         raise ValueError(f"A must be [K, R] with K = {K} as in weight, got {_shape(A)}")
-    if B.ndim != 2 or B.shape[0] != A.shape[1] or B.shape[1] != N:
-        raise ValueError(f"B must be [R, N] = [{A.shape[1]}, {N}], got {_shape(B)}")
-    if bias is not None and (bias.ndim != 1 or bias.shape[0] != N):
+    R = A.shape[1]
+    if B.shape != (R, N):
+        raise ValueError(f"B must be [R, N] = [{R}, {N}], got {_shape(B)}")
+    if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must be [N] = [{N}], got {_shape(bias)}")
     if A.dtype != B.dtype:
         raise TypeError(f"B must have A's dtype, {A.dtype}, got {B.dtype}")
-    if autocast_dtype(x.device.type) is None:
+    if not autocast:
         for name, t in (("weight", weight), ("bias", bias)):
             if t is not None and t.dtype != x.dtype:
                 raise TypeError(f"{name} must have x's dtype, {x.dtype}, got {t.dtype}")
@@ -171,15 +183,42 @@ def _apply(
     if A.dtype != x.dtype and not (A.dtype == torch.float32 and x.dtype in _HALF):
         A, B = A.to(x.dtype), B.to(x.dtype)
     seed = _seed(seed, x.device) if dropout_p else None
+    traced = torch.compiler.is_compiling() or not _EAGER_TYPES.issuperset(
+        map(type, (x, weight, A, B))
+    )
+    if not traced and _has_usual_derivatives(x, weight, A, B, alpha, bias):
+        chosen = dispatch.resolve(backend, x, weight, A, B, bias, seed is not None)
+        if chosen.whole_layer is not None:
+            return chosen.whole_layer(x, weight, A, B, bias, alpha, as_dropout(dropout_p, seed))
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
-    if torch.compiler.is_compiling() or not _EAGER_TYPES.issuperset(map(type, (x, weight, A, B))):
+    if traced:
         if not isinstance(alpha, Tensor):
             alpha = torch.scalar_tensor(alpha, dtype=torch.float32, device=x.device)
         y, _ = ops.lora_linear(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
     else:
         y, _ = LoRALinear.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
     return y if x.ndim == 2 else y.reshape(*lead, weight.shape[0])
+
+
+def _has_usual_derivatives(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, alpha: float | Tensor, bias: Tensor | None
+) -> bool:
+    """Whether only backward may be asked for, of both adapters or none over a frozen base, and no transform looks on."""
+    return not (
+        isinstance(alpha, Tensor)
+        or (
+            torch.is_grad_enabled()
+            and (
+                weight.requires_grad
+                or A.requires_grad != B.requires_grad
+                or (bias is not None and bias.requires_grad)
+            )
+        )
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
+    )
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

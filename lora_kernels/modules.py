@@ -171,12 +171,13 @@ class LinearWithLoRA(nn.Module):
         """y [..., out_features] for x [..., in_features]."""
         if self.merged:
             return self.linear(x)
-        if not is_plain(self):
-            return self.linear(x) + self.lora(x)
         linear, lora = self.linear, self.lora
+        weight = linear.weight
+        if not is_plain(linear, lora, weight):
+            return linear(x) + lora(x)
         return lora_linear(
             x,
-            linear.weight,
+            weight,
             lora.A,
             lora.B,
             lora.run_time_scale(),
@@ -286,16 +287,15 @@ def check_alpha(alpha: float) -> None:
         raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
 
 
-def is_plain(layer: LinearWithLoRA) -> bool:
-    """Whether calling `layer.linear` and `layer.lora` would do nothing but the formula, so that it may be fused."""
-    linear, lora = layer.linear, layer.lora
+def is_plain(linear: nn.Linear, lora: LoRALayer, weight: Tensor) -> bool:
+    """Whether calling `linear`, which has `weight`, and `lora` would do nothing but the formula, so that it may be fused."""
     return (
         type(linear).forward is nn.Linear.forward
         and type(lora).forward is LoRALayer.forward
         and "forward" not in linear.__dict__
         and not has_hooks(linear)
         and not has_hooks(lora)
-        and (is_plain_tensor(linear.weight) or type(linear.weight).__module__ == _SHARDED)
+        and (is_plain_tensor(weight) or type(weight).__module__ == _SHARDED)
     )
 
 

@@ -31,7 +31,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, R]) of `formulas.forward` for x [M, K], weight [N, K], A [K, R], B [R, N], 0-d alpha and seed."""
     dropout = as_dropout(dropout_p, seed)
-    chosen = dispatch.resolve(backend, x, weight, A, B, bias, dropout)
+    chosen = dispatch.resolve(backend, x, weight, A, B, bias, dropout is not None)
     return formulas.forward(chosen, x, weight, A, B, bias, alpha, dropout)
 
 
@@ -64,7 +64,7 @@ def lora_linear_backward(
     """
     saved = Saved(x, weight, A, B, s)
     dropout = as_dropout(dropout_p, seed)
-    chosen = dispatch.resolve_backward(backend, dy, saved, adapter_dtype, dropout)
+    chosen = dispatch.resolve_backward(backend, dy, saved, adapter_dtype, dropout is not None)
     grads = formulas.backward(chosen, dy, saved, Needs(*needs), alpha, dropout, adapter_dtype)
     dx, dW, dA, dB, dbias = (dy.new_empty(0) if grad is None else grad for grad in grads)
     return dx, dW, dA, dB, dbias

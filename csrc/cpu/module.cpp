@@ -1,19 +1,15 @@
 // The operators of lora_kernels/backends/cpu.py: tensors checked and described, then computed.
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <string>
-#include <tuple>
 
+#include "operators.h"
 #include "product.h"
 #include "reduce_outer.h"
 
 namespace lora_kernels {
 namespace {
-
-using at::Tensor;
 
 Type type_of(at::ScalarType type) {
   if (type == at::kFloat) return Type::F32;
@@ -43,6 +39,12 @@ std::optional<Mask> mask_of(int64_t threshold, int64_t seed, double scale, int64
               threshold);
   return Mask{uint32_t(threshold), uint64_t(seed), float(scale), cols};
 }
+
+std::string isa() { return kernels() == nullptr ? "" : kernels()->name; }
+
+bool use_isa(const std::string& name) { return use_kernels(name.c_str()); }
+
+}  // namespace
 
 Tensor shrink(const Tensor& x, const Tensor& a, double alpha, int64_t threshold, int64_t seed,
               double keep_scale) {
@@ -100,12 +102,6 @@ Tensor reduce_outer(const Tensor& left, const Tensor& right, at::ScalarType dtyp
   return out;
 }
 
-std::string isa() { return kernels() == nullptr ? "" : kernels()->name; }
-
-bool use_isa(const std::string& name) { return use_kernels(name.c_str()); }
-
-}  // namespace
-
 TORCH_LIBRARY(lora_kernels_cpu, m) {
   m.def(
       "shrink(Tensor x, Tensor a, float alpha, int threshold, int seed, float keep_scale) -> "
@@ -116,6 +112,12 @@ TORCH_LIBRARY(lora_kernels_cpu, m) {
   m.def(
       "reduce_outer(Tensor left, Tensor right, ScalarType dtype, int threshold, int seed, "
       "float keep_scale) -> Tensor");
+  m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, float alpha, "
+      "float dropout_p, int threshold, int seed) -> Tensor");
+  m.def(
+      "differentiable_backward(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, "
+      "float alpha, float dropout_p, int seed, bool needs_x) -> (Tensor, Tensor, Tensor)");
   m.def("isa() -> str", &isa);
   m.def("use_isa(str name) -> bool", &use_isa);
 }

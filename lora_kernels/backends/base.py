@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ class Backend(ABC):
     """
 
     name: str
+    # (x, weight, A, B, bias, alpha, dropout) -> y with derivatives, where the backend has the layer as one operator: for
+    # a frozen weight and bias, A and B both trained or both not, alpha a number.
+    whole_layer: Callable[..., Tensor] | None = None
 
     @abstractmethod
     def unavailable(self) -> str | None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_kernels import env
+from lora_kernels import env, formulas
 from lora_kernels.backends.base import Backend, Scale
+from lora_kernels.backends.composite import BACKEND as COMPOSITE
 from lora_kernels.dropout import Dropout, threshold
 from lora_kernels.problem import Problem
 
@@ -72,6 +73,47 @@ class CpuBackend(Backend):
     ) -> Tensor:
         return torch.ops.lora_kernels_cpu.reduce_outer(left, right, dtype, *_mask(dropout))
 
+    def whole_layer(
+        self,
+        x: Tensor,  # [..., K]
+        weight: Tensor,  # [N, K]
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        alpha: float,
+        dropout: Dropout | None,
+    ) -> Tensor:
+        """y [..., N]: forward and backward are one call each, which is what a small layer's time depends on."""
+        limit, seed, _ = _mask(dropout)
+        p = 0.0 if dropout is None else dropout.p
+        return torch.ops.lora_kernels_cpu.lora_linear.default(
+            x, weight, A, B, bias, alpha, p, limit, seed
+        )
+
+
+def _differentiable_backward(
+    dy: Tensor,  # [..., N]
+    x: Tensor | None,  # [..., K]
+    weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    alpha: float,
+    p: float,
+    seed: int,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dA, dB) of `whole_layer` that can be differentiated themselves; empty where x or weight was not kept."""
+    dropout = Dropout(p, torch.tensor(seed)) if p else None
+    rows = None if x is None else x.reshape(-1, A.shape[0])
+    s = None if rows is None else COMPOSITE.shrink(rows, A, alpha, dropout)
+    needs = formulas.Needs(needs_x, False, x is not None, x is not None, False)
+    saved = formulas.Saved(rows, weight, A, B, s)
+    dx, _, dA, dB, _ = formulas.backward(
+        COMPOSITE, dy.reshape(-1, B.shape[1]), saved, needs, alpha, dropout, A.dtype
+    )
+    dx = None if dx is None else dx.reshape(*dy.shape[:-1], A.shape[0])
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB))  # type: ignore[return-value]
+
 
 def _has_amx() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
@@ -89,6 +131,11 @@ def _load() -> str | None:
         try:
             torch.ops.load_library(str(LIBRARY))
             isa = torch.ops.lora_kernels_cpu.isa()
+            torch.library.impl(
+                "lora_kernels_cpu::differentiable_backward",
+                "CompositeImplicitAutograd",
+                _differentiable_backward,
+            )
         except (OSError, RuntimeError, AttributeError) as error:
             reason = f"its extension does not load ({error.__cause__ or error}); build it again"
         else:

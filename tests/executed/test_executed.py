@@ -56,10 +56,10 @@ def on(monkeypatch):
         monkeypatch.setattr(backend_module, "current_target", lambda *device: TARGETS[target])
         monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton", "eager")})
         monkeypatch.setattr(backend_module, "BACKEND", backend_module.TritonBackend("two_kernel"))
-        dispatch._choose.cache_clear()
+        dispatch._backend.cache_clear()
 
     yield use
-    dispatch._choose.cache_clear()
+    dispatch._backend.cache_clear()
 
 
 @pytest.mark.parametrize(

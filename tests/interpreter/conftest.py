@@ -83,7 +83,7 @@ def triton_backend(monkeypatch):
         return made
 
     yield make
-    dispatch._choose.cache_clear()
+    dispatch._backend.cache_clear()
 
 
 def on_target(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
@@ -92,4 +92,4 @@ def on_target(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton", "eager")})
     # A question of bytes, not of results, which small tiles always answer with no.
     monkeypatch.setattr(backend_module, "one_reading_pays", lambda problem, config: problem.R <= 40)
-    dispatch._choose.cache_clear()
+    dispatch._backend.cache_clear()

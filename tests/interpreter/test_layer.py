@@ -172,7 +172,7 @@ def test_explain_and_refusals(monkeypatch):
     with pytest.raises(RuntimeError, match="float64 is computed by ATen"):
         explain(wide, backend="triton")
     assert explain(wide).backend == "eager"
-    dispatch._choose.cache_clear()
+    dispatch._backend.cache_clear()
 
     def too_old(*device):
         raise ValueError("architecture must be sm_80 or newer, got 'sm_75'")
@@ -180,7 +180,7 @@ def test_explain_and_refusals(monkeypatch):
     monkeypatch.setattr(backend_module, "current_target", too_old)
     with pytest.raises(RuntimeError, match="sm_80 or newer"):
         explain(problem, backend="triton")
-    dispatch._choose.cache_clear()
+    dispatch._backend.cache_clear()
 
 
 def test_without_triton(monkeypatch):

@@ -1,0 +1,226 @@
+"""The layer as one C++ operator: the bits of the products, and everything that autograd may ask of it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from lora_kernels import lora_linear
+from lora_kernels.autograd import LoRALinear
+from lora_kernels.backends.cpu import BACKEND
+from tests.oracle import AWKWARD
+from tests.test_functional import NAMES, operands
+
+if (_why_not := BACKEND.unavailable()) is not None:
+    pytest.skip(f"cpu backend: {_why_not}", allow_module_level=True)
+
+TRAINED = [(), ("x",), ("A", "B"), ("x", "A", "B")]
+trained = pytest.mark.parametrize("needed", TRAINED, ids=lambda n: "+".join(n) or "none")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls that the operator gets: what a test says of it would otherwise hold of another path."""
+    seen = []
+
+    def whole_layer(*args):
+        seen.append(args)
+        return type(BACKEND).whole_layer(BACKEND, *args)
+
+    monkeypatch.setattr(BACKEND, "whole_layer", whole_layer)
+    return seen
+
+
+def frozen(needed=("x", "A", "B"), **options):
+    torch.manual_seed(0)
+    tensors = operands(**options)
+    for name, t in zip(NAMES, tensors, strict=True):
+        t.requires_grad_(name in needed)
+    return tensors
+
+
+def called(x, weight, A, B, bias, **options):
+    return lora_linear(x, weight, A, B, 0.75, bias, **options)
+
+
+def by_function(x, weight, A, B, bias, dropout_p=0.0, seed=None):
+    """The same by the autograd Function in Python and the backend's products."""
+    rows = x.reshape(-1, x.shape[-1])
+    seed = None if seed is None else torch.tensor(seed)
+    y, _ = LoRALinear.apply(rows, weight, A, B, bias, 0.75, dropout_p, seed, "cpu")
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+@trained
+@pytest.mark.parametrize("case", [c for c in AWKWARD if c.K and c.layout != "broadcast"], ids=str)
+def test_bits_of_forward_and_backward_are_those_of_the_products(case, needed, calls):
+    o = case.operands()
+    tensors = [o.x, o.w.t(), o.a, o.b]
+    leaves = dict(zip(NAMES, tensors, strict=False))
+    options = {"dropout_p": case.dropout, "seed": 7} if case.dropout else {}
+    results = []
+    for function in (called, by_function):
+        own = [t.detach().requires_grad_(n in needed) for n, t in leaves.items()]
+        y = function(*own, o.bias, **options)
+        if needed:
+            y.backward(o.dy)
+        results.append([y, *(t.grad for t in own)])
+    assert len(calls) == 1
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            assert torch.equal(mine.nan_to_num(7.0), theirs.nan_to_num(7.0))
+            assert torch.equal(mine.isnan(), theirs.isnan())
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3), (2, 1, 3, 2), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_any_leading_shape_and_its_gradient(lead, transposed, calls):
+    def build():
+        tensors = frozen(lead=lead)
+        if transposed and len(lead) > 1:
+            tensors[0] = tensors[0].detach().transpose(0, 1).requires_grad_()
+        return tensors
+
+    results = []
+    for function in (called, by_function):
+        tensors = build()
+        y = function(*tensors)
+        y.backward(torch.arange(float(y.numel())).view(y.shape))
+        results.append([y, *(tensors[i].grad for i in (0, 2, 3))])
+    assert len(calls) == 1
+    for mine, theirs in zip(*results, strict=True):
+        assert mine.shape == theirs.shape and torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("needed", TRAINED[1:], ids="+".join)
+@pytest.mark.parametrize("lead", [(9,), (3, 3)], ids=str)
+def test_second_derivatives(needed, dropout_p, lead, calls):
+    """Of a gradient penalty: through dx, dA and dB, back to every operand."""
+    options = {"dropout_p": dropout_p, "seed": 3} if dropout_p else {}
+    results = []
+    for function in (called, by_function):
+        tensors = frozen(needed, lead=lead)
+        wanted = [t for t in tensors if t.requires_grad]
+        first = torch.autograd.grad(
+            function(*tensors, **options).square().sum(), wanted, create_graph=True
+        )
+        penalty = sum(g.square().sum() for g in first)
+        results.append([*first, *torch.autograd.grad(penalty, wanted)])
+    assert len(calls) == 1
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", [called, by_function])
+def test_a_batch_of_gradients_at_once(function, calls):
+    """`is_grads_batched` runs the backward under vmap."""
+    tensors = frozen()
+    wanted = [tensors[i] for i in (0, 2, 3)]
+    y = function(*tensors)
+    vectors = torch.randn(4, *y.shape)
+    together = torch.autograd.grad(y, wanted, vectors, is_grads_batched=True, retain_graph=True)
+    for i, v in enumerate(vectors):
+        for mine, alone in zip(
+            together, torch.autograd.grad(y, wanted, v, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(mine[i], alone)
+    assert len(calls) == (function is called)
+
+
+@trained
+def test_only_what_a_needed_gradient_reads_is_saved_beside_the_adapters(needed, calls):
+    saved = []
+    with saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        called(*frozen(needed, M=11, N=13, K=17, R=3))
+    expected = [] if not needed else [(17, 3), (3, 13)]
+    expected += [(13, 17)] if "x" in needed else []
+    expected += [(11, 17), (11, 3)] if "A" in needed else []
+    assert sorted(saved) == sorted(expected) and calls
+
+
+def test_an_operand_changed_in_place_is_noticed(calls):
+    tensors = frozen()
+    y = called(*tensors)
+    with torch.no_grad():
+        tensors[2].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    assert calls
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_recomputes_the_same_mask(reentrant, calls):
+    results = []
+    for wrap in (False, True):
+        tensors = frozen()
+        torch.manual_seed(0)
+        y = (
+            checkpoint(called, *tensors, dropout_p=0.5, use_reentrant=False)
+            if wrap and not reentrant
+            else checkpoint(lambda *t: called(*t, dropout_p=0.5), *tensors, use_reentrant=True)
+            if wrap
+            else called(*tensors, dropout_p=0.5)
+        )
+        y.square().sum().backward()
+        results.append([tensors[i].grad for i in (0, 2, 3)])
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
+    assert calls
+
+
+def test_without_gradients_no_graph_is_kept(calls):
+    tensors = frozen()
+    with torch.no_grad():
+        assert called(*tensors).grad_fn is None
+    with torch.inference_mode():
+        inside = called(*(t.detach() for t in operands()))
+    assert inside.is_inference()
+    assert len(calls) == 2
+
+
+def test_a_half_base_with_float32_adapters(calls):
+    tensors = frozen(dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    y = called(*tensors)
+    y.float().sum().backward()
+    assert y.dtype == tensors[0].grad.dtype == torch.bfloat16
+    assert tensors[2].grad.dtype == tensors[3].grad.dtype == torch.float32
+    assert calls
+
+
+ALONE = [
+    ("weight",),
+    ("bias", "A", "B"),
+    ("A",),
+    ("B",),
+    *itertools.combinations(("x", "weight", "B"), 2),
+]
+
+
+@pytest.mark.parametrize("needed", ALONE, ids="+".join)
+def test_other_gradients_are_the_functions(needed, calls):
+    """What the operator has no derivative for never reaches it, and by itself it refuses."""
+    tensors = frozen(needed)
+    called(*tensors).sum().backward()
+    assert [t.grad is not None for t in tensors] == [name in needed for name in NAMES]
+    assert not calls
+    with pytest.raises(RuntimeError, match="frozen weight and bias"):
+        torch.ops.lora_kernels_cpu.lora_linear(*tensors, 1.0, 0.0, 0, 0)
+
+
+def test_a_frozen_network_needs_no_frozen_bias_under_no_grad(calls):
+    tensors = frozen(NAMES)
+    with torch.no_grad():
+        called(*tensors)
+    assert calls
+
+
+def test_the_operator_names_a_wrong_operand():
+    x, weight, A, B, bias = (t.detach() for t in operands())
+    with pytest.raises(RuntimeError, match=r"w must be a \[6, 7\] tensor .* got \[5, 7\]"):
+        torch.ops.lora_kernels_cpu.lora_linear(x, weight[:, 1:], A, B, bias, 1.0, 0.0, 0, 0)
