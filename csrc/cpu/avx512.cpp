@@ -25,6 +25,7 @@ const Kernels AVX512_KERNELS = {
     .store = store,
     .mask = mask,
     .multiply = multiply_rows<FloatUnit<float>, Vector::TILE_ROWS>,
+    .multiply_in_place = multiply_in_place,
     .dots = dots,
     .rows_of_w = rows_of_w,
 };

@@ -128,6 +128,7 @@ const Kernels AVX512_BF16_KERNELS = {
     .store = store,
     .mask = mask,
     .multiply = multiply_rows<FloatUnit<float>, Vector::TILE_ROWS>,
+    .multiply_in_place = multiply_in_place,
     .dots = dots,
     .rows_of_w = rows_of_w,
     .copy_pairs = copy_pairs,

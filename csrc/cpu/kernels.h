@@ -67,6 +67,9 @@ struct Kernels {
   // c = tile·panel, or c += tile·panel: rows x (vectors·lanes), vectors 1 or 2, depth <= DEPTH.
   void (*multiply)(int64_t rows, int64_t vectors, const float* tile, const float* panel,
                    int64_t depth, float* c, int64_t c_pitch, bool add);
+  // The same for 2·lanes columns of w, contiguous, that are not packed; depth <= 256.
+  void (*multiply_in_place)(int64_t rows, const float* tile, const Matrix& w, int64_t depth,
+                            float* c, int64_t c_pitch, bool add);
   // c[r][n] = sum over k of x[r][k]·w[n][k], w's rows contiguous in k: rows x cols. x is followed
   // by zeros up to a multiple of `lanes`.
   void (*dots)(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,

@@ -53,7 +53,12 @@ Tensor shrink(const Tensor& x, const Tensor& a, double alpha, int64_t threshold,
   const int64_t M = x.size(0), K = x.size(1), R = a.size(1);
   const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, K);
   Tensor s = at::empty({M, R}, x.options().dtype(at::kFloat));
-  Product product{matrix(x, "x", M, K), matrix(a, "a", K, R)};
+  const Matrix wide = matrix(x, "x", M, K), skinny = matrix(a, "a", K, R);
+  // A few columns are better computed as the rows of sᵀ = aᵀ·xᵀ, along x's memory.
+  const bool transpose = R <= MAX_DOT_ROWS && x.stride(1) == 1 && !mask;
+  Product product{wide, skinny};
+  if (transpose) product = {skinny.transposed(), wide.transposed()};
+  product.transpose = transpose;
   product.mask_in = mask ? &*mask : nullptr;
   product.scale = float(alpha);
   product.out = s.data_ptr();

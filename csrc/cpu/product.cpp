@@ -19,7 +19,7 @@ constexpr int64_t FEW_ROWS = 32;  // so few that reading w decides: wide blocks,
 constexpr int64_t SHALLOW = 256;
 constexpr int64_t MAX_SCRATCH_ROWS = 516;  // of float32 results that wait for their rounding
 constexpr int64_t FLOAT_DEPTH = 512;       // wider blocks read x less often
-constexpr int64_t MAX_DOT_ROWS = 16, MAX_ADDED_ROWS = 4;
+constexpr int64_t MAX_ADDED_ROWS = 4;
 constexpr int64_t DOT_COLS = 64;  // a task's share of w in the forms for few rows
 
 // Half of the L2 cache, in floats: what a thread's packed panels may take.
@@ -90,7 +90,7 @@ class Run {
   void pack_b(const Columns& cols) const;
   void finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const;
   bool direct(const Columns& cols) const {
-    return p.out_type == Type::F32 && p.scale == 1.0f && p.mask_out == nullptr &&
+    return p.out_type == Type::F32 && p.scale == 1.0f && p.mask_out == nullptr && !p.transpose &&
            cols.count == cols.pitch();
   }
   int64_t chunk() const {
@@ -153,10 +153,12 @@ void Run::finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols.pitch(); ++j) c[i * c_pitch + j] += sum[i * sum_pitch + j];
   }
-  char* out = static_cast<char*>(p.out) + (row * N + cols.begin) * size_of(p.out_type);
+  const int64_t row_stride = p.transpose ? 1 : N, col_stride = p.transpose ? M : 1;
+  char* out = static_cast<char*>(p.out) +
+              (row * row_stride + cols.begin * col_stride) * size_of(p.out_type);
   const float* bias = p.bias == nullptr ? nullptr : cols.bias;
   if (static_cast<void*>(c) != out || bias != nullptr)
-    k.store(out, p.out_type, N, 1, c, c_pitch, rows, cols.count, p.scale, bias);
+    k.store(out, p.out_type, row_stride, col_stride, c, c_pitch, rows, cols.count, p.scale, bias);
 }
 
 void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* c) const {
@@ -237,26 +239,23 @@ void Run::by_panels() const {
 void Run::in_place(int64_t block, decltype(Kernels::dots) kernel) const {
   const bool copied = kernel == k.dots && p.w.row_stride != 1;
   const int64_t x_pitch = aligned(K) + 16, w_floats = copied ? block * x_pitch : 0;
+  static thread_local Scratch caller;  // x, decoded once for all tasks
+  float* const x = caller.reserve(M * x_pitch);
+  const int64_t used = kernel == k.dots_pairs ? K / 2 : K;
+  for (int64_t row = 0; row < M; ++row)
+    std::memset(x + row * x_pitch + used, 0, (x_pitch - used) * sizeof(float));
+  (kernel == k.dots_pairs ? k.copy_pairs : k.copy)(x, x_pitch, p.x, M, K);
+  if (p.mask_in != nullptr) k.mask(x, x_pitch, *p.mask_in, 0, 0, M, K);
   for_each_task(ceil_div(N, block), [&](int64_t task) {
     Columns cols{};
     cols.begin = task * block;
     cols.count = std::min(block, N - cols.begin);
     cols.width = 2 * k.lanes;
     cols.panels = ceil_div(cols.count, cols.width);
-    float* x = thread_scratch().reserve(M * (x_pitch + block) + w_floats + tail_floats(block));
-    float* w_copy = x + M * x_pitch;
+    float* w_copy = thread_scratch().reserve(M * block + w_floats + tail_floats(block));
     float* c = w_copy + w_floats;
     take_tail(cols, c + M * block);
     pack_b(cols);
-    const int64_t used = kernel == k.dots_pairs ? K / 2 : K;
-    for (int64_t row = 0; row < M; ++row)
-      std::memset(x + row * x_pitch + used, 0, (x_pitch - used) * sizeof(float));
-    if (kernel == k.dots_pairs) {
-      k.copy_pairs(x, x_pitch, p.x, M, K);
-    } else {
-      k.copy(x, x_pitch, p.x, M, K);
-    }
-    if (p.mask_in != nullptr) k.mask(x, x_pitch, *p.mask_in, 0, 0, M, K);
     Matrix w = p.w.from(0, cols.begin);
     if (kernel != k.rows_of_w) w = w.transposed();
     if (copied) {

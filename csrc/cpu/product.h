@@ -5,6 +5,9 @@
 
 namespace lora_kernels {
 
+// Up to so many rows of x read a w that is contiguous in k where it lies.
+constexpr int64_t MAX_DOT_ROWS = 16;
+
 struct Product {
   Matrix x;                        // [M, K]
   Matrix w;                        // [K, N]
@@ -14,7 +17,8 @@ struct Product {
   const Mask* mask_in = nullptr;   // of x
   const Mask* mask_out = nullptr;  // of s·b
   float scale = 1.0f;
-  void* out = nullptr;  // [M, N], contiguous
+  void* out = nullptr;     // [M, N], contiguous
+  bool transpose = false;  // out is [N, M] instead
   Type out_type = Type::F32;
 };
 

@@ -30,19 +30,31 @@ void reduce_columns(const Kernels& k, const ReduceOuter& p, int64_t begin, int64
   float* c = thread_scratch().reserve(aligned(S * pitch) + ROWS * pitch);  // [S, pitch]
   float* panel = c + aligned(S * pitch);                                   // [panels, ROWS, width]
   if (M == 0) std::memset(c, 0, S * pitch * sizeof(float));
+  // A few rows of results are not worth packing whole panels for.
+  const bool in_place = p.mask == nullptr && p.wide.col_stride == 1 && S <= 2 * k.rows;
+  const int64_t left = in_place ? count / width : 0;  // panels that are left where they lie
   for (int64_t m = 0; m < M; m += ROWS) {
     const int64_t depth = std::min(ROWS, M - m);
     if (count < pitch)
       std::memset(panel + (panels - 1) * ROWS * width, 0, ROWS * width * sizeof(float));
-    k.pack(panel, ROWS * width, width, p.wide.from(m, begin), depth, count);
+    if (left < panels)
+      k.pack(panel + left * ROWS * width, ROWS * width, width, p.wide.from(m, begin + left * width),
+             depth, count - left * width);
     for (int64_t g = 0; p.mask != nullptr && g < panels; ++g)
       k.mask(panel + g * ROWS * width, width, *p.mask, m, begin + g * width, depth,
              std::min(width, count - g * width));
-    for (int64_t s = 0; s < S; s += tile_rows) {
-      const float* tile = p.workspace + (m / DEPTH * S + s) * PITCH + m % DEPTH;
-      for (int64_t g = 0; g < panels; ++g)
-        k.multiply(std::min(tile_rows, S - s), 2, tile, panel + g * ROWS * width, depth,
-                   c + s * pitch + g * width, pitch, m > 0);
+    for (int64_t g = 0; g < panels; ++g) {
+      for (int64_t s = 0; s < S; s += tile_rows) {
+        const int64_t rows = std::min(tile_rows, S - s);
+        const float* tile = p.workspace + (m / DEPTH * S + s) * PITCH + m % DEPTH;
+        float* to = c + s * pitch + g * width;
+        if (g < left) {
+          k.multiply_in_place(rows, tile, p.wide.from(m, begin + g * width), depth, to, pitch,
+                              m > 0);
+        } else {
+          k.multiply(rows, 2, tile, panel + g * ROWS * width, depth, to, pitch, m > 0);
+        }
+      }
     }
   }
   char* out = static_cast<char*>(p.out) + begin * p.w_stride * size_of(p.out_type);

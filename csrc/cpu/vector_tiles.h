@@ -176,12 +176,22 @@ void mask(float* dst, int64_t pitch, const Mask& mask, int64_t row, int64_t col,
 // is half of that of chains of 1024, and the same as ATen's.
 constexpr int64_t CHAIN = 256;
 
+// How elements T of w meet floats of x: one to a lane.
+template <class T>
+struct FloatUnit {
+  using Element = T;
+  static constexpr int64_t PER_LANE = 1;
+  static Vector load(const T* p) { return Vector::load(p); }
+  static Vector multiply_add(Vector acc, Vector a, Vector b) { return acc.multiply_add(a, b); }
+};
+
 // c (+)= tile·panel with all results in registers; `Unit` says how one unit of the tile meets one
-// row of the panel.
-template <class Unit, int ROWS, int VECTORS>
-void multiply_block(const float* tile, const float* panel, int64_t depth, float* c, int64_t c_pitch,
-                    bool add) {
+// row of the panel. The panel is packed, or rows of T that lie `t_pitch` apart in a matrix.
+template <class Unit, int ROWS, int VECTORS, bool PACKED, class T>
+void multiply_block(const float* tile, const T* panel, int64_t t_pitch, int64_t depth, float* c,
+                    int64_t c_pitch, bool add) {
   constexpr int L = Vector::LANES;
+  const int64_t pitch = PACKED ? VECTORS * L : t_pitch;
   Vector acc[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
@@ -191,7 +201,11 @@ void multiply_block(const float* tile, const float* panel, int64_t depth, float*
   for (int64_t k = 0; k < depth; ++k) {
     Vector b[VECTORS];
 #pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; ++j) b[j] = Vector::load(panel + (k * VECTORS + j) * L);
+    for (int j = 0; j < VECTORS; ++j) {
+      if constexpr (!PACKED)
+        _mm_prefetch((const char*)(panel + (k + ROWS_AHEAD) * pitch + j * L), _MM_HINT_T0);
+      b[j] = Vector::load(panel + k * pitch + j * L);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
       const Vector a = Vector::all(tile[i * PITCH + k]);
@@ -218,20 +232,34 @@ void multiply_rows(int64_t rows, int64_t vectors, const float* tile, const float
     for (int64_t k = 0; k == 0 || k < depth; k += CHAIN, add = true) {
       const int64_t count = depth - k < CHAIN ? depth - k : CHAIN;
       const float* rows_of_w = panel + k * vectors * Vector::LANES;
-      (vectors == 2 ? multiply_block<Unit, ROWS, 2>
-                    : multiply_block<Unit, ROWS, 1>)(tile + k, rows_of_w, count, c, c_pitch, add);
+      (vectors == 2 ? multiply_block<Unit, ROWS, 2, true, float>
+                    : multiply_block<Unit, ROWS, 1, true, float>)(tile + k, rows_of_w, 0, count, c,
+                                                                  c_pitch, add);
     }
   }
 }
 
-// How elements T of w meet floats of x: one to a lane.
-template <class T>
-struct FloatUnit {
-  using Element = T;
-  static constexpr int64_t PER_LANE = 1;
-  static Vector load(const T* p) { return Vector::load(p); }
-  static Vector multiply_add(Vector acc, Vector a, Vector b) { return acc.multiply_add(a, b); }
-};
+template <class T, int ROWS>
+void multiply_where_it_lies(int64_t rows, const float* tile, const T* w, int64_t w_pitch,
+                            int64_t depth, float* c, int64_t c_pitch, bool add) {
+  if constexpr (ROWS > 0) {
+    if (rows < ROWS)
+      return multiply_where_it_lies<T, ROWS - 1>(rows, tile, w, w_pitch, depth, c, c_pitch, add);
+    multiply_block<FloatUnit<float>, ROWS, 2, false>(tile, w, w_pitch, depth, c, c_pitch, add);
+  }
+}
+
+void multiply_in_place(int64_t rows, const float* tile, const Matrix& w, int64_t depth, float* c,
+                       int64_t c_pitch, bool add) {
+  const auto run = [&](auto* data) {
+    multiply_where_it_lies<std::remove_cv_t<std::remove_pointer_t<decltype(data)>>,
+                           Vector::TILE_ROWS>(rows, tile, data, w.row_stride, depth, c, c_pitch,
+                                              add);
+  };
+  if (w.type == Type::F32) return run((const float*)w.data);
+  if (w.type == Type::BF16) return run((const BF16*)w.data);
+  run((const F16*)w.data);
+}
 
 // c[r][n] = x[r]·w[n] for ROWS x COLS, vectors along k.
 template <class Unit, int ROWS, int COLS>
