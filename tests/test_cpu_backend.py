@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,3 +268,29 @@ def test_without_its_library_eager_computes_and_says_so_once(tmp_path, broken, w
     assert run.returncode == 0, run.stderr
     assert word in run.stdout
     assert run.stderr.count("The cpu backend is off") == 1, run.stderr
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_calls_within_a_parallel_region(tmp_path):
+    """A call there has one thread to itself; beside others of its kind it computes what it computes alone."""
+    from torch.utils import cpp_extension
+
+    cpp_extension.load(
+        "parallel_region",
+        [str(Path(__file__).with_name("parallel_region.cpp"))],
+        extra_cflags=["-fopenmp", "-w"],
+        build_directory=str(tmp_path),
+        is_python_module=False,
+    )
+    torch.manual_seed(0)
+    weight, A, B = torch.randn(130, 90), torch.randn(90, 8), torch.randn(8, 130)
+    before = torch.get_num_threads()
+    for rows in (4, 200):
+        xs = [torch.randn(rows, 90) for _ in range(7)]
+        alone = [lora_linear(x, weight, A, B, 0.5) for x in xs]
+        try:
+            torch.set_num_threads(2)
+            together = torch.ops.lora_kernels_tests.within_region(xs, weight, A, B)
+        finally:
+            torch.set_num_threads(before)
+        assert all(map(torch.equal, alone, together))
