@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lora_kernels import dispatch, ops
+from lora_kernels import dispatch, formulas, ops
 from lora_kernels.autograd import LoRALinear, as_dropout
 from lora_kernels.problem import Problem
 
@@ -186,6 +186,7 @@ def _apply(
     traced = torch.compiler.is_compiling() or not _EAGER_TYPES.issuperset(
         map(type, (x, weight, A, B))
     )
+    chosen = None
     if not traced and _has_usual_derivatives(x, weight, A, B, alpha, bias):
         chosen = dispatch.resolve(backend, x, weight, A, B, bias, seed is not None)
         if chosen.whole_layer is not None:
@@ -196,6 +197,9 @@ def _apply(
         if not isinstance(alpha, Tensor):
             alpha = torch.scalar_tensor(alpha, dtype=torch.float32, device=x.device)
         y, _ = ops.lora_linear(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
+    elif chosen and not (torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)):
+        dropout = as_dropout(dropout_p, seed)
+        y, _ = formulas.forward(chosen, rows, weight, A, B, bias, alpha, dropout)
     else:
         y, _ = LoRALinear.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
     return y if x.ndim == 2 else y.reshape(*lead, weight.shape[0])
