@@ -261,10 +261,12 @@ void multiply_in_place(int64_t rows, const float* tile, const Matrix& w, int64_t
   run((const F16*)w.data);
 }
 
-// c[r][n] = x[r]·w[n] for ROWS x COLS, vectors along k.
+// c[r][n] = x[r]·w[n] for ROWS x COLS, vectors along k. Beside it `ahead_rows` rows of w are
+// fetched into the L2 cache: memory is read while the multipliers are busy.
 template <class Unit, int ROWS, int COLS>
 void dots_block(const float* x, int64_t x_pitch, const typename Unit::Element* w, int64_t w_pitch,
-                int64_t depth, float* c, int64_t c_pitch) {
+                int64_t depth, float* c, int64_t c_pitch, const typename Unit::Element* ahead,
+                int64_t ahead_rows) {
   constexpr int64_t STEP = Vector::LANES * Unit::PER_LANE;
   Vector acc[ROWS][COLS];
 #pragma GCC unroll 8
@@ -285,6 +287,8 @@ void dots_block(const float* x, int64_t x_pitch, const typename Unit::Element* w
   for (; k + STEP <= depth; k += STEP) {
 #pragma GCC unroll 4
     for (int j = 0; j < COLS; ++j) b[j] = Unit::load(w + j * w_pitch + k);
+    for (int64_t j = 0; j < ahead_rows; ++j)
+      _mm_prefetch((const char*)(ahead + j * w_pitch + k), _MM_HINT_T1);
     step(x + k / Unit::PER_LANE, b);
   }
   if (k < depth) {
@@ -305,11 +309,13 @@ void dots_block(const float* x, int64_t x_pitch, const typename Unit::Element* w
 
 template <class Unit, int ROWS, int COLS>
 void dots_rows(const float* x, int64_t x_pitch, const typename Unit::Element* w, int64_t w_pitch,
-               int64_t rows, int64_t depth, float* c, int64_t c_pitch) {
+               int64_t rows, int64_t depth, float* c, int64_t c_pitch,
+               const typename Unit::Element* ahead, int64_t ahead_rows) {
   if constexpr (ROWS > 0) {
     if (rows < ROWS)
-      return dots_rows<Unit, ROWS - 1, COLS>(x, x_pitch, w, w_pitch, rows, depth, c, c_pitch);
-    dots_block<Unit, ROWS, COLS>(x, x_pitch, w, w_pitch, depth, c, c_pitch);
+      return dots_rows<Unit, ROWS - 1, COLS>(x, x_pitch, w, w_pitch, rows, depth, c, c_pitch, ahead,
+                                             ahead_rows);
+    dots_block<Unit, ROWS, COLS>(x, x_pitch, w, w_pitch, depth, c, c_pitch, ahead, ahead_rows);
   }
 }
 
@@ -321,17 +327,23 @@ void dots_elements(const float* x, int64_t x_pitch, const Matrix& w, int64_t row
   const int64_t w_pitch = w.row_stride, share = (rows + MOST - 1) / MOST;
   const int64_t count = (rows + share - 1) / share;  // 16 rows are 6, 6 and 4
   for (int64_t n = 0; n < cols; n += STEP) {
+    // The first rows of x wait for memory; the others find w in a cache and fetch the next rows.
+    const auto* next = data + (n + STEP) * w_pitch;
+    int64_t fetched = 0;
     for (int64_t r = 0; r < rows; r += count) {
       const int64_t here = rows - r < count ? rows - r : count;
       const float* xr = x + r * x_pitch;
       float* cr = c + r * c_pitch + n;
       if (n + STEP <= cols) {
+        const int64_t due =
+            n + 2 * STEP <= cols && share > 1 ? STEP * (r / count) / (share - 1) : 0;
         dots_rows<Unit, MOST, STEP>(xr, x_pitch, data + n * w_pitch, w_pitch, here, depth, cr,
-                                    c_pitch);
+                                    c_pitch, next + fetched * w_pitch, due - fetched);
+        fetched = due;
       } else {
         for (int64_t j = 0; j < cols - n; ++j)
           dots_rows<Unit, MOST, 1>(xr, x_pitch, data + (n + j) * w_pitch, w_pitch, here, depth,
-                                   cr + j, c_pitch);
+                                   cr + j, c_pitch, data, 0);
       }
     }
   }
