@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -139,6 +139,12 @@ def _choose(
     name: str, strict: bool, problem: Problem, device: torch.device, threads: int
 ) -> Explanation:
     """The choice, remembered per problem; `threads` is part of the key because rules may depend on it."""
+    indexed = device.type == "cuda" and device.index is not None
+    with torch.cuda.device(device) if indexed else nullcontext():
+        return _chosen(name, strict, problem, device)
+
+
+def _chosen(name: str, strict: bool, problem: Problem, device: torch.device) -> Explanation:
     preference = _PREFERENCE.get(device.type, ("eager",))
     rejected = {
         other: f"runs on {'cpu' if other == 'cpu' else 'cuda'} tensors only, not on {device.type}"
@@ -153,22 +159,24 @@ def _choose(
             )
         others = {other: f"{name} was asked for" for other in BACKENDS if other != name}
         return Explanation(problem, name, others, get(name).plan(problem))
-    refused = []  # those that cannot, as opposed to those that could and expect to be slower
+    refused = {}  # those that cannot, as opposed to those that could and expect to be slower
     for candidate in preference:
-        backend = get(candidate)
-        reason = _impossible(backend, problem, device)
+        reason = _impossible(get(candidate), problem, device)
         if reason is not None:
-            refused.append(f"{candidate} cannot compute {problem}: {reason}")
-        else:
-            reason = backend.slower(problem)
-            if reason is None:
-                break
-        rejected[candidate] = reason
-    if strict and refused and len(refused) == len(preference) - 1:
-        raise RuntimeError(f"strict: {'; '.join(refused)}")
-    for other in preference[preference.index(candidate) + 1 :]:
-        rejected[other] = f"{candidate} comes first"
-    return Explanation(problem, candidate, rejected, backend.plan(problem))
+            refused[candidate] = reason
+    usable = tuple(candidate for candidate in preference if candidate not in refused)
+    if strict and refused and usable == ("eager",):
+        told = (f"{other} cannot compute {problem}: {why}" for other, why in refused.items())
+        raise RuntimeError(f"strict: {'; '.join(told)}")
+    slower = {}
+    for candidate in usable:
+        reason = get(candidate).slower(problem, usable)
+        if reason is None:
+            break
+        slower[candidate] = reason
+    rejected |= {other: f"{candidate} comes first" for other in usable if other != candidate}
+    rejected |= refused | slower
+    return Explanation(problem, candidate, rejected, get(candidate).plan(problem))
 
 
 def _impossible(backend: Backend, problem: Problem, device: torch.device) -> str | None:

@@ -87,6 +87,7 @@ def _on_this_cpu(problem: Problem, backend: str) -> dict[str, Any]:
 def _predicted(problem: Problem, name: str) -> dict[str, Any]:
     """What the cost model chooses on a target, and every algorithm's predicted time against the frozen layer's."""
     from lora_kernels.tuning import cost
+    from lora_kernels.tuning.config import CUDA_DECODE_ROWS
     from lora_kernels.tuning.select import select
 
     if problem.empty or problem.dtype == "float64":
@@ -107,6 +108,8 @@ def _predicted(problem: Problem, name: str) -> dict[str, Any]:
     for algorithm in (*cost.ALGORITHMS, "addmm", "naive"):
         kernel = {"two_kernel": "lowrank_matmul"}.get(algorithm, algorithm)
         if kernel in ("lowrank_matmul", "one_pass", "decode") and not choice.has(kernel):
+            continue
+        if algorithm == "cuda_decode" and (problem.M > CUDA_DECODE_ROWS or name.startswith("gfx")):
             continue
         config = choice.config(kernel) if choice.has(kernel) else None
         us = cost.predict_us(algorithm, problem, target, config)
