@@ -15,7 +15,7 @@ from lora_kernels.problem import Problem
 from lora_kernels.tuning import tables
 from lora_kernels.tuning.config import TileConfig, fits, rank_block
 from lora_kernels.tuning.cost import frozen_us, predict_us
-from lora_kernels.tuning.select import _select, bucket, select, shipped
+from lora_kernels.tuning.select import _select, bucket, everyone, select, shipped
 from lora_kernels.tuning.tables import Entry
 from lora_kernels.tuning.targets import TARGETS, target_of
 
@@ -144,6 +144,14 @@ class TestSelect:
                 predict_us("aten", BIG, TARGETS[name]),
             )
             assert choice.algorithm == ("two_kernel" if ours <= aten else "aten")
+
+    def test_a_backward_has_q_already(self):
+        """So what computes x·a beside the product does not take part, and the CUDA kernel is compared with two kernels."""
+        few = replace(BIG, M=8).adjoint()
+        choice = select(few, TARGETS["sm_90"], among=everyone(few, TARGETS["sm_90"]))
+        assert choice.times.keys() == {"cuda_decode", "two_kernel", "aten"}
+        assert choice.algorithm == "cuda_decode"
+        assert select(few, TARGETS["sm_90"], "decode").algorithm == "decode"
 
     def test_lengths_share_buckets_and_so_compiled_kernels(self):
         assert len({bucket(M) for M in range(1, 2**15)}) <= 12

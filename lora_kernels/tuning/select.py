@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import (
+    CUDA_DECODE_ROWS,
     DECODE_ROWS,
     FUSED_RANK,
     KERNELS,
@@ -129,6 +130,13 @@ def select(
     return _select(replace(problem, M=bucket(problem.M), bias=False), target, algorithm, among)
 
 
+def everyone(problem: Problem, target: Target) -> tuple[str, ...]:
+    """The algorithms for `problem` of a machine where every GPU backend is usable."""
+    few = problem.M <= CUDA_DECODE_ROWS and not problem.dropout
+    cuda = few and target.name.startswith("sm_")
+    return (*TRITON, "cuda_decode", "aten") if cuda else (*TRITON, "aten")
+
+
 @functools.lru_cache(maxsize=4096)
 def _select(
     problem: Problem, target: Target, algorithm: str | None, among: tuple[str, ...]
@@ -153,6 +161,10 @@ def _select(
                 f"{algorithm} cannot compute {problem}: {fits(configs[kernel], problem, target)}"
             )
         among = (algorithm,)
+    elif (
+        problem.backward
+    ):  # q comes with dB from one reading of dy, so nothing computes it beside the product
+        among = tuple(name for name in among if name not in ("one_pass", "decode"))
     able = [name for name in among if name not in _KERNEL or _KERNEL[name] in possible]
     compared = {name: measured[name] for name in able if name in measured}
     source = "forced" if algorithm else "tuned" if compared else "cost model"
@@ -313,4 +325,4 @@ def _split(wanted: int, most: int) -> int:
     return 1 << (limit.bit_length() - 1)
 
 
-__all__ = ["TARGETS", "Choice", "bucket", "candidates", "narrow", "select", "shipped"]
+__all__ = ["TARGETS", "Choice", "bucket", "candidates", "everyone", "narrow", "select", "shipped"]
