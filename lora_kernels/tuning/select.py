@@ -28,17 +28,8 @@ from lora_kernels.tuning.targets import TARGETS, Target
 _HALF = ("float16", "bfloat16")
 _KERNEL = {"two_kernel": "lowrank_matmul", "one_pass": "one_pass", "decode": "decode"}
 TRITON = tuple(_KERNEL)  # the algorithms of the Triton backend
-_BUCKETS = (
-    16,
-    32,
-    64,
-    256,
-    512,
-    1024,
-    2048,
-    4096,
-    8192,
-)  # of M; larger problems are like the largest
+# Of M; larger problems are like the largest.
+_BUCKETS = (16, 32, 64, 256, 512, 1024, 2048, 4096, 8192)
 # N, K that get every kernel somewhere with and somewhere without a split
 _SHIPPED_SHAPES = ((512, 4096), (4096, 4096), (4096, 512), (32768, 128))
 
@@ -94,7 +85,9 @@ class Choice:
         name = "ATen" if self.algorithm == "aten" else self.algorithm
         told = f"{name} is {self._how} faster: {self.times[self.algorithm]:.1f} us"
         rivals = [self.times[other] for other in others if other in self.times]
-        return f"{told}, not {min(rivals):.1f} us" if rivals else f"{told}, and they do not work"
+        if not rivals:
+            return f"{told}; there is no {self._how} time of {', '.join(others)}"
+        return f"{told}, not {min(rivals):.1f} us"
 
     def told(self) -> str:
         """What was compared, in words."""
@@ -161,9 +154,8 @@ def _select(
                 f"{algorithm} cannot compute {problem}: {fits(configs[kernel], problem, target)}"
             )
         among = (algorithm,)
-    elif (
-        problem.backward
-    ):  # q comes with dB from one reading of dy, so nothing computes it beside the product
+    elif problem.backward:
+        # q comes with dB from one reading of dy, so nothing computes it beside the product.
         among = tuple(name for name in among if name not in ("one_pass", "decode"))
     able = [name for name in among if name not in _KERNEL or _KERNEL[name] in possible]
     compared = {name: measured[name] for name in able if name in measured}

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lora_kernels import selftest
-from lora_kernels.bench.tiles import Product
+from lora_kernels.bench.tiles import Narrow, Product
 from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import NARROW_KERNELS
 from lora_kernels.tuning.select import Choice
 from tests.gpu.conftest import DEVICE
 from tests.oracle import AWKWARD, Case, check_backend
@@ -56,7 +57,9 @@ def test_every_shipped_configuration_is_right():
         pytest.skip(str(BACKEND.unavailable()))
     target, failures, product = current_target(), [], None
     for problem, config in shipped(target):
-        if config.kernel not in ("lowrank_matmul", "one_pass", "decode"):
+        if config.kernel in NARROW_KERNELS:
+            wrong = Narrow(problem, DEVICE).wrong(Choice(config.kernel, "test", (config,)))
+            failures += [f"{config} for {problem}: {wrong}"] if wrong else []
             continue
         algorithm = {"lowrank_matmul": "two_kernel"}.get(config.kernel, config.kernel)
         shrink = select(problem, target, "two_kernel").config("shrink")

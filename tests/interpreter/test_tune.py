@@ -103,8 +103,13 @@ def test_the_backward_takes_the_narrow_kernels_that_were_found(monkeypatch):
     monkeypatch.setattr(backend_module, "one_reading_pays", ONE_READING_PAYS)
     x, dy = torch.randn(400, 256), torch.randn(400, 256)
     b, s = torch.randn(5, 256), torch.randn(400, 5)
-    for fused_us, kernels in ((1.0, {"shrink_outer"}), (5.0, {"shrink", "reduce_outer"})):
-        times = {"shrink": 2.0, "reduce_outer": 2.0, "shrink_outer": fused_us}
+    two = {"shrink": 2.0, "reduce_outer": 2.0}
+    for times, kernels in (
+        (two | {"shrink_outer": 1.0}, {"shrink_outer"}),
+        (two | {"shrink_outer": 5.0}, {"shrink", "reduce_outer"}),
+        (two, {"shrink", "reduce_outer"}),  # shrink_outer was wrong
+        ({"shrink_outer": 5.0}, {"shrink_outer"}),
+    ):
         tables.save([Entry(narrow(problem), times, tuple(wanted.values()))], target)
         selection._select.cache_clear()
         seen.clear()

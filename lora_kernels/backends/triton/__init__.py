@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +13,7 @@ from lora_kernels.backends.base import Backend, Scale, left_is_wide
 from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import NARROW_KERNELS, TileConfig
+from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.select import TRITON, Choice, select
 from lora_kernels.tuning.targets import Target
@@ -153,10 +154,13 @@ def one_reading_pays(
     """Whether `shrink_outer` is faster than the two kernels that it replaces: as measured, else by bytes.
 
     A row of dy has 8·R bytes of partial results of q, float32 there and back, for each block of columns; they must be
-    fewer than the second reading of dy that they save.
+    fewer than the second reading of dy that they save. A kernel that `tune` found wrong has no time and does not pay.
     """
-    if measured.keys() >= set(NARROW_KERNELS):
-        return measured["shrink_outer"] < measured["shrink"] + measured["reduce_outer"]
+    fused, shrink, outer = (
+        measured.get(kernel, math.inf) for kernel in ("shrink_outer", "shrink", "reduce_outer")
+    )
+    if min(fused, shrink, outer) < math.inf:
+        return fused < shrink + outer
     return itemsize * config.block_n > 8 * R
 
 
