@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch  # noqa: E402, the repository's own tests are imported below, from 
 
 from lora_kernels.problem import Problem  # noqa: E402
 from lora_kernels.tuning.cost import predict_us  # noqa: E402
-from lora_kernels.tuning.select import candidates, select  # noqa: E402
+from lora_kernels.tuning.select import candidates, everyone, select  # noqa: E402
 from lora_kernels.tuning.targets import TARGETS, Target  # noqa: E402
 
 FOLDER = ROOT / "docs" / "performance"
@@ -78,7 +79,7 @@ def tables(name: str) -> Iterator[str]:
             frozen = predict_us("frozen", problem, target)
             found = times(problem, target)
             cells = (f"{found[form] / frozen:.2f}" if form in found else "" for form in FORMS)
-            chosen = TITLES[select(problem, target).algorithm]
+            chosen = TITLES[select(problem, target, among=everyone(problem, target)).algorithm]
             yield f"| {', '.join(map(str, shape))} | {frozen:.1f} | {' | '.join(cells)} | {chosen} |"
 
 
@@ -185,6 +186,29 @@ def decode_table() -> Iterator[str]:
             yield f"| {target.chip} | {', '.join(map(str, shape))} | {floor:.1f} | {cells} |"
 
 
+def adapters_from_l2() -> str:
+    """What the second readings of A cost the CUDA C++ kernel, and so what a block of several column tiles would save."""
+    problem, columns = problem_of((1, 4096, 14336, 32)), 64
+    again = problem.N // columns * problem.K * problem.R * problem.itemsize
+    share, limit = {}, {}
+    for target in TARGETS.values():
+        if target.name.startswith("sm_"):
+            reading_us = again / (target.l2_gbs * 1e3)
+            share[target.chip] = reading_us / predict_us("frozen", problem, target)
+            limit[target.chip] = problem.R / share[target.chip]
+    least, most = min(share, key=share.__getitem__), max(share, key=share.__getitem__)
+    return (
+        "Every block of 64 columns reads A again, from L2: R/64 of W's bytes. At R = 32, the most that is computed on the "
+        f"way, this takes L2 from {share[least]:.2f} ({least}) to {share[most]:.2f} ({most}) of the time that W takes to "
+        "arrive from memory, and it runs beside it: by the model's rates it would be the limit only from "
+        f"R = {limit[most]:.0f} on. So a block that went over several column tiles and computed x·A for the first alone "
+        "would save nothing that the model sees. It would need fewer blocks, or more splits of K and their partial sums, "
+        "and the kernel has one tile a block. The model leaves out that W itself and x, M/64 of W's bytes, pass through "
+        f"L2 too: with them the {most} is bound by L2 at M = R = 32, for {2 * 2 * share[most]:.2f} of W's time, and two "
+        f"tiles a block would save an eighth there, the {least} nothing ({2 * 2 * share[least]:.2f})."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-code", action="store_true", help="only what the cost model says")
@@ -225,6 +249,8 @@ def main() -> None:
         "way where R is at most 32, and stores y once. Splits of K are summed in index order by the last block to arrive.",
         "",
         *decode_table(),
+        "",
+        *textwrap.wrap(adapters_from_l2(), 120),
         "",
         "It compiles for sm_80, 86, 89, 90, 100 and 120 without spills: `tests/test_cuda_extension.py`.",
     ]

@@ -11,8 +11,9 @@ import functools
 import importlib
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def resolve(
 ) -> Backend:
     """The backend for a forward call on x [..., K]; RuntimeError where an explicit or strict choice cannot compute it."""
     (N, K), R = weight.shape, A.shape[1]
-    return _backend(
+    return _remembered(
         *_asked(name),
         x.device,
         torch.get_num_threads(),
@@ -104,7 +105,7 @@ def resolve_backward(
     """The backend for the backward of a call; sizes that no saved tensor tells do not matter to it and count as one."""
     skinny = saved.s if saved.s is not None else (saved.B.t() if saved.B is not None else None)
     wide = saved.weight if saved.weight is not None else saved.x
-    return _backend(
+    return _remembered(
         *_asked(name),
         dy.device,
         torch.get_num_threads(),
@@ -137,6 +138,21 @@ def _asked(name: str) -> tuple[str, bool]:
     name = env.backend()
     check_name(name)
     return name, False
+
+
+def _remembered(*facts: Any) -> Backend:
+    try:
+        return _backend(*facts)
+    except _ForNow as choice:
+        return choice.backend
+
+
+class _ForNow(Exception):
+    """A choice that is not to be remembered: a backend could not be tested yet."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend.name)
+        self.backend = backend
 
 
 @functools.lru_cache(maxsize=4096)
@@ -173,11 +189,23 @@ def _backend(
         w_k_major,
         backward,
     )
-    return get(_choose(name, strict, problem, device).backend)
+    explanation = _choose(name, strict, problem, device)
+    if device.type == "cuda":
+        from lora_kernels.selftest import NOT_NOW
+
+        if NOT_NOW in explanation.rejected.values():
+            raise _ForNow(get(explanation.backend))
+    return get(explanation.backend)
 
 
 def _choose(name: str, strict: bool, problem: Problem, device: torch.device) -> Explanation:
-    """The choice and its reasons."""
+    """The choice and its reasons, made on the operands' own device."""
+    indexed = device.type == "cuda" and device.index is not None
+    with torch.cuda.device(device) if indexed else nullcontext():
+        return _chosen(name, strict, problem, device)
+
+
+def _chosen(name: str, strict: bool, problem: Problem, device: torch.device) -> Explanation:
     preference = _PREFERENCE.get(device.type, ("eager",))
     rejected = {
         other: f"runs on {'cpu' if other == 'cpu' else 'cuda'} tensors only, not on {device.type}"
@@ -192,22 +220,24 @@ def _choose(name: str, strict: bool, problem: Problem, device: torch.device) -> 
             )
         others = {other: f"{name} was asked for" for other in BACKENDS if other != name}
         return Explanation(problem, name, others, get(name).plan(problem))
-    refused = []  # those that cannot, as opposed to those that could and expect to be slower
+    refused = {}  # those that cannot, as opposed to those that could and expect to be slower
     for candidate in preference:
-        backend = get(candidate)
-        reason = _impossible(backend, problem, device)
+        reason = _impossible(get(candidate), problem, device)
         if reason is not None:
-            refused.append(f"{candidate} cannot compute {problem}: {reason}")
-        else:
-            reason = backend.slower(problem)
-            if reason is None:
-                break
-        rejected[candidate] = reason
-    if strict and refused and len(refused) == len(preference) - 1:
-        raise RuntimeError(f"strict: {'; '.join(refused)}")
-    for other in preference[preference.index(candidate) + 1 :]:
-        rejected[other] = f"{candidate} comes first"
-    return Explanation(problem, candidate, rejected, backend.plan(problem))
+            refused[candidate] = reason
+    usable = tuple(candidate for candidate in preference if candidate not in refused)
+    if strict and refused and usable == ("eager",):
+        told = (f"{other} cannot compute {problem}: {why}" for other, why in refused.items())
+        raise RuntimeError(f"strict: {'; '.join(told)}")
+    slower = {}
+    for candidate in usable:
+        reason = get(candidate).slower(problem, usable)
+        if reason is None:
+            break
+        slower[candidate] = reason
+    rejected |= {other: f"{candidate} comes first" for other in usable if other != candidate}
+    rejected |= refused | slower
+    return Explanation(problem, candidate, rejected, get(candidate).plan(problem))
 
 
 def _impossible(backend: Backend, problem: Problem, device: torch.device) -> str | None:

@@ -63,13 +63,16 @@ def run(backend: Backend, device: torch.device | str) -> list[Result]:
     return [result for problem in _problems(device) for result in _check(backend, problem, device)]
 
 
+NOT_NOW = "its self-test cannot run while a CUDA graph is captured: call it once before"
+
+
 def trusted(backend: Backend, device: torch.device) -> str | None:
     """None when `backend` passed its self-test on this device, else why it must not be used; runs it when nobody has."""
     index = device.index if device.index is not None else torch.cuda.current_device()
     try:
         return _verdict(backend, _fingerprint(backend.name, index), index)
     except _CapturingError:
-        return "its self-test cannot run while a CUDA graph is captured: call it once before"
+        return NOT_NOW
 
 
 class _CapturingError(RuntimeError):

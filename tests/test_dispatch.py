@@ -27,7 +27,8 @@ class Fake(EagerBackend):
     def declines(self, problem):
         return self._says[1]
 
-    def slower(self, problem):
+    def slower(self, problem, usable=()):
+        self.usable = usable
         return self._says[2]
 
     def lowrank_matmul(self, *args, **kwargs):
@@ -191,6 +192,122 @@ class TestGPU:
         assert told.backend == "eager" and told.rejected["triton"] == "dA is off by 3.0"
         with pytest.raises(RuntimeError, match="dA is off"):
             explain(self.problem, backend="triton")
+
+    def test_a_choice_made_while_a_graph_is_captured_is_not_remembered(self, gpu, monkeypatch):
+        """A backend that could not be tested then is tested and taken later."""
+        from lora_kernels import selftest
+
+        facts = ("auto", False, torch.device("cuda"), 1, 8, 8, 8, 2, torch.float32, torch.float32)
+        facts += (False, False, True, False)
+        monkeypatch.setattr(selftest, "trusted", lambda backend, device: selftest.NOT_NOW)
+        assert dispatch._remembered(*facts).name == "eager"
+        monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
+        assert dispatch._remembered(*facts) is gpu
+
+    def test_the_choice_is_made_on_the_tensors_device(self, gpu, monkeypatch):
+        """A backend asks the current device what it is: while it is asked, that is the operands' one."""
+        current = [0]
+
+        class Entered:
+            def __init__(self, device):
+                self.index = torch.device(device).index
+
+            def __enter__(self):
+                current.append(self.index)
+
+            def __exit__(self, *error):
+                current.pop()
+
+        monkeypatch.setattr(torch.cuda, "device", Entered)
+        seen = []
+        gpu.declines = lambda problem: seen.append(current[-1])
+        gpu.slower = lambda problem, usable: seen.append(current[-1])
+        gpu.plan = lambda problem: seen.append(current[-1]) or ""
+        device = torch.device("cuda", 1)
+        assert dispatch._choose("auto", False, self.problem, device).backend == "triton"
+        assert dispatch._choose("triton", False, self.problem, device).backend == "triton"
+        assert set(seen) == {1} and len(seen) == 5 and current == [0]
+
+    def test_who_is_asked_whether_it_is_slower_knows_who_else_is_usable(self, gpu):
+        gpu._says = (None, "too old", None)
+        told = explain(self.problem)
+        assert told.backend == "eager" and told.rejected["triton"] == "too old"
+        dispatch._backend.cache_clear()
+        gpu._says = (None, None, None)
+        explain(self.problem)
+        assert gpu.usable == ("triton", "eager")
+
+    def test_a_gpu_problem_without_a_gpu(self, monkeypatch):
+        """`explain` answers on any machine."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        dispatch._backend.cache_clear()
+        told = explain(self.problem)
+        assert told.backend == "eager" and told.rejected["triton"] in (
+            "PyTorch finds no GPU",
+            "triton is not installed",
+        )
+        dispatch._backend.cache_clear()
+
+
+class TestTritonOrCUDA:
+    """Both GPU backends can compute it: one table, one cost model, one decision."""
+
+    problem = Problem(8, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
+
+    @pytest.fixture(autouse=True)
+    def gpu(self, monkeypatch, tmp_path):
+        from lora_kernels import selftest
+        from lora_kernels.backends import cuda, triton
+        from lora_kernels.tuning.select import _select
+        from lora_kernels.tuning.targets import TARGETS
+
+        monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+        monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
+        monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
+        for module in (cuda, triton):
+            monkeypatch.setattr(module, "current_target", lambda *device: TARGETS["sm_90"])
+        monkeypatch.setattr(cuda.CudaBackend, "unavailable", lambda self: None)
+        monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self: None)
+        for cache in (dispatch._backend, _select):
+            cache.cache_clear()
+        yield
+        for cache in (dispatch._backend, _select):
+            cache.cache_clear()
+
+    def tuned(self, **times):
+        from lora_kernels.tuning import tables
+        from lora_kernels.tuning.targets import TARGETS
+
+        problem = Problem(16, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
+        tables.save([tables.Entry(problem, times, ())], TARGETS["sm_90"])
+
+    def test_by_prediction(self):
+        told = explain(self.problem)
+        assert told.backend == "triton" and "predicted: decode" in told.plan
+        assert told.rejected["cuda"].startswith("decode is predicted faster: ")
+
+    @pytest.mark.parametrize(
+        "faster, backend", [("cuda_decode", "cuda"), ("decode", "triton"), ("aten", "eager")]
+    )
+    def test_by_measurement(self, faster, backend):
+        times = {"decode": 12.0, "cuda_decode": 12.5, "two_kernel": 20.0, "aten": 18.0}
+        self.tuned(**times | {faster: 11.0})
+        told = explain(self.problem)
+        assert told.backend == backend
+        assert backend == "eager" or f"measured: {faster} 11.0 us" in told.plan
+        name = "ATen" if faster == "aten" else faster
+        if backend != "cuda":
+            assert told.rejected["cuda"] == f"{name} is measured faster: 11.0 us, not 12.5 us"
+        if backend == "eager":
+            assert told.rejected["triton"] == "ATen is measured faster: 11.0 us, not 12.0 us"
+
+    def test_without_triton_its_kernels_do_not_count(self, monkeypatch):
+        from lora_kernels.backends import triton
+
+        self.tuned(decode=11.0, cuda_decode=12.0, aten=18.0)
+        monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self: "it rains")
+        told = explain(self.problem)
+        assert told.backend == "cuda" and told.rejected["triton"] == "it rains"
 
 
 def test_problem_counts():

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_kernels.problem import Problem
+from lora_kernels.tuning import cost, tables
 from lora_kernels.tuning import select as selection
-from lora_kernels.tuning import tables
 from lora_kernels.tuning.config import fits
-from lora_kernels.tuning.search import search
+from lora_kernels.tuning.search import search, search_narrow
+from lora_kernels.tuning.select import narrow
 from lora_kernels.tuning.targets import TARGETS
 
 PROBLEMS = [
@@ -44,15 +45,16 @@ def test_the_fastest_that_works_is_written_down(problem, target, times):
     entry, done = search(problem, target, lambda choices: [next(left) for _ in choices])
     assert done[-1].choice.algorithm == "aten"
     working = [timed for timed in done if timed.us is not None]
-    tiled = [timed for timed in working if timed.choice.configs]
-    if not tiled:
+    if not working:
         assert entry is None
         return
+    assert entry.times.keys() == {timed.choice.algorithm for timed in working}
+    for algorithm, us in entry.times.items():
+        assert us == min(timed.us for timed in working if timed.choice.algorithm == algorithm)
     best = min(working, key=lambda timed: timed.us)
-    assert entry.algorithm == best.choice.algorithm
     for config in best.choice.configs:
         assert config in entry.configs
-    tried = {config for timed in tiled for config in timed.choice.configs}
+    tried = {config for timed in working for config in timed.choice.configs}
     assert set(entry.configs) <= tried  # a tile that never worked is in no table
     assert len({config.kernel for config in entry.configs}) == len(entry.configs)
     assert all(fits(config, problem, target) is None for config in entry.configs)
@@ -68,7 +70,7 @@ def test_every_choice_is_measured_once():
 
     search(problem, target, measure)
     assert len(asked) == len(set(asked))
-    assert {"two_kernel", "one_pass", "decode", "aten"} == {choice.algorithm for choice in asked}
+    assert set(cost.ALGORITHMS) == {choice.algorithm for choice in asked}
     assert len({c.config("shrink").split for c in asked if c.algorithm == "two_kernel"}) > 1
 
 
@@ -79,12 +81,74 @@ def test_select_takes_what_was_found(algorithm):
         problem, target, lambda cs: [1.0 if c.algorithm == algorithm else 2.0 for c in cs]
     )
     tables.save([entry], target)
-    for same in (problem, replace(problem, M=1500, bias=True), replace(problem, backward=True)):
+    for same in (problem, replace(problem, M=1500, bias=True)):
         chosen = selection.select(same, target)
         assert (chosen.algorithm, chosen.source) == (algorithm, "tuned")
         assert set(entry.configs) <= set(chosen.configs)
+    backward = selection.select(replace(problem, backward=True), target)
+    assert backward.source == "tuned" and set(entry.configs) <= set(backward.configs)
+    assert backward.algorithm == ("two_kernel" if algorithm == "one_pass" else algorithm)
     for other in (replace(problem, w_k_major=False), replace(problem, N=1025)):
         assert selection.select(other, target).source == "cost model"
+
+
+def test_who_asks_gets_the_fastest_that_it_can_run():
+    """One table; the CUDA backend asks with its kernel among the algorithms, and with Triton's only where Triton runs."""
+    problem, target = PROBLEMS[0], TARGETS["sm_90"]
+    times = {"two_kernel": 40.0, "one_pass": "off by 3.0", "decode": 12.0, "aten": 20.0}
+    times["cuda_decode"] = 11.0
+    entry, _ = search(problem, target, lambda cs: [times[c.algorithm] for c in cs])
+    tables.save([entry], target)
+    everyone = selection.select(problem, target, among=("cuda_decode", *selection.TRITON, "aten"))
+    assert everyone.algorithm == "cuda_decode" and "one_pass" not in everyone.times
+    assert everyone.told().startswith("measured: cuda_decode 11.0 us, decode 12.0 us, aten 20.0 us")
+    triton = selection.select(problem, target)
+    assert triton.algorithm == "decode"
+    assert triton.over("cuda_decode") == "decode is measured faster: 12.0 us, not 11.0 us"
+    assert selection.select(problem, target, among=("aten",)).algorithm == "aten"
+    assert selection.select(problem, target, "two_kernel").told().startswith("measured: cuda")
+
+
+def test_what_was_not_measured_is_not_taken():
+    """A kernel that was wrong on this device is in no table, and the model does not bring it back."""
+    problem, target = PROBLEMS[0], TARGETS["sm_90"]
+    works = {"aten": 20.0}
+    entry, _ = search(problem, target, lambda cs: [works.get(c.algorithm, "wrong") for c in cs])
+    assert entry.configs == () and entry.times == works
+    tables.save([entry], target)
+    choice = selection.select(problem, target, among=("cuda_decode", *selection.TRITON, "aten"))
+    assert (choice.algorithm, choice.source) == ("aten", "tuned")
+    told = "ATen is measured faster: 20.0 us; there is no measured time of cuda_decode"
+    assert choice.over("cuda_decode") == told
+
+
+def test_narrow_kernels_get_a_tile_and_a_split_of_their_own():
+    problem, target = PROBLEMS[1], TARGETS["sm_90"]
+    asked = []
+
+    def measure(choices):
+        asked.extend(choices)
+        wanted = {"shrink": 4, "reduce_outer": 2, "shrink_outer": 1}
+        return [2.0 - (c.configs[0].split == wanted[c.algorithm]) for c in choices]
+
+    entry, done = search_narrow(replace(problem, M=1500), target, measure)
+    assert len(asked) == len(set(asked)) == len(done)
+    assert entry.problem == narrow(problem) and entry.problem.N == 0
+    assert entry.times == {"shrink": 1.0, "reduce_outer": 1.0, "shrink_outer": 1.0}
+    assert {c.kernel: c.split for c in entry.configs} == {
+        "shrink": 4,
+        "reduce_outer": 2,
+        "shrink_outer": 1,
+    }
+    tables.save([entry], target)
+    for asks in (problem, problem.adjoint().adjoint(), replace(problem, M=1100, dropout=True)):
+        chosen = selection.select(narrow(asks), target)
+        assert (
+            set(entry.configs) <= set(chosen.configs)
+            and chosen.times.items() >= entry.times.items()
+        )
+    other = selection.select(narrow(replace(problem, K=1024)), target)
+    assert not other.times.keys() & entry.times.keys()
 
 
 def test_rows_are_taken_to_their_bucket():

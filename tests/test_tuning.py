@@ -15,7 +15,7 @@ from lora_kernels.problem import Problem
 from lora_kernels.tuning import tables
 from lora_kernels.tuning.config import TileConfig, fits, rank_block
 from lora_kernels.tuning.cost import frozen_us, predict_us
-from lora_kernels.tuning.select import _select, bucket, select, shipped
+from lora_kernels.tuning.select import _select, bucket, everyone, select, shipped
 from lora_kernels.tuning.tables import Entry
 from lora_kernels.tuning.targets import TARGETS, target_of
 
@@ -145,6 +145,14 @@ class TestSelect:
             )
             assert choice.algorithm == ("two_kernel" if ours <= aten else "aten")
 
+    def test_a_backward_has_q_already(self):
+        """So what computes x·a beside the product does not take part, and the CUDA kernel is compared with two kernels."""
+        few = replace(BIG, M=8).adjoint()
+        choice = select(few, TARGETS["sm_90"], among=everyone(few, TARGETS["sm_90"]))
+        assert choice.times.keys() == {"cuda_decode", "two_kernel", "aten"}
+        assert choice.algorithm == "cuda_decode"
+        assert select(few, TARGETS["sm_90"], "decode").algorithm == "decode"
+
     def test_lengths_share_buckets_and_so_compiled_kernels(self):
         assert len({bucket(M) for M in range(1, 2**15)}) <= 12
         assert select(replace(BIG, M=2049), TARGETS["sm_90"]) is select(
@@ -160,6 +168,12 @@ class TestSelect:
             select(BIG, TARGETS["sm_90"], "decode")
         with pytest.raises(ValueError, match="got 'fastest'"):
             select(BIG, TARGETS["sm_90"], "fastest")
+
+    def test_a_missing_kernel_is_named_with_problem_and_target(self):
+        choice = select(BIG, TARGETS["sm_90"])
+        assert not choice.has("decode")
+        with pytest.raises(ValueError, match=r"for M=8192 N=4096 .* on sm_90, got 'decode'"):
+            choice.config("decode")
 
     @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
     def test_everything_shipped_fits(self, target):
@@ -200,7 +214,11 @@ class TestTables:
         _select.cache_clear()
 
     target = TARGETS["sm_90"]
-    entry = Entry(BIG, "one_pass", (TileConfig("one_pass", 64, 128, 64, 4, 3, rank_chunk=32),))
+    entry = Entry(
+        BIG,
+        {"one_pass": 9.0, "aten": 10.0},
+        (TileConfig("one_pass", 64, 128, 64, 4, 3, rank_chunk=32),),
+    )
 
     def test_a_tuned_choice_goes_before_the_model(self):
         assert select(BIG, self.target).source == "cost model"
@@ -214,9 +232,9 @@ class TestTables:
     def test_entries_are_added_and_replaced(self):
         tables.save([self.entry], self.target)
         other = replace(self.entry, problem=replace(BIG, R=64))
-        tables.save([other, replace(self.entry, algorithm="aten", configs=())], self.target)
+        tables.save([other, replace(self.entry, times={"aten": 8.0}, configs=())], self.target)
         loaded = tables.load(tables.path(self.target), self.target)
-        assert sorted(e.algorithm for e in loaded.values()) == ["aten", "one_pass"]
+        assert [e.times for e in loaded.values()] == [{"aten": 8.0}, other.times]
 
     @pytest.mark.parametrize("text", ["{", "{}", "null", ""])
     def test_a_damaged_file_counts_as_absent(self, text):
@@ -230,8 +248,11 @@ class TestTables:
         items = json.loads(file.read_text())
         broken = json.loads(file.read_text())[0]
         broken["configs"][0]["block_m"] = 100
-        unknown = json.loads(file.read_text())[0] | {"algorithm": "magic"}
-        file.write_text(json.dumps([broken, unknown, 3, {"problem": {}}]))
+        times = ({"magic": 1.0}, {"aten": "fast"}, {"aten": 0.0}, ["aten"], None)
+        unknown = [json.loads(file.read_text())[0] | {"times": each} for each in times]
+        before = json.loads(file.read_text())[0] | {"algorithm": "one_pass"}  # version 1
+        del before["times"]
+        file.write_text(json.dumps([broken, *unknown, before, 3, {"problem": {}}]))
         assert tables.load(file, self.target) == {}
         file.write_text(json.dumps([*items, broken]))
         assert len(tables.load(file, self.target)) == 1
@@ -245,5 +266,5 @@ class TestTables:
 
         monkeypatch.setattr(tables.os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            tables.save([replace(self.entry, algorithm="aten")], self.target)
+            tables.save([replace(self.entry, times={"aten": 1.0})], self.target)
         assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]

@@ -44,8 +44,11 @@ class Backend(ABC):
     def declines(self, problem: Problem) -> str | None:
         """Why it cannot compute `problem`, or None."""
 
-    def slower(self, problem: Problem) -> str | None:
-        """Why plain ATen is expected to be faster for `problem`, or None. Heeded only when the backend is not forced."""
+    def slower(self, problem: Problem, usable: tuple[str, ...] = ()) -> str | None:
+        """Why another is expected to be faster for `problem`: plain ATen, or one of the `usable` backends. None if none is.
+
+        Heeded only when the backend is not forced.
+        """
         return None
 
     def plan(self, problem: Problem) -> str:

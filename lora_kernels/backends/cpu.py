@@ -30,7 +30,7 @@ class CpuBackend(Backend):
             return "its kernels have no float64"
         return None
 
-    def slower(self, problem: Problem) -> str | None:
+    def slower(self, problem: Problem, usable: tuple[str, ...] = ()) -> str | None:
         # Measured on AMD Zen 4, 2026-11: at no size slower than the eager backend (64 shapes, M 1 to 512, R 4 to 64,
         # float32 and bfloat16); 1.8 to 140 times faster than ATen in float16, and in bfloat16 with ATen held to AVX2 or
         # to AVX-512 without bfloat16 instructions. Processors with AMX multiply halves several times faster than that.

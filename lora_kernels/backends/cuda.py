@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.base import Backend, Scale, left_is_wide
+from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import CUDA_DECODE_ROWS
 from lora_kernels.tuning.cost import predict_us
-from lora_kernels.tuning.targets import Target, target_of
+from lora_kernels.tuning.select import TRITON, select
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_cuda.so"
-MAX_ROWS = 32
 FUSED_RANK = 32  # the most ranks whose x·a comes out of the same pass
 WARPS = 4
 _HALF = (torch.float16, torch.bfloat16)
@@ -38,8 +39,8 @@ class CudaBackend(Backend):
         return _load()
 
     def declines(self, problem: Problem) -> str | None:
-        if problem.M > MAX_ROWS:
-            return f"it takes at most {MAX_ROWS} rows, got {problem.M}"
+        if problem.M > CUDA_DECODE_ROWS:
+            return f"it takes at most {CUDA_DECODE_ROWS} rows, got {problem.M}"
         if problem.dtype == "float64":
             return "float64 is computed by ATen"
         if problem.dropout:
@@ -47,25 +48,22 @@ class CudaBackend(Backend):
         if problem.adapter_dtype not in (problem.dtype, "float32"):
             return f"{problem.adapter_dtype} adapters need a base of their own type"
         try:
-            _current_target()
+            current_target()
         except ValueError as error:
             return str(error)
         return None
 
-    def slower(self, problem: Problem) -> str | None:
-        target = _current_target()
-        ours, theirs = (predict_us(name, problem, target) for name in ("cuda_decode", "aten"))
-        return (
-            None
-            if ours <= theirs
-            else f"ATen is predicted faster: {theirs:.1f} us, not {ours:.1f} us"
-        )
+    def slower(self, problem: Problem, usable: tuple[str, ...] = ()) -> str | None:
+        others = (*TRITON, "aten") if "triton" in usable else ("aten",)
+        choice = select(problem, current_target(), among=("cuda_decode", *others))
+        return None if choice.algorithm == "cuda_decode" else choice.over("cuda_decode")
 
     def plan(self, problem: Problem) -> str:
-        target = _current_target()
+        target = current_target()
+        choice = select(problem, target, among=("cuda_decode", *TRITON, "aten"))
         return (
-            f"one pass over W, predicted {predict_us('cuda_decode', problem, target):.1f} us against "
-            f"{predict_us('frozen', problem, target):.1f} us of the frozen layer on {target.chip}"
+            f"one pass over W, {choice.told()}; "
+            f"predicted for the frozen layer on {target.chip}: {predict_us('frozen', problem, target):.1f} us"
         )
 
     def shrink(self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None) -> Tensor:
@@ -205,11 +203,6 @@ def _load() -> str | None:
 @functools.lru_cache(maxsize=64)
 def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _current_target() -> Target:
-    major, minor = torch.cuda.get_device_capability()
-    return target_of(f"sm_{major}{minor}")
 
 
 BACKEND = CudaBackend()

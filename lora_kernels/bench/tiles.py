@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -15,69 +17,126 @@ from lora_kernels.bench.clock import Call, Clock, clock_for, interleaved
 from lora_kernels.bench.linear import Effort
 from lora_kernels.bench.statistics import summary
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.select import Choice
+from lora_kernels.tuning.select import Choice, narrow
 from lora_kernels.tuning.targets import Target
 
 ALPHA = 0.5
+Results = tuple[Tensor, ...]
 
 
-class Product:
-    """y = x·w + s·b of a problem, w in the problem's layout, by any choice."""
+class Measured(ABC):
+    """What several choices compute from one set of operands."""
 
-    def __init__(self, problem: Problem, device: str = "cuda") -> None:
+    def __init__(self, problem: Problem, device: str) -> None:
         self.problem = replace(problem, device=device)
-        layer, (x, _) = contenders.make_layer(self.problem), contenders.make_input(self.problem)
-        w = layer.weight.t() if problem.w_k_major else layer.weight.t().contiguous()
-        self.operands = tuple(t.detach() for t in (x, w, layer.A, layer.B))
-        self.exact = self._y(COMPOSITE, tuple(t.double() for t in self.operands))
-        error = self._error(self._y(dispatch.get("eager"), self.operands))
-        eps = torch.finfo(self.operands[0].dtype).eps
-        self.allowed = 2 * error + 4 * eps * self.exact.abs().max().item()
 
-    def call(self, choice: Choice) -> Call:
-        """The product by `choice`; ATen's for "aten"."""
-        backend = dispatch.get("eager") if choice.algorithm == "aten" else _fixed(choice)
-        return lambda: self._y(backend, self.operands)
+    @abstractmethod
+    def call(self, choice: Choice) -> Callable[[], Results]:
+        """The computation by `choice`."""
 
-    def wrong(self, call: Call) -> str | None:
-        """Why this product must not be used, or None: it raises, or it is off by more than the plain one may be."""
+    @abstractmethod
+    def expected(self, algorithm: str) -> tuple[Results, Results]:
+        """(results in float64, results of plain ATen) of what `algorithm` computes."""
+
+    def wrong(self, choice: Choice) -> str | None:
+        """Why `choice` must not be used, or None: it raises, or it is off by more than the plain one may be."""
         try:
-            error = self._error(call())  # type: ignore[arg-type]
+            found = self.call(choice)()
+            for actual, exact, plain in zip(found, *self.expected(choice.algorithm), strict=True):
+                error = _distance(actual, exact)
+                roundings = 4 * torch.finfo(plain.dtype).eps * exact.abs().max().item()
+                allowed = 2 * _distance(plain, exact) + roundings
+                if not error <= allowed:
+                    return f"off by {error:.1e}, allowed {allowed:.1e}"
         except Exception as raised:  # compilers and drivers fail in any way
             text = str(raised).strip()
             return f"{type(raised).__name__}: {text.splitlines()[0] if text else ''}"
-        if not error <= self.allowed:
-            return f"off by {error:.1e}, allowed {self.allowed:.1e}"
         return None
 
     def measure(
         self, choices: list[Choice], effort: Effort, clock: Clock | None = None
     ) -> list[float | str]:
         """Median microseconds of each choice, or why it does not count."""
-        calls: dict[str, Call] = {}
-        told: dict[int, str] = {}
-        for index, choice in enumerate(choices):
-            call = self.call(choice)
-            reason = self.wrong(call)
-            if reason is None:
-                calls[str(index)] = call
-            else:
-                told[index] = reason
+        told = {index: self.wrong(choice) for index, choice in enumerate(choices)}
+        calls: dict[str, Call] = {
+            str(index): self.call(choices[index]) for index, reason in told.items() if not reason
+        }
         taken = {}
         if calls:
-            clock = clock or clock_for(self.operands[0].device.type)
+            clock = clock or clock_for(self.problem.device)
             taken = interleaved(calls, clock, seconds=effort.seconds, rounds=effort.rounds)
-        return [
-            told[index] if index in told else summary(taken[str(index)]).median
-            for index in range(len(choices))
-        ]
+        return [reason or summary(taken[str(index)]).median for index, reason in told.items()]
 
-    def _y(self, backend: Backend, operands: tuple[Tensor, ...]) -> Tensor:
-        x, w, a, b = operands
-        return backend.lowrank_matmul(x, w, a, b, ALPHA)[0]
 
-    def _error(self, y: Tensor) -> float:
-        return (y.double() - self.exact).abs().max().item()
+class Product(Measured):
+    """y = x·w + s·b of a problem, w in the problem's layout."""
+
+    def __init__(self, problem: Problem, device: str = "cuda") -> None:
+        super().__init__(problem, device)
+        layer, (x, _) = contenders.make_layer(self.problem), contenders.make_input(self.problem)
+        w = layer.weight.t() if problem.w_k_major else layer.weight.t().contiguous()
+        self.operands = tuple(t.detach() for t in (x, w, layer.A, layer.B))
+        exact = _y(COMPOSITE, *(t.double() for t in self.operands))
+        self._expected = exact, _y(dispatch.get("eager"), *self.operands)
+
+    def call(self, choice: Choice) -> Callable[[], Results]:
+        others = {"aten": "eager", "cuda_decode": "cuda"}
+        name = others.get(choice.algorithm)
+        backend = _fixed(choice) if name is None else dispatch.get(name)
+        return lambda: _y(backend, *self.operands)
+
+    def expected(self, algorithm: str) -> tuple[Results, Results]:
+        return self._expected
+
+
+class Narrow(Measured):
+    """The kernels that read x and no weight, each alone: s = alpha·x·a; dA = xᵀ·q; and both from one reading of x."""
+
+    def __init__(self, problem: Problem, device: str = "cuda") -> None:
+        super().__init__(narrow(problem), device)
+        layer, (x, _) = contenders.make_layer(self.problem), contenders.make_input(self.problem)
+        s = torch.randn(problem.M, problem.R, generator=torch.Generator().manual_seed(2))
+        self.operands = x.detach(), layer.A.detach(), s.to(device)
+
+    def call(self, choice: Choice) -> Callable[[], Results]:
+        x, a, s = self.operands
+        (config,) = choice.configs
+        if choice.algorithm == "shrink":
+            from lora_kernels.backends.triton.shrink import shrink
+
+            return lambda: (shrink(x, a, ALPHA, config),)
+        if choice.algorithm == "reduce_outer":
+            from lora_kernels.backends.triton.reduce_outer import reduce_outer
+
+            return lambda: (reduce_outer(x, s, a.dtype, config),)
+        from lora_kernels.backends.triton.shrink_outer import shrink_outer
+
+        # In the backward it is Bᵀ that it reads, and B lies as [R, N].
+        b_t = a.t().contiguous().t()
+        return lambda: shrink_outer(x, b_t, ALPHA, s, a.dtype, config)
+
+    def expected(self, algorithm: str) -> tuple[Results, Results]:
+        wide = tuple(t.double() for t in self.operands)
+        return (
+            _skinny(COMPOSITE, algorithm, *wide),
+            _skinny(dispatch.get("eager"), algorithm, *self.operands),
+        )
+
+
+def _y(backend: Backend, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Results:
+    return (backend.lowrank_matmul(x, w, a, b, ALPHA)[0],)
+
+
+def _skinny(backend: Backend, kernel: str, x: Tensor, a: Tensor, s: Tensor) -> Results:
+    if kernel == "shrink":
+        return (backend.shrink(x, a, ALPHA),)
+    if kernel == "reduce_outer":
+        return (backend.reduce_outer(x, s, a.dtype),)
+    return backend.shrink_outer(x, a, ALPHA, s, a.dtype)
+
+
+def _distance(t: Tensor, exact: Tensor) -> float:
+    return (t.double() - exact).abs().max().item()
 
 
 def _fixed(choice: Choice) -> Backend:

@@ -87,7 +87,7 @@ def _on_this_cpu(problem: Problem, backend: str) -> dict[str, Any]:
 def _predicted(problem: Problem, name: str) -> dict[str, Any]:
     """What the cost model chooses on a target, and every algorithm's predicted time against the frozen layer's."""
     from lora_kernels.tuning import cost
-    from lora_kernels.tuning.select import select
+    from lora_kernels.tuning.select import everyone, select
 
     if problem.empty or problem.dtype == "float64":
         return {
@@ -95,7 +95,7 @@ def _predicted(problem: Problem, name: str) -> dict[str, Any]:
             "chosen": "eager: empty and float64 problems are ATen's",
         }
     target = TARGETS[name]
-    choice = select(problem, target)
+    choice = select(problem, target, among=everyone(problem, target))
     kernel = {"two_kernel": "lowrank_matmul"}.get(choice.algorithm, choice.algorithm)
     tile = f", {choice.config(kernel)}" if choice.has(kernel) else ""
     frozen = cost.frozen_us(problem, target)
@@ -104,10 +104,8 @@ def _predicted(problem: Problem, name: str) -> dict[str, Any]:
         "chosen": f"{choice.algorithm} ({choice.source}){tile} on {target.chip}",
         "frozen layer": f"predicted {frozen:.1f} us",
     }
-    for algorithm in (*cost.ALGORITHMS, "addmm", "naive"):
+    for algorithm in (*choice.times, "addmm", "naive"):
         kernel = {"two_kernel": "lowrank_matmul"}.get(algorithm, algorithm)
-        if kernel in ("lowrank_matmul", "one_pass", "decode") and not choice.has(kernel):
-            continue
         config = choice.config(kernel) if choice.has(kernel) else None
         us = cost.predict_us(algorithm, problem, target, config)
         found[algorithm] = f"predicted {us:.1f} us, {us / frozen:.2f} of the frozen layer"

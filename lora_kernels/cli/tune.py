@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_kernels.problem import ITEMSIZE, Problem
 
-ROWS = (1, 16, 64, 512, 2048, 8192)
+ROWS = (16, 32, 64, 512, 2048, 8192)
 DTYPES = [name for name in ITEMSIZE if name != "float64"]
 
 
@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--seconds must be positive, got {args.seconds}")
     if not torch.cuda.is_available():
         raise RuntimeError("tune needs a GPU that PyTorch can use, and there is none")
-    from lora_kernels.backends.triton import BACKEND, current_target
+    from lora_kernels.backends.device import current_target
+    from lora_kernels.backends.triton import BACKEND
 
     reason = BACKEND.unavailable()
     if reason is not None:
@@ -65,21 +66,28 @@ def run(args: argparse.Namespace) -> int:
 def tune(
     problems: list[Problem], target: Any, seconds: float, device: str = "cuda", clock: Any = None
 ) -> tuple[list[Any], list[dict[str, Any]], list[str]]:
-    """(table entries, all that was measured, failures in words) of every problem, forward's and backward's layout."""
+    """(table entries, all that was measured, failures in words): each product, and the narrow kernels of each x or dy."""
     from lora_kernels.bench.linear import Effort
-    from lora_kernels.bench.tiles import Product
-    from lora_kernels.tuning.search import search
+    from lora_kernels.bench.tiles import Measured, Narrow, Product
+    from lora_kernels.tuning.search import search, search_narrow
+    from lora_kernels.tuning.select import narrow
 
     effort = Effort(seconds)
     entries, told, failures = [], [], []
+    problems = [*problems, *dict.fromkeys(map(narrow, problems))]
     for index, problem in enumerate(problems, 1):
-        product = Product(problem, device)
-        measure = functools.partial(product.measure, effort=effort, clock=clock)
-        entry, done = search(problem, target, measure)
+        alone = problem == narrow(problem)
+        measured: Measured = Narrow(problem, device) if alone else Product(problem, device)
+        measure = functools.partial(measured.measure, effort=effort, clock=clock)
+        if alone:
+            entry, done = search_narrow(problem, target, measure)
+        else:
+            entry, done = search(problem, target, measure, _untiled(problem))
         if entry is not None:
             entries.append(entry)
-        layout = "x·W" if problem.w_k_major else "dy·Wᵀ"
-        chosen = entry.algorithm if entry else "nothing but ATen works"
+        layout = "x·A, xᵀ·q" if alone else "x·W" if problem.w_k_major else "dy·Wᵀ"
+        found = min(entry.times, key=entry.times.__getitem__) if entry else "nothing works"
+        chosen = "each alone" if entry and alone else found
         _say(f"[{index}/{len(problems)}] {layout} {problem}: {chosen}")
         for timed in sorted(done, key=lambda timed: timed.us or float("inf")):
             _say(f"    {timed}")
@@ -94,6 +102,14 @@ def tune(
                 }
             )
     return entries, told, failures
+
+
+def _untiled(problem: Problem) -> tuple[str, ...]:
+    """ATen, and the CUDA C++ kernel where it can compute `problem` here."""
+    from lora_kernels.backends.cuda import BACKEND
+
+    usable = BACKEND.unavailable() is None and BACKEND.declines(problem) is None
+    return ("cuda_decode", "aten") if usable else ("aten",)
 
 
 def _problems(args: argparse.Namespace) -> list[Problem]:

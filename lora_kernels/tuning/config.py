@@ -9,7 +9,9 @@ from lora_kernels.problem import ITEMSIZE, Problem
 from lora_kernels.tuning.targets import Target
 
 KERNELS = ("shrink", "lowrank_matmul", "one_pass", "decode", "reduce_outer", "shrink_outer")
+NARROW_KERNELS = ("shrink", "reduce_outer", "shrink_outer")  # they read x (or dy) and no weight
 DECODE_ROWS = 64  # the most rows that `decode` holds in one tile
+CUDA_DECODE_ROWS = 32  # the most rows of the CUDA C++ kernel
 FUSED_RANK = 64  # the largest rank of the kernels that keep a whole rank beside the main tile
 
 

@@ -26,7 +26,7 @@ from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import Target
 
-ALGORITHMS = ("two_kernel", "one_pass", "decode", "aten")
+ALGORITHMS = ("two_kernel", "one_pass", "decode", "cuda_decode", "aten")
 MIN_KERNEL_US = 2.0
 _STREAMED = 0.92  # of the copy bandwidth, by a product that is bound by reading W
 # The share of the vendor library's rate that a tile loop of these kernels reaches: published Triton results, pointer loads

@@ -1,17 +1,18 @@
 """The search behind `tune`: which algorithm, tile and split are fastest for a problem, by asking somebody who measures.
 
 Nothing in the call path comes here. The search goes one coordinate at a time: the product's tile, then the split of the
-narrow kernel before it; beside them the one-launch kernels, and plain ATen.
+narrow kernel before it; beside them the one-launch kernels, and those without a tile. The narrow kernels of the backward
+are timed alone: the tile, then its split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import TileConfig, fits
-from lora_kernels.tuning.select import Choice, bucket, candidates
+from lora_kernels.tuning.config import NARROW_KERNELS, TileConfig, fits
+from lora_kernels.tuning.select import Choice, bucket, candidates, narrow
 from lora_kernels.tuning.tables import Entry
 from lora_kernels.tuning.targets import Target
 
@@ -28,7 +29,7 @@ class Timed:
     failure: str = ""
 
     def __str__(self) -> str:
-        tiles = ", ".join(map(str, self.choice.configs)) or "plain ATen"
+        tiles = ", ".join(map(str, self.choice.configs)) or "no tile"
         told = f"{self.us:.1f} us" if self.us is not None else f"not counted: {self.failure}"
         return f"{self.choice.algorithm}: {told} ({tiles})"
 
@@ -37,10 +38,15 @@ class Timed:
 Measure = Callable[[list[Choice]], list["float | str"]]
 
 
-def search(problem: Problem, target: Target, measure: Measure) -> tuple[Entry | None, list[Timed]]:
-    """The table's entry for `problem`, and everything that was measured.
+def search(
+    problem: Problem,
+    target: Target,
+    measure: Measure,
+    untiled: tuple[str, ...] = ("cuda_decode", "aten"),
+) -> tuple[Entry | None, list[Timed]]:
+    """The table's entry for `problem`, and everything that was measured; None where nothing worked.
 
-    The entry is None where nothing but plain ATen worked: then there is no tile to write down. M is taken to its bucket.
+    `untiled`: the algorithms beside Triton's that can compute it. M is taken to its bucket.
     """
     problem = replace(problem, M=bucket(problem.M))
     kept = {kernel: candidates(kernel, problem, target) for kernel in PRODUCT_KERNELS}
@@ -55,21 +61,35 @@ def search(problem: Problem, target: Target, measure: Measure) -> tuple[Entry | 
             _timed([Choice("two_kernel", "search", (c, matmul)) for c in others], measure, done)
     single = [Choice("one_pass", "search", (c,)) for c in kept["one_pass"]]
     single += [Choice("decode", "search", (c,)) for c in _splits(kept["decode"], problem, target)]
-    _timed([*single, Choice("aten", "search", ())], measure, done)
+    _timed([*single, *(Choice(name, "search", ()) for name in untiled)], measure, done)
+    return _entry(problem, done), done
+
+
+def search_narrow(
+    problem: Problem, target: Target, measure: Measure
+) -> tuple[Entry | None, list[Timed]]:
+    """The same for the kernels that read x and no weight, each alone; `algorithm` of their choices is the kernel's name."""
+    problem = narrow(replace(problem, M=bucket(problem.M)))
+    done: list[Timed] = []
+    for kernel in NARROW_KERNELS:
+        tiles = candidates(kernel, problem, target)
+        best = _fastest(_timed([Choice(kernel, "search", (c,)) for c in tiles], measure, done))
+        if best is not None:
+            others = [c for c in _splits(best.choice.configs, problem, target) if c not in tiles]
+            _timed([Choice(kernel, "search", (c,)) for c in others], measure, done)
     return _entry(problem, done), done
 
 
 def _entry(problem: Problem, done: list[Timed]) -> Entry | None:
-    """The fastest algorithm, with the best tiles of every algorithm: a caller may force another than the fastest."""
-    best = _fastest(done)
-    tiled = [timed for timed in done if timed.us is not None and timed.choice.configs]
-    if best is None or not tiled:
-        return None
+    """The least time and the tiles of every algorithm that works: a caller may be unable to run the fastest."""
+    times: dict[str, float] = {}
     configs: dict[str, TileConfig] = {}
-    for timed in sorted(tiled, key=lambda timed: timed.us or 0.0):
-        for config in timed.choice.configs:
-            configs.setdefault(config.kernel, config)
-    return Entry(problem, best.choice.algorithm, tuple(configs.values()))
+    for timed in sorted(done, key=lambda timed: timed.us or 0.0):
+        if timed.us is not None:
+            times.setdefault(timed.choice.algorithm, timed.us)
+            for config in timed.choice.configs:
+                configs.setdefault(config.kernel, config)
+    return Entry(problem, times, tuple(configs.values())) if times else None
 
 
 def _timed(choices: list[Choice], measure: Measure, done: list[Timed]) -> list[Timed]:
@@ -88,10 +108,14 @@ def _fastest(found: list[Timed]) -> Timed | None:
     return min(counted, key=lambda timed: timed.us or 0.0, default=None)
 
 
-def _splits(configs: list[TileConfig], problem: Problem, target: Target) -> Iterator[TileConfig]:
-    """The split is a run-time number of the kernel: other splits are the same code."""
+def _splits(
+    configs: Iterable[TileConfig], problem: Problem, target: Target
+) -> Iterator[TileConfig]:
+    """Every split of the kernel's sum, over K or over M. It is a run-time number: other splits are the same code."""
     for config in configs:
+        over_rows = config.kernel in ("reduce_outer", "shrink_outer")
+        step, size = (config.block_m, problem.M) if over_rows else (config.block_k, problem.K)
         for split in SPLITS:
             other = replace(config, split=split)
-            if split * config.block_k <= problem.K and fits(other, problem, target) is None:
+            if split * step <= size and fits(other, problem, target) is None:
                 yield other

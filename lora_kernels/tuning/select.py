@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import DECODE_ROWS, FUSED_RANK, TileConfig, fits, rank_block
+from lora_kernels.tuning.config import (
+    CUDA_DECODE_ROWS,
+    DECODE_ROWS,
+    FUSED_RANK,
+    KERNELS,
+    NARROW_KERNELS,
+    TileConfig,
+    fits,
+    rank_block,
+)
 from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.targets import TARGETS, Target
 
 _HALF = ("float16", "bfloat16")
-_BUCKETS = (16, 64, 256, 512, 1024, 2048, 4096, 8192)  # of M; larger problems are like the largest
+_KERNEL = {"two_kernel": "lowrank_matmul", "one_pass": "one_pass", "decode": "decode"}
+TRITON = tuple(_KERNEL)  # the algorithms of the Triton backend
+# Of M; larger problems are like the largest.
+_BUCKETS = (16, 32, 64, 256, 512, 1024, 2048, 4096, 8192)
 # N, K that get every kernel somewhere with and somewhere without a split
 _SHIPPED_SHAPES = ((512, 4096), (4096, 4096), (4096, 512), (32768, 128))
 
@@ -43,19 +56,47 @@ _ONE_PASS_FLOAT32 = [(32, 32, 32, 4, 2)]
 
 @dataclass(frozen=True)
 class Choice:
-    """`algorithm` computes y; `source` says what decided; `configs` has a tile for every kernel the problem may need."""
+    """`algorithm` computes y; `source` says what decided; `configs` has a tile for every kernel the problem may need.
+
+    `times`: microseconds of what was compared, `measured` or else predicted; `asked`: for what, in words.
+    """
 
     algorithm: str
     source: str
     configs: tuple[TileConfig, ...]
+    times: Mapping[str, float] = field(default_factory=dict, compare=False)
+    measured: bool = field(default=False, compare=False)
+    asked: str = field(default="", compare=False)
 
     def has(self, kernel: str) -> bool:
         """Whether `kernel` can compute the problem at all."""
         return any(c.kernel == kernel for c in self.configs)
 
     def config(self, kernel: str) -> TileConfig:
-        """The tile of `kernel`."""
-        return next(c for c in self.configs if c.kernel == kernel)
+        """The tile of `kernel`; ValueError where it cannot compute the problem."""
+        for config in self.configs:
+            if config.kernel == kernel:
+                return config
+        able = tuple(config.kernel for config in self.configs)
+        raise ValueError(f"kernel must be one of {able} for {self.asked}, got {kernel!r}")
+
+    def over(self, *others: str) -> str:
+        """Why not the best of `others`, in words."""
+        name = "ATen" if self.algorithm == "aten" else self.algorithm
+        told = f"{name} is {self._how} faster: {self.times[self.algorithm]:.1f} us"
+        rivals = [self.times[other] for other in others if other in self.times]
+        if not rivals:
+            return f"{told}; there is no {self._how} time of {', '.join(others)}"
+        return f"{told}, not {min(rivals):.1f} us"
+
+    def told(self) -> str:
+        """What was compared, in words."""
+        times = sorted(self.times.items(), key=lambda each: each[1])
+        return f"{self._how}: " + ", ".join(f"{name} {us:.1f} us" for name, us in times)
+
+    @property
+    def _how(self) -> str:
+        return "measured" if self.measured else "predicted"
 
 
 def bucket(M: int) -> int:
@@ -63,47 +104,74 @@ def bucket(M: int) -> int:
     return next((b for b in _BUCKETS if b >= M), _BUCKETS[-1])
 
 
-def select(problem: Problem, target: Target, algorithm: str | None = None) -> Choice:
-    """The choice for `problem` on `target`; `algorithm` forces one of two_kernel, one_pass and decode.
+def narrow(problem: Problem) -> Problem:
+    """The problem of the kernels that read the problem's x and no weight; dropout does not change their tiles."""
+    return replace(problem, N=0, bias=False, dropout=False, w_k_major=True, backward=False)
 
-    ValueError when the forced algorithm cannot compute the problem.
+
+def select(
+    problem: Problem,
+    target: Target,
+    algorithm: str | None = None,
+    among: tuple[str, ...] = (*TRITON, "aten"),
+) -> Choice:
+    """The fastest for `problem` on `target` among the algorithms that the caller can run, "aten" one of them.
+
+    Fastest as measured by `tune`, which leaves out what it found wrong, else as predicted. `algorithm` forces one of
+    two_kernel, one_pass and decode; ValueError when that one cannot compute the problem.
     """
-    return _select(replace(problem, M=bucket(problem.M), bias=False), target, algorithm)
+    return _select(replace(problem, M=bucket(problem.M), bias=False), target, algorithm, among)
+
+
+def everyone(problem: Problem, target: Target) -> tuple[str, ...]:
+    """The algorithms for `problem` of a machine where every GPU backend is usable."""
+    few = problem.M <= CUDA_DECODE_ROWS and not problem.dropout
+    cuda = few and target.name.startswith("sm_")
+    return (*TRITON, "cuda_decode", "aten") if cuda else (*TRITON, "aten")
 
 
 @functools.lru_cache(maxsize=4096)
-def _select(problem: Problem, target: Target, algorithm: str | None) -> Choice:
+def _select(
+    problem: Problem, target: Target, algorithm: str | None, among: tuple[str, ...]
+) -> Choice:
     from lora_kernels.tuning import tables
 
     configs = _configs(problem, target)
     possible = {
         name: config for name, config in configs.items() if fits(config, problem, target) is None
     }
-    by_algorithm = {
-        "two_kernel": possible.get("lowrank_matmul"),
-        "one_pass": possible.get("one_pass"),
-        "decode": possible.get("decode"),
-    }
+    tuned = tables.lookup(problem, target)
+    measured: Mapping[str, float] = {}
+    if tuned is not None:
+        possible |= {config.kernel: config for config in tuned.configs}
+        measured = tuned.times
     if algorithm is not None:
-        if algorithm not in by_algorithm:
-            raise ValueError(f"algorithm must be one of {tuple(by_algorithm)}, got {algorithm!r}")
-        if by_algorithm[algorithm] is None:
-            kernel = "lowrank_matmul" if algorithm == "two_kernel" else algorithm
+        if algorithm not in TRITON:
+            raise ValueError(f"algorithm must be one of {TRITON}, got {algorithm!r}")
+        kernel = _KERNEL[algorithm]
+        if kernel not in possible:
             raise ValueError(
                 f"{algorithm} cannot compute {problem}: {fits(configs[kernel], problem, target)}"
             )
-        return Choice(algorithm, "forced", tuple(possible.values()))
-    tuned = tables.lookup(problem, target)
-    if tuned is not None:
-        kept = {**possible, **{c.kernel: c for c in tuned.configs}}
-        return Choice(tuned.algorithm, "tuned", tuple(kept.values()))
-    times = {
-        name: predict_us(name, problem, target, config)
-        for name, config in by_algorithm.items()
-        if config is not None
+        among = (algorithm,)
+    elif problem.backward:
+        # q comes with dB from one reading of dy, so nothing computes it beside the product.
+        among = tuple(name for name in among if name not in ("one_pass", "decode"))
+    able = [name for name in among if name not in _KERNEL or _KERNEL[name] in possible]
+    compared = {name: measured[name] for name in able if name in measured}
+    source = "forced" if algorithm else "tuned" if compared else "cost model"
+    times = compared or {
+        name: predict_us(name, problem, target, possible.get(_KERNEL.get(name, "")))
+        for name in able
     }
-    times["aten"] = predict_us("aten", problem, target)
-    return Choice(min(times, key=times.__getitem__), "cost model", tuple(possible.values()))
+    return Choice(
+        min(times, key=times.__getitem__),
+        source,
+        tuple(possible.values()),
+        {**measured, **times},
+        measured=bool(compared),
+        asked=f"{problem} on {target.name}",
+    )
 
 
 def candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
@@ -127,10 +195,8 @@ def shipped(target: Target) -> list[tuple[Problem, TileConfig]]:
     ):
         for R, M, (N, K) in itertools.product((16, 32, 64), _BUCKETS, _SHIPPED_SHAPES):
             problem = Problem(M, N, K, R, dtype, adapter_dtype, device="cuda")
-            tiles = (
-                candidates(kernel, problem, target) for kernel in ("lowrank_matmul", "one_pass")
-            )
-            for config in itertools.chain(_select(problem, target, None).configs, *tiles):
+            tiles = (candidates(kernel, problem, target) for kernel in KERNELS)
+            for config in itertools.chain(*tiles):
                 code = replace(config, split=min(config.split, 2)), dtype, adapter_dtype
                 ranks = rank_block(R, config.rank_chunk)
                 found.setdefault(code, {})[ranks] = (problem, config)
@@ -143,21 +209,18 @@ def shipped(target: Target) -> list[tuple[Problem, TileConfig]]:
 def _configs(problem: Problem, target: Target) -> dict[str, TileConfig]:
     """The best shipped tile of each kernel by the cost model, whether or not it fits."""
 
-    def best(kernel: str, algorithm: str) -> TileConfig:
+    algorithms = {kernel: algorithm for algorithm, kernel in _KERNEL.items()}
+
+    def best(kernel: str) -> TileConfig:
         made = _candidates(kernel, problem, target)
-        fitting = [c for c in made if fits(c, problem, target) is None]
+        fitting = [c for c in made if fits(c, problem, target) is None] or made
+        if kernel in NARROW_KERNELS:
+            return fitting[0]
         return min(
-            fitting or made, key=lambda config: predict_us(algorithm, problem, target, config)
+            fitting, key=lambda config: predict_us(algorithms[kernel], problem, target, config)
         )
 
-    return {
-        "shrink": _shrink(problem, target),
-        "lowrank_matmul": best("lowrank_matmul", "two_kernel"),
-        "one_pass": best("one_pass", "one_pass"),
-        "decode": best("decode", "decode"),
-        "reduce_outer": _reduce_outer(problem, target),
-        "shrink_outer": _shrink_outer(problem, target),
-    }
+    return {kernel: best(kernel) for kernel in KERNELS}
 
 
 def _candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
@@ -172,45 +235,76 @@ def _candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfi
     if kernel == "one_pass":
         tiles = _ONE_PASS_HALF.get(target.name, _ONE_PASS_OTHER) if half else _ONE_PASS_FLOAT32
         return [TileConfig(kernel, *tile, rank_chunk=32 if target.tma else 16) for tile in tiles]
-    if kernel == "decode":
-        return [_decode(problem, target)]
-    return [_configs(problem, target)[kernel]]
+    return {
+        "decode": _decode,
+        "shrink": _shrink,
+        "reduce_outer": _reduce_outer,
+        "shrink_outer": _shrink_outer,
+    }[kernel](problem, target)
 
 
-def _shrink(problem: Problem, target: Target) -> TileConfig:
+def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
     block_m, block_k = (64, 64) if _all_half(problem) else (32, 32)
     if target.name == "sm_120" and (problem.R > 16 or not _all_half(problem)):
         block_m //= 2  # its compiler keeps to 96 registers
     programs = max(1, problem.M // block_m)
     split = _split(target.multiprocessors // programs, problem.K // (4 * block_k))
-    return TileConfig("shrink", block_m, 1, block_k, 4, 3, split=split)
+    return [TileConfig("shrink", block_m, 1, block_k, 4, 3, split=split)]
 
 
-def _decode(problem: Problem, target: Target) -> TileConfig:
+def _decode(problem: Problem, target: Target) -> list[TileConfig]:
     block_n, block_k = (64, 64) if _all_half(problem) else (32, 32)
     programs = max(1, problem.N // block_n)
     split = _split(2 * target.multiprocessors // programs, problem.K // (4 * block_k))
-    block_m = max(16, min(problem.M, DECODE_ROWS))
-    return TileConfig("decode", block_m, block_n, block_k, 4, 3, split=split)
+    block_m = 16 if problem.M <= 16 else DECODE_ROWS
+    return [TileConfig("decode", block_m, block_n, block_k, 4, 3, split=split)]
 
 
-def _reduce_outer(problem: Problem, target: Target) -> TileConfig:
-    programs = max(1, problem.K // 64)
-    split = _split(2 * target.multiprocessors // programs, problem.M // 128)
-    return TileConfig("reduce_outer", 32, 64, 16, 4, 2, split=split)
+def _reduce_outer(problem: Problem, target: Target) -> list[TileConfig]:
+    tiles = [(32, 64, 4, 2)]
+    # The larger one has no registers for a float32 result, and on gfx1100 for none.
+    if _all_half(problem) and target.name != "gfx1100":
+        tiles.append((64, 128, 8, 3))
+    return [
+        TileConfig(
+            "reduce_outer",
+            block_m,
+            block_n,
+            16,
+            warps,
+            stages,
+            split=_row_split(problem, target, block_n),
+        )
+        for block_m, block_n, warps, stages in tiles
+    ]
 
 
-def _shrink_outer(problem: Problem, target: Target) -> TileConfig:
+def _shrink_outer(problem: Problem, target: Target) -> list[TileConfig]:
     # Both accumulators stay in registers; the wider the block, the fewer partial results of q.
     if problem.R <= 32:
-        block_m, block_n, warps = (32, 256, 8) if _all_half(problem) else (32, 64, 4)
+        tiles = [(32, 256, 8)] if _all_half(problem) else [(32, 64, 4)]
     else:
-        block_m, block_n, warps = (32, 32, 4) if _all_half(problem) else (16, 32, 4)
-    programs = max(1, problem.N // block_n)
-    split = _split(2 * target.multiprocessors // programs, problem.M // 128)
-    return TileConfig(
-        "shrink_outer", block_m, block_n, 16, warps, 2, split=split, rank_chunk=FUSED_RANK
-    )
+        tiles = [(32, 32, 4)] if _all_half(problem) else [(16, 32, 4)]
+    if problem.R <= 16 and _all_half(problem):
+        tiles.append((64, 256, 8))
+    return [
+        TileConfig(
+            "shrink_outer",
+            block_m,
+            block_n,
+            16,
+            warps,
+            2,
+            split=_row_split(problem, target, block_n),
+            rank_chunk=FUSED_RANK,
+        )
+        for block_m, block_n, warps in tiles
+    ]
+
+
+def _row_split(problem: Problem, target: Target, block_n: int) -> int:
+    """Parts of M, for about two blocks of x's columns and rows on each multiprocessor."""
+    return _split(2 * target.multiprocessors // max(1, problem.K // block_n), problem.M // 128)
 
 
 def _all_half(problem: Problem) -> bool:
@@ -223,4 +317,4 @@ def _split(wanted: int, most: int) -> int:
     return 1 << (limit.bit_length() - 1)
 
 
-__all__ = ["TARGETS", "Choice", "bucket", "candidates", "select", "shipped"]
+__all__ = ["TARGETS", "Choice", "bucket", "candidates", "everyone", "narrow", "select", "shipped"]

@@ -1,7 +1,7 @@
 """Tuned tables: what `tune` measured on a device, as JSON in the user's cache, read when a problem of it is chosen.
 
-A file belongs to one target and is a list of entries {"problem": {...}, "algorithm": ..., "configs": [...]}. An entry that
-this version cannot read or that breaks `fits` is left out; a file that is no such list counts as absent.
+A file belongs to one target and is a list of entries {"problem": {...}, "times": {"decode": 12.3, ...}, "configs": [...]}.
+An entry that this version cannot read or that breaks `fits` is left out; a file that is no such list counts as absent.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ from typing import Any
 
 from lora_kernels import env
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import KERNELS, TileConfig, fits
+from lora_kernels.tuning.config import NARROW_KERNELS, TileConfig, fits
 from lora_kernels.tuning.cost import ALGORITHMS
 from lora_kernels.tuning.targets import Target
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What was fastest for `problem`, whose M is a bucket."""
+    """What was measured for `problem`, whose M is a bucket: microseconds of each algorithm that works, and the best tiles.
+
+    The entry of a problem without a weight, N = 0, has the narrow kernels' times and tiles.
+    """
 
     problem: Problem
-    algorithm: str
+    times: dict[str, float]
     configs: tuple[TileConfig, ...]
 
 
@@ -89,7 +92,7 @@ def _key(problem: Problem) -> Problem:
 def _to_json(entry: Entry) -> dict[str, Any]:
     return {
         "problem": asdict(entry.problem),
-        "algorithm": entry.algorithm,
+        "times": entry.times,
         "configs": [config.to_json() for config in entry.configs],
     }
 
@@ -98,10 +101,10 @@ def _from_json(item: Any, target: Target) -> Entry | None:
     try:
         problem = Problem(**item["problem"])
         configs = tuple(TileConfig(**config) for config in item["configs"])
-        algorithm = item["algorithm"]
-    except (KeyError, TypeError):
+        times = {str(name): float(us) for name, us in item["times"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    known = algorithm in ALGORITHMS and all(config.kernel in KERNELS for config in configs)
+    known = times.keys() <= {*ALGORITHMS, *NARROW_KERNELS} and all(us > 0 for us in times.values())
     if not known or any(fits(config, problem, target) for config in configs):
         return None
-    return Entry(problem, algorithm, configs)
+    return Entry(problem, times, configs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,10 @@ import torch
 
 from lora_kernels import Problem
 from lora_kernels.backends import cuda
+from lora_kernels.tuning.config import CUDA_DECODE_ROWS
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.cuda_operators import EmulatedOperators
-from tests.oracle import AWKWARD, Case, check_backend
+from tests.oracle import AWKWARD, Case, assert_budget, check_backend
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
@@ -24,7 +26,7 @@ SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 SMALL = [
     case
     for case in AWKWARD
-    if (cuda.MAX_ROWS if case.dtype != torch.float32 else 16) >= case.M and not case.dropout
+    if (CUDA_DECODE_ROWS if case.dtype != torch.float32 else 16) >= case.M and not case.dropout
 ]
 
 
@@ -35,12 +37,17 @@ def build_module():
     return module
 
 
+def sources_digest(*more: str) -> str:
+    """Of what decides the compiled code: every source, how it is compiled (build.py and `more`), and by which nvcc."""
+    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout
+    read = [p.read_bytes() for p in sorted([*SOURCES.glob("*.*u*"), SOURCES / "build.py"])]
+    return hashlib.sha256(b"\0".join([*read, nvcc, *map(str.encode, more)])).hexdigest()[:16]
+
+
 @pytest.fixture(scope="session")
 def ptx(request) -> str:
     """Every shipped kernel for sm_80; compiled again only when a source has changed."""
-    sources = sorted(SOURCES.glob("*.*u*"))
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
-    file = request.config.cache.mkdir("cuda_ptx") / f"{digest}.ptx"
+    file = request.config.cache.mkdir("cuda_ptx") / f"{sources_digest()}.ptx"
     if not file.exists():
         scratch = file.with_suffix(".tmp")
         build_module().ptx(scratch, "80")
@@ -56,7 +63,7 @@ def backend(monkeypatch, ptx):
     monkeypatch.setattr(torch.ops, "lora_kernels_cuda", made.operators, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 4)
-    monkeypatch.setattr(cuda, "_current_target", lambda: TARGETS["sm_80"])
+    monkeypatch.setattr(cuda, "current_target", lambda: TARGETS["sm_80"])
     return made
 
 
@@ -65,14 +72,21 @@ def test_every_product_of_small_problems(backend, case):
     check_backend(backend, case)
 
 
-@pytest.mark.parametrize("M", [*range(1, 33, 4), 8, 16, 32])
-def test_any_number_of_rows(backend, M):
+@pytest.mark.parametrize("M", [1, 8, 9, 16, 17, 32])
+def test_rows_of_every_tile(backend, M):
+    """Several column tiles and split sums; the tiles hold 8, 16 and 32 rows."""
     check_backend(backend, Case(M, 70, 328, 13, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("M", [1, 9, 32])
-def test_any_number_of_rows_in_float32(backend, M):
-    check_backend(backend, Case(M, 37, 50, 3))
+@pytest.mark.parametrize("dtype, K", [(torch.bfloat16, 40), (torch.float32, 20)], ids=str)
+@pytest.mark.parametrize("M", range(1, CUDA_DECODE_ROWS + 1))
+def test_any_number_of_rows(backend, M, dtype, K):
+    """y and s of one product; two steps of K, the second ragged, so that every number can be executed."""
+    o = Case(M, 21, K, 3, dtype=dtype).operands()
+    y, s = backend.lowrank_matmul(o.x, o.w, o.a, o.b, o.case.alpha, o.bias)
+    eager, exact = o.results(None), o.results(torch.float64)
+    assert_budget(y, eager["y"], exact["y"], "y")
+    assert_budget(s, eager["s"].float(), exact["s"], "s")
 
 
 @pytest.mark.parametrize("layout", ["plain", "peft", "transposed", "sliced"])

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lora_kernels import selftest
-from lora_kernels.bench.tiles import Product
+from lora_kernels.bench.tiles import Narrow, Product
 from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import NARROW_KERNELS
 from lora_kernels.tuning.select import Choice
 from tests.gpu.conftest import DEVICE
 from tests.oracle import AWKWARD, Case, check_backend
@@ -48,20 +49,23 @@ def test_selftest_passes(gpu_backend):
 
 def test_every_shipped_configuration_is_right():
     """What the compiled lane compiles for this architecture is run here; each on a problem that it was chosen for."""
-    from lora_kernels.backends.triton import BACKEND, current_target
+    from lora_kernels.backends.device import current_target
+    from lora_kernels.backends.triton import BACKEND
     from lora_kernels.tuning.select import select, shipped
 
     if BACKEND.unavailable() is not None:
         pytest.skip(str(BACKEND.unavailable()))
     target, failures, product = current_target(), [], None
     for problem, config in shipped(target):
-        if config.kernel not in ("lowrank_matmul", "one_pass", "decode"):
+        if config.kernel in NARROW_KERNELS:
+            wrong = Narrow(problem, DEVICE).wrong(Choice(config.kernel, "test", (config,)))
+            failures += [f"{config} for {problem}: {wrong}"] if wrong else []
             continue
         algorithm = {"lowrank_matmul": "two_kernel"}.get(config.kernel, config.kernel)
         shrink = select(problem, target, "two_kernel").config("shrink")
         if product is None or product.problem != problem:
             product = Product(problem, DEVICE)
-        wrong = product.wrong(product.call(Choice(algorithm, "test", (shrink, config))))
+        wrong = product.wrong(Choice(algorithm, "test", (shrink, config)))
         failures += [f"{config} for {problem}: {wrong}"] if wrong else []
     assert not failures, failures
 

@@ -43,7 +43,9 @@ def small_tiles(changes: dict[str, dict] | None = None) -> Callable[..., Choice]
     """A stand-in for `select` with tiles of 16 and 32, changed as told."""
     configs = tuple(replace(c, **(changes or {}).get(c.kernel, {})) for c in _TILES)
 
-    def select(problem: Problem, target: Target, algorithm: str | None = None) -> Choice:
+    def select(
+        problem: Problem, target: Target, algorithm: str | None = None, among: tuple[str, ...] = ()
+    ) -> Choice:
         if algorithm == "decode" and (
             problem.M > DECODE_ROWS or problem.R > FUSED_RANK or problem.dropout
         ):
@@ -91,5 +93,5 @@ def on_target(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     monkeypatch.setattr(backend_module, "current_target", lambda *device: TARGETS[target])
     monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton", "eager")})
     # A question of bytes, not of results, which small tiles always answer with no.
-    monkeypatch.setattr(backend_module, "one_reading_pays", lambda problem, config: problem.R <= 40)
+    monkeypatch.setattr(backend_module, "one_reading_pays", lambda itemsize, R, *rest: R <= 40)
     dispatch._backend.cache_clear()

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from lora_kernels import dispatch
+from lora_kernels.backends import cuda
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton import lowrank_matmul as kernel
+from lora_kernels.backends.triton import reduce_outer as reduce_outer_module
+from lora_kernels.backends.triton import shrink as shrink_module
+from lora_kernels.backends.triton import shrink_outer as shrink_outer_module
 from lora_kernels.bench.tiles import Product
 from lora_kernels.cli import tune as command
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import select as selection
 from lora_kernels.tuning import tables
-from lora_kernels.tuning.select import Choice
+from lora_kernels.tuning.config import NARROW_KERNELS, TileConfig
+from lora_kernels.tuning.select import Choice, narrow
+from lora_kernels.tuning.tables import Entry
 from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter.conftest import on_target
 
+ONE_READING_PAYS = backend_module.one_reading_pays
 PROBLEM = Problem(16, 40, 72, 5, "float32", "float32", "cuda")
 
 
@@ -41,8 +51,8 @@ def test_candidates_are_right_and_become_the_table():
         problems, TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
     )
     assert failures == [] and {each["us"] for each in told} == {1.0}
-    assert [entry.problem for entry in entries] == problems
-    assert {each["algorithm"] for each in told} == {"two_kernel", "one_pass", "decode", "aten"}
+    assert [entry.problem for entry in entries] == [*problems, *map(narrow, problems)]
+    assert {each["algorithm"] for each in told} == {*selection.TRITON, *NARROW_KERNELS, "aten"}
     tables.save(entries, TARGETS["sm_80"])
     x, w, a, b = torch.randn(9, 72), torch.randn(40, 72).t(), torch.randn(72, 5), torch.randn(5, 40)
     y, _ = backend_module.BACKEND.lowrank_matmul(x, w, a, b, 0.5)
@@ -60,6 +70,7 @@ def test_a_wrong_candidate_does_not_count(monkeypatch):
 
     monkeypatch.setattr(kernel, "lowrank_matmul", lowrank_matmul)
     product = Product(PROBLEM, "cpu")
+    assert product.wrong(Choice("aten", "search", ())) is None
     shrink = selection.candidates("shrink", PROBLEM, TARGETS["sm_80"])[0]
     found = product.measure(
         [Choice("two_kernel", "search", (shrink, broken)), Choice("aten", "search", ())],
@@ -67,6 +78,82 @@ def test_a_wrong_candidate_does_not_count(monkeypatch):
         StoppedClock(),
     )
     assert found[0].startswith("off by") and found[1] == 1.0
+
+
+def test_the_backward_takes_the_narrow_kernels_that_were_found(monkeypatch):
+    """Its launchers get the table's tiles, and both products of dy come from one reading where that was faster."""
+    problem = Problem(512, 64, 256, 5, "float32", "float32", "cuda")
+    target = TARGETS["sm_80"]
+    tiles = {k: selection.candidates(k, narrow(problem), target)[0] for k in NARROW_KERNELS}
+    wanted = {k: replace(tiles[k], split=s) for k, s in zip(NARROW_KERNELS, (4, 2, 8), strict=True)}
+    assert not any(wanted[kernel] == tiles[kernel] for kernel in NARROW_KERNELS)
+    seen = {}
+
+    def watched(kernel, real):
+        def launcher(*args, **more):
+            (config,) = (each for each in args if isinstance(each, TileConfig))
+            seen[kernel] = config
+            return real(*args, **more)
+
+        return launcher
+
+    for module in (shrink_module, reduce_outer_module, shrink_outer_module):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
+    monkeypatch.setattr(backend_module, "one_reading_pays", ONE_READING_PAYS)
+    x, dy = torch.randn(400, 256), torch.randn(400, 256)
+    b, s = torch.randn(5, 256), torch.randn(400, 5)
+    two = {"shrink": 2.0, "reduce_outer": 2.0}
+    for times, kernels in (
+        (two | {"shrink_outer": 1.0}, {"shrink_outer"}),
+        (two | {"shrink_outer": 5.0}, {"shrink", "reduce_outer"}),
+        (two, {"shrink", "reduce_outer"}),  # shrink_outer was wrong
+        ({"shrink_outer": 5.0}, {"shrink_outer"}),
+    ):
+        tables.save([Entry(narrow(problem), times, tuple(wanted.values()))], target)
+        selection._select.cache_clear()
+        seen.clear()
+        q, dB = backend_module.BACKEND.shrink_outer(dy, b.t(), 0.5, s, torch.float32)
+        assert seen == {kernel: wanted[kernel] for kernel in kernels}
+        torch.testing.assert_close(q, 0.5 * dy @ b.t())
+        torch.testing.assert_close(dB, s.t() @ dy, rtol=1e-5, atol=1e-4)
+        dA = backend_module.BACKEND.reduce_outer(x, q, torch.float32)
+        assert seen["reduce_outer"] == wanted["reduce_outer"]
+        torch.testing.assert_close(dA, x.t() @ q, rtol=1e-5, atol=1e-3)
+
+
+def test_a_wrong_narrow_kernel_does_not_count(monkeypatch):
+    real = shrink_outer_module.shrink_outer
+    wrong = lambda *args: (lambda q, dB: (q, dB + 0.01))(*real(*args))  # noqa: E731
+    monkeypatch.setattr(shrink_outer_module, "shrink_outer", wrong)
+    entries, told, failures = command.tune(
+        [PROBLEM], TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
+    )
+    assert {each["algorithm"] for each in told if each["failure"]} == {"shrink_outer"}
+    assert failures and all("off by" in failure for failure in failures)
+    assert entries[1].times.keys() == {"shrink", "reduce_outer"}
+
+
+def test_the_cuda_kernel_is_timed_where_it_is_usable(monkeypatch):
+    monkeypatch.setattr(cuda.CudaBackend, "unavailable", lambda self: None)
+    monkeypatch.setattr(cuda, "current_target", lambda: TARGETS["sm_80"])
+    eager = dispatch.get("eager")
+    monkeypatch.setattr(
+        cuda.CudaBackend, "lowrank_matmul", lambda self, *o: eager.lowrank_matmul(*o)
+    )
+    problems = [PROBLEM, replace(PROBLEM, M=64)]
+    entries, _, failures = command.tune(
+        problems, TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
+    )
+    assert not failures
+    assert ["cuda_decode" in entry.times for entry in entries[:2]] == [True, False]
+    monkeypatch.setattr(
+        cuda.CudaBackend, "lowrank_matmul", lambda self, *o: (o[0] @ o[1] + 0.01, None)
+    )
+    entries, _, failures = command.tune(
+        [PROBLEM], TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
+    )
+    assert "cuda_decode" not in entries[0].times and "cuda_decode: not counted" in failures[0]
 
 
 def test_a_candidate_that_raises_does_not_count(monkeypatch):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.base import Backend, Scale
+from lora_kernels.backends.base import Backend, Scale, left_is_wide
+from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.cost import predict_us
-from lora_kernels.tuning.select import Choice, select
-from lora_kernels.tuning.targets import Target, target_of
+from lora_kernels.tuning.select import TRITON, Choice, select
+from lora_kernels.tuning.targets import Target
 
 
 class TritonBackend(Backend):
@@ -39,16 +41,9 @@ class TritonBackend(Backend):
             return str(error)
         return None
 
-    def slower(self, problem: Problem) -> str | None:
-        target = current_target()
-        choice = select(problem, target)
-        if choice.algorithm != "aten":
-            return None
-        if choice.source == "tuned":
-            return "ATen was faster when this device was tuned"
-        ours = predict_us("two_kernel", problem, target, choice.config("lowrank_matmul"))
-        theirs = predict_us("aten", problem, target)
-        return f"expanding first and accumulating with ATen is predicted faster: {theirs:.1f} us, not {ours:.1f} us"
+    def slower(self, problem: Problem, usable: tuple[str, ...] = ()) -> str | None:
+        choice = select(problem, current_target())
+        return choice.over(*TRITON) if choice.algorithm == "aten" else None
 
     def plan(self, problem: Problem) -> str:
         if problem.empty:
@@ -58,17 +53,18 @@ class TritonBackend(Backend):
         algorithm = "two_kernel" if choice.algorithm == "aten" else choice.algorithm
         config = choice.config("lowrank_matmul" if algorithm == "two_kernel" else algorithm)
         return (
-            f"{algorithm} ({choice.source}), {config}, predicted {predict_us(algorithm, problem, target, config):.1f} us "
-            f"against {predict_us('frozen', problem, target):.1f} us of the frozen layer on {target.chip}"
+            f"{algorithm} ({choice.source}), {config}, {choice.told()}; "
+            f"predicted for the frozen layer on {target.chip}: {predict_us('frozen', problem, target):.1f} us"
         )
 
     def shrink(self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None) -> Tensor:
-        (M, K), R = x.shape, a.shape[1]
+        M, R = x.shape[0], a.shape[1]
         if 0 in (M, R):
             return x.new_zeros((M, R), dtype=torch.float32)
         from lora_kernels.backends.triton.shrink import shrink
 
-        return shrink(x, a, alpha, self._config("shrink", x, a, M, 1, K, R, dropout), dropout)
+        config = self._narrow(x, a.dtype, R).config("shrink")
+        return shrink(x, a, alpha, config, dropout)
 
     def lowrank_matmul(
         self,
@@ -83,10 +79,10 @@ class TritonBackend(Backend):
         dropout_in: Dropout | None = None,
         dropout_out: Dropout | None = None,
     ) -> tuple[Tensor, Tensor]:
-        (M, K), N, R = x.shape, w.shape[1], b.shape[0]
+        M, N, R = x.shape[0], w.shape[1], b.shape[0]
         if 0 in (M, N):
             return x.new_empty((M, N)), self.shrink(x, a, alpha, dropout_in) if s is None else s
-        problem = _problem(x, a, M, N, K, R, dropout_in or dropout_out, w.stride(0) == 1)
+        problem = _problem(x, a.dtype, N, R, dropout_in or dropout_out, w.stride(0) == 1)
         target = current_target(x.device)
         choice = self._choice(problem, target)
         fused = s is None and dropout_out is None and R > 0
@@ -120,20 +116,21 @@ class TritonBackend(Backend):
             return left.new_zeros((C, D), dtype=dtype)
         from lora_kernels.backends.triton.reduce_outer import reduce_outer
 
-        wide, thin = (left, right) if right.dtype == torch.float32 else (right, left)
-        config = self._config("reduce_outer", wide, thin, M, 1, max(C, D), min(C, D), dropout)
+        wide, thin = (left, right) if left_is_wide(left, right, dropout) else (right, left)
+        config = self._narrow(wide, dtype, thin.shape[1]).config("reduce_outer")
         return reduce_outer(left, right, dtype, config, dropout)
 
     def shrink_outer(
         self, dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        (M, N), R = dy.shape, s.shape[1]
-        problem = _problem(dy, b_t, M, N, 1, R, None)
-        choice = select(problem, current_target(dy.device), "two_kernel")
-        if problem.empty or not choice.has("shrink_outer"):
+        R = s.shape[1]
+        if 0 in (*dy.shape, R):
+            return super().shrink_outer(dy, b_t, alpha, s, dtype)
+        choice = self._narrow(dy, b_t.dtype, R)
+        if not choice.has("shrink_outer"):
             return super().shrink_outer(dy, b_t, alpha, s, dtype)
         config = choice.config("shrink_outer")
-        if not one_reading_pays(problem, config):
+        if not one_reading_pays(dy.itemsize, R, config, choice.times):
             return super().shrink_outer(dy, b_t, alpha, s, dtype)
         from lora_kernels.backends.triton.shrink_outer import shrink_outer
 
@@ -145,60 +142,44 @@ class TritonBackend(Backend):
         except ValueError:  # the forced algorithm cannot compute this problem: the general one can
             return select(problem, target, "two_kernel")
 
-    def _config(
-        self,
-        kernel: str,
-        x: Tensor,
-        a: Tensor,
-        M: int,
-        N: int,
-        K: int,
-        R: int,
-        dropout: Dropout | None,
-    ) -> TileConfig:
-        problem = _problem(x, a, M, N, K, R, dropout)
-        return select(problem, current_target(x.device), "two_kernel").config(kernel)
+    def _narrow(self, x: Tensor, adapter_dtype: torch.dtype, R: int) -> Choice:
+        """The tiles of the kernels that read x and no weight, and the times that `tune` measured of them."""
+        problem = _problem(x, adapter_dtype, 0, R, None)
+        return self._choice(problem, current_target(x.device))
 
 
-def one_reading_pays(problem: Problem, config: TileConfig) -> bool:
-    """Whether writing and reading q's partial results moves fewer bytes than the second reading of dy that it saves.
+def one_reading_pays(
+    itemsize: int, R: int, config: TileConfig, measured: Mapping[str, float]
+) -> bool:
+    """Whether `shrink_outer` is faster than the two kernels that it replaces: as measured, else by bytes.
 
-    A row of dy has 8·R bytes of partial results, float32 there and back, for each block of columns.
+    A row of dy has 8·R bytes of partial results of q, float32 there and back, for each block of columns; they must be
+    fewer than the second reading of dy that they save. A kernel that `tune` found wrong has no time and does not pay.
     """
-    return problem.itemsize * config.block_n > 8 * problem.R
-
-
-def current_target(device: torch.device | None = None) -> Target:
-    """The target of `device`, or of the current one; ValueError for one that these kernels do not support."""
-    index = None if device is None else device.index
-    return target_of(_architecture(torch.cuda.current_device() if index is None else index))
-
-
-@functools.lru_cache(maxsize=64)
-def _architecture(device: int) -> str:
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+    fused, shrink, outer = (
+        measured.get(kernel, math.inf) for kernel in ("shrink_outer", "shrink", "reduce_outer")
+    )
+    if min(fused, shrink, outer) < math.inf:
+        return fused < shrink + outer
+    return itemsize * config.block_n > 8 * R
 
 
 def _problem(
     x: Tensor,
-    a: Tensor,
-    M: int,
+    adapter_dtype: torch.dtype,
     N: int,
-    K: int,
     R: int,
     dropout: Dropout | None,
     w_k_major: bool = True,
 ) -> Problem:
+    M, K = x.shape
     return Problem(
         M=M,
         N=N,
         K=K,
         R=R,
         dtype=str(x.dtype).removeprefix("torch."),
-        adapter_dtype=str(a.dtype).removeprefix("torch."),
+        adapter_dtype=str(adapter_dtype).removeprefix("torch."),
         device="cuda",
         dropout=dropout is not None,
         w_k_major=w_k_major,
