@@ -165,6 +165,26 @@ def pipes() -> Iterator[str]:
             )
 
 
+def count() -> None:
+    """Writes the table of lora_kernels/tuning/counted.py anew."""
+    from lora_kernels.tuning import counted
+    from tests.executed.recount import counted_tiles, recount
+
+    def text(cycles: tuple[float, ...]) -> str:
+        return f"({', '.join(repr(c).removesuffix('.0') for c in cycles)})"
+
+    rows = []
+    for tile, config, problem in counted_tiles():
+        name = ", ".join(f'"{v}"' if isinstance(v, str) else str(v) for v in tile)
+        both = recount(config, problem, tile.target)
+        lines = (f"        ({text(step)}, {text(rest)}),\n" for step, rest in both)
+        rows.append(f"    Tile({name}): (\n{''.join(lines)}    ),\n")
+    file = Path(counted.__file__)
+    before, start, _ = file.read_text().partition("TABLE: dict[Tile, Row] = {\n")
+    file.write_text(f"{before}{start}{''.join(rows)}}}\n")
+    print(f"wrote {len(rows)} tiles into {file}")
+
+
 def decode_table() -> Iterator[str]:
     """The CUDA C++ kernel against the time that reading W alone takes."""
     yield "| chip | M, K, N, R | reading W alone, us | CUDA decode | Triton decode | expand first (ATen) | eager |"
@@ -188,7 +208,12 @@ def decode_table() -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no-code", action="store_true", help="only what the cost model says")
+    parser.add_argument(
+        "--count", action="store_true", help="only count the cycles of each tile again"
+    )
     args = parser.parse_args()
+    if args.count:
+        return count()
     FOLDER.mkdir(exist_ok=True)
     plot(FOLDER / "gpu-predicted.png")
     lines = [
