@@ -32,11 +32,12 @@ SHAPES = (  # M, K, N, R
     (16, 4096, 4096, 16),
     (1, 4096, 4096, 16),
 )
-FORMS = ("naive", "addmm", "aten", "two_kernel", "one_pass", "decode", "cuda_decode")
+FORMS = ("naive", "addmm", "aten", "lorafusion", "two_kernel", "one_pass", "decode", "cuda_decode")
 TITLES = {
     "naive": "eager",
     "addmm": "addmm_",
     "aten": "expand first",
+    "lorafusion": "LoRAFusion-style",
     "two_kernel": "two kernels",
     "one_pass": "one pass",
     "decode": "decode (Triton)",
@@ -174,7 +175,7 @@ def count() -> None:
         return f"({', '.join(repr(c).removesuffix('.0') for c in cycles)})"
 
     rows = []
-    for tile, config, problem in counted_tiles():
+    for tile, (config, problem) in counted_tiles().items():
         name = ", ".join(f'"{v}"' if isinstance(v, str) else str(v) for v in tile)
         both = recount(config, problem, tile.target)
         lines = (f"        ({text(step)}, {text(rest)}),\n" for step, rest in both)

@@ -38,15 +38,15 @@ ALGORITHMS = ("two_kernel", "one_pass", "decode", "aten")
 OTHERS = ("frozen", "addmm", "naive", "lorafusion", "cuda_decode")  # predicted for comparison
 MIN_KERNEL_US = 2.0
 _STREAMED = 0.92  # of the copy bandwidth, by a product that is bound by reading W
-# What a long loop of Triton's that no other pipe holds up reaches of the vendor library, published: A100 0.89 to 0.99 from
-# 2500 (triton #6523, #7085); H100 0.95, with a tail (lorafusion #8); B200 0.77 to 1.02 (pytorch #176935, triton TLX #740).
-# The other chips' are estimates.
+# What a loop that is bound by its matrix pipe reaches of the vendor library: published times of whole Triton products, less
+# what counted.py says that their other pipes and their ends cost. A100 0.89 to 0.99 from 2500 (triton #6523, #7085); H100
+# 0.95 at 4096 with a tail (lorafusion #8); B200 0.54 at 4096, 0.65 at 8192 (tilelang #1787). The others are estimates.
 _EFFICIENCY = {
-    "sm_80": 0.93,
+    "sm_80": 0.95,
     "sm_86": 0.93,
     "sm_89": 0.93,
-    "sm_90": 0.95,
-    "sm_100": 0.90,
+    "sm_90": 1.0,
+    "sm_100": 0.95,
     "sm_120": 0.90,
     "gfx942": 0.70,
     "gfx1100": 0.70,
@@ -137,9 +137,16 @@ def product_us(
     compute = problem.flops / (target.tflops(problem.dtype) * 1e6)
     stream = problem.frozen_bytes / (_STREAMED * target.bandwidth_gbs * 1e3)
     ours = compute / (_EFFICIENCY[target.name] * max(rate(t, problem, target) for t in own))
-    waves = max(rate(t, problem, target, split) for t in counted for split in _LIBRARY_SPLITS)
-    library = compute * min(1.0, max(full_rate(t, problem, target) for t in counted) / waves)
-    return frozen * max(1.0, max(ours, stream) / max(library, stream))
+    full = max(full_rate(t, problem, target) for t in counted)
+    partials = (
+        8 * problem.M * problem.N / (target.l2_gbs * 1e3)
+    )  # of a split, float32, there and back
+    library = min(
+        compute * full / rate(t, problem, target, split) + partials * split * (split > 1)
+        for t in counted
+        for split in _LIBRARY_SPLITS
+    )
+    return frozen * max(1.0, max(ours, stream) / max(library, compute, stream))
 
 
 def rate(tile: Tile, problem: Problem, target: Target, split: int = 1) -> float:
@@ -172,7 +179,7 @@ def full_rate(tile: Tile, problem: Problem, target: Target) -> float:
 def _block(tile: Tile, problem: Problem, target: Target, steps: int, each: int) -> float:
     """Cycles of one block of `tile`, of which a multiprocessor computes `each`, two at a time where they fit."""
     counted: Cycles = cycles(tile, problem.R)
-    config = TileConfig(*tile[2:8], tma=tile.tma)
+    config = TileConfig(tile.kernel, *tile[4:9], tma=tile.tma)
     pair = 2 * smem_bytes(config, problem) <= target.smem_bytes
     # A multiprocessor has registers for the accumulators of two 128x128 tiles.
     pair = pair and tile.block_m * tile.block_n <= 128 * 128

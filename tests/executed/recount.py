@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lora_kernels.backends.triton.lowrank_matmul import lowrank_matmul
 from lora_kernels.backends.triton.one_pass import one_pass
@@ -30,31 +31,36 @@ TYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32
 DEPTHS = 4, 8  # steps of block_k
 
 
-def counted_tiles() -> Iterator[tuple[Tile, TileConfig, Problem]]:
-    """Every tile that ships for a target that can be executed, by descriptors and, where it would use them, by pointers."""
-    for name in COUNTED:
-        found = {}
-        for dtype, adapter in TYPES:
-            problem = Problem(4096, 4096, 4096, 16, dtype, adapter, device="cuda")
-            for kernel in ("lowrank_matmul", "one_pass"):
-                for config in candidates(kernel, problem, TARGETS[name]):
-                    for way in (config, replace(config, tma=False)):
-                        found.setdefault(Tile.of(way, problem, name), (way, problem))
-        for tile, (config, problem) in found.items():
-            yield tile, config, problem
+def counted_tiles() -> dict[Tile, tuple[TileConfig, Problem]]:
+    """Every tile that ships for a target that can be executed, also without tensor descriptors, forward and dx."""
+    found: dict[Tile, tuple[TileConfig, Problem]] = {}
+    for name, types, kernel in itertools.product(COUNTED, TYPES, ("lowrank_matmul", "one_pass")):
+        forward = Problem(4096, 4096, 4096, 16, *types, device="cuda")
+        for problem in (forward, forward.adjoint()):
+            for config in candidates(kernel, problem, TARGETS[name]):
+                for way in (config, replace(config, tma=False)):
+                    found.setdefault(Tile.of(way, problem, name), (way, problem))
+    return found
 
 
 def count(target: str, config: TileConfig, problem: Problem, steps: int, R: int) -> Counters:
-    """What one block of the forward counts, K = steps·block_k."""
+    """What one block counts, K = steps·block_k, with the operands stored as the forward or dx finds them."""
     M, N, K = config.block_m, config.block_n, steps * config.block_k
-    base, adapter = getattr(torch, problem.dtype), getattr(torch, problem.adapter_dtype)
-    x, w = torch.zeros(M, K, dtype=base), torch.zeros(N, K, dtype=base).t()
-    b = torch.zeros(R, N, dtype=adapter)
+
+    def stored(rows: int, columns: int, dtype: str, transposed: bool) -> Tensor:
+        shape = (columns, rows) if transposed else (rows, columns)
+        made = torch.zeros(shape, dtype=getattr(torch, dtype))
+        return made.t() if transposed else made
+
+    forward = problem.w_k_major
+    x, w = stored(M, K, problem.dtype, False), stored(K, N, problem.dtype, forward)
+    a = stored(K, R, problem.adapter_dtype, not forward)
+    b = stored(R, N, problem.adapter_dtype, not forward)
     with emulate(target) as executed:
         if config.kernel == "lowrank_matmul":
             lowrank_matmul(x, w, torch.zeros(M, R), b, None, config)
         else:
-            one_pass(x, w, torch.zeros(K, R, dtype=adapter), b, 0.5, None, config)
+            one_pass(x, w, a, b, 0.5, None, config)
     return executed[0].counters
 
 
