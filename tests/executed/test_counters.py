@@ -16,6 +16,7 @@ from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.select import candidates
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.test_executed import EXECUTED
+from tests.oracle import assert_budget
 from tests.ptx.counters import Counters
 from tests.ptx.launch import emulate
 
@@ -97,6 +98,18 @@ def test_shrink_reads_x_once(target):
     assert tensors["x_ptr"].bytes_loaded == x.nbytes
     assert tensors["a_ptr"].bytes_loaded == 2 * a.nbytes  # once for each block of 64 rows
     assert tensors["out_ptr"].bytes_stored == 2 * 128 * 16 * 4
+
+
+def test_shrink_for_several_layers_reads_x_once(target):
+    """Fused q, k and v: their ranks fit one block of columns."""
+    config = TileConfig("shrink", 64, 1, 64, 4, 3)
+    x, _, _, _, _ = operands(64, 16, 128, 16)
+    matrices = [torch.randn(128, R).bfloat16() for R in (16, 8, 24)]
+    with emulate(target) as executed:
+        s = shrink(x, matrices, 0.5, config)
+    exact = torch.cat([0.5 * x.double() @ a.double() for a in matrices], 1)
+    assert_budget(s, torch.cat([0.5 * x @ a for a in matrices], 1).float(), exact)
+    assert executed[0].counters.tensors["x_ptr"].bytes_loaded == x.nbytes
 
 
 def test_the_backward_reads_dy_once_for_q_and_dB(target):
