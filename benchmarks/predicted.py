@@ -7,6 +7,7 @@ Nothing in it is measured on a device. `python benchmarks/predicted.py` takes a 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -152,6 +153,8 @@ def pipes() -> Iterator[str]:
 
 def count() -> None:
     """Writes the table of lora_kernels/tuning/counted.py anew."""
+    import triton
+
     from lora_kernels.tuning import counted
     from tests.executed.recount import counted_tiles, recount
 
@@ -165,7 +168,8 @@ def count() -> None:
         lines = (f"        ({text(step)}, {text(rest)}),\n" for step, rest in both)
         rows.append(f"    Tile({name}): (\n{''.join(lines)}    ),\n")
     file = Path(counted.__file__)
-    before, start, _ = file.read_text().partition("TABLE: dict[Tile, Row] = {\n")
+    text_before = re.sub('TRITON = ".*"', f'TRITON = "{triton.__version__}"', file.read_text())
+    before, start, _ = text_before.partition("TABLE: dict[Tile, Row] = {\n")
     file.write_text(f"{before}{start}{''.join(rows)}}}\n")
     print(f"wrote {len(rows)} tiles into {file}")
 

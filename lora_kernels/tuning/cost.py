@@ -31,7 +31,7 @@ import math
 
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig, smem_bytes
-from lora_kernels.tuning.counted import Cycles, Tile, cycles, flops_per_clock, tiles
+from lora_kernels.tuning.counted import Tile, cycles, flops_per_clock, tiles
 from lora_kernels.tuning.targets import Target
 
 ALGORITHMS = ("two_kernel", "one_pass", "decode", "aten")
@@ -66,9 +66,12 @@ _HIDDEN = {
 
 def frozen_us(problem: Problem, target: Target) -> float:
     """The frozen layer's own time, the floor."""
-    compute = problem.flops / (target.tflops(problem.dtype) * 1e6)
     stream = problem.frozen_bytes / (_STREAMED * target.bandwidth_gbs * 1e3)
-    return max(compute, stream, MIN_KERNEL_US)
+    return max(_compute_us(problem, target), stream, MIN_KERNEL_US)
+
+
+def _compute_us(problem: Problem, target: Target) -> float:
+    return problem.flops / (target.tflops(problem.dtype) * 1e6)
 
 
 def predict_us(
@@ -130,57 +133,63 @@ def product_us(
     frozen = frozen_us(problem, target)
     if problem.empty:
         return frozen
-    counted = tiles("lowrank_matmul", problem, target.name)
     own = [Tile.of(config, problem, target.name)] if config else tiles(kernel, problem, target.name)
     if pointers:
         own = list({tile._replace(tma=False) for tile in own})
-    compute = problem.flops / (target.tflops(problem.dtype) * 1e6)
-    stream = problem.frozen_bytes / (_STREAMED * target.bandwidth_gbs * 1e3)
-    ours = compute / (_EFFICIENCY[target.name] * max(rate(t, problem, target) for t in own))
-    full = max(full_rate(t, problem, target) for t in counted)
-    partials = (
-        8 * problem.M * problem.N / (target.l2_gbs * 1e3)
-    )  # of a split, float32, there and back
-    library = min(
-        compute * full / rate(t, problem, target, split) + partials * split * (split > 1)
-        for t in counted
+    ours = min(_tile_us(tile, problem, target) for tile in own)
+    return frozen * max(1.0, ours / max(_library_us(problem, target), frozen))
+
+
+def _tile_us(tile: Tile, problem: Problem, target: Target) -> float:
+    """By the busiest multiprocessor's cycles; or by the bytes, after the last of which a block has its end to do."""
+    per_clock = flops_per_clock(target.name, problem.dtype) * target.multiprocessors
+    clock_us = per_clock / (target.tflops(problem.dtype) * 1e6)
+    moved = problem.frozen_bytes + problem.lowrank_bytes
+    stream_us = moved / (_STREAMED * target.bandwidth_gbs * 1e3)
+    end_us = max(cycles(tile, problem.R).rest) * clock_us
+    reached = _EFFICIENCY[target.name] * rate(tile, problem, target)
+    return max(_compute_us(problem, target) / reached, stream_us + end_us)
+
+
+def _library_us(problem: Problem, target: Target) -> float:
+    """The library's product, where its blocks cannot fill every multiprocessor to the end."""
+    counted = tiles("lowrank_matmul", problem, target.name)
+    full = max(full_rate(tile, problem, target) for tile in counted)
+    # Partial results of a split sum, float32, there and back.
+    partials = 8 * problem.M * problem.N / (target.l2_gbs * 1e3)
+    return min(
+        _compute_us(problem, target) * full / rate(tile, problem, target, split)
+        + (partials * split if split > 1 else 0.0)
+        for tile in counted
         for split in _LIBRARY_SPLITS
     )
-    return frozen * max(1.0, max(ours, stream) / max(library, compute, stream))
 
 
 def rate(tile: Tile, problem: Problem, target: Target, split: int = 1) -> float:
     """The matrix pipe's cycles for the product alone over the cycles of the busiest multiprocessor.
 
-    `split`: blocks share the terms of a sum.
+    `split`: so many blocks share the terms of a sum.
     """
     blocks = math.ceil(problem.M / tile.block_m) * math.ceil(problem.N / tile.block_n) * split
     each = math.ceil(blocks / target.multiprocessors)
     steps = math.ceil(math.ceil(problem.K / tile.block_k) / split)
-    flops = problem.flops / target.multiprocessors / each
-    return (
-        flops
-        / flops_per_clock(target.name, problem.dtype)
-        / _block(tile, problem, target, steps, each)
-    )
+    matrix = problem.flops / target.multiprocessors / flops_per_clock(target.name, problem.dtype)
+    return matrix / each / _block_cycles(tile, problem, target, steps, each)
 
 
 def full_rate(tile: Tile, problem: Problem, target: Target) -> float:
     """`rate` where every multiprocessor has whole tiles at all times."""
     steps = math.ceil(problem.K / tile.block_k)
-    flops = 2 * tile.block_m * tile.block_n * problem.K
-    return (
-        flops
-        / flops_per_clock(target.name, problem.dtype)
-        / _block(tile, problem, target, steps, 2)
+    matrix = (
+        2 * tile.block_m * tile.block_n * problem.K / flops_per_clock(target.name, problem.dtype)
     )
+    return matrix / _block_cycles(tile, problem, target, steps, 2)
 
 
-def _block(tile: Tile, problem: Problem, target: Target, steps: int, each: int) -> float:
-    """Cycles of one block of `tile`, of which a multiprocessor computes `each`, two at a time where they fit."""
-    counted: Cycles = cycles(tile, problem.R)
+def _block_cycles(tile: Tile, problem: Problem, target: Target, steps: int, each: int) -> float:
+    """Of one block of `tile`, of which a multiprocessor computes `each`, two at a time where they fit."""
     config = TileConfig(tile.kernel, *tile[4:9], tma=tile.tma)
-    pair = 2 * smem_bytes(config, problem) <= target.smem_bytes
+    pair = each > 1 and 2 * smem_bytes(config, problem) <= target.smem_bytes
     # A multiprocessor has registers for the accumulators of two 128x128 tiles.
     pair = pair and tile.block_m * tile.block_n <= 128 * 128
-    return counted.block(steps, overlapped=pair and each > 1)
+    return cycles(tile, problem.R).block(steps, overlapped=pair)

@@ -3,7 +3,8 @@
 The emulator of tests/ptx executes a block at two depths. Their difference is what a step of block_k terms takes; what is
 left is taken once: the start, the rank tail, the stores. Counts become cycles by the rates of one multiprocessor and clock:
 
-matrix   FLOPs by the data sheets, accumulated in float32; tf32 at half the rate; exact float32 in the fma pipe
+matrix   FLOPs by the data sheets, accumulated in float32; tf32 at half the rate. float32 is counted as it is without
+         leave to round to tf32: exact, in the fma pipe
 shared   128 bytes: wavefronts of threads' accesses, and what copies write and matrix instructions read by themselves
 issue    4 instructions of a warp, as PTX has them
 l2       64 bytes, the port of a multiprocessor. The slices together deliver less (5.5 TB/s on an H100: 24 bytes), but the
@@ -24,6 +25,7 @@ from lora_kernels.tuning.config import TileConfig
 
 PIPES = ("matrix", "shared", "issue", "l2")
 COUNTED = ("sm_80", "sm_90", "sm_100", "sm_120")
+TRITON = "3.9.0"  # whose code was counted
 SHARED_BYTES, INSTRUCTIONS, L2_BYTES = 128, 4, 64
 # bfloat16 and float16 FLOPs of the matrix unit, and float32 FLOPs of the fma pipe, per multiprocessor and clock.
 _MATRIX_FLOPS = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192, "sm_120": 512}

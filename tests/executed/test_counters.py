@@ -79,6 +79,34 @@ def test_the_main_loop_has_no_bank_conflicts(target):
     assert long.wavefronts - long.fewest_wavefronts == short.wavefronts - short.fewest_wavefronts
 
 
+def test_what_units_move_in_shared_memory(target):
+    """A step's tensor copies, and the operands that wgmma reads once for 64 rows, tcgen05 for 128; mma.sync has registers."""
+    config = tile(target)
+    m, n, k = config.block_m, config.block_n, config.block_k
+    short, long = (product(target, config, m, n, steps * k, 16) for steps in (4, 8))
+    groups = {"sm_90": m // 64, "sm_100": m // 128}.get(target, 0)
+    read, copied = 2 * k * (m + groups * n), 2 * k * (m + n)
+    expected = read + copied if config.tma else 0
+    assert long.unit_bytes - short.unit_bytes == 4 * expected
+
+
+def test_exact_float32_is_counted_in_the_fma_pipe(target):
+    problem = Problem(256, 256, 256, 16, "float32", "float32", device="cuda")
+    (config,) = candidates("lowrank_matmul", problem, TARGETS[target])
+    M, N, K = config.block_m, config.block_n, 2 * config.block_k
+    with emulate(target) as executed:
+        lowrank_matmul(
+            torch.zeros(M, K),
+            torch.zeros(K, N),
+            torch.zeros(M, 16),
+            torch.zeros(16, N),
+            None,
+            config,
+        )
+    counters = executed[0].counters
+    assert counters.fma_flops == 2 * M * N * (K + 16) and counters.flops == 0
+
+
 def test_the_tail_costs_its_share_of_the_matrix_work(target):
     """FLOPs executed: 2·M·N·K of the product and, once, the tail's padded rank."""
     config = tile(target)
