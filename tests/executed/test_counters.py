@@ -80,7 +80,7 @@ def test_the_main_loop_has_no_bank_conflicts(target):
 
 
 def test_what_units_move_in_shared_memory(target):
-    """A step's tensor copies, and the operands that wgmma reads once for 64 rows, tcgen05 for 128; mma.sync has registers."""
+    """A step's tensor copies, and the operands that wgmma reads for 64 rows, tcgen05 for 128; mma.sync has registers."""
     config = tile(target)
     m, n, k = config.block_m, config.block_n, config.block_k
     short, long = (product(target, config, m, n, steps * k, 16) for steps in (4, 8))
