@@ -1,19 +1,26 @@
 """Predicted time of one LoRA linear on a GPU, by algorithm: what `select` compares and `explain` prints.
 
-With P the achievable rate, W the achievable bandwidth, e an element's bytes and r = max(16, R), the fewest columns that a
-matrix instruction takes:
+With P the achievable rate, W the achievable bandwidth and e an element's bytes:
 
 frozen      max(2·M·N·K / P, bytes / 0.92·W)
-two_kernel  frozen / efficiency · (1 + r/K) + shrink + gap          shrink = e·M·K / 0.9·W, hidden in part on sm_90+
-one_pass    frozen / efficiency · (1 + side + r/K)                  side: x·a again for each block of columns
+two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, hidden in part on sm_90+
+lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, nothing hidden
+one_pass    product, x·a in its loop
 decode      (bytes + re-read a) / 0.92·W
 cuda_decode the same by the CUDA C++ kernel
-aten        frozen + shrink + 1.25 passes over y + 2 gaps           y = s·b + bias, then y += x·w by the vendor's library
-addmm       frozen + shrink + 2 passes over y + 2 gaps              the usual hand-written form
-naive       frozen + shrink + 6 passes over y + 4 gaps              one PyTorch operation after the other
+aten        frozen + shrink + 1.25 passes over y + 2 gaps       y = s·b + bias, then y += x·w by the vendor's library
+addmm       frozen + shrink + 2 passes over y + 2 gaps          the usual hand-written form: y = x·w, then y += s·b
+naive       frozen + shrink + 6 passes over y + 4 gaps          one PyTorch operation after the other: s·b is written, read
+                                                                and written by alpha·, two are read and one written by +
+
+A product by one of these kernels takes the cycles that were counted from its compiled code (counted.py), for the busiest
+multiprocessor, over those that its share of 2·M·N·K takes the matrix pipe, and over _EFFICIENCY. The library's product is
+given that no pipe but the matrix unit holds it up; last waves that are not full hit it like the best of the counted tiles,
+with a sum that it may split and these kernels do not.
 
 A backward's problem (x is dy, y is dx) adds dA, one reading of its other side, to every algorithm, and dB, a second reading
-of dy, to all but two_kernel's, which gets q and dB from one.
+of dy, to all but two_kernel and lorafusion, which get q and dB from one. addmm computes x·a again, another reading of the
+other side. naive has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 4 passes over dx.
 
 These are predictions: of the algorithm's own costs, not of a device's mood.
 """
@@ -23,29 +30,34 @@ from __future__ import annotations
 import math
 
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.config import TileConfig, smem_bytes
+from lora_kernels.tuning.counted import Tile, cycles, flops_per_clock, tiles
 from lora_kernels.tuning.targets import Target
 
 ALGORITHMS = ("two_kernel", "one_pass", "decode", "cuda_decode", "aten")
+OTHERS = ("frozen", "addmm", "naive", "lorafusion")  # predicted for comparison
 MIN_KERNEL_US = 2.0
 _STREAMED = 0.92  # of the copy bandwidth, by a product that is bound by reading W
-# The share of the vendor library's rate that a tile loop of these kernels reaches: published Triton results, pointer loads
-# and tensor descriptors, without and with a persistent loop.
+# What a loop that is bound by its matrix pipe reaches of the vendor library: published times of whole Triton products, less
+# what counted.py says that their other pipes and their ends cost. A100 0.89 to 0.99 from 2500 (triton #6523, #7085); H100
+# 0.95 at 4096 with a tail (lorafusion #8); B200 0.54 at 4096, 0.65 at 8192 (tilelang #1787). The others are estimates.
 _EFFICIENCY = {
-    "sm_80": 0.93,
+    "sm_80": 0.95,
     "sm_86": 0.93,
     "sm_89": 0.93,
-    "sm_90": 0.80,
-    "sm_100": 0.55,
+    "sm_90": 1.0,
+    "sm_100": 0.95,
     "sm_120": 0.90,
     "gfx942": 0.70,
     "gfx1100": 0.70,
 }
-_TMA_EFFICIENCY = {"sm_90": 0.90, "sm_100": 0.65}
-# A tile's operands are read from shared memory or L2 once for block_m·block_n sums: small tiles read more.
-_TILE_RATE = {(128, 256): 1.0, (128, 128): 0.97, (64, 256): 0.92, (64, 128): 0.88, (64, 64): 0.75}
-# (passes over y beside the product's own, further launches) of the forms that end with the vendor's product.
-_PASSES = {"aten": (1.25, 2), "addmm": (2.0, 2), "naive": (6.0, 4)}
+_LIBRARY_SPLITS = (1, 2, 4, 8)
+# (passes over x, passes over y, further launches) beside the library's product, forward and backward.
+_PASSES = {
+    "aten": ((0.0, 1.25, 2), (0.0, 1.25, 2)),
+    "addmm": ((0.0, 2.0, 2), (0.0, 2.0 + 1 / 0.9, 3)),
+    "naive": ((0.0, 6.0, 4), (2.0, 4.0, 4)),
+}
 _HIDDEN = {
     "sm_90": 0.5,
     "sm_100": 0.5,
@@ -54,9 +66,12 @@ _HIDDEN = {
 
 def frozen_us(problem: Problem, target: Target) -> float:
     """The frozen layer's own time, the floor."""
-    compute = problem.flops / (target.tflops(problem.dtype) * 1e6)
     stream = problem.frozen_bytes / (_STREAMED * target.bandwidth_gbs * 1e3)
-    return max(compute, stream, MIN_KERNEL_US)
+    return max(_compute_us(problem, target), stream, MIN_KERNEL_US)
+
+
+def _compute_us(problem: Problem, target: Target) -> float:
+    return problem.flops / (target.tflops(problem.dtype) * 1e6)
 
 
 def predict_us(
@@ -64,40 +79,37 @@ def predict_us(
 ) -> float:
     """Predicted time of the forward (or, for an adjoint problem, of dx) by `algorithm`, one of the names above.
 
-    `config` is the product's tile; it decides efficiency, padding and how often one_pass computes x·a.
+    `config` is the tile; without one, a product gets the counted tile that is best for it.
     ValueError for an unknown name.
     """
     frozen = frozen_us(problem, target)
     if algorithm == "frozen":
         return frozen
-    size = problem.itemsize
-    ranks = max(16, problem.R)
     gap = target.gap_us
-    x_us = problem.M * problem.K * size / (target.bandwidth_gbs * 1e3)
-    y_us = problem.M * problem.N * size / (target.bandwidth_gbs * 1e3)
+    x_us = problem.M * problem.K * problem.itemsize / (target.bandwidth_gbs * 1e3)
+    y_us = problem.M * problem.N * problem.itemsize / (target.bandwidth_gbs * 1e3)
     shrink = max(x_us / 0.9, MIN_KERNEL_US)
     adapter_grads = 0.0
     if problem.backward:
         adapter_grads = max(y_us / 0.9, MIN_KERNEL_US) + gap
-        adapter_grads += 0.0 if algorithm == "two_kernel" else shrink + gap
+        adapter_grads += 0.0 if algorithm in ("two_kernel", "lorafusion") else shrink + gap
     if algorithm in _PASSES:
-        passes, launches = _PASSES[algorithm]
-        return frozen + shrink + passes * y_us + launches * gap + adapter_grads
+        over_x, over_y, launches = _PASSES[algorithm][problem.backward]
+        passes_us = over_x * x_us + over_y * y_us
+        return frozen + shrink + passes_us + launches * gap + adapter_grads
     if algorithm == "decode":
-        block_n = config.block_n if config else 64
+        block_n, ranks = config.block_n if config else 64, max(16, problem.R)
         return _streamed_us(problem, target, block_n, ranks, 0.0) + adapter_grads
     if algorithm == "cuda_decode":
         return _streamed_us(problem, target, 64, problem.R, 0.5) + adapter_grads
-    tail = ranks / max(problem.K, 1)
-    main = frozen / (efficiency(config, target) * relative_rate(problem, target, config))
-    if algorithm == "two_kernel":
-        hidden = _HIDDEN.get(target.name, 0.0) * min(shrink + gap, main)
-        return main * (1 + tail) + shrink + gap - hidden + adapter_grads
     if algorithm == "one_pass":
-        return main * (1 + side_share(ranks, config, target) + tail) + adapter_grads
-    raise ValueError(
-        f"algorithm must be one of {ALGORITHMS}, frozen, addmm or naive, got {algorithm!r}"
-    )
+        return product_us("one_pass", problem, target, config) + adapter_grads
+    if algorithm in ("two_kernel", "lorafusion"):
+        pointers = algorithm == "lorafusion"
+        main = product_us("lowrank_matmul", problem, target, config, pointers)
+        hidden = 0.0 if pointers else _HIDDEN.get(target.name, 0.0) * min(shrink + gap, main)
+        return main + shrink + gap - hidden + adapter_grads
+    raise ValueError(f"algorithm must be one of {ALGORITHMS + OTHERS}, got {algorithm!r}")
 
 
 def _streamed_us(
@@ -110,34 +122,74 @@ def _streamed_us(
     return max(stream_us + start_us, again / (target.l2_gbs * 1e3), MIN_KERNEL_US)
 
 
-def efficiency(config: TileConfig | None, target: Target) -> float:
-    """The share of the vendor library's rate that the main loop reaches."""
-    if config is not None and config.tma:
-        return _TMA_EFFICIENCY[target.name]
-    return _EFFICIENCY[target.name]
+def product_us(
+    kernel: str,
+    problem: Problem,
+    target: Target,
+    config: TileConfig | None = None,
+    pointers: bool = False,
+) -> float:
+    """Predicted time of `kernel`, lowrank_matmul or one_pass, alone. `pointers`: without tensor descriptors."""
+    frozen = frozen_us(problem, target)
+    if problem.empty:
+        return frozen
+    own = [Tile.of(config, problem, target.name)] if config else tiles(kernel, problem, target.name)
+    if pointers:
+        own = list({tile._replace(tma=False) for tile in own})
+    ours = min(_tile_us(tile, problem, target) for tile in own)
+    return frozen * max(1.0, ours / max(_library_us(problem, target), frozen))
 
 
-def relative_rate(problem: Problem, target: Target, config: TileConfig | None) -> float:
-    """How near the tile comes to the best of the usual tiles, at most 1: last waves that are not full hit all of them."""
-    if config is None or problem.empty:
-        return 1.0
-    best = max(_rate(problem, target, *tile) for tile in _TILE_RATE)
-    return min(1.0, _rate(problem, target, config.block_m, config.block_n) / best)
+def _tile_us(tile: Tile, problem: Problem, target: Target) -> float:
+    """By the busiest multiprocessor's cycles; or by the bytes, after the last of which a block has its end to do."""
+    per_clock = flops_per_clock(target.name, problem.dtype) * target.multiprocessors
+    clock_us = per_clock / (target.tflops(problem.dtype) * 1e6)
+    moved = problem.frozen_bytes + problem.lowrank_bytes
+    stream_us = moved / (_STREAMED * target.bandwidth_gbs * 1e3)
+    end_us = max(cycles(tile, problem.R).rest) * clock_us
+    reached = _EFFICIENCY[target.name] * rate(tile, problem, target)
+    return max(_compute_us(problem, target) / reached, stream_us + end_us)
 
 
-def _rate(problem: Problem, target: Target, block_m: int, block_n: int) -> float:
-    """Useful share of the work of whole waves of whole tiles, times the tile's own efficiency."""
-    tiles = math.ceil(problem.M / block_m) * math.ceil(problem.N / block_n)
-    resident = 1 if block_m * block_n > 128 * 128 else 2
-    slots = target.multiprocessors * resident
-    work = math.ceil(tiles / slots) * slots * block_m * block_n
-    return problem.M * problem.N / work * _TILE_RATE.get((block_m, block_n), 0.5)
+def _library_us(problem: Problem, target: Target) -> float:
+    """The library's product, where its blocks cannot fill every multiprocessor to the end."""
+    counted = tiles("lowrank_matmul", problem, target.name)
+    full = max(full_rate(tile, problem, target) for tile in counted)
+    # Partial results of a split sum, float32, there and back.
+    partials = 8 * problem.M * problem.N / (target.l2_gbs * 1e3)
+    return min(
+        _compute_us(problem, target) * full / rate(tile, problem, target, split)
+        + (partials * split if split > 1 else 0.0)
+        for tile in counted
+        for split in _LIBRARY_SPLITS
+    )
 
 
-def side_share(ranks: int, config: TileConfig | None, target: Target) -> float:
-    """What x·a costs beside x·w in one loop, as a share of x·w: by matrix time, or by reading x from shared memory again."""
-    block_n = config.block_n if config else 128
-    if target.name in ("sm_90", "sm_100"):
-        # A 64xNx16 wgmma takes N/2 clocks and reads its operands from shared memory in 16 + N/4.
-        return max(ranks / 2, 16 + ranks / 4) / (block_n / 2)
-    return 1.3 * ranks / block_n
+def rate(tile: Tile, problem: Problem, target: Target, split: int = 1) -> float:
+    """The matrix pipe's cycles for the product alone over the cycles of the busiest multiprocessor.
+
+    `split`: so many blocks share the terms of a sum.
+    """
+    blocks = math.ceil(problem.M / tile.block_m) * math.ceil(problem.N / tile.block_n) * split
+    each = math.ceil(blocks / target.multiprocessors)
+    steps = math.ceil(math.ceil(problem.K / tile.block_k) / split)
+    matrix = problem.flops / target.multiprocessors / flops_per_clock(target.name, problem.dtype)
+    return matrix / each / _block_cycles(tile, problem, target, steps, each)
+
+
+def full_rate(tile: Tile, problem: Problem, target: Target) -> float:
+    """`rate` where every multiprocessor has whole tiles at all times."""
+    steps = math.ceil(problem.K / tile.block_k)
+    matrix = (
+        2 * tile.block_m * tile.block_n * problem.K / flops_per_clock(target.name, problem.dtype)
+    )
+    return matrix / _block_cycles(tile, problem, target, steps, 2)
+
+
+def _block_cycles(tile: Tile, problem: Problem, target: Target, steps: int, each: int) -> float:
+    """Of one block of `tile`, of which a multiprocessor computes `each`, two at a time where they fit."""
+    config = TileConfig(tile.kernel, *tile[4:9], tma=tile.tma)
+    pair = each > 1 and 2 * smem_bytes(config, problem) <= target.smem_bytes
+    # A multiprocessor has registers for the accumulators of two 128x128 tiles.
+    pair = pair and tile.block_m * tile.block_n <= 128 * 128
+    return cycles(tile, problem.R).block(steps, overlapped=pair)

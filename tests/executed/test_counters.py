@@ -16,6 +16,7 @@ from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.select import candidates
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.test_executed import EXECUTED
+from tests.oracle import assert_budget
 from tests.ptx.counters import Counters
 from tests.ptx.launch import emulate
 
@@ -78,6 +79,34 @@ def test_the_main_loop_has_no_bank_conflicts(target):
     assert long.wavefronts - long.fewest_wavefronts == short.wavefronts - short.fewest_wavefronts
 
 
+def test_what_units_move_in_shared_memory(target):
+    """A step's tensor copies, and the operands that wgmma reads for 64 rows, tcgen05 for 128; mma.sync has registers."""
+    config = tile(target)
+    m, n, k = config.block_m, config.block_n, config.block_k
+    short, long = (product(target, config, m, n, steps * k, 16) for steps in (4, 8))
+    groups = {"sm_90": m // 64, "sm_100": m // 128}.get(target, 0)
+    read, copied = 2 * k * (m + groups * n), 2 * k * (m + n)
+    expected = read + copied if config.tma else 0
+    assert long.unit_bytes - short.unit_bytes == 4 * expected
+
+
+def test_exact_float32_is_counted_in_the_fma_pipe(target):
+    problem = Problem(256, 256, 256, 16, "float32", "float32", device="cuda")
+    (config,) = candidates("lowrank_matmul", problem, TARGETS[target])
+    M, N, K = config.block_m, config.block_n, 2 * config.block_k
+    with emulate(target) as executed:
+        lowrank_matmul(
+            torch.zeros(M, K),
+            torch.zeros(K, N),
+            torch.zeros(M, 16),
+            torch.zeros(16, N),
+            None,
+            config,
+        )
+    counters = executed[0].counters
+    assert counters.fma_flops == 2 * M * N * (K + 16) and counters.flops == 0
+
+
 def test_the_tail_costs_its_share_of_the_matrix_work(target):
     """FLOPs executed: 2·M·N·K of the product and, once, the tail's padded rank."""
     config = tile(target)
@@ -97,6 +126,18 @@ def test_shrink_reads_x_once(target):
     assert tensors["x_ptr"].bytes_loaded == x.nbytes
     assert tensors["a_ptr"].bytes_loaded == 2 * a.nbytes  # once for each block of 64 rows
     assert tensors["out_ptr"].bytes_stored == 2 * 128 * 16 * 4
+
+
+def test_shrink_for_several_layers_reads_x_once(target):
+    """Fused q, k and v: their ranks fit one block of columns."""
+    config = TileConfig("shrink", 64, 1, 64, 4, 3)
+    x, _, _, _, _ = operands(64, 16, 128, 16)
+    matrices = [torch.randn(128, R).bfloat16() for R in (16, 8, 24)]
+    with emulate(target) as executed:
+        s = shrink(x, matrices, 0.5, config)
+    exact = torch.cat([0.5 * x.double() @ a.double() for a in matrices], 1)
+    assert_budget(s, torch.cat([0.5 * x @ a for a in matrices], 1).float(), exact)
+    assert executed[0].counters.tensors["x_ptr"].bytes_loaded == x.nbytes
 
 
 def test_the_backward_reads_dy_once_for_q_and_dB(target):

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton import decode, one_pass, partials, shrink
-from lora_kernels.dropout import Dropout, _philox, keep_mask
+from lora_kernels.dropout import Dropout, _philox, keep_mask, scaled_mask
 from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter.conftest import VARIANTS, on_target, small_tiles
 from tests.interpreter.test_products import check_directions
-from tests.oracle import Case, check_backend
+from tests.oracle import Case, assert_budget, check_backend
 
 SEEDS = [0, 0x1234_5678_9ABC_DEF0, -1, 2**63 - 1]
 
@@ -55,6 +56,34 @@ def test_a_word_that_is_the_threshold_is_kept(triton_backend):
         torch.ones(1, 1), torch.ones(1, 1), 1.0, Dropout((word + 1) / 2**32, seed)
     )
     assert s.item() == 0
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shrink_for_several_layers_at_once(dtype, split):
+    """x·[a₁ a₂ a₃] in any layouts, with a mask: the columns are those of each alone, in order."""
+    config = TileConfig("shrink", 16, 1, 16, 4, 2, split=split, rank_chunk=16)
+    dropout = Dropout(0.25, torch.tensor(7))
+    x = torch.randn(21, 45).to(dtype)
+    matrices = [torch.randn(45, 9), torch.randn(6, 45).t(), torch.randn(45, 10)[:, ::2]]
+    matrices = [a.to(dtype) for a in matrices]
+    s = shrink.shrink(x, matrices, 0.5, config, dropout)
+    alone = [shrink.shrink(x, a, 0.5, config, dropout) for a in matrices]
+    for part, own, a in zip(s.split([9, 6, 5], 1), alone, matrices, strict=True):
+        assert torch.equal(part, own)
+        masked = x.double() * scaled_mask(dropout, 21, 45, torch.float64)
+        assert_budget(part, (0.5 * masked.to(dtype) @ a).float(), 0.5 * masked @ a.double())
+
+
+def test_matrices_that_share_no_k_are_refused():
+    config = TileConfig("shrink", 16, 1, 16, 4, 2)
+    for wrong in (
+        (torch.zeros(8, 4), torch.zeros(9, 4)),
+        (torch.zeros(8, 4), torch.zeros(8, 4).half()),
+        (),
+    ):
+        with pytest.raises(ValueError, match=r"one K and one dtype, got"):
+            shrink.shrink(torch.zeros(3, 8), wrong, 0.5, config)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

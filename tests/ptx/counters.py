@@ -1,4 +1,4 @@
-"""What a launch did: traffic per tensor, shared-memory wavefronts, instructions by class, FLOPs."""
+"""What a launch did: traffic per tensor, shared memory's, instructions by class, FLOPs."""
 
 from __future__ import annotations
 
@@ -112,13 +112,28 @@ class TensorTraffic:
 
 @dataclass
 class Counters:
-    """Everything counted in one launch."""
+    """Everything counted in one launch.
+
+    `wavefronts` are those of threads' accesses; `unit_bytes` is what matrix instructions read and tensor copies move in
+    shared memory without a thread. `matrix_flops` by the operands' kind; `fma_flops` of float32 outside the matrix unit.
+    """
 
     tensors: dict[str, TensorTraffic] = field(default_factory=dict)
     instructions: dict[str, int] = field(default_factory=dict)
     wavefronts: int = 0
     fewest_wavefronts: int = 0
-    flops: int = 0
+    unit_bytes: int = 0
+    matrix_flops: dict[str, int] = field(default_factory=dict)
+    fma_flops: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Of the matrix instructions."""
+        return sum(self.matrix_flops.values())
+
+    def multiplied(self, kind: str, flops: int, operand_bytes: int = 0) -> None:
+        self.matrix_flops[kind] = self.matrix_flops.get(kind, 0) + flops
+        self.unit_bytes += operand_bytes
 
     def shared(self, addresses: np.ndarray, warps: np.ndarray, size: int) -> None:
         total, fewest = _WAVEFRONTS.cost(count_wavefronts, 4 * BANKS, addresses, warps, size)
@@ -128,3 +143,5 @@ class Counters:
     def executed(self, opcode: str, warps: int) -> None:
         name = class_of(opcode)
         self.instructions[name] = self.instructions.get(name, 0) + warps
+        if opcode.startswith("fma.") and ".f32" in opcode:
+            self.fma_flops += (128 if opcode.endswith("x2") else 64) * warps

@@ -92,7 +92,7 @@ def bind_mma(instr: Instr, strand: Strand) -> Run:
         warps = whole_warps(strand, instr, where)
         product = a_tile(a.read(warps), kind) @ b_tile(b.read(warps), kind)
         d.write(warps, c_registers(c_tile(c.read(warps)) + product))
-        strand.machine.counters.flops += flops * len(warps)
+        strand.machine.counters.multiplied(kind, flops * len(warps))
 
     return run
 

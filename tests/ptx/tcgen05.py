@@ -111,7 +111,8 @@ def multiply(
     if keep:
         total = total + machine.tensor_memory[place].view(np.float32)
     machine.tensor_memory[place] = total.astype(np.float32).view(np.uint32)
-    machine.counters.flops += 2 * m * n * len(ks)
+    read = len(ks) * size * (n + (0 if in_memory else m))
+    machine.counters.multiplied(kind, 2 * m * n * len(ks), read)
 
 
 def shared_operand(

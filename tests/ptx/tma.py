@@ -189,6 +189,7 @@ def bind_tensor_load(instr: Instr, strand: Strand) -> Run:
                 machine.stored(halves, asynchronous=True)
                 return words.nbytes
 
+            machine.counters.unit_bytes += words.nbytes
             barrier = barrier_at(strand, instr, (cta, key))
             barrier.transfers.append(land)
             if machine.lands_early():
@@ -207,6 +208,7 @@ def bind_tensor_store(instr: Instr, strand: Strand) -> Run:
             descriptor = descriptor_at(strand, instr, mem, lane)
             place = descriptor.place(coordinates(strand, mem, lane), int(shared_of()[lane]))
             group = int(strand.bulk_commits[lane])
+            strand.machine.counters.unit_bytes += place[0].size * descriptor.itemsize
             strand.bulk_stores.append(BulkStore(strand, instr, int(lane), group, descriptor, place))
 
     return run

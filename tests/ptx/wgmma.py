@@ -111,7 +111,9 @@ def bind_wgmma(instr: Instr, strand: Strand) -> Run:
                 left = operand(cta, left, 16 * quarter + np.arange(16), a_trans)
             total[i] += left @ right[key]
         accumulator.write(warps, c_registers(total))
-        machine.counters.flops += 2 * 16 * n * depth * len(warps)
+        # The four warps of a group share one reading of the right operand.
+        read = depth * size * (n // 4 + (16 if from_registers is None else 0))
+        machine.counters.multiplied(kind, 2 * 16 * n * depth * len(warps), read * len(warps))
 
     def run(where):
         warps = whole_warps(strand, instr, where)

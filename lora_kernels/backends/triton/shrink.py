@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -95,9 +97,17 @@ def _shrink_kernel(
     )
 
 
+def _side_by_side(matrices: Sequence[Tensor]) -> Tensor:
+    """[K, ΣR_i]; a copy of the skinny operands, without which each would cost a reading of x."""
+    if len({(a.shape[0], a.dtype) for a in matrices}) != 1:
+        given = [(*a.shape, a.dtype) for a in matrices]
+        raise ValueError(f"a must be matrices [K, R_i] of one K and one dtype, got {given}")
+    return torch.cat(tuple(matrices), dim=1)
+
+
 def shrink(
     x: Tensor,
-    a: Tensor,
+    a: Tensor | Sequence[Tensor],
     alpha: Scale,
     config: TileConfig,
     dropout: Dropout | None = None,
@@ -106,8 +116,12 @@ def shrink(
 ) -> Tensor:
     """s = alpha·(mask∘x)·a: x [M, K], a [K, R], any strides -> s [M, R] float32. K may be zero, M and R may not.
 
-    `release` lets a dependent launch that follows start early (sm_90 and newer).
+    `a` may be several matrices [K, R_i] of one dtype, of layers that share x: s is then [M, ΣR_i], in their order, and x is
+    read once for each `config.rank_chunk` columns. `release` lets a dependent launch that follows start early (sm_90 and
+    newer).
     """
+    if not isinstance(a, Tensor):
+        a = _side_by_side(a)
     M, K = x.shape
     R = a.shape[1]
     split = min(config.split, max(1, cdiv(K, config.block_k)))

@@ -1,0 +1,86 @@
+"""Counts the cycles of `lora_kernels.tuning.counted` again: one block of a tile, executed in the emulator at two depths."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends.triton.lowrank_matmul import lowrank_matmul
+from lora_kernels.backends.triton.one_pass import one_pass
+from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.counted import (
+    COUNTED,
+    INSTRUCTIONS,
+    L2_BYTES,
+    RANKS,
+    SHARED_BYTES,
+    Row,
+    Tile,
+    flops_per_clock,
+)
+from lora_kernels.tuning.select import candidates
+from lora_kernels.tuning.targets import TARGETS
+from tests.ptx.counters import Counters
+from tests.ptx.launch import emulate
+
+TYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+DEPTHS = 4, 8  # steps of block_k
+
+
+def counted_tiles() -> dict[Tile, tuple[TileConfig, Problem]]:
+    """Every tile that ships for a target that can be executed, also without tensor descriptors, forward and dx."""
+    found: dict[Tile, tuple[TileConfig, Problem]] = {}
+    for name, types, kernel in itertools.product(COUNTED, TYPES, ("lowrank_matmul", "one_pass")):
+        forward = Problem(4096, 4096, 4096, 16, *types, device="cuda")
+        for problem in (forward, forward.adjoint()):
+            for config in candidates(kernel, problem, TARGETS[name]):
+                for way in (config, replace(config, tma=False)):
+                    found.setdefault(Tile.of(way, problem, name), (way, problem))
+    return found
+
+
+def count(target: str, config: TileConfig, problem: Problem, steps: int, R: int) -> Counters:
+    """What one block counts, K = steps·block_k, with the operands stored as the forward or dx finds them."""
+    M, N, K = config.block_m, config.block_n, steps * config.block_k
+
+    def stored(rows: int, columns: int, dtype: str, transposed: bool) -> Tensor:
+        shape = (columns, rows) if transposed else (rows, columns)
+        made = torch.zeros(shape, dtype=getattr(torch, dtype))
+        return made.t() if transposed else made
+
+    forward = problem.w_k_major
+    x, w = stored(M, K, problem.dtype, False), stored(K, N, problem.dtype, forward)
+    a = stored(K, R, problem.adapter_dtype, not forward)
+    b = stored(R, N, problem.adapter_dtype, not forward)
+    with emulate(target) as executed:
+        if config.kernel == "lowrank_matmul":
+            lowrank_matmul(x, w, torch.zeros(M, R), b, None, config)
+        else:
+            one_pass(x, w, a, b, 0.5, None, config)
+    return executed[0].counters
+
+
+def pipe_cycles(target: str, counters: Counters) -> tuple[float, ...]:
+    """`counters` in cycles, in the order of PIPES."""
+    flops = dict(counters.matrix_flops)
+    tf32 = flops.pop("tf32", 0)
+    half = flops_per_clock(target, "bfloat16")
+    matrix = (sum(flops.values()) + 2 * tf32) / half
+    shared = counters.wavefronts + counters.unit_bytes / SHARED_BYTES
+    issue = sum(counters.instructions.values()) / INSTRUCTIONS
+    l2 = sum(t.bytes_loaded + t.bytes_stored for t in counters.tensors.values()) / L2_BYTES
+    return matrix or counters.fma_flops / flops_per_clock(target, "float32"), shared, issue, l2
+
+
+def recount(config: TileConfig, problem: Problem, target: str) -> Row:
+    """A row of TABLE: at each of RANKS (step, rest)."""
+    row = []
+    for R in RANKS:
+        short, long = (pipe_cycles(target, count(target, config, problem, n, R)) for n in DEPTHS)
+        step = tuple((b - a) / (DEPTHS[1] - DEPTHS[0]) for a, b in zip(short, long, strict=True))
+        row.append((step, tuple(a - DEPTHS[0] * s for a, s in zip(short, step, strict=True))))
+    return tuple(row)
