@@ -137,11 +137,12 @@ def loops() -> Iterator[str]:
     problem = problem_of((4096, 4096, 4096, 16))
     for name in ("sm_80", "sm_90", "sm_100", "sm_120"):
         for config in candidates("lowrank_matmul", problem, TARGETS[name]):
-            for forward in (True, False):
-                fused = compile_job((name, problem, config, forward))
+            for form in ("forward", "forward, b copied", "dx")[:: 1 if config.tma else 2]:
+                forward = form != "dx"
+                fused = compile_job((name, problem, config, forward, form == "forward, b copied"))
                 plain = plain_product(name, config, problem, forward)
                 yield (
-                    f"| {name} | {str(config).removeprefix('lowrank_matmul ')} | {'forward' if forward else 'dx'} | "
+                    f"| {name} | {str(config).removeprefix('lowrank_matmul ')} | {form} | "
                     f"{fused.loop.total()}, {len(fused.loop_matrix)} | {plain.loop.total()}, {len(plain.loop_matrix)} | "
                     f"{fused.registers} | {plain.registers} |"
                 )

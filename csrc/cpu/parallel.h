@@ -9,11 +9,16 @@
 
 namespace lora_kernels {
 
-// task(0) .. task(count - 1), whichever thread is free takes the next; within a parallel region,
-// one after another.
+constexpr int64_t SHARED_WORK = 1 << 18;  // multiply-adds that are worth waking another thread for
+
+// task(0) .. task(count - 1), which make `work` multiply-adds together: whichever thread is free
+// takes the next. A little work, or all of it within a parallel region, is done by the caller.
 template <class Task>
-void for_each_task(int64_t count, const Task& task) {
-  if (count == 1) return task(0);
+void for_each_task(int64_t count, int64_t work, const Task& task) {
+  if (count == 1 || work < SHARED_WORK) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(count, at::get_num_threads());
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {

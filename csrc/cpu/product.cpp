@@ -62,9 +62,10 @@ class Run {
     // Few rows read w where it lies, along its memory. A skinny w is transposed for that: it is
     // small.
     const bool skinny = N <= DOT_COLS;
-    if (p.w.row_stride == 1 || skinny) {
+    const bool added = p.w.col_stride == 1 && p.w.row_stride != 1 && M <= MAX_ADDED_ROWS;
+    if (p.w.row_stride == 1 || (skinny && !added)) {
       if (M <= MAX_DOT_ROWS) return in_place(DOT_COLS, pairs && !skinny ? k.dots_pairs : k.dots);
-    } else if (p.w.col_stride == 1 && M <= MAX_ADDED_ROWS) {
+    } else if (added) {
       // Long pieces of w's rows: 3.2 ms for 4096 x 4096 float32 in one piece, 5.2 in pieces of 512.
       // A large rank shortens them, since its part of b is packed for each.
       const int64_t share = ceil_div(ceil_div(N, at::get_num_threads()), 64) * 64;
@@ -214,7 +215,7 @@ void Run::by_panels() const {
   const int64_t most = std::clamp<int64_t>(panel_floats() / (depth * width), 1, MAX_PANELS);
   const auto [rows, panels] = division(all, ceil_div(all, most), width);
   const int64_t chunks = ceil_div(M, rows), groups = ceil_div(all, panels), block = panels * width;
-  for_each_task(groups * chunks, [&](int64_t task) {
+  for_each_task(groups * chunks, M * N * (K + R), [&](int64_t task) {
     Columns cols{};
     cols.begin = task / chunks * block;
     cols.count = std::min(block, N - cols.begin);
@@ -246,7 +247,7 @@ void Run::in_place(int64_t block, decltype(Kernels::dots) kernel) const {
     std::memset(x + row * x_pitch + used, 0, (x_pitch - used) * sizeof(float));
   (kernel == k.dots_pairs ? k.copy_pairs : k.copy)(x, x_pitch, p.x, M, K);
   if (p.mask_in != nullptr) k.mask(x, x_pitch, *p.mask_in, 0, 0, M, K);
-  for_each_task(ceil_div(N, block), [&](int64_t task) {
+  for_each_task(ceil_div(N, block), M * N * (K + R), [&](int64_t task) {
     Columns cols{};
     cols.begin = task * block;
     cols.count = std::min(block, N - cols.begin);

@@ -72,7 +72,7 @@ void compute(const ReduceOuter& p) {
   transpose_skinny(k, p);
   const int64_t share = ceil_div(ceil_div(W, 2 * at::get_num_threads()), width) * width;
   const int64_t cols = std::min(share, MAX_COLS);
-  for_each_task(ceil_div(W, cols), [&](int64_t task) {
+  for_each_task(ceil_div(W, cols), p.wide.rows * W * p.skinny.cols, [&](int64_t task) {
     reduce_columns(k, p, task * cols, std::min(cols, W - task * cols));
   });
 }

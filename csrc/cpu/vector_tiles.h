@@ -96,9 +96,43 @@ void pack(float* dst, int64_t panel, int64_t width, const Matrix& src, int64_t r
 }
 
 template <class T>
+void store_part(T* to, Vector value, int64_t count) {
+  if (count == Vector::LANES) return value.store(to);
+  T buffer[Vector::LANES];
+  value.store(buffer);
+  std::memcpy(to, buffer, count * sizeof(T));
+}
+
+// Columns of src become adjacent elements of out, L x L at a time.
+template <class T>
+void store_transposed(T* out, int64_t col_stride, const float* src, int64_t pitch, int64_t rows,
+                      int64_t cols, float scale) {
+  constexpr int64_t L = Vector::LANES;
+  const Vector factor = Vector::all(scale), nothing = Vector::all(-0.0f);
+  for (int64_t r = 0; r < rows; r += L) {
+    const int64_t height = rows - r < L ? rows - r : L;
+    for (int64_t c = 0; c < cols; c += L) {
+      const int64_t width = cols - c < L ? cols - c : L;
+      Vector block[L];
+      for (int64_t i = 0; i < L; ++i) {
+        const float* from = src + (r + i) * pitch + c;
+        block[i] = i >= height  ? Vector::zero()
+                   : width == L ? Vector::load(from)
+                                : load_part(from, width);
+      }
+      Vector::transpose(block);
+      for (int64_t i = 0; i < width; ++i)
+        store_part(out + r + (c + i) * col_stride, nothing.multiply_add(block[i], factor), height);
+    }
+  }
+}
+
+template <class T>
 void store_elements(T* out, int64_t row_stride, int64_t col_stride, const float* src, int64_t pitch,
                     int64_t rows, int64_t cols, float scale, const float* bias) {
   constexpr int64_t L = Vector::LANES;
+  if (row_stride == 1 && col_stride != 1 && rows >= L / 2 && bias == nullptr)
+    return store_transposed(out, col_stride, src, pitch, rows, cols, scale);
   const Vector factor = Vector::all(scale);
   for (int64_t r = 0; r < rows; ++r) {
     const float* from = src + r * pitch;
@@ -109,8 +143,8 @@ void store_elements(T* out, int64_t row_stride, int64_t col_stride, const float*
       Vector shift = Vector::all(-0.0f);  // what adds nothing, not even to -0
       if (bias != nullptr) shift = count == L ? Vector::load(bias + c) : load_part(bias + c, count);
       value = shift.multiply_add(value, factor);
-      if (col_stride == 1 && count == L) {
-        value.store(to + c);
+      if (col_stride == 1) {
+        store_part(to + c, value, count);
         continue;
       }
       T buffer[L];

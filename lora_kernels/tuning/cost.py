@@ -3,7 +3,8 @@
 With P the achievable rate, W the achievable bandwidth and e an element's bytes:
 
 frozen      max(2·M·N·K / P, bytes / 0.92·W)
-two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, hidden in part on sm_90+
+two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, hidden in part on sm_90+; there
+                                                                b is copied for a large product, see `copy_of_b_pays`
 lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, nothing hidden
 one_pass    product, x·a in its loop
 decode      (bytes + re-read a) / 0.92·W
@@ -31,7 +32,7 @@ import math
 
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig, smem_bytes
-from lora_kernels.tuning.counted import Tile, cycles, flops_per_clock, tiles
+from lora_kernels.tuning.counted import Cycles, Tile, cycles, flops_per_clock, tiles
 from lora_kernels.tuning.targets import Target
 
 ALGORITHMS = ("two_kernel", "one_pass", "decode", "cuda_decode", "aten")
@@ -146,9 +147,34 @@ def _tile_us(tile: Tile, problem: Problem, target: Target) -> float:
     clock_us = per_clock / (target.tflops(problem.dtype) * 1e6)
     moved = problem.frozen_bytes + problem.lowrank_bytes
     stream_us = moved / (_STREAMED * target.bandwidth_gbs * 1e3)
-    end_us = max(cycles(tile, problem.R).rest) * clock_us
+    end_us = max(_cycles(tile, problem, target).rest) * clock_us
     reached = _EFFICIENCY[target.name] * rate(tile, problem, target)
-    return max(_compute_us(problem, target) / reached, stream_us + end_us)
+    copy_us = MIN_KERNEL_US + target.gap_us if _copies(tile, problem, target) else 0.0
+    return max(_compute_us(problem, target) / reached, stream_us + end_us) + copy_us
+
+
+def copy_of_b_pays(config: TileConfig, M: int, N: int, target: Target) -> bool:
+    """Whether a product with tensor descriptors had better get a copy of b [R, N] that is stored [N, R].
+
+    Its rank tail reads b along the rank; across it, each block sorts b out in shared memory, 4000 cycles at rank 16 and 15000
+    at 64 (counted.py, forward against dx). The copy costs a launch: from two blocks a multiprocessor on it is the shorter way.
+    """
+    blocks = math.ceil(M / config.block_m) * math.ceil(N / config.block_n)
+    return config.tma and blocks > target.multiprocessors
+
+
+def _copies(tile: Tile, problem: Problem, target: Target) -> bool:
+    config = TileConfig(tile.kernel, *tile[4:9], tma=tile.tma)
+    forward = tile.kernel == "lowrank_matmul" and tile.forward
+    return forward and copy_of_b_pays(config, problem.M, problem.N, target)
+
+
+def _cycles(tile: Tile, problem: Problem, target: Target) -> Cycles:
+    """Of one block, whose rank tail is dx's where b was copied to lie as dx finds it."""
+    known = cycles(tile, problem.R)
+    if not _copies(tile, problem, target):
+        return known
+    return Cycles(known.step, cycles(tile._replace(forward=False), problem.R).rest)
 
 
 def _library_us(problem: Problem, target: Target) -> float:
@@ -192,4 +218,4 @@ def _block_cycles(tile: Tile, problem: Problem, target: Target, steps: int, each
     pair = each > 1 and 2 * smem_bytes(config, problem) <= target.smem_bytes
     # A multiprocessor has registers for the accumulators of two 128x128 tiles.
     pair = pair and tile.block_m * tile.block_n <= 128 * 128
-    return cycles(tile, problem.R).block(steps, overlapped=pair)
+    return _cycles(tile, problem, target).block(steps, overlapped=pair)

@@ -20,10 +20,14 @@ from lora_kernels.tuning.targets import Target
 
 @dataclass(frozen=True)
 class Shapes:
-    """Meta tensors of a problem; `forward` says which way the weights and adapters lie in memory."""
+    """Meta tensors of a problem; `forward` says which way the weights and adapters lie in memory.
+
+    `copied_b`: of a forward for which b has been copied to lie along the rank.
+    """
 
     problem: Problem
     forward: bool
+    copied_b: bool = False
 
     def _empty(self, rows: int, cols: int, dtype: str, transposed: bool = False) -> Tensor:
         shape = (cols, rows) if transposed else (rows, cols)
@@ -37,7 +41,7 @@ class Shapes:
         x = self._empty(p.M, p.K, base)
         w = self._empty(p.K, p.N, base, transposed=self.forward)
         a = self._empty(p.K, p.R, adapter, transposed=not self.forward)
-        b = self._empty(p.R, p.N, adapter, transposed=not self.forward)
+        b = self._empty(p.R, p.N, adapter, transposed=self.copied_b or not self.forward)
         s = self._empty(p.M, p.R, "float32")
         dy = self._empty(p.M, p.N, base)
         bias = self._empty(1, p.N, base)[0] if self.forward else None

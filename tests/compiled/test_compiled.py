@@ -27,8 +27,8 @@ NEAR_DUPLICATES = (
 MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "mfma", "gfx1100": "wmma"}
 
 
-def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool]]:
-    """Both stride forms; the second at a configuration's widest rank alone, which takes the most registers."""
+def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
+    """All stride forms; but for the first at a configuration's widest rank alone, which takes the most registers."""
     pairs = shipped(TARGETS[target])
     widest = {(config, p.dtype, p.adapter_dtype): p for p, config in pairs}
     once = target in (*NEAR_DUPLICATES, "gfx942", "gfx1100")
@@ -37,16 +37,18 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool]]:
             problem.R != 64 or problem.adapter_dtype != problem.dtype
         ):
             continue
-        yield problem, config, True
+        yield problem, config, True, False
         last = widest[config, problem.dtype, problem.adapter_dtype] is problem
         if last and not once and config.kernel != "shrink_outer":
-            yield problem, config, False
+            yield problem, config, False, False
+        if last and config.kernel == "lowrank_matmul" and config.tma:
+            yield problem, config, True, True
 
 
-def compile_job(job: tuple[str, Problem, TileConfig, bool]) -> Code:
-    target, problem, config, forward = job
+def compile_job(job: tuple[str, Problem, TileConfig, bool, bool]) -> Code:
+    target, problem, config, forward, copied_b = job
     with recording(target) as launches:
-        Shapes(problem, forward).launch(config, TARGETS[target])
+        Shapes(problem, forward, copied_b).launch(config, TARGETS[target])
     assert launches[0].name.strip("_") == config.kernel + "_kernel"
     return inspect(launches[0].compiled)
 
@@ -64,7 +66,7 @@ def test_shipped_configurations(target, pool):
     codes = list(pool.map(compile_job, work, chunksize=4))
     limits = TARGETS[target]
     wrong = []
-    for (_, problem, config, forward), code in zip(work, codes, strict=True):
+    for (_, problem, config, forward, _), code in zip(work, codes, strict=True):
         what = f"{config} for {problem}, {'forward' if forward else 'backward'}"
         if code.spills:
             wrong.append(f"{what}: {code.spills} spills, {code.registers} registers")
@@ -160,19 +162,22 @@ def plain_product(target: str, config: TileConfig, problem: Problem, forward: bo
     return inspect(launches[0].compiled)
 
 
-@pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
+@pytest.mark.parametrize("form", ["forward", "forward, b copied", "backward"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
-def test_the_main_loop_is_the_plain_products(target, forward, record_property):
+def test_the_main_loop_is_the_plain_products(target, form, record_property):
     """The rank tail adds no matrix instruction to the loop and at most 10 % others, nor any shared memory."""
     problem = Problem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
+    forward, copied_b = form != "backward", form == "forward, b copied"
     for config in candidates("lowrank_matmul", problem, TARGETS[target]):
+        if copied_b and not config.tma:
+            continue
         plain = plain_product(target, config, problem, forward)
-        fused = compile_job((target, problem, config, forward))
+        fused = compile_job((target, problem, config, forward, copied_b))
         others, plain_others = (
             code.loop.total() - len(code.loop_matrix) for code in (fused, plain)
         )
         line = (
-            f"{target} {config} {'forward' if forward else 'backward'}: loop of {fused.loop.total()} instructions, "
+            f"{target} {config} {form}: loop of {fused.loop.total()} instructions, "
             f"{len(fused.loop_matrix)} matrix; plain {plain.loop.total()}, {len(plain.loop_matrix)}; "
             f"registers {fused.registers} and {plain.registers}; shared {fused.smem_bytes} and {plain.smem_bytes}"
         )

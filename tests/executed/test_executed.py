@@ -63,12 +63,15 @@ def on(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "dropout, schedule", [(0.0, None), (0.25, 7)], ids=["lockstep", "dropout, random"]
+    "dropout, schedule, b_copied",
+    [(0.0, None, False), (0.25, 7, True)],
+    ids=["lockstep", "dropout, random, b copied"],
 )
 @pytest.mark.parametrize("target", EXECUTED)
-def test_a_layers_forward_and_every_gradient(on, target, dropout, schedule):
+def test_a_layers_forward_and_every_gradient(on, target, dropout, schedule, b_copied, monkeypatch):
     """Through `lora_linear`: the launches, their order and the dependent one are those of a training step."""
     on(target)
+    monkeypatch.setattr(backend_module, "copy_of_b_pays", lambda *rule: b_copied)
     torch.manual_seed(3)
     shapes = {"x": (70, 72), "weight": (88, 72), "A": (72, 12), "B": (12, 88), "bias": (88,)}
     leaves = [

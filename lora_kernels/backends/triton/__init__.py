@@ -14,7 +14,7 @@ from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
-from lora_kernels.tuning.cost import predict_us
+from lora_kernels.tuning.cost import copy_of_b_pays, predict_us
 from lora_kernels.tuning.select import TRITON, Choice, select
 from lora_kernels.tuning.targets import Target
 
@@ -96,6 +96,9 @@ class TritonBackend(Backend):
             return one_pass(x, w, a, b, alpha, bias, choice.config("one_pass"), dropout_in)
         from lora_kernels.backends.triton.lowrank_matmul import lowrank_matmul
 
+        tiles = choice.config("lowrank_matmul")
+        if R > 0 and b.stride(0) != 1 and copy_of_b_pays(tiles, M, N, target):
+            b = b.t().contiguous().t()
         # Between the two kernels the second waits by itself, where the hardware lets it start early.
         config = choice.config("shrink")
         overlap = s is None and R > 0 and target.tma and config.split == 1
@@ -105,8 +108,7 @@ class TritonBackend(Backend):
             s = shrink(x, a, alpha, config, dropout_in, release=overlap)
         elif s is None:
             s = x.new_empty((M, 0), dtype=torch.float32)
-        config = choice.config("lowrank_matmul")
-        return lowrank_matmul(x, w, s, b, bias, config, dropout_out, late_wait=overlap), s
+        return lowrank_matmul(x, w, s, b, bias, tiles, dropout_out, late_wait=overlap), s
 
     def reduce_outer(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
