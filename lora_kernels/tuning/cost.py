@@ -156,8 +156,8 @@ def _tile_us(tile: Tile, problem: Problem, target: Target) -> float:
 def copy_of_b_pays(config: TileConfig, M: int, N: int, target: Target) -> bool:
     """Whether a product with tensor descriptors had better get a copy of b [R, N] that is stored [N, R].
 
-    Its rank tail reads b along the rank; across it, each block sorts b out in shared memory, 4000 cycles at rank 16 and 15000
-    at 64 (counted.py, forward against dx). The copy costs a launch: from two blocks a multiprocessor on it is the shorter way.
+    Its rank tail reads b along the rank; across it, each block sorts b out in shared memory, in 4000 cycles at rank 16 and
+    15000 at 64 (counted.py, forward against dx). A copy costs a launch: with two blocks a multiprocessor it is shorter.
     """
     blocks = math.ceil(M / config.block_m) * math.ceil(N / config.block_n)
     return config.tma and blocks > target.multiprocessors

@@ -13,6 +13,7 @@ from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.backends.triton.reduce_outer import reduce_outer
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.backends.triton.shrink_outer import shrink_outer
+from lora_kernels.dropout import Dropout
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import Target
@@ -46,15 +47,17 @@ class Shapes:
         dy = self._empty(p.M, p.N, base)
         bias = self._empty(1, p.N, base)[0] if self.forward else None
         dtype = getattr(torch, adapter)
+        seed = torch.empty((), dtype=torch.int64, device="meta")
+        mask = Dropout(0.1, seed) if p.dropout else None
         if config.kernel == "shrink":
-            shrink(x, a, 0.5, config, release=target.tma)
+            shrink(x, a, 0.5, config, mask, release=target.tma)
         elif config.kernel == "lowrank_matmul":
-            lowrank_matmul(x, w, s, b, bias, config, late_wait=target.tma)
+            lowrank_matmul(x, w, s, b, bias, config, mask, late_wait=target.tma)
         elif config.kernel == "one_pass":
-            one_pass(x, w, a, b, 0.5, bias, config)
+            one_pass(x, w, a, b, 0.5, bias, config, mask)
         elif config.kernel == "decode":
             decode(x, w, a, b, 0.5, bias, config)
         elif config.kernel == "reduce_outer":
-            reduce_outer(*((x, s) if self.forward else (s, dy)), dtype, config)
+            reduce_outer(*((x, s) if self.forward else (s, dy)), dtype, config, mask)
         else:
             shrink_outer(dy, b.t(), 0.5, s, dtype, config)

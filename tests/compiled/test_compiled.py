@@ -24,11 +24,12 @@ NEAR_DUPLICATES = (
     "sm_86",
     "sm_89",
 )  # the code of sm_80 in smaller tiles: one rank and one stride form suffice
+TYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
 MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "mfma", "gfx1100": "wmma"}
 
 
 def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
-    """All stride forms; but for the first at a configuration's widest rank alone, which takes the most registers."""
+    """All stride forms and dropout; all but the first form at the widest rank alone, which takes the most registers."""
     pairs = shipped(TARGETS[target])
     widest = {(config, p.dtype, p.adapter_dtype): p for p, config in pairs}
     once = target in (*NEAR_DUPLICATES, "gfx942", "gfx1100")
@@ -43,6 +44,11 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
             yield problem, config, False, False
         if last and config.kernel == "lowrank_matmul" and config.tma:
             yield problem, config, True, True
+    for dtype, adapter_dtype in TYPES[: 1 if once else None]:
+        masked = Problem(4096, 4096, 4096, 64, dtype, adapter_dtype, device="cuda", dropout=True)
+        for kernel in ("shrink", "lowrank_matmul", "one_pass", "reduce_outer"):
+            for config in candidates(kernel, masked, TARGETS[target]):
+                yield masked, config, kernel != "lowrank_matmul", False
 
 
 def compile_job(job: tuple[str, Problem, TileConfig, bool, bool]) -> Code:

@@ -24,6 +24,66 @@ from lora_kernels.dropout import Dropout
 from lora_kernels.tuning.config import TileConfig, rank_block
 
 
+@triton.jit
+def _halves(acc):
+    """acc's left and right columns."""
+    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _rank_tail(
+    acc,  # for the columns from `start` on
+    s_ptr,
+    b_ptr,
+    offs_m,
+    start,
+    M,
+    N,
+    R,
+    stride_br,
+    stride_bn,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """acc + s·b."""
+    offs_n = start + tl.arange(0, acc.shape[1])
+    row, col = widen(offs_m, WIDE), widen(offs_n, WIDE)
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        s_ptrs = s_ptr + row[:, None] * R + offs_r[None, :]
+        b_ptrs = b_ptr + widen(offs_r, WIDE)[:, None] * stride_br + col[None, :] * stride_bn
+        s = tl.load(s_ptrs, mask=(offs_m < M)[:, None] & mask_r[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=mask_r[:, None] & (offs_n < N)[None, :], other=0.0)
+        acc = tl.dot(s, b.to(tl.float32), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _store(
+    acc,
+    bias_ptr,
+    y_ptr,
+    offs_m,
+    start,
+    M,
+    N,
+    stride_bias,
+    HAS_BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """y = acc + bias, for the columns from `start` on."""
+    offs_n = start + tl.arange(0, acc.shape[1])
+    mask_n = offs_n < N
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    y_ptrs = y_ptr + widen(offs_m, WIDE)[:, None] * N + widen(offs_n, WIDE)[None, :]
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _lowrank_matmul_kernel(
     x,  # [M, K]: a pointer, or with TMA a descriptor of blocks [BLOCK_M, BLOCK_K]
@@ -99,26 +159,29 @@ def _lowrank_matmul_kernel(
     if PDL:
         # s comes from the kernel launched just before, beside which the loop above has been running.
         tl.extra.cuda.gdc_wait()
-    tail = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) if DROPOUT else acc
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < R
-        s_ptrs = s_ptr + row[:, None] * R + offs_r[None, :]
-        b_ptrs = b_ptr + widen(offs_r, WIDE)[:, None] * stride_br + col[None, :] * stride_bn
-        s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-        tail = tl.dot(s, b.to(tl.float32), tail, input_precision=TAIL_PRECISION)
+    start = pid_n * BLOCK_N
     if DROPOUT:
-        keep = keep_tile(seed_ptr, threshold, offs_m, pid_n * BLOCK_N, N, BLOCK_M, BLOCK_N)
-        acc += tail * (keep.to(tl.float32) * keep_scale)
+        # A quarter of the columns at a time: a whole accumulator beside acc would not stay in registers.
+        QUARTER: tl.constexpr = BLOCK_N // 4
+        low, high = _halves(acc)
+        first, second = _halves(low)
+        third, fourth = _halves(high)
+        for i in tl.static_range(4):
+            part = (first, second, third, fourth)[i]
+            at = start + i * QUARTER
+            tail = _rank_tail(
+                tl.zeros((BLOCK_M, QUARTER), tl.float32), s_ptr, b_ptr, offs_m, at, M, N, R, stride_br,
+                stride_bn, BLOCK_R, TAIL_PRECISION, WIDE,
+            )  # fmt: skip
+            keep = keep_tile(seed_ptr, threshold, offs_m, at, N, BLOCK_M, QUARTER)
+            part += tail * (keep.to(tl.float32) * keep_scale)
+            _store(part, bias_ptr, y_ptr, offs_m, at, M, N, stride_bias, HAS_BIAS, WIDE)
     else:
-        acc = tail
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[
-            None, :
-        ]
-    y_ptrs = y_ptr + row[:, None] * N + col[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+        acc = _rank_tail(
+            acc, s_ptr, b_ptr, offs_m, start, M, N, R, stride_br, stride_bn, BLOCK_R, TAIL_PRECISION,
+            WIDE,
+        )  # fmt: skip
+        _store(acc, bias_ptr, y_ptr, offs_m, start, M, N, stride_bias, HAS_BIAS, WIDE)
 
 
 def lowrank_matmul(
