@@ -83,13 +83,8 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
             return (
                 f"decode has no registers for {config.block_m} rows of rank {problem.R} in float32"
             )
-    if (
-        config.kernel == "one_pass"
-        and problem.dropout
-        and problem.dtype == "float32"
-        and problem.R > 32
-    ):
-        return f"one_pass has no registers for a float32 mask beside a rank of {problem.R}"
+    if config.kernel == "one_pass" and problem.dropout and problem.R > 32:
+        return f"one_pass has no registers for a mask beside a rank of {problem.R}"
     if config.kernel == "decode" and problem.dropout:
         return "decode has no dropout"
     needed = smem_bytes(config, problem)

@@ -63,22 +63,28 @@ def on(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "dropout, schedule, b_copied",
-    [(0.0, None, False), (0.25, 7, True)],
-    ids=["lockstep", "dropout, random, b copied"],
+    "dtype, dropout, schedule, b_copied",
+    [
+        (torch.bfloat16, 0.0, None, False),
+        (torch.bfloat16, 0.25, 7, True),
+        (torch.float16, 0.25, None, False),
+    ],
+    ids=["lockstep", "dropout, random, b copied", "float16, dropout"],
 )
 @pytest.mark.parametrize("target", EXECUTED)
-def test_a_layers_forward_and_every_gradient(on, target, dropout, schedule, b_copied, monkeypatch):
+def test_a_layers_forward_and_every_gradient(
+    on, target, dtype, dropout, schedule, b_copied, monkeypatch
+):
     """Through `lora_linear`: the launches, their order and the dependent one are those of a training step."""
     on(target)
     monkeypatch.setattr(backend_module, "copy_of_b_pays", lambda *rule: b_copied)
     torch.manual_seed(3)
     shapes = {"x": (70, 72), "weight": (88, 72), "A": (72, 12), "B": (12, 88), "bias": (88,)}
     leaves = [
-        (torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5).bfloat16().requires_grad_()
+        (torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype).requires_grad_()
         for shape in shapes.values()
     ]
-    dy = torch.randn(70, 88).bfloat16()
+    dy = torch.randn(70, 88).to(dtype)
     mask = None
     if dropout:
         from lora_kernels.dropout import Dropout, scaled_mask
@@ -88,15 +94,13 @@ def test_a_layers_forward_and_every_gradient(on, target, dropout, schedule, b_co
         y = lora_linear(*leaves[:4], 0.75, leaves[4], dropout_p=dropout, seed=5)
         actual = [y, *torch.autograd.grad(y, leaves, dy)]
 
-    def plain(dtype):
-        cast = [t.detach().to(dtype).requires_grad_() for t in leaves]
+    def plain(to):
+        cast = [t.detach().to(to).requires_grad_() for t in leaves]
         out = reference(*cast[:4], 0.75, cast[4], mask=mask)
-        return [out, *torch.autograd.grad(out, cast, dy.to(dtype))]
+        return [out, *torch.autograd.grad(out, cast, dy.to(to))]
 
     names = ("y", *shapes)
-    for name, *triple in zip(
-        names, actual, plain(torch.bfloat16), plain(torch.float64), strict=True
-    ):
+    for name, *triple in zip(names, actual, plain(dtype), plain(torch.float64), strict=True):
         assert_budget(*triple, what=f"{name} on {target}")
     kernels = [launch.name.strip("_").removesuffix("_kernel") for launch in executed]
     assert kernels[:2] == ["shrink", "lowrank_matmul"] and "reduce_outer" in kernels
