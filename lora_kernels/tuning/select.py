@@ -193,13 +193,15 @@ def shipped(target: Target) -> list[tuple[Problem, TileConfig]]:
         ("bfloat16", "float32"),
         ("float32", "float32"),
     ):
-        for R, M, (N, K) in itertools.product((16, 32, 64), _BUCKETS, _SHIPPED_SHAPES):
-            problem = Problem(M, N, K, R, dtype, adapter_dtype, device="cuda")
+        sizes = itertools.product((16, 32, 64), _BUCKETS, _SHIPPED_SHAPES)
+        for dropout, (R, M, (N, K)) in itertools.product((False, True), sizes):
+            problem = Problem(M, N, K, R, dtype, adapter_dtype, device="cuda", dropout=dropout)
             tiles = (candidates(kernel, problem, target) for kernel in KERNELS)
             for config in itertools.chain(*tiles):
                 code = replace(config, split=min(config.split, 2)), dtype, adapter_dtype
                 ranks = rank_block(R, config.rank_chunk)
-                found.setdefault(code, {})[ranks] = (problem, config)
+                if not dropout or ranks not in found.get(code, {}):
+                    found.setdefault(code, {})[ranks] = (problem, config)
     ends = ({min(ranks), max(ranks)} for ranks in found.values())
     return [
         ranks[end] for ranks, both in zip(found.values(), ends, strict=True) for end in sorted(both)
