@@ -18,7 +18,7 @@ constexpr int64_t MAX_PANELS = 16;
 constexpr int64_t FEW_ROWS = 32;  // so few that reading w decides: wide blocks, read along its rows
 constexpr int64_t SHALLOW = 256;
 constexpr int64_t MAX_SCRATCH_ROWS = 516;  // of float32 results that wait for their rounding
-constexpr int64_t FLOAT_DEPTH = 512;       // wider blocks read x less often
+constexpr int64_t BLOCK_DEPTH = 512;       // deeper blocks are narrower, and read x more often
 constexpr int64_t MAX_ADDED_ROWS = 4;
 constexpr int64_t DOT_COLS = 64;  // a task's share of w in the forms for few rows
 
@@ -96,7 +96,7 @@ class Run {
   }
   int64_t chunk() const {
     if (p.w.col_stride == 1 && M <= FEW_ROWS) return SHALLOW;
-    return pairs ? DEPTH : FLOAT_DEPTH;
+    return BLOCK_DEPTH;
   }
   int64_t unit() const { return pairs ? 2 : 1; }
   int64_t tail_floats(int64_t block) const {
