@@ -100,7 +100,10 @@ def block_step(contender: str, device: str, dtype: torch.dtype) -> Callable[[], 
 
 
 def minilm_step(contender: str, device: str, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """A training step of the demo's encoder and task, head included."""
+    """A training step of the demo's encoder and task, head included.
+
+    "frozen" has no adapters, and its gradients go down to the embeddings as they go to the first adapter.
+    """
     missing = demo.missing_packages()
     if missing:
         raise ModuleNotFoundError(f"needs {', '.join(missing)}")
@@ -111,6 +114,9 @@ def minilm_step(contender: str, device: str, dtype: torch.dtype) -> Callable[[],
     torch.manual_seed(2)  # the head was made after a contender's own random draws
     model.head.reset_parameters()
     model.to(device, dtype)
+    if contender == "frozen":
+        embeddings = model.encoder.get_submodule("embeddings")
+        embeddings.register_forward_hook(lambda *call: call[-1].requires_grad_())
     batch = words[: demo.BATCH]
     batch = demo.Words(batch.ids.to(device), batch.mask.to(device), batch.labels.to(device))
     trained = [p for p in model.parameters() if p.requires_grad]
