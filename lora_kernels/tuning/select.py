@@ -105,7 +105,7 @@ def bucket(M: int) -> int:
 
 
 def narrow(problem: Problem) -> Problem:
-    """The problem of the kernels that read the problem's x and no weight; dropout does not change their tiles."""
+    """The problem of the kernels that read the problem's x and no weight, which `tune` times without dropout."""
     return replace(problem, N=0, bias=False, dropout=False, w_k_major=True, backward=False)
 
 

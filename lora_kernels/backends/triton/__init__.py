@@ -63,7 +63,7 @@ class TritonBackend(Backend):
             return x.new_zeros((M, R), dtype=torch.float32)
         from lora_kernels.backends.triton.shrink import shrink
 
-        config = self._narrow(x, a.dtype, R).config("shrink")
+        config = self._narrow(x, a.dtype, R, dropout).config("shrink")
         return shrink(x, a, alpha, config, dropout)
 
     def lowrank_matmul(
@@ -144,9 +144,11 @@ class TritonBackend(Backend):
         except ValueError:  # the forced algorithm cannot compute this problem: the general one can
             return select(problem, target, "two_kernel")
 
-    def _narrow(self, x: Tensor, adapter_dtype: torch.dtype, R: int) -> Choice:
+    def _narrow(
+        self, x: Tensor, adapter_dtype: torch.dtype, R: int, dropout: Dropout | None = None
+    ) -> Choice:
         """The tiles of the kernels that read x and no weight, and the times that `tune` measured of them."""
-        problem = _problem(x, adapter_dtype, 0, R, None)
+        problem = _problem(x, adapter_dtype, 0, R, dropout)
         return self._choice(problem, current_target(x.device))
 
 
