@@ -83,7 +83,7 @@ class Run {
   const bool pairs;
 
   void by_panels() const;
-  std::pair<int64_t, int64_t> division(int64_t all, int64_t fewest, int64_t width) const;
+  std::pair<int64_t, int64_t> division(int64_t all, int64_t most, int64_t width) const;
   void in_place(int64_t block, decltype(Kernels::dots) kernel) const;
   void panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* c) const;
   void pack_w(float* to, int64_t from_unit, int64_t units, const Columns& cols) const;
@@ -187,17 +187,15 @@ void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* 
 // (rows, panels) of a task: the division whose busiest thread is done first when something delays
 // it by an eighth of a task. Per unit of k a task multiplies, copies x and packs w; on Zen 4 a
 // copied row takes as long as 22 results, a packed column as long as 8.
-std::pair<int64_t, int64_t> Run::division(int64_t all, int64_t fewest, int64_t width) const {
+std::pair<int64_t, int64_t> Run::division(int64_t all, int64_t most, int64_t width) const {
   const int64_t threads = at::get_num_threads();
   const int64_t most_splits = std::clamp<int64_t>(M / (all == 1 ? 48 : 96), 1, 8 * threads);
-  const int64_t most_groups = std::min(all, std::max(fewest, 8 * threads));
   std::pair<int64_t, int64_t> best;
   int64_t least = INT64_MAX;
   for (int64_t splits = 1; splits <= most_splits; ++splits) {
     const int64_t rows = ceil_div(ceil_div(M, splits), k.rows) * k.rows;
-    for (int64_t groups = fewest; groups <= most_groups; ++groups) {
-      const int64_t panels = ceil_div(all, groups), cols = panels * width;
-      const int64_t tasks = ceil_div(M, rows) * ceil_div(all, panels);
+    for (int64_t panels = std::min(most, all); panels > 0; --panels) {
+      const int64_t cols = panels * width, tasks = ceil_div(M, rows) * ceil_div(all, panels);
       const int64_t task = rows * cols + 22 * rows + 8 * cols;
       const int64_t cost = (8 * ceil_div(tasks, threads) + (threads > 1)) * task;
       if (cost < least) {
@@ -213,7 +211,7 @@ void Run::by_panels() const {
   const int64_t width = N <= k.lanes ? k.lanes : 2 * k.lanes, all = ceil_div(N, width);
   const int64_t depth = std::min(chunk(), std::max<int64_t>(ceil_div(K, unit()), 1));
   const int64_t most = std::clamp<int64_t>(panel_floats() / (depth * width), 1, MAX_PANELS);
-  const auto [rows, panels] = division(all, ceil_div(all, most), width);
+  const auto [rows, panels] = division(all, most, width);
   const int64_t chunks = ceil_div(M, rows), groups = ceil_div(all, panels), block = panels * width;
   for_each_task(groups * chunks, M * N * (K + R), [&](int64_t task) {
     Columns cols{};
