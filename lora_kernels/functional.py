@@ -187,7 +187,9 @@ def _apply(
         map(type, (x, weight, A, B))
     )
     chosen = None
-    if not traced and _has_usual_derivatives(x, weight, A, B, alpha, bias):
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
+    usual = not traced and _has_usual_derivatives(x, weight, A, B, alpha, bias)
+    if usual and (x.is_cpu or not needs_grad):
         chosen = dispatch.resolve(backend, x, weight, A, B, bias, seed is not None)
         if chosen.whole_layer is not None:
             return chosen.whole_layer(x, weight, A, B, bias, alpha, as_dropout(dropout_p, seed))
@@ -197,7 +199,7 @@ def _apply(
         if not isinstance(alpha, Tensor):
             alpha = torch.scalar_tensor(alpha, dtype=torch.float32, device=x.device)
         y, _ = ops.lora_linear(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
-    elif chosen and not (torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)):
+    elif chosen and not needs_grad:
         dropout = as_dropout(dropout_p, seed)
         y, _ = formulas.forward(chosen, rows, weight, A, B, bias, alpha, dropout)
     else:

@@ -1,8 +1,8 @@
 """The registered operators that torch.compile, torch.export and make_fx see: one for forward, one for backward.
 
 Their kernels choose a backend when they run, so that a traced graph holds no decision about sizes. Each has a fake
-kernel, and the forward has autograd. Eager mode takes `autograd.LoRALinear`: a registered formula would give silent
-zeros to forward-mode AD and no second derivatives.
+kernel, and the forward has autograd. Eager mode takes `autograd.LoRALinear` or a backend's own operator: a registered
+formula would give silent zeros to forward-mode AD and no second derivatives.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def called(x, weight, A, B, bias, **options):
 
 def by_function(x, weight, A, B, bias, dropout_p=0.0, seed=None):
     """The same by the autograd Function in Python and the backend's products."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     seed = None if seed is None else torch.tensor(seed)
     y, _ = LoRALinear.apply(rows, weight, A, B, bias, 0.75, dropout_p, seed, "cpu")
     return y.reshape(*x.shape[:-1], weight.shape[0])
@@ -224,3 +224,85 @@ def test_the_operator_names_a_wrong_operand():
     x, weight, A, B, bias = (t.detach() for t in operands())
     with pytest.raises(RuntimeError, match=r"w must be a \[6, 7\] tensor .* got \[5, 7\]"):
         torch.ops.lora_kernels_cpu.lora_linear(x, weight[:, 1:], A, B, bias, 1.0, 0.0, 0, 0)
+
+
+@pytest.mark.parametrize("asked", [s for n in (1, 2) for s in itertools.combinations((0, 2, 3), n)])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_some_of_the_gradients(asked, create_graph, calls):
+    """`autograd.grad` and `backward(inputs=...)` ask for fewer than require one."""
+    results = []
+    for function in (called, by_function):
+        tensors = frozen()
+        inputs = [tensors[i] for i in asked]
+        loss = function(*tensors).square().sum()
+        results.append(torch.autograd.grad(loss, inputs, create_graph=create_graph))
+        function(*tensors).square().sum().backward(inputs=inputs)
+        assert [t.grad is not None for t in tensors] == [i in asked for i in range(5)]
+        results[-1] += tuple(t.grad for t in inputs)
+    assert len(calls) == 2
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("lead", [(), (9,), (2, 3)], ids=str)
+def test_the_result_may_be_changed_in_place(lead, calls):
+    results = []
+    for function in (called, by_function):
+        tensors = frozen(lead=lead)
+        y = function(*tensors)
+        y += 1.0
+        y[..., :2].mul_(3.0)
+        torch.nn.functional.relu_(y).sum().backward()
+        results.append([tensors[i].grad for i in (0, 2, 3)])
+    assert len(calls) == 1
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_lazily_negated_operands_and_gradients(calls):
+    """The imaginary part of a conjugate is a view with a bit that says minus."""
+    negated = torch.view_as_complex(torch.randn(9, 6, 2)).conj().imag
+    assert negated.is_neg()
+    tensors = frozen(("A", "B"))
+    expected = called(negated.clone(), *tensors[1:])
+    y = called(negated, *tensors[1:])
+    assert torch.equal(y, expected)
+    dy = torch.view_as_complex(torch.randn(9, 7, 2)).conj().imag
+    mine = torch.autograd.grad(y, tensors[2:4], dy)
+    theirs = torch.autograd.grad(expected, tensors[2:4], dy.clone())
+    assert all(map(torch.equal, mine, theirs)) and len(calls) == 2
+
+
+def test_gradients_of_checkpointed_layers_by_autograd_grad(calls):
+    """The recomputation runs within a backward that asks for some gradients only; it must save what forward saved."""
+    results = []
+    for wrap in (False, True):
+        first, second = frozen(("A", "B"), N=6), frozen(("A", "B"), N=6)
+        wanted = [*first[2:4], *second[2:4]]
+
+        def run(x, first=first, second=second):
+            return called(called(x, *first[1:]), *second[1:])
+
+        x = first[0]
+        y = checkpoint(run, x, use_reentrant=False) if wrap else run(x)
+        results.append(torch.autograd.grad(y.square().sum(), wanted))
+    assert calls
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("sizes", [{"K": 0}, {"N": 0}, {"R": 0}, {"M": 0}], ids=str)
+def test_second_derivatives_of_an_empty_extent(sizes, calls):
+    results = []
+    for function in (called, by_function):
+        tensors = frozen(**sizes)
+        wanted = [tensors[i] for i in (0, 2, 3)]
+        first = torch.autograd.grad(
+            function(*tensors).square().sum(), wanted, create_graph=True, allow_unused=True
+        )
+        loss = sum(g.square().sum() for g in first if g is not None)
+        results.append([*first, *torch.autograd.grad(loss, wanted, allow_unused=True)])
+    assert len(calls) == 1
+    for mine, theirs in zip(*results, strict=True):
+        if mine is not None and theirs is not None:
+            torch.testing.assert_close(mine, theirs)

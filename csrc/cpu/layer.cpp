@@ -1,6 +1,7 @@
 // The whole layer as one operator with derivatives of its own, for the usual case: a frozen base,
 // and A and B trained or not. A small layer's time is that of the calls between its products, so
 // these are made here; the formulas are those of lora_kernels/formulas.py.
+#include <ATen/ops/_unsafe_view.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -37,7 +38,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   if (x.dim() != 2) {
     at::DimVector sizes(x.sizes());
     sizes.back() = y.size(1);
-    y = y.view(sizes);
+    y = at::_unsafe_view(y, sizes);  // a view that a Function returns could not be changed in place
   }
   return {y, s};
 }
@@ -75,10 +76,10 @@ class Layer : public torch::autograd::Function<Layer> {
     ctx->saved_data["dropout_p"] = dropout.p;
     ctx->saved_data["threshold"] = dropout.threshold;
     ctx->saved_data["seed"] = dropout.seed;
-    // x is an operand of dA alone, W of dx alone, s of dB alone.
-    const bool adapters = ctx->needs_input_grad(2);
-    ctx->save_for_backward({adapters ? x : Tensor(), ctx->needs_input_grad(0) ? weight : Tensor(),
-                            A, B, adapters ? s : Tensor()});
+    // x is an operand of dA alone, W of dx alone, s of dB alone; a second derivative of dB reads A.
+    const bool adapters = A.requires_grad();
+    ctx->save_for_backward({adapters ? x : Tensor(), x.requires_grad() ? weight : Tensor(), A, B,
+                            adapters ? s : Tensor()});
     return y;
   }
 
@@ -90,16 +91,19 @@ class Layer : public torch::autograd::Function<Layer> {
     const double alpha = ctx->saved_data["alpha"].toDouble();
     const Dropout dropout{ctx->saved_data["dropout_p"].toDouble(),
                           ctx->saved_data["threshold"].toInt(), ctx->saved_data["seed"].toInt()};
-    const bool needs_x = ctx->needs_input_grad(0), adapters = ctx->needs_input_grad(2);
+    // What was asked for now, which may be less than what requires a gradient.
+    const bool needs_x = ctx->needs_input_grad(0);
+    const bool needs_A = ctx->needs_input_grad(2), needs_B = ctx->needs_input_grad(3);
     if (must_be_transparent(grads[0])) {
       auto [dx, dA, dB] =
           differentiable_backward(grads[0], x, weight, A, B, alpha, dropout, needs_x);
       if (needs_x) out[0] = dx;
-      if (adapters) std::tie(out[2], out[3]) = std::tie(dA, dB);
+      if (needs_A) out[2] = dA;
+      if (needs_B) out[3] = dB;
       return out;
     }
-    const Tensor dy = rows_of(grads[0]);
-    const Tensor q = shrink(dy, B.t(), alpha, 0, 0, 1.0);
+    const Tensor dy = rows_of(grads[0].resolve_neg());
+    const Tensor q = needs_x || needs_A ? shrink(dy, B.t(), alpha, 0, 0, 1.0) : Tensor();
     if (needs_x) {
       Tensor dx = expand(dy, weight, q, A.t(), std::nullopt, dropout.threshold, dropout.seed,
                          dropout.keep_scale());
@@ -107,19 +111,21 @@ class Layer : public torch::autograd::Function<Layer> {
       sizes.back() = dx.size(1);
       out[0] = dx.view(sizes);
     }
-    if (adapters) {
+    if (needs_A)
       out[2] = reduce_outer(rows_of(x), q, A.scalar_type(), dropout.threshold, dropout.seed,
                             dropout.keep_scale());
-      out[3] = reduce_outer(s, dy, B.scalar_type(), 0, 0, 1.0);
-    }
+    if (needs_B) out[3] = reduce_outer(s, dy, B.scalar_type(), 0, 0, 1.0);
     return out;
   }
 };
 
+// The products read memory as it is: a lazily negated operand must be resolved before.
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
                    const std::optional<Tensor>& bias, double alpha, double dropout_p,
                    int64_t threshold, int64_t seed) {
-  return std::get<0>(forward(x, weight, A, B, bias, alpha, {dropout_p, threshold, seed}));
+  const auto row = bias ? std::optional<Tensor>(bias->resolve_neg()) : std::nullopt;
+  return std::get<0>(forward(x.resolve_neg(), weight.resolve_neg(), A.resolve_neg(),
+                             B.resolve_neg(), row, alpha, {dropout_p, threshold, seed}));
 }
 
 Tensor lora_linear_autograd(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
@@ -134,7 +140,9 @@ Tensor lora_linear_autograd(const Tensor& x, const Tensor& weight, const Tensor&
   TORCH_CHECK(!base && A.requires_grad() == B.requires_grad(),
               "this operator's derivatives are those of a frozen weight and bias, and of both or "
               "none of A and B");
-  return Layer::apply(x, weight, A, B, bias, alpha, Dropout{dropout_p, threshold, seed});
+  const auto row = bias ? std::optional<Tensor>(bias->resolve_neg()) : std::nullopt;
+  return Layer::apply(x.resolve_neg(), weight.resolve_neg(), A.resolve_neg(), B.resolve_neg(), row,
+                      alpha, Dropout{dropout_p, threshold, seed});
 }
 
 }  // namespace

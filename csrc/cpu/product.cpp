@@ -184,9 +184,9 @@ void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* 
   }
 }
 
-// (rows, panels) of a task: the division whose busiest thread is done first when something delays
-// it by an eighth of a task. Per unit of k a task multiplies, copies x and packs w; on Zen 4 a
-// copied row takes as long as 22 results, a packed column as long as 8.
+// (rows, panels) of a task, by the least (rounds + 1/8)·(time of a task): threads take tasks in
+// rounds, and the last to finish is late by a part of one. Per unit of k a task multiplies, copies
+// x and packs w; on Zen 4 a copied row takes as long as 22 results, a packed column as long as 8.
 std::pair<int64_t, int64_t> Run::division(int64_t all, int64_t most, int64_t width) const {
   const int64_t threads = at::get_num_threads();
   const int64_t most_splits = std::clamp<int64_t>(M / (all == 1 ? 48 : 96), 1, 8 * threads);

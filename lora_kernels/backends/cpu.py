@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 
 import torch
@@ -104,14 +105,16 @@ def _differentiable_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dA, dB) of `whole_layer` that can be differentiated themselves; empty where x or weight was not kept."""
     dropout = Dropout(p, torch.tensor(seed)) if p else None
-    rows = None if x is None else x.reshape(-1, A.shape[0])
+    (K, _), N = A.shape, B.shape[1]
+    M = math.prod(dy.shape[:-1])
+    rows = None if x is None else x.reshape(M, K)
     s = None if rows is None else COMPOSITE.shrink(rows, A, alpha, dropout)
     needs = formulas.Needs(needs_x, False, x is not None, x is not None, False)
     saved = formulas.Saved(rows, weight, A, B, s)
     dx, _, dA, dB, _ = formulas.backward(
-        COMPOSITE, dy.reshape(-1, B.shape[1]), saved, needs, alpha, dropout, A.dtype
+        COMPOSITE, dy.reshape(M, N), saved, needs, alpha, dropout, A.dtype
     )
-    dx = None if dx is None else dx.reshape(*dy.shape[:-1], A.shape[0])
+    dx = None if dx is None else dx.reshape(*dy.shape[:-1], K)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB))  # type: ignore[return-value]
 
 

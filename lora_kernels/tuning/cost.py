@@ -108,7 +108,9 @@ def predict_us(
     if algorithm in ("two_kernel", "lorafusion"):
         pointers = algorithm == "lorafusion"
         main = product_us("lowrank_matmul", problem, target, config, pointers)
-        hidden = 0.0 if pointers else _HIDDEN.get(target.name, 0.0) * min(shrink + gap, main)
+        # In a backward q comes with dB, and nothing runs beside the product.
+        overlaps = not (pointers or problem.backward)
+        hidden = overlaps * _HIDDEN.get(target.name, 0.0) * min(shrink + gap, main)
         return main + shrink + gap - hidden + adapter_grads
     raise ValueError(f"algorithm must be one of {ALGORITHMS + OTHERS}, got {algorithm!r}")
 
@@ -154,10 +156,11 @@ def _tile_us(tile: Tile, problem: Problem, target: Target) -> float:
 
 
 def copy_of_b_pays(config: TileConfig, M: int, N: int, target: Target) -> bool:
-    """Whether a product with tensor descriptors had better get a copy of b [R, N] that is stored [N, R].
+    """Whether to copy b [R, N], stored row after row, into column after column before a product with tensor descriptors.
 
-    Its rank tail reads b along the rank; across it, each block sorts b out in shared memory, in 4000 cycles at rank 16 and
-    15000 at 64 (counted.py, forward against dx). A copy costs a launch: with two blocks a multiprocessor it is shorter.
+    The rank tail wants b along the rank. Given it across, each block sorts its part out in shared memory, in 4000 cycles at
+    rank 16 and 15000 at 64 (counted.py, forward against dx). A copy is one more launch: shorter once a multiprocessor has a
+    second block.
     """
     blocks = math.ceil(M / config.block_m) * math.ceil(N / config.block_n)
     return config.tma and blocks > target.multiprocessors
