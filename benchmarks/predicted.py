@@ -61,7 +61,7 @@ def times(problem: Problem, target: Target) -> dict[str, float]:
     for form in FORMS:
         kernel = "lowrank_matmul" if form == "two_kernel" else form
         if form in ("two_kernel", "one_pass", "decode"):
-            if (form == "decode" and problem.backward) or not choice.has(kernel):
+            if (form != "two_kernel" and problem.backward) or not choice.has(kernel):
                 continue
             found[form] = predict_us(form, problem, target, choice.config(kernel))
         elif form != "cuda_decode" or problem.M <= 32:

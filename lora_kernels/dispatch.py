@@ -1,7 +1,7 @@
 """The choice of a backend: for a problem on a device, who computes it, and one reason for each that does not.
 
-Auto takes the first backend of the device's list that is available, can compute the problem and does not expect ATen to
-be faster. An explicit name never falls back: it computes or raises. The choice is made from numbers, when the product
+Auto takes the first backend of the device's list that is available, can compute the problem and does not expect another
+one to be faster. An explicit name never falls back: it computes or raises. The choice is made from numbers, when the product
 runs; nothing here looks at a device before a tensor on it arrives.
 """
 

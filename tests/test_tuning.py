@@ -298,6 +298,10 @@ class TestTables:
         broken["configs"][0]["block_m"] = 100
         times = ({"magic": 1.0}, {"aten": "fast"}, {"aten": 0.0}, ["aten"], None)
         unknown = [json.loads(file.read_text())[0] | {"times": each} for each in times]
+        for size in ("512", [512], None):
+            odd = json.loads(file.read_text())[0]
+            odd["problem"]["M"] = size
+            unknown.append(odd)
         before = json.loads(file.read_text())[0] | {"algorithm": "one_pass"}  # version 1
         del before["times"]
         file.write_text(json.dumps([broken, *unknown, before, 3, {"problem": {}}]))

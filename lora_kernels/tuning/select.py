@@ -58,14 +58,15 @@ _ONE_PASS_FLOAT32 = [(32, 32, 32, 4, 2)]
 class Choice:
     """`algorithm` computes y; `source` says what decided; `configs` has a tile for every kernel the problem may need.
 
-    `times`: microseconds of what was compared, `measured` or else predicted; `asked`: for what, in words.
+    `times`: microseconds of what was compared, measured if `measured` has them all, else predicted; `measured`: all that
+    `tune` measured, of algorithms or of narrow kernels; `asked`: for what, in words.
     """
 
     algorithm: str
     source: str
     configs: tuple[TileConfig, ...]
     times: Mapping[str, float] = field(default_factory=dict, compare=False)
-    measured: bool = field(default=False, compare=False)
+    measured: Mapping[str, float] = field(default_factory=dict, compare=False)
     asked: str = field(default="", compare=False)
 
     def has(self, kernel: str) -> bool:
@@ -96,7 +97,7 @@ class Choice:
 
     @property
     def _how(self) -> str:
-        return "measured" if self.measured else "predicted"
+        return "measured" if self.times.keys() <= self.measured.keys() else "predicted"
 
 
 def bucket(M: int) -> int:
@@ -168,8 +169,8 @@ def _select(
         min(times, key=times.__getitem__),
         source,
         tuple(possible.values()),
-        {**measured, **times},
-        measured=bool(compared),
+        times,
+        measured,
         asked=f"{problem} on {target.name}",
     )
 

