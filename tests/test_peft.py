@@ -84,7 +84,9 @@ def assert_same(fused, plain, dtype=torch.float32):
     for name, gradient in fused[1].items():
         assert gradient.dtype == plain[1][name].dtype
         if dtype == torch.float32:
-            torch.testing.assert_close(gradient, plain[1][name], **tolerance)
+            # Where large terms cancel, what is left has their rounding: eight units of the largest.
+            rounding = max(tolerance["atol"], 1e-6 * plain[1][name].abs().max().item())
+            torch.testing.assert_close(gradient, plain[1][name], atol=rounding, rtol=1e-4)
         else:
             difference = (gradient - plain[1][name]).float().norm() / plain[1][name].float().norm()
             assert difference < 0.05, name

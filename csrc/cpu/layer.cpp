@@ -24,7 +24,7 @@ struct Dropout {
 Tensor rows_of(const Tensor& t) {
   if (t.dim() == 2) return t;
   const int64_t cols = t.size(-1);
-  return t.reshape_symint({c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)), cols});
+  return t.reshape({c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)), cols});
 }
 
 // (y [..., N], s [M, R])
