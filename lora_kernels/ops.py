@@ -16,7 +16,7 @@ from lora_kernels import dispatch, formulas
 from lora_kernels.autograd import as_dropout
 from lora_kernels.formulas import Needs, Saved
 
-# `torch.library.custom_op` would infer these schemas, and take 20 microseconds more in every call.
+# `torch.library.custom_op` would infer these schemas, and take about 10 microseconds more in every call.
 torch.library.define(
     "lora_kernels::lora_linear",
     "(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor alpha, float dropout_p, Tensor? seed, str backend)"

@@ -12,7 +12,7 @@ from random import Random
 import pytest
 
 from lora_kernels.problem import Problem
-from lora_kernels.tuning import tables
+from lora_kernels.tuning import cost, tables
 from lora_kernels.tuning.config import TileConfig, fits, rank_block
 from lora_kernels.tuning.cost import frozen_us, full_rate, predict_us, product_us, rate
 from lora_kernels.tuning.counted import Cycles, cycles, tiles
@@ -176,6 +176,21 @@ class TestCost:
     def test_an_unknown_form_is_refused(self):
         with pytest.raises(ValueError, match="got 'magic'"):
             predict_us("magic", BIG, TARGETS["sm_80"])
+
+    def test_b_is_copied_for_large_products_alone_and_where_it_saves_time(self, monkeypatch):
+        """Only with tensor descriptors, from a multiprocessor's second block on; the prediction has its price and gain."""
+        target = TARGETS["sm_90"]
+        large = Problem(8192, 4096, 4096, 64, "bfloat16", "bfloat16", device="cuda")
+        config = select(large, target, "two_kernel").config("lowrank_matmul")
+        blocks = target.multiprocessors
+        sizes = (config.block_m, config.block_n * blocks)
+        assert not cost.copy_of_b_pays(config, *sizes, target)
+        assert cost.copy_of_b_pays(config, sizes[0] + 1, sizes[1], target)
+        assert not cost.copy_of_b_pays(replace(config, tma=False), 8192, 4096, target)
+        copied = [predict_us("two_kernel", p, target, config) for p in (large, large.adjoint())]
+        monkeypatch.setattr(cost, "copy_of_b_pays", lambda *rule: False)
+        across = [predict_us("two_kernel", p, target, config) for p in (large, large.adjoint())]
+        assert copied[0] < across[0] and copied[1] == across[1]
 
 
 class TestSelect:

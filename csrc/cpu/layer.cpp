@@ -27,6 +27,15 @@ Tensor rows_of(const Tensor& t) {
   return t.reshape({c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)), cols});
 }
 
+// Rows as the last dimension of `like`'s others. Not a view for autograd: what a Function returns
+// as one could not be changed in place.
+Tensor shaped_like(const Tensor& rows, const Tensor& like) {
+  if (like.dim() == 2) return rows;
+  at::DimVector sizes(like.sizes());
+  sizes.back() = rows.size(1);
+  return at::_unsafe_view(rows, sizes);
+}
+
 // (y [..., N], s [M, R])
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& A,
                                    const Tensor& B, const std::optional<Tensor>& bias, double alpha,
@@ -34,13 +43,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   TORCH_CHECK(x.dim() > 0 && weight.dim() == 2, "x must have a last dimension, weight two");
   const Tensor rows = rows_of(x);
   Tensor s = shrink(rows, A, alpha, dropout.threshold, dropout.seed, dropout.keep_scale());
-  Tensor y = expand(rows, weight.t(), s, B, bias, 0, 0, 1.0);
-  if (x.dim() != 2) {
-    at::DimVector sizes(x.sizes());
-    sizes.back() = y.size(1);
-    y = at::_unsafe_view(y, sizes);  // a view that a Function returns could not be changed in place
-  }
-  return {y, s};
+  return {shaped_like(expand(rows, weight.t(), s, B, bias, 0, 0, 1.0), x), s};
 }
 
 // Autograd sees through plain ATen, and so do function transforms.
@@ -104,13 +107,10 @@ class Layer : public torch::autograd::Function<Layer> {
     }
     const Tensor dy = rows_of(grads[0].resolve_neg());
     const Tensor q = needs_x || needs_A ? shrink(dy, B.t(), alpha, 0, 0, 1.0) : Tensor();
-    if (needs_x) {
-      Tensor dx = expand(dy, weight, q, A.t(), std::nullopt, dropout.threshold, dropout.seed,
-                         dropout.keep_scale());
-      at::DimVector sizes(grads[0].sizes());
-      sizes.back() = dx.size(1);
-      out[0] = dx.view(sizes);
-    }
+    if (needs_x)
+      out[0] = shaped_like(expand(dy, weight, q, A.t(), std::nullopt, dropout.threshold,
+                                  dropout.seed, dropout.keep_scale()),
+                           grads[0]);
     if (needs_A)
       out[2] = reduce_outer(rows_of(x), q, A.scalar_type(), dropout.threshold, dropout.seed,
                             dropout.keep_scale());

@@ -11,6 +11,8 @@ import torch
 
 from lora_kernels import dispatch, lora_linear, use_backend
 from lora_kernels.backends import triton as backend_module
+from lora_kernels.backends.triton import lowrank_matmul as product_module
+from lora_kernels.backends.triton.lowrank_matmul import lowrank_matmul
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.select import select, shipped
@@ -78,6 +80,13 @@ def test_a_layers_forward_and_every_gradient(
     """Through `lora_linear`: the launches, their order and the dependent one are those of a training step."""
     on(target)
     monkeypatch.setattr(backend_module, "copy_of_b_pays", lambda *rule: b_copied)
+    along_the_rank = []
+
+    def seen(x, w, s, b, *rest, **options):
+        along_the_rank.append(b.stride(0) == 1)
+        return lowrank_matmul(x, w, s, b, *rest, **options)
+
+    monkeypatch.setattr(product_module, "lowrank_matmul", seen)
     torch.manual_seed(3)
     shapes = {"x": (70, 72), "weight": (88, 72), "A": (72, 12), "B": (12, 88), "bias": (88,)}
     leaves = [
@@ -105,6 +114,7 @@ def test_a_layers_forward_and_every_gradient(
     kernels = [launch.name.strip("_").removesuffix("_kernel") for launch in executed]
     assert kernels[:2] == ["shrink", "lowrank_matmul"] and "reduce_outer" in kernels
     assert executed[1].dependent == TARGETS[target].tma
+    assert along_the_rank == [b_copied, True]  # of B; dx finds A so
 
 
 @pytest.mark.parametrize("target", EXECUTED)
