@@ -14,7 +14,7 @@ import torch
 
 from lora_kernels import Problem, explain
 from lora_kernels.backends import cuda
-from tests.executed.test_cuda_decode import SOURCES, build_module, sources_digest
+from tests.executed.cuda_operators import SOURCES, build_module, sources_digest
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 ARCHITECTURES = build_module().ARCHITECTURES
@@ -57,7 +57,7 @@ def test_kernels_compile_without_spills(request, record_property):
 def test_the_library_refuses_cpu_tensors_and_harms_nothing(tmp_path):
     """In a process of its own, on whatever torch there is: it loads, registers, and says what it wants."""
     library = tmp_path / "_cuda.so"
-    output = build_module().build(library, archs=["80"])
+    output = build_module().build(library, archs=["80"], ptx="80")
     assert "spill" in output and library.stat().st_size > 100_000
     code = f"""
 import torch

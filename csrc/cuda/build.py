@@ -12,15 +12,20 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 _HERE = Path(__file__).resolve().parent
 
 
-def build(output: Path, *, archs: Sequence[str] | None = None) -> str:
+def build(
+    output: Path,
+    *,
+    archs: Sequence[str] = ARCHITECTURES,
+    ptx: str = ARCHITECTURES[-1],
+    more: Sequence[str] = (),
+) -> str:
     """Write the shared library `output` for the compute capabilities `archs` ("80", ...); returns what nvcc printed.
 
-    The newest capability's PTX is included, for GPUs to come. FileNotFoundError without nvcc; RuntimeError with nvcc's own
-    words when it fails.
+    The PTX for the capability `ptx` is included, for GPUs to come. `more` are further sources and options.
+    FileNotFoundError without nvcc; RuntimeError with nvcc's own words when it fails.
     """
     import torch
 
-    archs = ARCHITECTURES if archs is None else tuple(archs)
     root = Path(torch.__file__).parent
     # A torch with CUDA has the stream in a library of its own, which only a weak symbol asks for.
     libraries = [
@@ -36,7 +41,7 @@ def build(output: Path, *, archs: Sequence[str] | None = None) -> str:
         "-DTORCH_TARGET_VERSION=0x020a000000000000",  # 2.10, the oldest that is supported
         f"-I{root / 'include'}",
         *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
-        f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}",
+        f"-gencode=arch=compute_{ptx},code=compute_{ptx}",
         "-Xcompiler=-fPIC",
         "-Xptxas=-v",
         "-shared",
@@ -45,26 +50,14 @@ def build(output: Path, *, archs: Sequence[str] | None = None) -> str:
         *(f"-l{name}" for name in libraries),
         "--threads=0",
         *(str(_HERE / name) for name in SOURCES),
+        *more,
         "-o",
         str(output),
     ]
-    return _run(command)
-
-
-def ptx(output: Path, arch: str) -> None:
-    """Write the kernels' PTX for one compute capability."""
-    _run(
-        [
-            nvcc(),
-            "-std=c++20",
-            "-O3",
-            "-ptx",
-            f"-arch=sm_{arch}",
-            str(_HERE / "launch.cu"),
-            "-o",
-            str(output),
-        ]
-    )
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed:\n{done.stderr[-4000:]}")
+    return done.stdout + done.stderr
 
 
 def nvcc() -> str:
@@ -73,10 +66,3 @@ def nvcc() -> str:
     if found is None:
         raise FileNotFoundError("nvcc must be on the PATH to build the CUDA extension")
     return found
-
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"nvcc failed:\n{done.stderr[-4000:]}")
-    return done.stdout + done.stderr

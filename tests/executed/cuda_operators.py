@@ -1,97 +1,150 @@
-"""Stand-ins for the operators of `csrc/cuda/bindings.cu` that run the shipped kernels' PTX in the emulator.
-
-They do what the bindings do: describe the operands, pick the kernel that `launch.cu` picks, launch it once.
-"""
+"""The operators of `csrc/cuda` on CPU tensors: their compiled host code as it ships, their launches in the emulator."""
 
 from __future__ import annotations
 
 import ctypes
-import math
+import functools
+import hashlib
+import importlib.util
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.cuda import rows_per_tile
 from tests.ptx.counters import Counters
-from tests.ptx.launch import prepare
-from tests.ptx.parser import entry_names
-from tests.ptx.test_cuda import Decode, ReduceOuter, Rows
+from tests.ptx.launch import parsed, prepare
 
-TYPES = {torch.float32: "f", torch.bfloat16: "13__nv_bfloat16", torch.float16: "6__half"}
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+RUNTIME = Path(__file__).with_name("cuda_runtime.cpp")
+NAMESPACE = "lora_kernels_emulated"  # beside a lora_kernels_cuda that the process may have loaded
+OPTIONS = (
+    f"-Dlora_kernels_cuda={NAMESPACE}",
+    "-Xfatbin=-compress=false",  # so that the PTX can be read out of the library
+    "-cudart=none",
+    "-Xlinker=-Bsymbolic",
+    "-Xlinker=--wrap=aoti_torch_get_device_type",
+    "-Xlinker=--no-undefined",  # whatever the stand-in for the runtime lacks is an error
+    str(RUNTIME),
+)
+UINT3 = ctypes.POINTER(ctypes.c_uint * 3)
+ON_LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_char_p, UINT3, UINT3, ctypes.c_size_t, ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_void_p),
+)  # fmt: skip
+LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
+
+
+def build_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("cuda_build", SOURCES / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sources_digest(*more: str) -> str:
+    """Of what decides the compiled code: every source, how it is compiled (build.py and `more`), and by which nvcc."""
+    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout
+    read = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.is_file()]
+    return hashlib.sha256(b"\0".join([*read, nvcc, *map(str.encode, more)])).hexdigest()[:16]
+
+
+def build_library(folder: Path) -> Path:
+    """The library in `folder`, with every kernel for sm_80 as PTX; compiled again only when a source has changed."""
+    digest = sources_digest(RUNTIME.read_text(), torch.__version__, *OPTIONS)
+    library = folder / f"{digest}.so"
+    if not library.exists():
+        scratch = library.with_suffix(".tmp")
+        build_module().build(scratch, archs=(), ptx="80", more=OPTIONS)
+        scratch.rename(library)
+    return library
+
+
+@functools.cache
+def ptx_of(library: Path) -> str:
+    texts = re.findall(rb"\.version \d[^\0]*", library.read_bytes())
+    (kernels,) = (text for text in texts if b".entry" in text)
+    return kernels.decode()
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch as the runtime was asked for it, and what it counted."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    stream: int | None
+    device: int
+    counters: Counters
 
 
 class EmulatedOperators:
-    """`decode` and `reduce_outer` on CPU tensors; `counters` has what each launch counted."""
+    """`decode` and `reduce_outer`, in the order of `schedule`; `launches` has every launch."""
 
-    def __init__(self, ptx: str, schedule: int | None = None) -> None:
-        self.ptx, self.schedule = ptx, schedule
-        self.entries = entry_names(ptx)
-        self.counters: list[Counters] = []
+    def __init__(self, library: Path, schedule: int | None = None) -> None:
+        torch.ops.load_library(library)
+        self.ptx, self.schedule = ptx_of(library), schedule
+        self.runtime = ctypes.CDLL(str(library))
+        self.on_launch = ON_LAUNCH(self._launch)
+        self.launches: list[Launched] = []
+        self.fails = 0  # the error that a launch gives instead of running
 
-    def decode(
-        self, x, w, a, b, bias, y, s, partials, arrived, alpha_at, alpha, fused_rank, splits, chunk, skinny
-    ):  # fmt: skip
-        (M, K), N = x.shape, w.shape[1]
-        R = 0 if skinny else b.shape[0]
-        rows = [_rows(x, False), _rows(w, True), _rows(a, True) if fused_rank else Rows()]
-        tensors = {"x": x, "w": w, "b": b, "y": y, "partials": partials, "arrived": arrived}
-        tensors |= {"a": a} if fused_rank else {}
-        tensors |= {} if skinny else {"s": s}
-        tensors |= {} if bias is None else {"bias": bias}
-        params = Decode(
-            *rows, b.data_ptr() if R else None, *(b.stride() if R else (0, 0)),
-            None if bias is None else bias.data_ptr(), None if fused_rank else s.data_ptr(),
-            None, y.data_ptr(), s.data_ptr(), partials.data_ptr(), arrived.data_ptr(),
-            alpha, K, R, chunk, b.dtype == torch.float32, y.dtype == torch.float32, skinny,
-        )  # fmt: skip
-        tokens = 1 if M <= 8 else 2 if M <= 16 else 4
-        k_major = int(rows[1].k_major)
-        if x.dtype != torch.float32 and w.dtype != torch.float32:
-            ranks = math.ceil(fused_rank / 16) if k_major else 0
-            tile = f"MmaTileI{TYPES[x.dtype]}Li{tokens}ELi{ranks}ELb{k_major}E"
-        else:
-            tile = f"FmaTileI{TYPES[x.dtype]}Li{tokens}ELb{k_major}E"
-        grid = (math.ceil(N / rows_per_tile(w.dtype)), splits)
-        self._launch(f"decode_kernel|{tile}", grid, params, tensors)
+    @property
+    def counters(self) -> list[Counters]:
+        return [launched.counters for launched in self.launches]
 
-    def reduce_outer(self, left, right, out, left_is_wide):
-        wide, skinny = (left, right) if left_is_wide else (right, left)
-        out_column, out_rank = out.stride() if left_is_wide else out.stride()[::-1]
-        params = ReduceOuter(
-            wide.data_ptr(), skinny.data_ptr(), out.data_ptr(), *wide.stride(), out_column, out_rank,
-            wide.shape[0], wide.shape[1], skinny.shape[1],
-        )  # fmt: skip
-        kernel = f"reduce_outer_kernelI{TYPES[wide.dtype]}" + (
-            "f" if out.dtype == torch.float32 and wide.dtype != torch.float32 else ""
-        )
-        same = "S" if out.dtype == wide.dtype and wide.dtype != torch.float32 else ""
-        grid = (math.ceil(wide.shape[1] / 128), math.ceil(skinny.shape[1] / 8))
-        self._launch(kernel + same, grid, params, {"wide": wide, "skinny": skinny, "out": out})
+    def variable(self, name: str, kind: type = ctypes.c_int32):
+        """A variable of the stand-in for the runtime; `.value` is read and written."""
+        return kind.in_dll(self.runtime, name)
 
-    def _launch(
-        self,
-        needles: str,
-        grid: tuple[int, int],
-        params: ctypes.Structure,
-        tensors: dict[str, Tensor],
-    ):
-        found = [
-            name for name in self.entries if all(needle in name for needle in needles.split("|"))
-        ]
-        assert len(found) == 1, (needles, found)
-        tensors = {name: t for name, t in tensors.items() if t.numel()}
-        launch = prepare(
-            self.ptx, grid, 128, [("p", "struct", params)], entry=found[0], pointed=tensors
-        )
-        self.counters.append(launch.run(self.schedule))
+    def decode(self, *args) -> None:
+        self._call("decode", args)
 
+    def reduce_outer(self, *args) -> None:
+        self._call("reduce_outer", args)
 
-def _rows(t: Tensor, transposed: bool) -> Rows:
-    """As `rows_of` of the bindings."""
-    row, k = (1, 0) if transposed else (0, 1)
-    k_major = t.stride(k) == 1 or t.shape[k] == 1
-    stride = t.stride(row) if k_major else t.stride(k)
-    size = t.element_size()
-    run = t.shape[k] if k_major else t.shape[row]
-    align = math.gcd(16, t.data_ptr(), stride * size, run * size)
-    return Rows(t.data_ptr(), stride, t.shape[row], align, k_major)
+    def _call(self, name: str, args: tuple) -> None:
+        operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+        names = [argument.name for argument in operator._schema.arguments]
+        self.pointed = {
+            name: value
+            for name, value in zip(names, args, strict=True)
+            if isinstance(value, Tensor) and value.numel() and not value.is_meta
+        }
+        self.error: Exception | None = None
+        self.variable("launch", ctypes.c_void_p).value = ctypes.cast(
+            self.on_launch, ctypes.c_void_p
+        ).value
+        try:
+            operator(*args)
+        except RuntimeError as error:
+            if self.error is not None:
+                raise self.error from error
+            raise
+        finally:
+            self.variable("launch", ctypes.c_void_p).value = None
+        assert self.error is None, "the host code dropped the error of a launch"
+
+    def _launch(self, kernel, grid, block, shared, stream, arguments) -> int:
+        """The runtime's answer to one launch. No exception crosses the C++ between here and `_call`: it waits there."""
+        if self.fails:
+            return self.fails
+        try:
+            entry = kernel.decode()
+            (parameter,) = parsed(self.ptx, entry).params
+            struct = ctypes.string_at(arguments[0], parameter.size)
+            grid, block = tuple(grid.contents), tuple(block.contents)
+            launch = prepare(
+                self.ptx, grid, block, [("p", "struct", struct)], shared=shared, entry=entry, pointed=self.pointed
+            )  # fmt: skip
+            device = self.variable("current_device").value
+            self.launches.append(Launched(entry, grid, block, stream, device, launch.counters))
+            launch.run(self.schedule)
+        except Exception as error:
+            self.error = error
+            return LAUNCH_FAILURE
+        return 0

@@ -1,13 +1,9 @@
-"""The CUDA backend end to end: its Python side over the kernels that nvcc compiled, executed in the emulator."""
+"""The CUDA backend end to end: its Python, its compiled host code, and its kernels' PTX in the emulator."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +17,6 @@ from tests.executed.cuda_operators import EmulatedOperators
 from tests.oracle import AWKWARD, Case, assert_budget, check_backend
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 # Exact float32 products take a hundred times the instructions of a matrix unit's: of those cases the smaller ones.
 SMALL = [
     case
@@ -30,36 +25,11 @@ SMALL = [
 ]
 
 
-def build_module():
-    spec = importlib.util.spec_from_file_location("cuda_build", SOURCES / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def sources_digest(*more: str) -> str:
-    """Of what decides the compiled code: every source, how it is compiled (build.py and `more`), and by which nvcc."""
-    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout
-    read = [p.read_bytes() for p in sorted([*SOURCES.glob("*.*u*"), SOURCES / "build.py"])]
-    return hashlib.sha256(b"\0".join([*read, nvcc, *map(str.encode, more)])).hexdigest()[:16]
-
-
-@pytest.fixture(scope="session")
-def ptx(request) -> str:
-    """Every shipped kernel for sm_80; compiled again only when a source has changed."""
-    file = request.config.cache.mkdir("cuda_ptx") / f"{sources_digest()}.ptx"
-    if not file.exists():
-        scratch = file.with_suffix(".tmp")
-        build_module().ptx(scratch, "80")
-        scratch.rename(file)
-    return file.read_text()
-
-
 @pytest.fixture
-def backend(monkeypatch, ptx):
-    """The backend on CPU tensors; `.operators` are the emulated ones."""
+def backend(monkeypatch, library):
+    """The backend on CPU tensors; `.operators` are those it calls."""
     made = cuda.CudaBackend()
-    made.operators = EmulatedOperators(ptx)
+    made.operators = EmulatedOperators(library)
     monkeypatch.setattr(torch.ops, "lora_kernels_cuda", made.operators, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 4)
@@ -118,7 +88,7 @@ def test_counters_serve_the_next_launch(backend, monkeypatch):
     assert not counters.any()
 
 
-def test_bits_do_not_depend_on_the_order_of_blocks_and_warps(backend, ptx):
+def test_bits_do_not_depend_on_the_order_of_blocks_and_warps(backend):
     o = Case(6, 130, 1030, 12, dtype=torch.bfloat16).operands()
     results = []
     for schedule in (None, 1, 2, 3):
