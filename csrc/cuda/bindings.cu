@@ -26,23 +26,39 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void check(bool condition, const std::string& rule) {
-  if (!condition) throw std::runtime_error("lora_kernels_cuda: " + rule);
+void check(bool condition, const char* name, const char* rule) {
+  if (!condition) throw std::runtime_error(std::string("lora_kernels_cuda: ") + name + " " + rule);
 }
 
 Type type_of(const Tensor& t, const char* name) {
   const ScalarType type = t.scalar_type();
   if (type == ScalarType::Float) return Type::float32;
   if (type == ScalarType::Half) return Type::float16;
-  check(type == ScalarType::BFloat16, std::string(name) + " must be float32, float16 or bfloat16");
+  check(type == ScalarType::BFloat16, name, "must be float32, float16 or bfloat16");
   return Type::bfloat16;
+}
+
+void check_float_or(Type type, const Tensor& t, const char* name) {
+  const Type own = type_of(t, name);
+  check(own == type || own == Type::float32, name, "must have x's type or float32");
 }
 
 int64_t bytes_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
-void check_cuda(const Tensor& t, const char* name, int64_t dims) {
-  check(t.is_cuda(), std::string(name) + " must be on a CUDA device");
-  check(t.dim() == dims, std::string(name) + " must have " + std::to_string(dims) + " dimensions");
+void check_cuda(const Tensor& t, const char* name) {
+  check(t.is_cuda(), name, "must be on a CUDA device");
+}
+
+void check_matrix(const Tensor& t, const char* name) {
+  check_cuda(t, name);
+  check(t.dim() == 2, name, "must have 2 dimensions");
+}
+
+void check_buffer(const Tensor& t, const char* name, ScalarType type) {
+  check_cuda(t, name);
+  check(t.scalar_type() == type, name,
+        type == ScalarType::Int ? "must be int32" : "must be float32");
+  check(t.is_contiguous(), name, "must be contiguous");
 }
 
 // `t` as rows of K elements; `transposed`: t is [K, rows].
@@ -52,8 +68,7 @@ Rows rows_of(const Tensor& t, const char* name, bool transposed) {
   rows.data = t.data_ptr();
   rows.count = int(t.size(row));
   rows.k_major = t.stride(k) == 1 || t.size(k) == 1;
-  check(rows.k_major || t.stride(row) == 1 || t.size(row) == 1,
-        std::string(name) + " must have a unit stride");
+  check(rows.k_major || t.stride(row) == 1 || t.size(row) == 1, name, "must have a unit stride");
   rows.stride = rows.k_major ? t.stride(row) : t.stride(k);
   const int64_t size = bytes_of(type_of(t, name));
   const int64_t run = rows.k_major ? t.size(k) : t.size(row);
@@ -64,14 +79,16 @@ Rows rows_of(const Tensor& t, const char* name, bool transposed) {
 }
 
 cudaStream_t current_stream(const Tensor& t) {
-  check(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch was built without CUDA");
+  check(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch", "was built without CUDA");
   void* stream = nullptr;
-  check(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0,
-        "there is no current stream");
+  check(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0, "the device",
+        "has no current stream");
   return static_cast<cudaStream_t>(stream);
 }
 
-void check_launch(cudaError_t error) { check(error == cudaSuccess, cudaGetErrorString(error)); }
+void check_launch(cudaError_t error) {
+  check(error == cudaSuccess, "the launch failed:", cudaGetErrorString(error));
+}
 
 // y = x·w + bias + s·b and s = alpha·x·a, or with `skinny` y = alpha·x·w. x [M, K], w [K, N], a [K,
 // R], b [R, N], y [M, N], s [M, R] float32, partials and arrived as the launchers' units say; s is
@@ -79,47 +96,56 @@ void check_launch(cudaError_t error) { check(error == cudaSuccess, cudaGetErrorS
 void decode(Tensor x, Tensor w, Tensor a, Tensor b, std::optional<Tensor> bias, Tensor y, Tensor s,
             Tensor partials, Tensor arrived, std::optional<Tensor> alpha_at, double alpha,
             int64_t fused_rank, int64_t splits, int64_t chunk, bool skinny) {
-  check_cuda(x, "x", 2), check_cuda(w, "w", 2), check_cuda(y, "y", 2), check_cuda(s, "s", 2);
-  check_cuda(a, "a", 2), check_cuda(b, "b", 2);
+  check_matrix(x, "x"), check_matrix(w, "w"), check_matrix(y, "y"), check_matrix(s, "s");
+  check_matrix(a, "a"), check_matrix(b, "b");
   const Type x_type = type_of(x, "x"), w_type = type_of(w, "w");
   const int64_t M = x.size(0), K = x.size(1), N = w.size(1), R = skinny ? 0 : b.size(0);
-  check(M >= 1 && M <= MAX_TOKENS, "x must have 1 to 32 rows");
-  check(w.size(0) == K && y.size(0) == M && y.size(1) == N, "x, w and y must fit each other");
-  check(w_type == x_type || w_type == Type::float32, "w must have x's type or float32");
-  check(y.is_contiguous() && s.is_contiguous() && partials.is_contiguous(),
-        "results must be contiguous");
-  check(fused_rank == 0 || (fused_rank == R && R <= RANK_CHUNK && x_type != Type::float32),
-        "fused_rank must be R");
-  check(splits >= 1 && chunk >= 1 && splits * chunk >= K, "the splits must cover K");
+  check(M >= 1 && M <= MAX_TOKENS, "x", "must have 1 to 32 rows");
+  check(w.size(0) == K, "w", "must be [K, N]");
+  check(y.size(0) == M && y.size(1) == N && y.is_contiguous(), "y", "must be [M, N], contiguous");
+  check_float_or(x_type, w, "w"), check_float_or(x_type, y, "y");
+  check_buffer(s, "s", ScalarType::Float), check_buffer(partials, "partials", ScalarType::Float);
+  check_buffer(arrived, "arrived", ScalarType::Int);
+  check(fused_rank == 0 || (fused_rank == R && R <= RANK_CHUNK), "fused_rank",
+        "must be 0, or R and at most 32");
+  check(splits >= 1 && chunk >= 1 && splits * chunk >= K, "splits and chunk", "must cover K");
   const int64_t tiles = (N + rows_per_tile(w_type) - 1) / rows_per_tile(w_type);
   const int64_t slots = rows_per_tile(w_type) + ranks_per_tile(int(fused_rank));
   check(splits == 1 || (partials.numel() >= tiles * splits * M * slots && arrived.numel() >= tiles),
-        "partials and arrived must hold every tile's sums");
+        "partials and arrived", "must hold every tile's sums");
 
   Decode p = {};
   p.x = rows_of(x, "x", false);
-  check(p.x.k_major, "x must have adjacent elements in a row");
+  check(p.x.k_major, "x", "must have adjacent elements in a row");
   p.w = rows_of(w, "w", true);
   if (fused_rank > 0) {
-    check(a.size(0) == K && a.size(1) == R && type_of(a, "a") == x_type,
-          "a must be [K, R] in x's type");
+    // Other tiles have no ranks.
+    check(
+        p.w.k_major && w_type == x_type && x_type != Type::float32, "w",
+        "must be half, with adjacent elements in a column, where a is multiplied in the same pass");
+    check(a.size(0) == K && a.size(1) == R && type_of(a, "a") == x_type, "a",
+          "must be [K, R] in x's type");
     p.a = rows_of(a, "a", true);
   }
   if (R > 0) {
-    check(b.size(1) == N && s.size(0) == M && s.size(1) == R, "b and s must fit R");
+    check(b.size(1) == N, "b", "must be [R, N]");
+    check(s.size(0) == M && s.size(1) == R, "s", "must be [M, R]");
+    check_float_or(x_type, b, "b");
     p.b = b.data_ptr(), p.b_row = b.stride(0), p.b_col = b.stride(1);
     p.b_float = b.scalar_type() == ScalarType::Float;
   }
   if (bias.has_value()) {
-    check(bias->stride(0) == 1 && bias->size(0) == N && type_of(*bias, "bias") == x_type,
-          "bias must be [N], adjacent");
+    check_cuda(*bias, "bias");
+    check(bias->dim() == 1 && bias->size(0) == N && bias->is_contiguous() &&
+              type_of(*bias, "bias") == x_type,
+          "bias", "must be [N], contiguous, in x's type");
     p.bias = bias->data_ptr();
   }
   p.s_given = fused_rank > 0 ? nullptr : static_cast<const float*>(s.data_ptr());
   p.s = static_cast<float*>(s.data_ptr());
   if (alpha_at.has_value()) {
-    check(alpha_at->is_cuda() && alpha_at->scalar_type() == ScalarType::Float,
-          "alpha must be float32 on the device");
+    check_buffer(*alpha_at, "alpha_at", ScalarType::Float);
+    check(alpha_at->numel() == 1, "alpha_at", "must be one number");
     p.alpha_at = static_cast<const float*>(alpha_at->data_ptr());
   }
   p.alpha = float(alpha);
@@ -136,18 +162,19 @@ void decode(Tensor x, Tensor w, Tensor a, Tensor b, std::optional<Tensor> bias, 
 // out [C, D] = leftᵀ·right: left [M, C], right [M, D], M <= 32; the one of rank's width is float32
 // and contiguous.
 void reduce_outer(Tensor left, Tensor right, Tensor out, bool left_is_wide) {
-  check_cuda(left, "left", 2), check_cuda(right, "right", 2), check_cuda(out, "out", 2);
+  check_matrix(left, "left"), check_matrix(right, "right"), check_matrix(out, "out");
   const Tensor& wide = left_is_wide ? left : right;
   const Tensor& skinny = left_is_wide ? right : left;
-  check(wide.size(0) == skinny.size(0) && wide.size(0) <= OUTER_TOKENS,
-        "left and right must have the same, at most 32, rows");
-  check(skinny.scalar_type() == ScalarType::Float && skinny.is_contiguous(),
-        "the skinny operand must be contiguous float32");
-  check(out.is_contiguous() && out.size(0) == left.size(1) && out.size(1) == right.size(1),
-        "out must be [C, D]");
-  const Type wide_type = type_of(wide, "left or right"), out_type = type_of(out, "out");
-  check(out_type == wide_type || out_type == Type::float32,
-        "out must have the wide operand's type or float32");
+  const char *wide_name = left_is_wide ? "left" : "right",
+             *skinny_name = left_is_wide ? "right" : "left";
+  check(wide.size(0) == skinny.size(0) && wide.size(0) <= OUTER_TOKENS, "left and right",
+        "must have the same, at most 32, rows");
+  check_buffer(skinny, skinny_name, ScalarType::Float);
+  check(out.size(0) == left.size(1) && out.size(1) == right.size(1) && out.is_contiguous(), "out",
+        "must be [C, D], contiguous");
+  const Type wide_type = type_of(wide, wide_name), out_type = type_of(out, "out");
+  check(out_type == wide_type || out_type == Type::float32, "out",
+        "must have the wide operand's type or float32");
   ReduceOuter p = {};
   p.wide = wide.data_ptr(), p.skinny = static_cast<const float*>(skinny.data_ptr()),
   p.out = out.data_ptr();

@@ -101,18 +101,18 @@ class EmulatedOperators:
         """A variable of the stand-in for the runtime; `.value` is read and written."""
         return kind.in_dll(self.runtime, name)
 
-    def decode(self, *args) -> None:
-        self._call("decode", args)
+    def decode(self, *args, **more) -> None:
+        self._call("decode", args, more)
 
-    def reduce_outer(self, *args) -> None:
-        self._call("reduce_outer", args)
+    def reduce_outer(self, *args, **more) -> None:
+        self._call("reduce_outer", args, more)
 
-    def _call(self, name: str, args: tuple) -> None:
+    def _call(self, name: str, args: tuple, more: dict) -> None:
         operator = getattr(getattr(torch.ops, NAMESPACE), name).default
         names = [argument.name for argument in operator._schema.arguments]
-        self.pointed = {
+        self.pointed = {  # all memory that a launch may touch
             name: value
-            for name, value in zip(names, args, strict=True)
+            for name, value in (*zip(names, args, strict=False), *more.items())
             if isinstance(value, Tensor) and value.numel() and not value.is_meta
         }
         self.error: Exception | None = None
@@ -120,7 +120,7 @@ class EmulatedOperators:
             self.on_launch, ctypes.c_void_p
         ).value
         try:
-            operator(*args)
+            operator(*args, **more)
         except RuntimeError as error:
             if self.error is not None:
                 raise self.error from error
