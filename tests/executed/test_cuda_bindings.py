@@ -159,6 +159,8 @@ def test_what_reduce_outer_refuses(operators, name, value, rule):
 def test_rules_of_two_arguments(operators):
     tiles = decode_arguments(arrived=torch.zeros(3, dtype=torch.int32))
     refused(operators.decode, tiles, "w", torch.Tensor.float, "must be half")
+    tiles |= {"x": tiles["x"].float(), "y": tiles["y"].float()}
+    refused(operators.decode, tiles, "w", torch.Tensor.float, "must be half")
     ranks = {
         "a": torch.zeros(33, K, dtype=HALF).t(),
         "b": torch.zeros(33, N, dtype=HALF),
