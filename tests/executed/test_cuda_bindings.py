@@ -247,6 +247,16 @@ def test_a_bias_of_one_number_may_have_any_stride(operators):
     check_decoded(arguments, 0.5)
 
 
+def test_a_single_column_of_x_may_have_any_stride(operators):
+    x = torch.randn(1, M).to(HALF).t()
+    assert x.stride() == (1, M) and x.is_contiguous()
+    arguments = decode_arguments(
+        x=x, w=torch.randn(N, 1).to(HALF).t(), a=torch.randn(R, 1).to(HALF).t()
+    )
+    operators.decode(**arguments)
+    check_decoded(arguments, 0.5)
+
+
 def test_the_host_code_neither_allocates_nor_waits(library):
     """It was linked against a runtime that can only launch; of PyTorch it asks for the tensors' descriptions."""
     listed = subprocess.run(
