@@ -236,6 +236,22 @@ def test_alpha_is_read_on_the_device(operators, alpha):
     assert operators.counters[0].tensors["alpha_at"].bytes_loaded > 0
 
 
+@pytest.mark.parametrize("name", ["x", "w", "a"])
+@pytest.mark.parametrize("view", ["rows apart", "begins later"])
+def test_alignment_is_that_of_the_view(operators, name, view):
+    """Rows of 80 bytes allow vectors of 16, unless the distance of rows or the first address does not."""
+    arguments = decode_arguments()
+    rows = arguments[name] if name == "x" else arguments[name].t()
+    if view == "rows apart":
+        moved = torch.zeros(len(rows), K + 4, dtype=HALF)[:, :K]
+    else:
+        moved = torch.zeros(rows.numel() + 4, dtype=HALF)[4:].view(rows.shape)
+    moved.copy_(rows)
+    arguments[name] = moved if name == "x" else moved.t()
+    operators.decode(**arguments)
+    check_decoded(arguments, 0.5)
+
+
 def test_a_bias_of_one_number_may_have_any_stride(operators):
     """PyTorch calls it contiguous, so nobody copies it."""
     bias = torch.randn(7).to(HALF)[::7]
