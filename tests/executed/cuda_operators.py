@@ -11,7 +11,6 @@ import math
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.cuda import rows_per_tile
 from tests.ptx.counters import Counters
 from tests.ptx.launch import prepare
 from tests.ptx.parser import entry_names
@@ -29,9 +28,10 @@ class EmulatedOperators:
         self.counters: list[Counters] = []
 
     def decode(
-        self, x, w, a, b, bias, y, s, partials, arrived, alpha_at, alpha, fused_rank, splits, chunk, skinny
+        self, x, w, a, b, bias, y, s, partials, arrived, alpha_at, alpha, fused_rank, blocks, splits, chunk,
+        skinny
     ):  # fmt: skip
-        (M, K), N = x.shape, w.shape[1]
+        M, K = x.shape
         R = 0 if skinny else b.shape[0]
         rows = [_rows(x, False), _rows(w, True), _rows(a, True) if fused_rank else Rows()]
         tensors = {"x": x, "w": w, "b": b, "y": y, "partials": partials, "arrived": arrived}
@@ -51,8 +51,7 @@ class EmulatedOperators:
             tile = f"MmaTileI{TYPES[x.dtype]}Li{tokens}ELi{ranks}ELb{k_major}E"
         else:
             tile = f"FmaTileI{TYPES[x.dtype]}Li{tokens}ELb{k_major}E"
-        grid = (math.ceil(N / rows_per_tile(w.dtype)), splits)
-        self._launch(f"decode_kernel|{tile}", grid, params, tensors)
+        self._launch(f"decode_kernel|{tile}", (blocks, splits), params, tensors)
 
     def reduce_outer(self, left, right, out, left_is_wide):
         wide, skinny = (left, right) if left_is_wide else (right, left)
