@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from tests.ptx.clocks import CP_ASYNC
 from tests.ptx.memory import MemoryFault
 from tests.ptx.parser import LOCAL_WINDOW, PARAM_WINDOW, SHARED_LIMIT, Imm, Instr, Mem, PtxError
-from tests.ptx.races import CP_ASYNC
 from tests.ptx.strand import DTYPES, Run, Strand, bf16_to_f32, f32_to_bf16, opcode
 
 
@@ -88,6 +88,7 @@ def bind_load(instr: Instr, strand: Strand) -> Run:
         addresses, warps = addresses_of()[lanes], lanes >> 5
         actual, size = resolve_space(space, addresses), dtype.itemsize * count
         if actual == "global":
+            machine.races.loaded(strand, instr, lanes, addresses, size)
             words = machine.memory.read(
                 addresses, warps, dtype, count, explain(strand, instr, lanes)
             )
@@ -142,6 +143,7 @@ def bind_store(instr: Instr, strand: Strand) -> Run:
         actual, size = resolve_space(space, addresses), dtype.itemsize * count
         if actual == "global":
             machine.memory.write(addresses, warps, words, explain(strand, instr, lanes))
+            machine.races.stored(strand, instr, lanes, addresses, size)
         elif actual == "shared":
             start = shared_access(strand, instr, addresses, lanes, size, True, words)
             machine.shared.view(dtype)[start[:, None] // dtype.itemsize + np.arange(count)] = words
@@ -151,6 +153,13 @@ def bind_store(instr: Instr, strand: Strand) -> Run:
             strand.local[lanes[:, None], bytes_] = words.view(np.uint8).reshape(len(lanes), size)
 
     return run
+
+
+@opcode("membar", "fence.acq_rel", "fence.sc")
+def bind_fence(instr: Instr, strand: Strand) -> Run:
+    """Orders what stands before and after it around this warp's atomics."""
+    races = strand.machine.races
+    return lambda where: races.memory_fence(np.unique(strand.row[strand.indices(where)]))
 
 
 @opcode("fence.proxy.async")
@@ -189,6 +198,7 @@ def bind_atomic(instr: Instr, strand: Strand) -> Run:
     addresses_of = address_of(strand, operands[0])
     sources = [strand.source(o, kind) for o in operands[1:3]]
     space = space_of(instr)
+    order = next((m for m in instr.mods if m in ("acquire", "release", "acq_rel")), "relaxed")
 
     def run(where):
         lanes = strand.indices(where)
@@ -204,6 +214,7 @@ def bind_atomic(instr: Instr, strand: Strand) -> Run:
                 old = view[index[0]].copy()
                 view[index[0]] = function(old)
             else:
+                machine.races.atomic(int(strand.row[lane]), int(addresses[n]), order)
                 old = machine.memory.update(int(addresses[n]), DTYPES[kind], function,
                                             explain(strand, instr, lanes)(n))  # fmt: skip
             if target is not None:

@@ -1,10 +1,7 @@
-"""Data races in shared and tensor memory, by vector clocks: what orders two accesses decides, not when they ran.
+"""Data races in shared, tensor and global memory: what orders two accesses decides, not when they ran.
 
-An agent is a warp, an engine that a warp feeds, or the tensor copies that complete on one mbarrier. An access bears a
-stamp, its agent's epoch in steps of `step` plus the number of the instruction, and each warp knows for every agent below
-which stamp its accesses are over. An access races when the last write of a cell, or, if it writes, a read since, is not
-known to be over by the warp that does or issues it. What is asynchronous accesses when it is issued and is over when
-somebody has waited for it.
+An access races when the last write of a cell, or, if it writes, a read since, is not known to be over by the warp that
+does or issues it. What is asynchronous accesses when it is issued and is over when somebody has waited for it.
 """
 
 from __future__ import annotations
@@ -13,17 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tests.ptx.clocks import MMA, OVER, SEEN, Clocks
 from tests.ptx.parser import Instr, PtxError
 from tests.ptx.strand import DTYPES, Strand
 
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine
 
-WARP, CP_ASYNC, WGMMA, TENSOR_STORE, MMA, TENSOR_LD, TENSOR_ST, ALLOC = range(8)
-ENGINES = ("", "cp.async of ", "wgmma of ", "tensor store of ", "tcgen05.mma of ", "tcgen05.ld of ",
-           "tcgen05.st of ", "tcgen05.alloc of ")  # fmt: skip
-THREADS_OWN = (WARP, CP_ASYNC)  # the others need a fence.proxy.async to see what these wrote
-MBARRIERS = 64
 LANES, COLUMNS = 128, 512  # of tensor memory
 LANES_OF_CELL = 16
 ROWS = LANES // LANES_OF_CELL
@@ -52,78 +45,24 @@ def _winners(cells: np.ndarray, words: np.ndarray) -> np.ndarray:
     return words.ravel()[::-1][last][group.ravel()][::-1].reshape(words.shape)
 
 
-class Races:
+class Races(Clocks):
     """The last accesses of every cell of the resident CTAs, and what each warp knows to be over."""
 
     def __init__(self, machine: Machine) -> None:
-        self.machine, self.code = machine, machine.program.code
-        self.warps, ctas = machine.warps, len(machine.ctas)
-        self.step = 1 << len(self.code).bit_length()
+        super().__init__(machine)
+        ctas = len(machine.ctas)
         self.cell = cell_bytes(self.code)
         self.shared_cells = ctas * machine.shared_bytes // self.cell
         cells = self.shared_cells
         if any(instr.base == "tcgen05" for instr in self.code):
             cells += ctas * ROWS * COLUMNS
-        agents = len(ENGINES) * self.warps + MBARRIERS
-        # [what is over, what of it async operations see] [warp] [agent]: stamps below this
-        self.known = np.zeros((2, ctas * self.warps, agents), np.int64)
-        self.own = np.arange(ctas * self.warps) % self.warps
-        self.known[0, np.arange(ctas * self.warps), self.own] = self.step
-        self.threads_own = np.isin(np.arange(agents) // self.warps, THREADS_OWN)
         self.writer = np.zeros(cells, np.int16)
         self.written = np.full(cells, NEVER, np.int64)
         self.readers = np.arange(self.warps)  # agents, a column of reads each
         self.reads = np.full((cells, self.warps), NEVER, np.int64)
-        self.mbarriers: dict[int, int] = {}
-        self.epochs = np.zeros((ctas, agents), np.int64)  # of the copies on each mbarrier
-
-    # What orders
-
-    def release(self, rows: np.ndarray) -> np.ndarray:
-        """What these warps know, for whoever waits for them; what they do from here on is not in it."""
-        clock = self.known[:, rows].max(1)
-        self.known[0, rows, self.own[rows]] += self.step
-        return clock
-
-    def acquire(self, rows: np.ndarray, clock: np.ndarray) -> None:
-        """These warps have waited for what `clock` was released by."""
-        self.known[:, rows] = np.maximum(self.known[:, rows], clock[:, None])
-
-    def fence(self, rows: np.ndarray) -> None:
-        """fence.proxy.async: what is over for these warps, asynchronous operations that they order see."""
-        self.known[1, rows] = self.known[0, rows]
-        self.known[0, rows, self.own[rows]] += self.step
-
-    def finish(self, rows: np.ndarray, engine: int, groups: np.ndarray | None = None) -> None:
-        """These warps have waited for their engine: for the groups below `groups`, or for all."""
-        agents = engine * self.warps + self.own[rows]
-        if groups is None:
-            over = self.known[0, rows, self.own[rows]]
-            self.known[0, rows, self.own[rows]] += self.step
-        else:
-            over = groups * self.step
-        np.maximum.at(self.known[0], (rows, agents), over)
-
-    def commit(self, row: int) -> np.ndarray:
-        """What a tcgen05.commit of this warp says to be over: what the warp knows, and its multiplies so far."""
-        clock = self.release(np.array([row]))
-        clock[0, MMA * self.warps + self.own[row]] = clock[0, self.own[row]]
-        return clock
-
-    def mbarrier(self, address: int) -> int:
-        """The agent of the tensor copies that complete on the mbarrier at `address`."""
-        agent = len(ENGINES) * self.warps + self.mbarriers.setdefault(address, len(self.mbarriers))
-        if agent >= self.known.shape[2]:
-            raise PtxError(f"more than {MBARRIERS} mbarriers")
-        return agent
-
-    def complete(self, cta: int, address: int, clock: np.ndarray) -> None:
-        """A phase of the mbarrier is over, and with it the copies issued in it."""
-        agent = self.mbarrier(address)
-        self.epochs[cta, agent] += self.step
-        clock[0, agent] = self.epochs[cta, agent]
-
-    # What is to be ordered
+        self.stores: dict[
+            str, tuple[np.ndarray, np.ndarray]
+        ] = {}  # of each stored tensor by element: row, stamp
 
     def shared(self, start: np.ndarray, size: int) -> np.ndarray:
         """Cells [n, k] of n accesses of `size` bytes at byte indices into the batch's shared memory."""
@@ -159,8 +98,36 @@ class Races:
             instr, cells, rows, agent, self.epochs[row // self.warps, agent], writes, writes
         )
 
+    def stored(self, strand: Strand, instr: Instr, lanes, addresses: np.ndarray, size: int) -> None:
+        """The threads `lanes` store to global memory."""
+        rows = strand.row[lanes]
+        stamps = self._now(rows) + instr.at
+        for binding in self.machine.memory.bindings:
+            chosen, elements = binding.elements(addresses, size)
+            if len(chosen):
+                n = binding.extent // binding.itemsize
+                empty = np.zeros(n, np.int16), np.full(n, NEVER, np.int64)
+                writer, written = self.stores.setdefault(binding.name, empty)
+                writer[elements], written[elements] = rows[chosen, None], stamps[chosen, None]
+
+    def loaded(self, strand: Strand, instr: Instr, lanes, addresses: np.ndarray, size: int) -> None:
+        """The threads `lanes` load from global memory: what this launch has stored there must be over."""
+        for binding in self.machine.memory.bindings if self.stores else ():
+            if binding.name not in self.stores:
+                continue
+            chosen, elements = binding.elements(addresses, size)
+            writer, written = (each[elements] for each in self.stores[binding.name])
+            rows = strand.row[lanes[chosen]]
+            late = written >= self.known[OVER][rows[:, None], self.world + writer]
+            for n, k in np.argwhere(late)[:1]:
+                place = f"byte {elements[n, k] * binding.itemsize} of {binding.name}"
+                raise self._race(
+                    instr, place, int(rows[n]), self.world + int(rows[n]), False,
+                    "write", self.world + int(writer[n, k]), int(written[n, k]),
+                )  # fmt: skip
+
     def _now(self, rows: np.ndarray) -> np.ndarray:
-        return self.known[0, rows, self.own[rows]] - self.step
+        return self.known[OVER, rows, self.own[rows]] - self.step
 
     def _access(
         self, instr, cells, rows, agents, epochs, writes: bool, fenced: bool = False, words=None
@@ -168,15 +135,15 @@ class Races:
         """Checks accesses of `cells` [n, k], done or issued by the warps `rows`, against those before, and notes them."""
 
         def race(n: int, k: int, before: str, other: int, stamp: int) -> DataRace:
-            access = instr, int(cells[n, k]), int(rows[n]), int(agents[n]), writes
+            access = instr, self._place(int(cells[n, k])), int(rows[n]), int(agents[n]), writes
             return self._race(*access, before, int(other), int(stamp))
 
         row, agent, stamps = rows[:, None], agents[:, None], epochs[:, None] + instr.at
         in_order = agent // self.warps == MMA  # one after the other
         writer, written = self.writer[cells], self.written[cells]
-        over = self.known[0][row, writer]
+        over = self.known[OVER][row, writer]
         if fenced:
-            over = np.where(self.threads_own[writer], self.known[1][row, writer], over)
+            over = np.where(self.threads_own[writer], self.known[SEEN][row, writer], over)
         late = (written >= over) & ~(in_order & (writer == agent))
         if late.any():
             again = self._again(instr, cells, words, late)
@@ -187,7 +154,7 @@ class Races:
             columns = self._columns(agents)[:, None]
             self.reads[cells, columns] = stamps
             return
-        reads, over = self.reads[cells], self.known[0][row, self.readers]
+        reads, over = self.reads[cells], self.known[OVER][row, self.readers]
         late = (reads >= over[:, None]) & ~(in_order & (self.readers == agent))[:, None]
         if late.any():
             again = self._again(instr, cells, words, late.any(2))
@@ -224,27 +191,17 @@ class Races:
         order = np.argsort(self.readers)
         return order[np.searchsorted(self.readers, agents, sorter=order)]
 
-    # What is said
-
     def _race(
-        self, instr: Instr, cell: int, row: int, agent: int, writes: bool, before: str, other: int, stamp: int
+        self, instr: Instr, place: str, row: int, agent: int, writes: bool, before: str, other: int, stamp: int
     ) -> DataRace:  # fmt: skip
         """What is said of an access and the one with `stamp` by the agent `other` that it should come after."""
         first, cta = self.code[stamp % self.step], self.machine.ctas[row // self.warps]
-        how = "without a fence.proxy.async" if stamp < self.known[0, row, other] else "unordered"
+        how = "without a fence.proxy.async" if stamp < self.known[OVER, row, other] else "unordered"
         return DataRace(
-            f"{how}: {'write' if writes else 'read'} after {before} of {self._place(cell)} of CTA {cta}"
+            f"{how}: {'write' if writes else 'read'} after {before} of {place} in CTA {cta}"
             f"\nline {instr.line}: {instr.text}: {self._name(agent)}"
             f"\nline {first.line}: {first.text}: {self._name(other)}"
         )
-
-    def _name(self, agent: int) -> str:
-        engine, warp = divmod(agent, self.warps)
-        if engine < len(ENGINES):
-            return f"{ENGINES[engine]}warp {warp}"
-        number = agent - len(ENGINES) * self.warps
-        address = next(a for a, n in self.mbarriers.items() if n == number)
-        return f"copy to mbarrier {address}"
 
     def _place(self, cell: int) -> str:
         if cell < self.shared_cells:

@@ -7,9 +7,10 @@ import re
 import numpy as np
 
 from tests.ptx.access import address_of, shared_index
+from tests.ptx.clocks import ALLOC, MMA, TENSOR_LD, TENSOR_ST
 from tests.ptx.fragments import KIND_BYTES, RegisterBlock, decode, whole_warps
 from tests.ptx.parser import Instr, Mem, PtxError
-from tests.ptx.races import ALLOC, COLUMNS, LANES, MMA, TENSOR_LD, TENSOR_ST
+from tests.ptx.races import COLUMNS, LANES
 from tests.ptx.strand import Run, Strand, opcode
 from tests.ptx.tma import barrier_at, barriers_of
 from tests.ptx.wgmma import operand_addresses, operand_cells, read_operand

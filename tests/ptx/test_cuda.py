@@ -89,13 +89,18 @@ def test_too_little_shared_memory_is_noticed(sums):
         run_sums(sums, torch.randn(5, 300), None, shared=400)
 
 
-def test_missing_barriers_are_noticed(sums):
-    pieces = re.split(r"(bar\.sync\s+0;)", sums)
-    assert len(pieces) == 7
-    for skipped in (1, 3, 5):
-        damaged = "".join(p for i, p in enumerate(pieces) if i != skipped)
+def without(ptx: str, *lines: int) -> str:
+    return "\n".join("" if n in lines else line for n, line in enumerate(ptx.splitlines()))
+
+
+def test_missing_barriers_and_fences_are_noticed(sums):
+    numbers = [
+        n for n, line in enumerate(sums.splitlines()) if re.search(r"bar\.sync|membar", line)
+    ]
+    assert len(numbers) == 5
+    for number in numbers:
         with pytest.raises(DataRace):
-            run_sums(damaged, torch.randn(5, 300), None)
+            run_sums(without(sums, number), torch.randn(5, 300), None)
 
 
 class Rows(ctypes.Structure):
@@ -132,8 +137,8 @@ def entry(ptx: str, *needles: str) -> str:
 class Product:
     """y and s of one ragged product by the decode kernel; what the emulator is given to compute them."""
 
-    def __init__(self, dtype: torch.dtype, splits: int) -> None:
-        M, N, K, R = 5, 75, 3 * 128 + 21, 12
+    def __init__(self, dtype: torch.dtype, splits: int, R: int = 12) -> None:
+        M, N, K = 5, 75, 3 * 128 + 21
         self.tile, rows = ("MmaTile", 64) if dtype == torch.bfloat16 else ("FmaTile", 32)
         fused = self.tile == "MmaTile"
         x, w, a = (torch.randn(n, K).to(dtype) / K**0.5 for n in (M, N, R))
@@ -154,6 +159,7 @@ class Product:
         )  # fmt: skip
         self.tensors = {"x": x, "w": w, "a": a, "b": b, "bias": bias, "s": s, "y": y}
         self.tensors |= {"partials": partials, "arrived": arrived}
+        self.tensors = {name: t for name, t in self.tensors.items() if t.numel()}
 
     def run(self, ptx: str, schedule: int | None) -> Counters:
         launch = prepare(
@@ -180,6 +186,38 @@ def test_decode(shipped, dtype, splits, schedule):
     product.check()
     assert counters.tensors["w"].bytes_loaded == product.tensors["w"].nbytes
     assert (counters.tensors["y"].stores == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "spare"),
+    [(torch.bfloat16, 12, {5, 6}), (torch.float32, 40, {5}), (torch.float32, 0, {6, 7})],
+    ids=["fused", "two chunks of the rank", "no rank"],
+)
+def test_every_barrier_and_fence_of_decode(shipped, dtype, rank, spare):
+    """Each deleted in turn is noticed, at one rank or another.
+
+    Between the split sums and their use stand a barrier after them, 5, and, for each chunk of the rank, one that keeps the
+    chunk before whole, 6, and one in it, 7.
+    """
+    product = Product(dtype, 3, rank)
+    lines = shipped.splitlines()
+    entries = [n for n, line in enumerate(lines) if ".entry" in line] + [len(lines)]
+    (at,) = (
+        i for i, n in enumerate(entries[:-1]) if entry(shipped, "decode", product.tile) in lines[n]
+    )
+    body = range(entries[at], entries[at + 1])
+    ordering = [n for n in body if re.search(r"bar\.sync|membar", lines[n])]
+
+    def races(*lines: int) -> bool:
+        product.tensors["arrived"].zero_()
+        try:
+            product.run(without(shipped, *lines), None)
+        except DataRace:
+            return True
+        return False
+
+    assert not races()
+    assert {i for i, line in enumerate(ordering) if not races(line)} == spare
 
 
 def test_reduce_outer(shipped):

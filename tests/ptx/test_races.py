@@ -25,7 +25,7 @@ STORE_MINE, LOAD_OTHER = "st.shared.b32 [%r3], %r1;", "ld.shared.b32 %r2, [%r4];
 
 def run(body: str, schedule: int | None = None, threads: int = 64) -> None:
     source = np.arange(256, dtype=np.uint32)
-    args = [("out", "*", np.zeros(1, np.uint32)), ("source", "*", source)]
+    args = [("out", "*", np.zeros(96, np.uint32)), ("source", "*", source)]
     prepare(kernel_text(WORDS + WARP + body), (1,), threads, args).run(schedule)
 
 
@@ -54,7 +54,7 @@ def is_ordered(body: str, threads: int = 64) -> None:
 )
 def test_two_warps_and_a_barrier_between_them(first, second, kind):
     said = races(first + second)
-    assert said.startswith(f"unordered: {kind} of CTA (0, 0, 0)\n")
+    assert said.startswith(f"unordered: {kind} in CTA (0, 0, 0)\n")
     (late, early) = re.findall(r"line \d+: (.*): warp (\d)", said)
     assert late[0] + early[0] == second[:-1] + first[:-1] and late[1] != early[1]
     is_ordered(f"{first} bar.sync 0; {second}")
@@ -109,6 +109,31 @@ def test_who_sees_a_phase_complete_comes_after_those_that_arrived():
     races(INIT + ARRIVE + store + WAIT.format(0) + load)
     again = "@!%p1 " + STORE_MINE
     races(INIT + load + WAIT.format(0) + ARRIVE + "@%p1 st.shared.b32 [%r4], %r1;" + again)
+
+
+GLOBAL = "cvt.u64.u32 %rd3, %r3; add.u64 %rd3, %rd3, %rd1; cvt.u64.u32 %rd4, %r4; add.u64 %rd4, %rd4, %rd1;"
+STORE_GLOBAL, LOAD_GLOBAL = "st.global.b32 [%rd3], %r1;", "ld.global.b32 %r2, [%rd4];"
+
+
+def test_what_was_stored_in_global_memory_is_over_before_it_is_loaded():
+    is_ordered(GLOBAL + STORE_GLOBAL + "bar.sync 0;" + LOAD_GLOBAL)
+    assert "read after write of byte 252 of out" in races(GLOBAL + STORE_GLOBAL + LOAD_GLOBAL)
+
+
+@pytest.mark.parametrize("add", ["membar.gl; atom.global.add.u32 %r7, [%rd2], 1; membar.gl;",
+                                 "atom.acq_rel.gpu.global.add.u32 %r7, [%rd2], 1;"])  # fmt: skip
+def test_a_fenced_atomic_hands_on_what_is_over(add):
+    """Warp 1 reads when it finds that warp 0's threads have added."""
+    until = (
+        "W: @!%p1 atom.acquire.global.add.u32 %r8, [%rd2], 0; setp.lt.u32 %p4, %r8, 32; @%p4 bra W;"
+    )
+    body = f"{GLOBAL} @%p1 {STORE_GLOBAL} mov.u32 %r8, 32; @!%p1 bra L; {{}} L: {until} @!%p1 {LOAD_GLOBAL}"
+    is_ordered(body.format(add))
+    for bare in (
+        "atom.global.add.u32 %r7, [%rd2], 1;",
+        "atom.acquire.global.add.u32 %r7, [%rd2], 1;",
+    ):
+        assert "read after write" in races(body.format(bare))
 
 
 def test_an_mbarrier_is_made_before_and_ended_after_its_use():

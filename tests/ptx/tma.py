@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tests.ptx.access import address_of, explain, shared_access
+from tests.ptx.clocks import TENSOR_STORE
 from tests.ptx.memory import Binding
 from tests.ptx.parser import PARAM_WINDOW, Imm, Instr, PtxError
-from tests.ptx.races import TENSOR_STORE
 from tests.ptx.strand import DTYPES, Run, Strand, opcode
 from tests.ptx.wgmma import swizzled
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tests.ptx.clocks import WGMMA
 from tests.ptx.fragments import (
     KIND_BYTES,
     RegisterBlock,
@@ -18,7 +19,6 @@ from tests.ptx.fragments import (
     whole_warps,
 )
 from tests.ptx.parser import Instr, PtxError
-from tests.ptx.races import WGMMA
 from tests.ptx.strand import Run, Strand, opcode
 
 # Where a descriptor says how its rows are swizzled, and the bytes of a row for what it says.
