@@ -73,6 +73,9 @@ def test_a_missing_fence_before_the_tensor_core_reads_is_noticed(target, tma):
     kernel = product.compile(target, tma=tma)
     last = kernel.instructions("fence.proxy.async")[-1]
     assert "without a fence.proxy.async" in noticed(kernel.without(last), product, [None])
+    store = kernel.instructions("st.shared.b16")[0]
+    early = kernel.without(last).edited(store, lambda line: kernel.ptx.splitlines()[last] + line)
+    assert "without a fence.proxy.async" in noticed(early, product, [None])
 
 
 def test_a_group_that_is_waited_for_too_early_is_noticed():

@@ -129,6 +129,8 @@ def test_a_fenced_atomic_hands_on_what_is_over(add):
     )
     body = f"{GLOBAL} @%p1 {STORE_GLOBAL} mov.u32 %r8, 32; @!%p1 bra L; {{}} L: {until} @!%p1 {LOAD_GLOBAL}"
     is_ordered(body.format(add))
+    relaxed = body.format(add).replace("atom.acquire", "atom")
+    assert "read after write" in races(relaxed)
     for bare in (
         "atom.global.add.u32 %r7, [%rd2], 1;",
         "atom.acquire.global.add.u32 %r7, [%rd2], 1;",
