@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 # The repository's own package and tests, from its root.
 from lora_kernels.problem import Problem  # noqa: E402
+from lora_kernels.tuning.config import cuda_decode_blocks  # noqa: E402
 from lora_kernels.tuning.cost import full_rate, predict_us  # noqa: E402
 from lora_kernels.tuning.counted import RANKS, TABLE  # noqa: E402
 from lora_kernels.tuning.select import candidates, everyone, select  # noqa: E402
@@ -210,25 +211,22 @@ def decode_table() -> Iterator[str]:
 
 
 def adapters_from_l2() -> str:
-    """What the second readings of A cost the CUDA C++ kernel, and so what a block of several column tiles would save."""
-    problem, columns = problem_of((1, 4096, 14336, 32)), 64
-    again = problem.N // columns * problem.K * problem.R * problem.itemsize
-    share, limit = {}, {}
+    """What readings of A cost the CUDA C++ kernel."""
+    problem = problem_of((1, 4096, 14336, 32))
+    each = problem.K * problem.R * problem.itemsize
+    share = {}
     for target in TARGETS.values():
         if target.name.startswith("sm_"):
-            reading_us = again / (target.l2_gbs * 1e3)
+            readers = cuda_decode_blocks(problem.N // 64, target.multiprocessors)
+            reading_us = readers * each / (target.l2_gbs * 1e3)
             share[target.chip] = reading_us / predict_us("frozen", problem, target)
-            limit[target.chip] = problem.R / share[target.chip]
     least, most = min(share, key=share.__getitem__), max(share, key=share.__getitem__)
     return (
-        "Every block of 64 columns reads A again, from L2: R/64 of W's bytes. At R = 32, the most that is computed on the "
-        f"way, this takes L2 from {share[least]:.2f} ({least}) to {share[most]:.2f} ({most}) of the time that W takes to "
-        "arrive from memory, and it runs beside it: by the model's rates it would be the limit only from "
-        f"R = {limit[most]:.0f} on. So a block that went over several column tiles and computed x·A for the first alone "
-        "would save nothing that the model sees. It would need fewer blocks, or more splits of K and their partial sums, "
-        "and the kernel has one tile a block. The model leaves out that W itself and x, M/64 of W's bytes, pass through "
-        f"L2 too: with them the {most} is bound by L2 at M = R = 32, for {2 * 2 * share[most]:.2f} of W's time, and two "
-        f"tiles a block would save an eighth there, the {least} nothing ({2 * 2 * share[least]:.2f})."
+        "A block keeps x·A of its first column tile for its others, and there are at most as many blocks along the columns "
+        "as multiprocessors: none reads a byte of A twice, and together they read A from L2 at most once a multiprocessor. "
+        f"For {problem.K} x {problem.N} at R = 32, the most that is computed on the way, this takes L2 from "
+        f"{share[least]:.2f} ({least}) to {share[most]:.2f} ({most}) of the time that W takes to arrive from memory, and it "
+        "runs beside it. The model leaves out that W itself and x, M/64 of W's bytes, pass through L2 too."
     )
 
 
@@ -279,9 +277,11 @@ def main() -> None:
     decode = [
         "# The CUDA C++ kernel for small batches: predicted, not measured",
         "",
-        "For at most 32 rows the time is that of reading W. The kernel reads W once with 16-byte loads, x and A once for",
-        "each block of 64 columns (counted in the emulator by `tests/executed/test_cuda_decode.py`), computes x·A on the",
-        "way where R is at most 32, and stores y once. Splits of K are summed in index order by the last block to arrive.",
+        "For at most 32 rows the time is that of reading W. The kernel reads W once with 16-byte loads, x once for each 64",
+        "columns, A once for each block, and stores y once (counted in the emulator by",
+        "`tests/executed/test_cuda_decode.py`). Halves with an nn.Linear's weight get x·A on the way where R is at most 32;",
+        "elsewhere, in a backward for instance, x·A is a launch of the same kernel before it and A is read once in all.",
+        "Splits of K are summed in index order by the last block to arrive.",
         "",
         *decode_table(),
         "",

@@ -14,6 +14,7 @@ import torch
 
 from lora_kernels import Problem, explain
 from lora_kernels.backends import cuda
+from lora_kernels.tuning.config import cuda_decode_blocks
 from tests.executed.cuda_operators import SOURCES, build_module, sources_digest
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
@@ -65,7 +66,7 @@ torch.ops.load_library({str(library)!r})
 x, w = torch.randn(2, 8), torch.randn(8, 4)
 y, s = torch.empty(2, 4), torch.empty(2, 3)
 try:
-    torch.ops.lora_kernels_cuda.decode(x, w, w, w, None, y, s, s, s, None, 1.0, 0, 1, 16, False)
+    torch.ops.lora_kernels_cuda.decode(x, w, w, w, None, y, s, s, s, None, 1.0, 0, 1, 1, 16, False)
 except RuntimeError as error:
     assert "x must be on a CUDA device" in str(error), error
 else:
@@ -115,11 +116,19 @@ def test_a_missing_or_damaged_library_is_a_reason(monkeypatch, tmp_path, content
 @pytest.mark.parametrize("K", [0, 1, 31, 32, 4096, 14336])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_splits_cover_k_in_whole_steps(K, dtype):
-    for N in (1, 64, 4096):
-        splits, chunk = cuda.split_of(1, N, K, dtype, 132)
+    for blocks in (1, 64, 132, 2004):
+        splits, chunk = cuda.split_of(blocks, K, dtype, 132)
         step = 16 if dtype == torch.float32 else 32
         assert (
             splits >= 1
             and chunk % step == 0
             and splits * chunk >= K > (splits - 1) * chunk - (K == 0)
         )
+
+
+@pytest.mark.parametrize("tiles", [1, 131, 132, 133, 224, 264, 2004])
+def test_blocks_that_read_a_are_at_most_one_a_multiprocessor(tiles):
+    """And none has more tiles than another but by one."""
+    blocks = cuda_decode_blocks(tiles, 132)
+    assert 1 <= blocks <= min(tiles, 132)
+    assert -(-tiles // blocks) == -(-tiles // 132)

@@ -95,7 +95,7 @@ void check_launch(cudaError_t error) {
 // given unless fused_rank is R.
 void decode(Tensor x, Tensor w, Tensor a, Tensor b, std::optional<Tensor> bias, Tensor y, Tensor s,
             Tensor partials, Tensor arrived, std::optional<Tensor> alpha_at, double alpha,
-            int64_t fused_rank, int64_t splits, int64_t chunk, bool skinny) {
+            int64_t fused_rank, int64_t blocks, int64_t splits, int64_t chunk, bool skinny) {
   check_matrix(x, "x"), check_matrix(w, "w"), check_matrix(y, "y"), check_matrix(s, "s");
   check_matrix(a, "a"), check_matrix(b, "b");
   const Type x_type = type_of(x, "x"), w_type = type_of(w, "w");
@@ -109,6 +109,7 @@ void decode(Tensor x, Tensor w, Tensor a, Tensor b, std::optional<Tensor> bias, 
   check(fused_rank == 0 || (fused_rank == R && R <= RANK_CHUNK), "fused_rank",
         "must be 0, or R and at most 32");
   check(splits >= 1 && chunk >= 1 && splits * chunk >= K, "splits and chunk", "must cover K");
+  check(blocks >= 1, "blocks", "must be at least 1");
   const int64_t tiles = (N + rows_per_tile(w_type) - 1) / rows_per_tile(w_type);
   const int64_t slots = rows_per_tile(w_type) + ranks_per_tile(int(fused_rank));
   check(splits == 1 || (partials.numel() >= tiles * splits * M * slots && arrived.numel() >= tiles),
@@ -156,7 +157,8 @@ void decode(Tensor x, Tensor w, Tensor a, Tensor b, std::optional<Tensor> bias, 
   p.k = int(K), p.rank = int(R), p.chunk = int(chunk);
   p.scale_y = skinny;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  check_launch(launch_decode(p, x_type, w_type, int(fused_rank), int(splits), current_stream(x)));
+  const dim3 grid = dim3(unsigned(blocks), unsigned(splits));
+  check_launch(launch_decode(p, x_type, w_type, int(fused_rank), grid, current_stream(x)));
 }
 
 // out [C, D] = leftᵀ·right: left [M, C], right [M, D], M <= 32; the one of rank's width is float32
@@ -193,7 +195,8 @@ STABLE_TORCH_LIBRARY(lora_kernels_cuda, m) {
   m.def(
       "decode(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor(a!) y, Tensor(b!) s, "
       "Tensor(c!) partials, "
-      "Tensor(d!) arrived, Tensor? alpha_at, float alpha, int fused_rank, int splits, int chunk, "
+      "Tensor(d!) arrived, Tensor? alpha_at, float alpha, int fused_rank, int blocks, int splits, "
+      "int chunk, "
       "bool skinny) -> ()");
   m.def("reduce_outer(Tensor left, Tensor right, Tensor(a!) out, bool left_is_wide) -> ()");
 }

@@ -1,10 +1,11 @@
 // decode: y = x·w + bias + s·b and s = alpha·x·a for at most 32 tokens, in one pass over w.
 //
-// Block (tile, split) multiplies all tokens by one tile of w's rows over one slice of k, and by all
-// of a over that slice, so that a block reads no byte of w, x or a twice. Warps take turns in k and
-// are added in warp order. With more than one slice the block stores its sums; whichever block of a
-// tile arrives last adds all slices in index order and finishes the tile. So sizes alone decide the
-// order of every sum, and no block ever waits for another.
+// Block (g, split) multiplies all tokens by the tiles g, g + gridDim.x, ... of w's rows over one
+// slice of k, and beside the first of them by all of a over that slice, so that a block reads no
+// byte of w or a twice. Warps take turns in k and are added in warp order. With more than one slice
+// the block stores its sums; whichever block of a tile arrives last adds all slices in index order
+// and finishes the tile. So sizes alone decide the order of every sum, and no block ever waits for
+// another.
 #pragma once
 
 #include "fma_tile.cuh"
@@ -23,7 +24,7 @@ struct Decode {
   const float* alpha_at;  // read on the device if not null, else `alpha` holds
   void* y;                // [M, N]
   float* s;               // [M, R], written if a is multiplied
-  float* partials;        // [tiles, splits, M, ROWS + RANKS]
+  float* partials;        // [tiles, splits, M, ROWS + RANKS], ranks in a block's first tile
   int* arrived;           // [tiles], zero before and after
   float alpha;
   int k, rank, chunk;  // chunk: the k that a split takes, a multiple of the tile's STEP
@@ -48,16 +49,44 @@ __device__ float element(const void* p, int64_t i, bool is_float) {
   return is_float ? static_cast<const float*>(p)[i] : to_float(static_cast<const T*>(p)[i]);
 }
 
-// Stores this split's sums; true in the block that finds all others' stored, with the ordered total
-// in `sums`.
-template <int SLOTS, int PITCH>
-__device__ bool combine_splits(const Decode& p, float* sums) {
-  const int tile = blockIdx.x, splits = gridDim.y, tokens = p.x.count;
-  float4* mine = reinterpret_cast<float4*>(p.partials) +
-                 (int64_t(tile) * splits + blockIdx.y) * tokens * (SLOTS / 4);
-  for (int i = threadIdx.x; i < tokens * (SLOTS / 4); i += THREADS) {
-    mine[i] =
-        *reinterpret_cast<const float4*>(sums + i / (SLOTS / 4) * PITCH + i % (SLOTS / 4) * 4);
+// Adds the warps' shares of x·w, and of x·a if the tile has ranks, over [k_begin, k_end) into
+// `sums`.
+template <class Tile>
+__device__ void multiply_tile(const Decode& p, float* sums, int pitch, int row0, int k_begin,
+                              int k_end) {
+  constexpr int STRIDE = WARPS * Tile::STEP;
+  const int warp = threadIdx.x / 32;
+  Tile tile;
+  typename Tile::Weights weights, next;
+  int k = k_begin + warp * Tile::STEP;
+  Tile::load(next, p.w, row0, k, k_end);
+  for (; k < k_end; k += STRIDE) {
+    weights = next;
+    Tile::load(next, p.w, row0, k + STRIDE, k_end);
+    tile.step(weights, p.x, p.a, k, k_end);
+  }
+  for (int turn = 0; turn < WARPS; ++turn) {
+    __syncthreads();  // the first: all have read the sums of the tile before
+    if (warp == turn) tile.deposit(sums, pitch, turn == 0);
+  }
+  __syncthreads();
+}
+
+// Stores this split's sums of `tile`; true in the block that finds all others' stored, with the
+// ordered total in `sums`.
+template <int ROWS, int RANKS, int PITCH>
+__device__ bool combine_splits(const Decode& p, float* sums, int tile) {
+  constexpr int RUNS = (ROWS + RANKS) / 4;
+  const int splits = gridDim.y, tokens = p.x.count, first = blockIdx.x;
+  const auto part = [&](int of_tile, int split) {
+    return reinterpret_cast<float4*>(p.partials) +
+           (int64_t(of_tile) * splits + split) * tokens * RUNS;
+  };
+  for (int i = threadIdx.x; i < tokens * RUNS; i += THREADS) {
+    if (tile == first || i % RUNS < ROWS / 4) {
+      part(tile, blockIdx.y)[i] =
+          *reinterpret_cast<const float4*>(sums + i / RUNS * PITCH + i % RUNS * 4);
+    }
   }
   __shared__ bool last;
   __threadfence();
@@ -69,50 +98,27 @@ __device__ bool combine_splits(const Decode& p, float* sums) {
   __syncthreads();
   if (!last) return false;
   __threadfence();
-  const float4* first =
-      reinterpret_cast<const float4*>(p.partials) + int64_t(tile) * splits * tokens * (SLOTS / 4);
-  for (int i = threadIdx.x; i < tokens * (SLOTS / 4); i += THREADS) {
-    float4 total = __ldcg(first + i);
+  for (int i = threadIdx.x; i < tokens * RUNS; i += THREADS) {
+    const int of_tile = i % RUNS < ROWS / 4 ? tile : first;
+    float4 total = __ldcg(part(of_tile, 0) + i);
 #pragma unroll 4
     for (int split = 1; split < splits; ++split) {
-      const float4 v = __ldcg(first + split * tokens * (SLOTS / 4) + i);
+      const float4 v = __ldcg(part(of_tile, split) + i);
       total.x += v.x, total.y += v.y, total.z += v.z, total.w += v.w;
     }
-    *reinterpret_cast<float4*>(sums + i / (SLOTS / 4) * PITCH + i % (SLOTS / 4) * 4) = total;
+    *reinterpret_cast<float4*>(sums + i / RUNS * PITCH + i % RUNS * 4) = total;
   }
   __syncthreads();
   return true;
 }
 
-template <class Tile, bool W_K_MAJOR>
-__global__ void __launch_bounds__(THREADS, 2) decode_kernel(const __grid_constant__ Decode p) {
+// y, and s where a was multiplied, from the sums of `tile`.
+template <class Tile, bool W_K_MAJOR, int PITCH>
+__device__ void finish_tile(const Decode& p, const float* sums, int tile) {
   using T = typename Tile::Element;
-  constexpr int SLOTS = Tile::ROWS + Tile::RANKS;
-  constexpr int PITCH =
-      SLOTS + 4;  // 4 mod 16: the 8 x 4 threads of a warp deposit into 32 different banks
-  constexpr int STRIDE = WARPS * Tile::STEP;
-  const int row0 = blockIdx.x * Tile::ROWS, warp = threadIdx.x / 32;
-  const int k_begin = blockIdx.y * p.chunk, k_end = min(p.k, k_begin + p.chunk);
-
-  Tile tile;
-  typename Tile::Weights weights, next;
-  int k = k_begin + warp * Tile::STEP;
-  Tile::load(next, p.w, row0, k, k_end);
-  for (; k < k_end; k += STRIDE) {
-    weights = next;
-    Tile::load(next, p.w, row0, k + STRIDE, k_end);
-    tile.step(weights, p.x, p.a, k, k_end);
-  }
-
-  __shared__ __align__(16) float sums[Tile::TOKENS * PITCH];
-  for (int turn = 0; turn < WARPS; ++turn) {
-    if (warp == turn) tile.deposit(sums, PITCH, turn == 0);
-    __syncthreads();
-  }
-  if (gridDim.y > 1 && !combine_splits<SLOTS, PITCH>(p, sums)) return;
-
   const float alpha = p.alpha_at ? *p.alpha_at : p.alpha;
-  const int slot = threadIdx.x % Tile::ROWS, n = row0 + row_of_slot<Tile::ROWS>(slot, W_K_MAJOR);
+  const int slot = threadIdx.x % Tile::ROWS;
+  const int n = tile * Tile::ROWS + row_of_slot<Tile::ROWS>(slot, W_K_MAJOR);
   const int count = p.w.count;
   constexpr int GROUPS = THREADS / Tile::ROWS, PER_THREAD = (Tile::TOKENS + GROUPS - 1) / GROUPS;
   const int m0 = threadIdx.x / Tile::ROWS;  // this thread's tokens: m0, m0 + GROUPS, ...
@@ -126,7 +132,7 @@ __global__ void __launch_bounds__(THREADS, 2) decode_kernel(const __grid_constan
       float value;
       if constexpr (Tile::RANKS > 0) {
         value = alpha * sums[m * PITCH + Tile::ROWS + slot_of_row<Tile::RANKS>(r, p.a.k_major)];
-        if (blockIdx.x == 0) p.s[m * p.rank + r] = value;
+        if (tile == 0) p.s[m * p.rank + r] = value;
       } else {
         value = p.s_given[int64_t(m) * p.rank + r0 + r];
       }
@@ -154,6 +160,25 @@ __global__ void __launch_bounds__(THREADS, 2) decode_kernel(const __grid_constan
       static_cast<float*>(p.y)[int64_t(m) * count + n] = value;
     } else {
       static_cast<T*>(p.y)[int64_t(m) * count + n] = from_float<T>(value);
+    }
+  }
+}
+
+template <class Tile, bool W_K_MAJOR>
+__global__ void __launch_bounds__(THREADS, 2) decode_kernel(const __grid_constant__ Decode p) {
+  constexpr int ROWS = Tile::ROWS, RANKS = Tile::RANKS;
+  // 4 mod 16: the 8 x 4 threads of a warp deposit into 32 different banks.
+  constexpr int PITCH = ROWS + RANKS + 4;
+  __shared__ __align__(16) float sums[Tile::TOKENS * PITCH];
+  const int k_begin = blockIdx.y * p.chunk, k_end = min(p.k, k_begin + p.chunk);
+  for (int tile = blockIdx.x; tile * ROWS < p.w.count; tile += gridDim.x) {
+    if (RANKS == 0 || tile == blockIdx.x) {
+      multiply_tile<Tile>(p, sums, PITCH, tile * ROWS, k_begin, k_end);
+    } else {
+      multiply_tile<typename Tile::WithoutRanks>(p, sums, PITCH, tile * ROWS, k_begin, k_end);
+    }
+    if (gridDim.y == 1 || combine_splits<ROWS, RANKS, PITCH>(p, sums, tile)) {
+      finish_tile<Tile, W_K_MAJOR, PITCH>(p, sums, tile);
     }
   }
 }

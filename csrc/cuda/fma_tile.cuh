@@ -15,6 +15,7 @@ template <class T, int TOKEN_TILES, bool W_K_MAJOR>
 struct FmaTile {
   using Element = T;
   static constexpr int TOKENS = 8 * TOKEN_TILES, ROWS = 32, RANKS = 0, STEP = 16;
+  using WithoutRanks = FmaTile;
 
   struct Weights {
     float4 run[4];  // W_K_MAJOR: run i is row g + 8i; else it is k = 4t + i of rows 4g .. 4g+3

@@ -7,41 +7,38 @@ namespace lora_kernels {
 namespace {
 
 template <class Tile, bool W_K_MAJOR>
-cudaError_t launch_tile(const Decode& p, int splits, cudaStream_t stream) {
-  const dim3 grid((p.w.count + Tile::ROWS - 1) / Tile::ROWS, splits);
+cudaError_t launch_tile(const Decode& p, dim3 grid, cudaStream_t stream) {
   decode_kernel<Tile, W_K_MAJOR><<<grid, THREADS, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
 template <class T, int TOKEN_TILES>
-cudaError_t launch_mma(const Decode& p, int fused_rank, int splits, cudaStream_t stream) {
-  if (!p.w.k_major) return launch_tile<MmaTile<T, TOKEN_TILES, 0, false>, false>(p, splits, stream);
-  if (fused_rank > 16)
-    return launch_tile<MmaTile<T, TOKEN_TILES, 2, true>, true>(p, splits, stream);
-  if (fused_rank > 0) return launch_tile<MmaTile<T, TOKEN_TILES, 1, true>, true>(p, splits, stream);
-  return launch_tile<MmaTile<T, TOKEN_TILES, 0, true>, true>(p, splits, stream);
+cudaError_t launch_mma(const Decode& p, int fused_rank, dim3 grid, cudaStream_t stream) {
+  if (!p.w.k_major) return launch_tile<MmaTile<T, TOKEN_TILES, 0, false>, false>(p, grid, stream);
+  if (fused_rank > 16) return launch_tile<MmaTile<T, TOKEN_TILES, 2, true>, true>(p, grid, stream);
+  if (fused_rank > 0) return launch_tile<MmaTile<T, TOKEN_TILES, 1, true>, true>(p, grid, stream);
+  return launch_tile<MmaTile<T, TOKEN_TILES, 0, true>, true>(p, grid, stream);
 }
 
 template <class T, int TOKEN_TILES>
-cudaError_t launch_fma(const Decode& p, int splits, cudaStream_t stream) {
-  if (p.w.k_major) return launch_tile<FmaTile<T, TOKEN_TILES, true>, true>(p, splits, stream);
-  return launch_tile<FmaTile<T, TOKEN_TILES, false>, false>(p, splits, stream);
+cudaError_t launch_fma(const Decode& p, dim3 grid, cudaStream_t stream) {
+  if (p.w.k_major) return launch_tile<FmaTile<T, TOKEN_TILES, true>, true>(p, grid, stream);
+  return launch_tile<FmaTile<T, TOKEN_TILES, false>, false>(p, grid, stream);
 }
 
 template <class T>
-cudaError_t launch_tokens(const Decode& p, Type w, int fused_rank, int splits,
-                          cudaStream_t stream) {
+cudaError_t launch_tokens(const Decode& p, Type w, int fused_rank, dim3 grid, cudaStream_t stream) {
   const int tokens = p.x.count;
   if constexpr (sizeof(T) == 2) {
     if (w != Type::float32) {
-      if (tokens <= 8) return launch_mma<T, 1>(p, fused_rank, splits, stream);
-      if (tokens <= 16) return launch_mma<T, 2>(p, fused_rank, splits, stream);
-      return launch_mma<T, 4>(p, fused_rank, splits, stream);
+      if (tokens <= 8) return launch_mma<T, 1>(p, fused_rank, grid, stream);
+      if (tokens <= 16) return launch_mma<T, 2>(p, fused_rank, grid, stream);
+      return launch_mma<T, 4>(p, fused_rank, grid, stream);
     }
   }
-  if (tokens <= 8) return launch_fma<T, 1>(p, splits, stream);
-  if (tokens <= 16) return launch_fma<T, 2>(p, splits, stream);
-  return launch_fma<T, 4>(p, splits, stream);
+  if (tokens <= 8) return launch_fma<T, 1>(p, grid, stream);
+  if (tokens <= 16) return launch_fma<T, 2>(p, grid, stream);
+  return launch_fma<T, 4>(p, grid, stream);
 }
 
 template <class T, class Out>
@@ -58,11 +55,11 @@ int rows_per_tile(Type w) { return w == Type::float32 ? 32 : 64; }
 
 int ranks_per_tile(int fused_rank) { return (fused_rank + 15) / 16 * 16; }
 
-cudaError_t launch_decode(const Decode& p, Type x, Type w, int fused_rank, int splits,
+cudaError_t launch_decode(const Decode& p, Type x, Type w, int fused_rank, dim3 grid,
                           cudaStream_t stream) {
-  if (x == Type::float32) return launch_tokens<float>(p, w, fused_rank, splits, stream);
-  if (x == Type::float16) return launch_tokens<__half>(p, w, fused_rank, splits, stream);
-  return launch_tokens<__nv_bfloat16>(p, w, fused_rank, splits, stream);
+  if (x == Type::float32) return launch_tokens<float>(p, w, fused_rank, grid, stream);
+  if (x == Type::float16) return launch_tokens<__half>(p, w, fused_rank, grid, stream);
+  return launch_tokens<__nv_bfloat16>(p, w, fused_rank, grid, stream);
 }
 
 cudaError_t launch_reduce_outer(const ReduceOuter& p, Type wide, Type out, cudaStream_t stream) {

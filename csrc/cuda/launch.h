@@ -18,8 +18,8 @@ int rows_per_tile(Type w);
 int ranks_per_tile(int fused_rank);
 
 // w is x's type, or float32 beside a half x. fused_rank: a's rows, at most 32, if s comes out of
-// this pass; else 0.
-cudaError_t launch_decode(const Decode& p, Type x, Type w, int fused_rank, int splits,
+// this pass; else 0. grid: blocks, which share the tiles of w, and splits of k.
+cudaError_t launch_decode(const Decode& p, Type x, Type w, int fused_rank, dim3 grid,
                           cudaStream_t stream);
 
 // out is wide's type or float32.

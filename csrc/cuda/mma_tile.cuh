@@ -106,6 +106,7 @@ struct MmaTile {
   using Element = T;
   static constexpr int TOKENS = 8 * TOKEN_TILES, ROWS = 64, RANKS = 16 * RANK_TILES, STEP = 32;
   using Weights = Fragment<4, true>;
+  using WithoutRanks = MmaTile<T, TOKEN_TILES, 0, W_K_MAJOR>;
 
   float w[4][TOKEN_TILES][4] = {};
   float a[RANK_TILES ? RANK_TILES : 1][TOKEN_TILES][4] = {};

@@ -13,12 +13,11 @@ from lora_kernels.backends.base import Backend, Scale, left_is_wide
 from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import CUDA_DECODE_ROWS
+from lora_kernels.tuning.config import CUDA_DECODE_RANK, CUDA_DECODE_ROWS, cuda_decode_blocks
 from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.select import TRITON, select
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_cuda.so"
-FUSED_RANK = 32  # the most ranks whose x·a comes out of the same pass
 WARPS = 4
 _HALF = (torch.float16, torch.bfloat16)
 _arrived: dict[
@@ -89,7 +88,7 @@ class CudaBackend(Backend):
         y = x.new_empty((M, N))
         fuses = (
             s is None
-            and 0 < R <= FUSED_RANK
+            and 0 < R <= CUDA_DECODE_RANK
             and a.dtype == x.dtype in _HALF
             and _k_major(w)
             and y.numel() > 0
@@ -129,14 +128,14 @@ def _decode(
     fused_rank: int,
     skinny: bool,
 ) -> None:
-    """One launch: the operator's own arguments, with K split over blocks where columns alone are too few."""
+    """One launch: the operator's own arguments, with columns and K divided among blocks."""
     x = x if x.stride(1) == 1 else x.contiguous()
     w, a = _with_unit_stride(w), _with_unit_stride(a)
-    splits, chunk = split_of(
-        x.shape[0], w.shape[1], x.shape[1], w.dtype, _multiprocessors(x.device.index or 0)
-    )
+    multiprocessors = _multiprocessors(x.device.index or 0)
     rows, ranks = rows_per_tile(w.dtype), -(-fused_rank // 16) * 16
     tiles = math.ceil(w.shape[1] / rows)
+    blocks = cuda_decode_blocks(tiles, multiprocessors) if fused_rank else tiles
+    splits, chunk = split_of(blocks, x.shape[1], w.dtype, multiprocessors)
     parts = tiles * splits * x.shape[0] * (rows + ranks) if splits > 1 else 0
     at_run_time = alpha if isinstance(alpha, Tensor) and alpha.is_cuda else None
     torch.ops.lora_kernels_cuda.decode(
@@ -152,6 +151,7 @@ def _decode(
         None if at_run_time is None else at_run_time.float(),
         0.0 if at_run_time is not None else float(alpha),
         fused_rank,
+        blocks,
         splits,
         chunk,
         skinny,
@@ -163,11 +163,10 @@ def rows_per_tile(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 64
 
 
-def split_of(M: int, N: int, K: int, dtype: torch.dtype, multiprocessors: int) -> tuple[int, int]:
+def split_of(blocks: int, K: int, dtype: torch.dtype, multiprocessors: int) -> tuple[int, int]:
     """(splits, chunk): parts of K such that there are about two blocks for each multiprocessor, each of a few steps."""
     step = 16 if dtype == torch.float32 else 32
-    tiles = math.ceil(N / rows_per_tile(dtype))
-    wanted = max(1, min(2 * multiprocessors // tiles, K // (2 * WARPS * step), 64))
+    wanted = max(1, min(2 * multiprocessors // blocks, K // (2 * WARPS * step), 64))
     chunk = max(step, math.ceil(math.ceil(K / wanted) / step) * step)
     return max(1, math.ceil(K / chunk)), chunk
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,16 @@ KERNELS = ("shrink", "lowrank_matmul", "one_pass", "decode", "reduce_outer", "sh
 NARROW_KERNELS = ("shrink", "reduce_outer", "shrink_outer")  # they read x (or dy) and no weight
 DECODE_ROWS = 64  # the most rows that `decode` holds in one tile
 CUDA_DECODE_ROWS = 32  # the most rows of the CUDA C++ kernel
+CUDA_DECODE_RANK = 32  # the most ranks whose x·a it computes in its pass over w
 FUSED_RANK = 64  # the largest rank of the kernels that keep a whole rank beside the main tile
+
+
+def cuda_decode_blocks(tiles: int, multiprocessors: int) -> int:
+    """Blocks of the CUDA C++ kernel that share `tiles` of w's columns evenly, at most one for each multiprocessor.
+
+    Each computes x·a beside its first tile, so that this is how often a is read.
+    """
+    return math.ceil(tiles / math.ceil(tiles / multiprocessors))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ two_kernel  product + shrink + gap                              shrink = e·M·K
 lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, nothing hidden
 one_pass    product, x·a in its loop
 decode      (bytes + re-read a) / 0.92·W
-cuda_decode the same by the CUDA C++ kernel
+cuda_decode the same by the CUDA C++ kernel, + 0.5 us; x·a is a launch of its own where the kernel does not fuse it
 aten        frozen + shrink + 1.25 passes over y + 2 gaps       y = s·b + bias, then y += x·w by the vendor's library
 addmm       frozen + shrink + 2 passes over y + 2 gaps          the usual hand-written form: y = x·w, then y += s·b
 naive       frozen + shrink + 6 passes over y + 4 gaps          one PyTorch operation after the other: s·b is written, read
@@ -31,7 +31,12 @@ from __future__ import annotations
 import math
 
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import TileConfig, smem_bytes
+from lora_kernels.tuning.config import (
+    CUDA_DECODE_RANK,
+    TileConfig,
+    cuda_decode_blocks,
+    smem_bytes,
+)
 from lora_kernels.tuning.counted import Cycles, Tile, cycles, flops_per_clock, tiles
 from lora_kernels.tuning.targets import Target
 
@@ -99,10 +104,15 @@ def predict_us(
         passes_us = over_x * x_us + over_y * y_us
         return frozen + shrink + passes_us + launches * gap + adapter_grads
     if algorithm == "decode":
-        block_n, ranks = config.block_n if config else 64, max(16, problem.R)
-        return _streamed_us(problem, target, block_n, ranks, 0.0) + adapter_grads
+        readers = math.ceil(problem.N / (config.block_n if config else 64))
+        return _streamed_us(problem, target, readers, max(16, problem.R)) + adapter_grads
     if algorithm == "cuda_decode":
-        return _streamed_us(problem, target, 64, problem.R, 0.5) + adapter_grads
+        fused = problem.w_k_major and problem.R <= CUDA_DECODE_RANK
+        fused = fused and problem.dtype == problem.adapter_dtype != "float32"
+        tiles = math.ceil(problem.N / 64)
+        readers = cuda_decode_blocks(tiles, target.multiprocessors) if fused and tiles else 0
+        apart_us = 0.0 if fused else shrink + gap
+        return 0.5 + _streamed_us(problem, target, readers, problem.R) + apart_us + adapter_grads
     if algorithm == "one_pass":
         return product_us("one_pass", problem, target, config) + adapter_grads
     if algorithm in ("two_kernel", "lorafusion"):
@@ -115,14 +125,12 @@ def predict_us(
     raise ValueError(f"algorithm must be one of {ALGORITHMS + OTHERS}, got {algorithm!r}")
 
 
-def _streamed_us(
-    problem: Problem, target: Target, block_n: int, ranks: int, start_us: float
-) -> float:
-    """W streamed once, or A read again from L2 by every block of `block_n` columns, whichever takes longer."""
+def _streamed_us(problem: Problem, target: Target, readers: int, ranks: int) -> float:
+    """W streamed once, or A read again from L2 by each of `readers` blocks, whichever takes longer."""
     moved = problem.frozen_bytes + problem.lowrank_bytes
     stream_us = moved / (_STREAMED * target.bandwidth_gbs * 1e3)
-    again = math.ceil(problem.N / block_n) * problem.K * ranks * problem.itemsize
-    return max(stream_us + start_us, again / (target.l2_gbs * 1e3), MIN_KERNEL_US)
+    again = readers * problem.K * ranks * problem.itemsize
+    return max(stream_us, again / (target.l2_gbs * 1e3), MIN_KERNEL_US)
 
 
 def product_us(

@@ -39,7 +39,8 @@ def decode_arguments(**changes):
         "s": torch.full((M, R), torch.nan),
         "partials": torch.full((2 * 2 * M * (64 + 16),), torch.nan),
         "arrived": torch.zeros(2, dtype=torch.int32),
-        "alpha_at": None, "alpha": 0.5, "fused_rank": R, "splits": 2, "chunk": 32, "skinny": False,
+        "alpha_at": None, "alpha": 0.5, "fused_rank": R, "blocks": 2, "splits": 2, "chunk": 32,
+        "skinny": False,
     }  # fmt: skip
     return arguments | changes
 
@@ -117,6 +118,7 @@ DECODE_RULES = [
     ("alpha_at", torch.ones(1, dtype=torch.float64), "must be float32"),
     ("alpha_at", torch.ones(2), "must be one number"),
     ("fused_rank", R - 1, "must be 0, or R and at most 32"),
+    ("blocks", 0, "must be at least 1"),
     ("splits", 0, "must cover K"),
     ("splits", 1, "must cover K"),
     ("chunk", 0, "must cover K"),

@@ -11,7 +11,7 @@ import torch
 
 from lora_kernels import Problem
 from lora_kernels.backends import cuda
-from lora_kernels.tuning.config import CUDA_DECODE_ROWS
+from lora_kernels.tuning.config import CUDA_DECODE_ROWS, cuda_decode_blocks
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.cuda_operators import EmulatedOperators
 from tests.oracle import AWKWARD, Case, assert_budget, check_backend
@@ -72,9 +72,15 @@ def test_ranks(backend, R):
     check_backend(backend, Case(4, 65, 256, R, dtype=torch.bfloat16))
 
 
-def test_split_sums_of_the_fused_pass(backend):
-    """x·A beside x·W, both split over K, in values."""
-    check_backend(backend, Case(6, 130, 1030, 12, dtype=torch.bfloat16))
+@pytest.mark.parametrize("N", [130, 600])
+def test_split_sums_of_the_fused_pass(backend, N):
+    """x·A beside x·W, both split over K, in values; 600 columns are more tiles than blocks."""
+    check_backend(backend, Case(6, N, 1030, 12, dtype=torch.bfloat16))
+
+
+def test_more_tiles_than_blocks_without_a_split(backend):
+    """A block keeps x·A of its first tile for the others."""
+    check_backend(backend, Case(11, 333, 70, 5, dtype=torch.float16))
 
 
 def test_counters_serve_the_next_launch(backend, monkeypatch):
@@ -89,7 +95,7 @@ def test_counters_serve_the_next_launch(backend, monkeypatch):
 
 
 def test_bits_do_not_depend_on_the_order_of_blocks_and_warps(backend):
-    o = Case(6, 130, 1030, 12, dtype=torch.bfloat16).operands()
+    o = Case(6, 410, 1030, 12, dtype=torch.bfloat16).operands()
     results = []
     for schedule in (None, 1, 2, 3):
         backend.operators.schedule = schedule
@@ -97,17 +103,24 @@ def test_bits_do_not_depend_on_the_order_of_blocks_and_warps(backend):
     assert all(torch.equal(y, results[0][0]) and torch.equal(s, results[0][1]) for y, s in results)
 
 
-def test_bytes(backend):
-    """W once; x and A once for each block of 64 columns; y stored once and never read."""
-    o = replace(Case(8, 256, 2048, 16, dtype=torch.bfloat16), bias=False).operands()
-    backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5)
+@pytest.mark.parametrize("tiles", [4, 10])
+@pytest.mark.parametrize("M, K, splits", [(8, 2048, 2), (32, 192, 1)])
+def test_bytes(backend, tiles, M, K, splits):
+    """W once, A at most once for each of 4 multiprocessors, x once a tile; y stored once and never read."""
+    case = Case(M, 64 * tiles, K, 16, dtype=torch.bfloat16)
+    o = replace(case, bias=False).operands()
+    y, s = backend.lowrank_matmul(o.x, o.w, o.a, o.b, case.alpha)
     (counters,) = backend.operators.counters
-    tensors, blocks = counters.tensors, 256 // 64
+    tensors, blocks = counters.tensors, cuda_decode_blocks(tiles, 4)
     assert tensors["w"].bytes_loaded == o.w.nbytes
-    assert tensors["x"].bytes_loaded == blocks * o.x.nbytes
-    assert tensors["a"].bytes_loaded <= blocks * o.a.nbytes
+    assert tensors["x"].bytes_loaded == tiles * o.x.nbytes
+    assert 0 < tensors["a"].bytes_loaded <= blocks * o.a.nbytes <= 4 * o.a.nbytes
     assert tensors["y"].bytes_loaded == 0 and (tensors["y"].stores == 1).all()
     assert tensors["w"].load_sectors == tensors["w"].fewest_load_sectors
+    assert (tensors["s"].stores == 1).all() and ("partials" in tensors) == (splits > 1)
+    eager, exact = o.results(None), o.results(torch.float64)
+    assert_budget(y, eager["y"], exact["y"], "y")
+    assert_budget(s, eager["s"].float(), exact["s"], "s")
 
 
 def test_what_it_declines(backend):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tests.ptx.clocks import CP_ASYNC
 from tests.ptx.memory import MemoryFault
 from tests.ptx.parser import LOCAL_WINDOW, PARAM_WINDOW, SHARED_LIMIT, Imm, Instr, Mem, PtxError
 from tests.ptx.strand import DTYPES, Run, Strand, bf16_to_f32, f32_to_bf16, opcode
@@ -38,6 +39,18 @@ def shared_index(strand: Strand, instr: Instr, addresses, lanes, size: int) -> n
         raise MemoryFault(f"{explain(strand, instr, lanes)(n)}: shared address {addresses[n]},"
                           f" {size} bytes, of {strand.machine.shared_size}")  # fmt: skip
     return addresses + strand.shared_base[lanes]
+
+
+def shared_access(
+    strand: Strand, instr: Instr, addresses, lanes, size: int, writes: bool, words=None
+) -> np.ndarray:
+    """`shared_index` of what these threads access themselves, checked for races; `words` [lanes, ...] are stored there."""
+    index = shared_index(strand, instr, addresses, lanes, size)
+    races = strand.machine.races
+    if words is not None:
+        words = np.ascontiguousarray(words).reshape(len(lanes), -1).view(f"u{races.cell}")
+    races.threads(strand, instr, lanes, races.shared(index, size), writes, words)
+    return index
 
 
 def space_of(instr: Instr) -> str | None:
@@ -75,11 +88,12 @@ def bind_load(instr: Instr, strand: Strand) -> Run:
         addresses, warps = addresses_of()[lanes], lanes >> 5
         actual, size = resolve_space(space, addresses), dtype.itemsize * count
         if actual == "global":
+            machine.races.loaded(strand, instr, lanes, addresses, size)
             words = machine.memory.read(
                 addresses, warps, dtype, count, explain(strand, instr, lanes)
             )
         elif actual == "shared":
-            index = shared_index(strand, instr, addresses, lanes, size) // dtype.itemsize
+            index = shared_access(strand, instr, addresses, lanes, size, False) // dtype.itemsize
             words = machine.shared.view(dtype)[index[:, None] + np.arange(count)]
             machine.counters.shared(addresses, warps, size)
         else:
@@ -129,11 +143,10 @@ def bind_store(instr: Instr, strand: Strand) -> Run:
         actual, size = resolve_space(space, addresses), dtype.itemsize * count
         if actual == "global":
             machine.memory.write(addresses, warps, words, explain(strand, instr, lanes))
+            machine.races.stored(strand, instr, lanes, addresses, size)
         elif actual == "shared":
-            start = shared_index(strand, instr, addresses, lanes, size)
+            start = shared_access(strand, instr, addresses, lanes, size, True, words)
             machine.shared.view(dtype)[start[:, None] // dtype.itemsize + np.arange(count)] = words
-            halves = start[:, None] // 2 + np.arange(-(-size // 2))
-            machine.stored(halves)
             machine.counters.shared(addresses, warps, size)
         else:
             bytes_ = (addresses - LOCAL_WINDOW)[:, None] + np.arange(size)
@@ -142,17 +155,17 @@ def bind_store(instr: Instr, strand: Strand) -> Run:
     return run
 
 
+@opcode("membar", "fence.acq_rel", "fence.sc")
+def bind_fence(instr: Instr, strand: Strand) -> Run:
+    """Orders what stands before and after it around this warp's atomics."""
+    races = strand.machine.races
+    return lambda where: races.memory_fence(np.unique(strand.row[strand.indices(where)]))
+
+
 @opcode("fence.proxy.async")
 def bind_proxy_fence(instr: Instr, strand: Strand) -> Run:
-    """What the executing CTAs' threads stored in shared memory may now be read by tensor cores and tensor copies."""
-    machine = strand.machine
-
-    def run(where):
-        if machine.unfenced is not None:
-            parts = machine.unfenced.reshape(-1, machine.shared_bytes // 2)
-            parts[np.unique(strand.cta[strand.indices(where)])] = False
-
-    return run
+    """What threads stored in shared memory may be read by tensor cores and tensor copies that come after this."""
+    return lambda where: strand.machine.races.fence(np.unique(strand.row[strand.indices(where)]))
 
 
 ATOMICS = {
@@ -185,6 +198,7 @@ def bind_atomic(instr: Instr, strand: Strand) -> Run:
     addresses_of = address_of(strand, operands[0])
     sources = [strand.source(o, kind) for o in operands[1:3]]
     space = space_of(instr)
+    order = next((m for m in instr.mods if m in ("acquire", "release", "acq_rel")), "relaxed")
 
     def run(where):
         lanes = strand.indices(where)
@@ -194,12 +208,13 @@ def bind_atomic(instr: Instr, strand: Strand) -> Run:
         for n, lane in enumerate(lanes):
             function = atomic_function(name, kind, a[n], b[n])
             if actual == "shared":
-                index = shared_index(strand, instr, addresses[n : n + 1], lanes[n : n + 1],
-                                     DTYPES[kind].itemsize) // DTYPES[kind].itemsize  # fmt: skip
+                index = shared_access(strand, instr, addresses[n : n + 1], lanes[n : n + 1],
+                                      DTYPES[kind].itemsize, False) // DTYPES[kind].itemsize  # fmt: skip
                 view = machine.shared.view(DTYPES[kind])
                 old = view[index[0]].copy()
                 view[index[0]] = function(old)
             else:
+                machine.races.atomic(int(strand.row[lane]), int(addresses[n]), order)
                 old = machine.memory.update(int(addresses[n]), DTYPES[kind], function,
                                             explain(strand, instr, lanes)(n))  # fmt: skip
             if target is not None:
@@ -218,7 +233,6 @@ class Copy:
     def land(self, machine, chosen: np.ndarray) -> bool:
         """Writes the chosen lanes' bytes; True while some lanes are still under way."""
         machine.shared[self.index[chosen]] = self.data[chosen]
-        machine.stored(self.index[chosen][:, ::2] // 2, asynchronous=True)
         self.index, self.data = self.index[~chosen], self.data[~chosen]
         self.group, self.lanes = self.group[~chosen], self.lanes[~chosen]
         return len(self.lanes) > 0
@@ -246,7 +260,9 @@ def bind_copy(instr: Instr, strand: Strand) -> Run:
                                         explain(strand, instr, some))  # fmt: skip
             data[full] = words.view(np.uint8).reshape(len(some), size)
         machine.counters.shared(to()[lanes], lanes >> 5, size)
-        copy = Copy(start[:, None] + np.arange(size), data, strand.commits[lanes].copy(), lanes)
+        groups, cells = strand.commits[lanes], machine.races.shared(start, size)
+        machine.races.engine(strand.row[lanes], instr, CP_ASYNC, cells, True, groups)
+        copy = Copy(start[:, None] + np.arange(size), data, groups, lanes)
         if not machine.lands_early() or copy.land(machine, np.ones(len(lanes), bool)):
             strand.copies.append(copy)
 
@@ -267,6 +283,7 @@ def bind_wait(instr: Instr, strand: Strand) -> Run:
     def run(where):
         limit = strand.commits + 1 if everything else strand.commits - pending
         waiting = np.broadcast_to(where, strand.lanes)
+        strand.machine.races.finish(strand.row[waiting], CP_ASYNC, limit[waiting])
         strand.copies = [
             c for c in strand.copies
             if c.land(strand.machine, (c.group < limit[c.lanes]) & waiting[c.lanes])

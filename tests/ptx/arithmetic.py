@@ -408,7 +408,7 @@ def bind_elect(instr: Instr, strand: Strand) -> Run:
     return run
 
 
-@opcode("fence", "membar", "prefetch", "prefetchu", "createpolicy", "nanosleep", "setmaxnreg",
+@opcode("fence", "prefetch", "prefetchu", "createpolicy", "nanosleep", "setmaxnreg",
         "discard", "applypriority")  # fmt: skip
 def bind_nothing(instr: Instr, strand: Strand) -> Run:
     return lambda where: None

@@ -17,7 +17,9 @@ class CtaBarrier:
     """Threads that have arrived at a barrier, and how many it takes (None: all that have not ended)."""
 
     expected: int | None
+    clock: np.ndarray
     arrived: int = 0
+    rows: list[np.ndarray] = field(default_factory=list)  # warps that come after all that arrived
     parked: list[tuple[Strand, np.ndarray]] = field(default_factory=list)
 
     def check(self, machine, key: tuple) -> bool:
@@ -26,6 +28,8 @@ class CtaBarrier:
         if not self.arrived or self.arrived < needed:
             return False
         del machine.cta_barriers[key]
+        for rows in self.rows:
+            machine.races.acquire(rows, self.clock)
         for strand, lanes in self.parked:
             strand.cursor.release(lanes)
         return True
@@ -102,8 +106,13 @@ def bind_warp_barrier(instr: Instr, strand: Strand) -> Run:
 
 def arrive(machine, key: tuple, expected: int | None, strand: Strand, lanes, parks: bool) -> bool:
     """Counts `lanes` in; True when they were the last. The arriving lanes themselves are moved on by their own step."""
-    barrier = machine.cta_barriers.setdefault(key, CtaBarrier(expected))
+    rows = np.unique(strand.row[lanes])
+    clock = machine.races.release(rows)
+    barrier = machine.cta_barriers.setdefault(key, CtaBarrier(expected, clock))
+    np.maximum(barrier.clock, clock, out=barrier.clock)
     barrier.arrived += len(lanes)
+    if parks:
+        barrier.rows.append(rows)
     if barrier.check(machine, key):
         return True
     if parks:

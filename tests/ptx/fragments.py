@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from tests.ptx.access import address_of, shared_index
+from tests.ptx.access import address_of, shared_access
 from tests.ptx.parser import Instr, PtxError
 from tests.ptx.strand import Run, Strand, bf16_to_f32, opcode
 
@@ -97,11 +97,14 @@ def bind_mma(instr: Instr, strand: Strand) -> Run:
     return run
 
 
-def tile_rows(strand: Strand, instr: Instr, addresses, count: int, warps) -> np.ndarray:
+def tile_rows(
+    strand: Strand, instr: Instr, addresses, count: int, warps, stored=None
+) -> np.ndarray:
     """[warps, count, 8, 8] indices of 16-bit elements: lane 8j + r gives row r of tile j."""
     lanes = (32 * warps[:, None] + np.arange(8 * count)).ravel()
     strand.machine.counters.shared(addresses[lanes], lanes >> 5, 16)
-    start = shared_index(strand, instr, addresses[lanes], lanes, 16) // 2
+    writes = stored is not None
+    start = shared_access(strand, instr, addresses[lanes], lanes, 16, writes, stored) // 2
     return start.reshape(len(warps), count, 8, 1) + np.arange(8)
 
 
@@ -126,8 +129,7 @@ def bind_matrix_move(instr: Instr, strand: Strand) -> Run:
         tiles = words.view(np.uint16).reshape(len(warps), count, 8, 8)
         if transposed:
             tiles = tiles.swapaxes(-1, -2)
-        rows = tile_rows(strand, instr, addresses_of(), count, warps)
-        memory[rows] = tiles
-        strand.machine.stored(rows)
+        stored = tiles.reshape(-1, 8)
+        memory[tile_rows(strand, instr, addresses_of(), count, warps, stored)] = tiles
 
     return load if loads else store

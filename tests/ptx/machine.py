@@ -23,8 +23,8 @@ from tests.ptx.control import JUMP, PARK, STOP, CtaBarrier
 from tests.ptx.counters import Counters
 from tests.ptx.memory import GlobalMemory
 from tests.ptx.parser import Program, PtxError
+from tests.ptx.races import COLUMNS, LANES, Races
 from tests.ptx.strand import Strand
-from tests.ptx.tcgen05 import COLUMNS
 from tests.ptx.tma import Barrier, Descriptor, finish_bulk_stores
 
 MAX_STEPS = 20_000_000
@@ -60,15 +60,13 @@ class Machine:
         threads = int(np.prod(self.block))
         if threads % 32:
             raise PtxError(f"a block must be whole warps, got {threads} threads")
-        n_ctas, warps = len(self.ctas), list(range(threads // 32))
+        self.warps = threads // 32
+        n_ctas, warps = len(self.ctas), list(range(self.warps))
         self.shared_bytes = -(-max(self.shared_size, 16) // 1024) * 1024
         self.shared = np.full(n_ctas * self.shared_bytes, 0xFF, np.uint8)
-        asynchronous = ("tcgen05.mma", "wgmma.mma", "cp.async.bulk.tensor")
-        self.unfenced = None  # half-words of shared memory that threads stored and no fence.proxy.async followed
-        if any(instr.opcode.startswith(asynchronous) for instr in self.program.code):
-            self.unfenced = np.zeros(n_ctas * self.shared_bytes // 2, bool)
+        self.races = Races(self)
         if any("tcgen05" in instr.opcode for instr in self.program.code):
-            self.tensor_memory = np.full((n_ctas, 128, COLUMNS), 0xFFFFFFFF, np.uint32)
+            self.tensor_memory = np.full((n_ctas, LANES, COLUMNS), 0xFFFFFFFF, np.uint32)
         self.live = np.full(n_ctas, threads)
         self.launched = np.zeros(n_ctas, bool)
         groups = [warps] if self.rng is None else [[warp] for warp in warps]
@@ -111,26 +109,11 @@ class Machine:
             raise PtxError(f"unknown special register %{name}")
         return values[base]
 
-    def stored(self, halves: np.ndarray, asynchronous: bool = False) -> None:
-        """These half-words of shared memory were stored by threads or by an asynchronous copy."""
-        if self.unfenced is not None:
-            self.unfenced[halves] = not asynchronous
-
-    def check_fenced(self, index: np.ndarray) -> None:
-        """PtxError if threads stored one of these bytes and no fence.proxy.async followed."""
-        if self.unfenced is not None and self.unfenced[index // 2].any():
-            raise PtxError(f"{self.program.name}: a matrix operand or tensor copy reads what threads stored in shared memory"
-                           " without a fence.proxy.async")  # fmt: skip
-
     def finish_tensor_work(self, cta: int, barrier: Barrier, phase: int) -> None:
         """Runs queued tensor-core work, in order, until the waited-for barrier's phase is complete or nothing is left."""
         queue = self.tensor_work.get(cta, [])
-        while barrier.phase == phase and any(item is barrier for item in queue):
-            item = queue.pop(0)
-            if isinstance(item, Barrier):
-                item.arrive(self)
-            else:
-                item()
+        while barrier.phase == phase and any(arrives is barrier for arrives, _ in queue):
+            queue.pop(0)[1]()
 
     def run(self) -> None:
         """Until every thread has ended."""

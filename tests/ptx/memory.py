@@ -60,6 +60,13 @@ class Binding:
             inside &= offset + size <= self.run
         return inside
 
+    def elements(self, addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The accesses that lie in this tensor, and the numbers [accesses, k] of the elements that they touch."""
+        offset = addresses - self.start
+        chosen = np.flatnonzero((offset >= 0) & (offset + size <= self.extent))
+        first = offset[chosen] // self.itemsize
+        return chosen, first[:, None] + np.arange(-(-size // self.itemsize))
+
     def words(self, addresses: np.ndarray, dtype: np.dtype, count: int):
         """The typed view of the memory and the [lanes, count] indices of an access."""
         index = (addresses - self.origin) // dtype.itemsize

@@ -78,6 +78,7 @@ class Instr:
     line: int
     text: str
     target: int = -1
+    at: int = -1  # its number in the program
 
     @property
     def base(self) -> str:
@@ -200,6 +201,7 @@ class _Reader:
             self.jumps.append((instr, operands.strip(), list(self.scopes)))
         else:
             instr.operands = [self.operand(o, line) for o in split_operands(operands)]
+        instr.at = len(self.program.code)
         self.program.code.append(instr)
 
     def register(self, name: str) -> Reg | None:

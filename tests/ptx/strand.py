@@ -98,6 +98,7 @@ class Strand:
         self.warp = np.tile(np.repeat(np.array(warps, np.int64), 32), n_ctas)
         self.lane = np.tile(np.arange(32), n_warps * n_ctas)
         self.thread = 32 * self.warp + self.lane
+        self.row = self.cta * machine.warps + self.warp  # the warp's number among those of all CTAs
         self.shared_base = self.cta * machine.shared_bytes
         self.files = {
             width: np.full((rows, self.lanes), -1).astype(DTYPES[FILES[width]])

@@ -7,14 +7,13 @@ import re
 import numpy as np
 
 from tests.ptx.access import address_of, shared_index
+from tests.ptx.clocks import ALLOC, MMA, TENSOR_LD, TENSOR_ST
 from tests.ptx.fragments import KIND_BYTES, RegisterBlock, decode, whole_warps
 from tests.ptx.parser import Instr, Mem, PtxError
+from tests.ptx.races import COLUMNS, LANES
 from tests.ptx.strand import Run, Strand, opcode
 from tests.ptx.tma import barrier_at, barriers_of
-from tests.ptx.wgmma import operand_addresses, read_operand
-
-TCGEN05_SWIZZLE = (61, {0: 0, 2: 128, 4: 64, 6: 32})
-COLUMNS = 512
+from tests.ptx.wgmma import operand_addresses, operand_cells, read_operand
 
 
 @opcode("tcgen05.alloc")
@@ -32,13 +31,41 @@ def bind_alloc(instr: Instr, strand: Strand) -> Run:
                 raise PtxError(f"line {instr.line}: {start + columns} columns of tensor memory")
             machine.tensor_columns[cta] = start + columns
             index = shared_index(strand, instr, addresses_of()[lanes], lanes, 4)
+            cells, rows = machine.races.shared(index, 4), strand.row[lanes]
+            machine.races.engine(rows, instr, ALLOC, cells, True)
+            machine.races.finish(rows, ALLOC)
             machine.shared.view(np.uint32)[index // 4] = start
 
     return run
 
 
-@opcode("tcgen05.dealloc", "tcgen05.relinquish_alloc_permit", "tcgen05.wait::st",
-        "tcgen05.wait::ld", "tcgen05.fence::before_thread_sync",
+@opcode("tcgen05.dealloc")
+def bind_dealloc(instr: Instr, strand: Strand) -> Run:
+    """Counts as a store to the columns: nobody may be at work in them."""
+    races, start = strand.machine.races, strand.source(instr.operands[0], "u32")
+    columns = np.arange(int(instr.operands[1].text))
+
+    def run(where):
+        for warp in whole_warps(strand, instr, where):
+            lanes = np.array([32 * int(warp)])
+            first = int(start[lanes[0]]) & 0xFFFF
+            cells = races.tensor(
+                int(strand.cta[lanes[0]]), np.arange(LANES)[:, None], first + columns
+            )
+            races.threads(strand, instr, lanes, cells, True)
+
+    return run
+
+
+@opcode("tcgen05.wait::st", "tcgen05.wait::ld")
+def bind_wait(instr: Instr, strand: Strand) -> Run:
+    engine = TENSOR_LD if instr.mods[0].endswith("ld") else TENSOR_ST
+    return lambda where: strand.machine.races.finish(
+        strand.row[32 * whole_warps(strand, instr, where)], engine
+    )
+
+
+@opcode("tcgen05.relinquish_alloc_permit", "tcgen05.fence::before_thread_sync",
         "tcgen05.fence::after_thread_sync")  # fmt: skip
 def bind_nothing(instr: Instr, strand: Strand) -> Run:
     return lambda where: None
@@ -67,6 +94,9 @@ def bind_tensor_access(instr: Instr, strand: Strand) -> Run:
             if row // 32 != int(strand.warp[32 * warp]) % 4:
                 raise PtxError(f"line {instr.line}: {instr.text}: a warp reaches for lane {row}")
             place = cta, row + lane, (first & 0xFFFF) + columns
+            races = strand.machine.races
+            engine = TENSOR_LD if loads else TENSOR_ST
+            races.engine(strand.row[[32 * warp]], instr, engine, races.tensor(*place), not loads)
             if loads:
                 block.write(np.array([warp]), memory[place][:, None])
             else:
@@ -75,53 +105,64 @@ def bind_tensor_access(instr: Instr, strand: Strand) -> Run:
     return run
 
 
-def multiply(
-    machine,
-    cta: int,
-    kind: str,
-    target: int,
-    a: int,
-    b: int,
-    shape: int,
-    keep: bool,
-    in_memory: bool,
-):
-    """D (+)= A B on tensor memory; shape is the 32-bit instruction descriptor.
+class Multiply:
+    """D (+)= A B on tensor memory, as issued; `shape` is the 32-bit instruction descriptor.
 
     `a` is a shared-memory descriptor, or, where it is `in_memory`, a tensor-memory address: row i in lane i, 32 bits of its
     elements a column.
     """
-    m, n = (shape >> 24 & 31) * 16, (shape >> 17 & 63) * 8
-    if kind == "f16":
-        kind = "bf16" if shape >> 7 & 7 == 1 else "f16"
-    size = KIND_BYTES[kind]
-    ks = np.arange(32 // size)
-    rows = np.arange(m)
-    right = shared_operand(machine, cta, b, n, ks, size, shape >> 16, kind)
-    row_lanes = rows if m == 128 else rows // 16 * 32 + rows % 16
-    if in_memory:
-        words = machine.tensor_memory[
-            cta, (a >> 16) + row_lanes[:, None], (a & 0xFFFF) + np.arange(8)
-        ]
-        left = decode(np.ascontiguousarray(words).view(f"u{size}"), kind)
-    else:
-        left = shared_operand(machine, cta, a, m, ks, size, shape >> 15, kind)
-    place = cta, (target >> 16) + row_lanes[:, None], (target & 0xFFFF) + np.arange(n)
-    total = left @ right.T
-    if keep:
-        total = total + machine.tensor_memory[place].view(np.float32)
-    machine.tensor_memory[place] = total.astype(np.float32).view(np.uint32)
-    read = len(ks) * size * (n + (0 if in_memory else m))
-    machine.counters.multiplied(kind, 2 * m * n * len(ks), read)
 
+    def __init__(
+        self, kind: str, target: int, a: int, b: int, shape: int, keep: bool, in_memory: bool
+    ):
+        self.m, self.n = (shape >> 24 & 31) * 16, (shape >> 17 & 63) * 8
+        if kind == "f16":
+            kind = "bf16" if shape >> 7 & 7 == 1 else "f16"
+        self.kind, self.keep, self.in_memory = kind, keep, in_memory
+        self.size = KIND_BYTES[kind]
+        self.depth = 32 // self.size
+        rows = np.arange(self.m)
+        lanes = (rows if self.m == LANES else rows // 16 * 32 + rows % 16)[:, None]
+        self.target = (target >> 16) + lanes, (target & 0xFFFF) + np.arange(self.n)
+        self.right = self._shared(b, self.n, shape >> 16)
+        if in_memory:
+            self.left = (a >> 16) + lanes, (a & 0xFFFF) + np.arange(8)
+        else:
+            self.left = self._shared(a, self.m, shape >> 15)
 
-def shared_operand(
-    machine, cta: int, descriptor: int, extent: int, ks, size: int, flags: int, kind: str
-):
-    """[extent, k] elements that a shared-memory descriptor describes; bit 0 of `flags`: stored transposed."""
-    rows = np.arange(extent)
-    where = operand_addresses(descriptor, rows, ks, size, bool(flags & 1), TCGEN05_SWIZZLE)
-    return read_operand(machine, cta, where, kind)
+    def _shared(self, descriptor: int, extent: int, flags: int) -> np.ndarray:
+        """Shared addresses [extent, k]; bit 0 of `flags`: stored transposed."""
+        layout = self.depth, self.size, bool(flags & 1)
+        return operand_addresses("tcgen05", descriptor, 0, extent, *layout)
+
+    def note(self, machine, row: int, instr: Instr) -> None:
+        """Tells the detector of races what is read and written."""
+        races, cta = machine.races, row // machine.warps
+
+        def access(cells: np.ndarray, writes: bool = False, fenced: bool = False) -> None:
+            races.engine(np.array([row]), instr, MMA, cells, writes, fenced=fenced)
+
+        for operand in [self.right] if self.in_memory else [self.left, self.right]:
+            access(operand_cells(machine, cta, operand, self.size)[None, :], fenced=True)
+        if self.in_memory:
+            access(races.tensor(cta, *self.left))
+        access(races.tensor(cta, *self.target), writes=True)
+
+    def run(self, machine, cta: int) -> None:
+        right = read_operand(machine, cta, self.right, self.kind)
+        if self.in_memory:
+            place = (cta, *self.left)
+            words = np.ascontiguousarray(machine.tensor_memory[place])
+            left = decode(words.view(f"u{self.size}"), self.kind)
+        else:
+            left = read_operand(machine, cta, self.left, self.kind)
+        total = left @ right.T
+        place = (cta, *self.target)
+        if self.keep:
+            total = total + machine.tensor_memory[place].view(np.float32)
+        machine.tensor_memory[place] = total.astype(np.float32).view(np.uint32)
+        read = self.depth * self.size * (self.n + (0 if self.in_memory else self.m))
+        machine.counters.multiplied(self.kind, 2 * self.m * self.n * self.depth, read)
 
 
 @opcode("tcgen05.mma.cta_group::1.kind::f16", "tcgen05.mma.cta_group::1.kind::tf32")
@@ -142,11 +183,11 @@ def bind_multiply(instr: Instr, strand: Strand) -> Run:
             cta = int(strand.cta[lane])
             values = [int(np.broadcast_to(s, strand.lanes)[lane]) for s in (a_of(), *sources)]
             kept = bool(np.broadcast_to(flag, strand.lanes)[lane])
-            to = int(target_of()[lane])
+            work = Multiply(kind, int(target_of()[lane]), *values, kept, in_memory)
+            work.note(machine, int(strand.row[lane]), instr)
             machine.tensor_work.setdefault(cta, []).append(
-                lambda cta=cta, to=to, values=values, kept=kept: multiply(
-                    machine, cta, kind, to, *values, kept, in_memory
-                ))  # fmt: skip
+                (None, lambda cta=cta, work=work: work.run(machine, cta))
+            )
 
     return run
 
@@ -155,11 +196,16 @@ def bind_multiply(instr: Instr, strand: Strand) -> Run:
 def bind_commit(instr: Instr, strand: Strand) -> Run:
     if not re.search(r"arrive::one\.shared", instr.opcode) or "multicast" in instr.opcode:
         raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
-    addresses_of = address_of(strand, instr.operands[0])
+    addresses_of, machine = address_of(strand, instr.operands[0]), strand.machine
 
     def run(where):
-        for _, *key in barriers_of(strand, addresses_of(), where):
-            barrier = barrier_at(strand, instr, tuple(key))
-            strand.machine.tensor_work.setdefault(key[0], []).append(barrier)
+        for lane, *key in barriers_of(strand, addresses_of(), where):
+            barrier, rows = barrier_at(strand, instr, tuple(key)), strand.row[[lane]]
+            own = machine.races.shared(strand.shared_base[[lane]] + key[1], 8)
+            machine.races.engine(rows, instr, MMA, own, False)
+            clock = machine.races.commit(int(rows[0]))
+            machine.tensor_work.setdefault(key[0], []).append(
+                (barrier, lambda barrier=barrier, clock=clock: barrier.arrive(machine, clock))
+            )
 
     return run

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from tests.oracle import assert_budget, reference
+from tests.ptx.counters import Counters
 from tests.ptx.launch import prepare
 from tests.ptx.parser import PtxError, entry_names
+from tests.ptx.races import DataRace
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 
@@ -87,18 +89,18 @@ def test_too_little_shared_memory_is_noticed(sums):
         run_sums(sums, torch.randn(5, 300), None, shared=400)
 
 
-def test_missing_barriers_are_noticed(sums):
-    x = torch.randn(5, 300)
-    exact = torch.cat([x.double().sum(1), x.double().sum()[None]])
-    pieces = re.split(r"(bar\.sync\s+0;)", sums)
-    assert len(pieces) == 7
-    for skipped in (1, 3, 5):
-        damaged = "".join(p for i, p in enumerate(pieces) if i != skipped)
-        off = [
-            (run_sums(damaged, x, seed)[0].double() - exact).abs().nan_to_num(1.0).max()
-            for seed in range(8)
-        ]
-        assert max(off) > 1e-3, skipped
+def without(ptx: str, *lines: int) -> str:
+    return "\n".join("" if n in lines else line for n, line in enumerate(ptx.splitlines()))
+
+
+def test_missing_barriers_and_fences_are_noticed(sums):
+    numbers = [
+        n for n, line in enumerate(sums.splitlines()) if re.search(r"bar\.sync|membar", line)
+    ]
+    assert len(numbers) == 5
+    for number in numbers:
+        with pytest.raises(DataRace):
+            run_sums(without(sums, number), torch.randn(5, 300), None)
 
 
 class Rows(ctypes.Structure):
@@ -132,58 +134,90 @@ def entry(ptx: str, *needles: str) -> str:
     return name
 
 
+class Product:
+    """y and s of one ragged product by the decode kernel; what the emulator is given to compute them."""
+
+    def __init__(self, dtype: torch.dtype, splits: int, R: int = 12) -> None:
+        M, N, K = 5, 75, 3 * 128 + 21
+        self.tile, rows = ("MmaTile", 64) if dtype == torch.bfloat16 else ("FmaTile", 32)
+        fused = self.tile == "MmaTile"
+        x, w, a = (torch.randn(n, K).to(dtype) / K**0.5 for n in (M, N, R))
+        b, bias = torch.randn(R, N).to(dtype), torch.randn(N).to(dtype)
+        y, s = torch.full((M, N), torch.nan).to(dtype), torch.full((M, R), torch.nan)
+        self.alpha = 0.75
+        if not fused:
+            s = self.alpha * (x @ a.t())
+        tiles = -(-N // rows)
+        self.grid = tiles, splits
+        partials = torch.full((tiles, splits, M, rows + 16 * fused), torch.nan)
+        arrived = torch.zeros(tiles, dtype=torch.int32)
+        chunk = -(-K // splits // 128) * 128
+        self.params = Decode(
+            Rows.of(x), Rows.of(w), Rows.of(a), b.data_ptr(), *b.stride(), bias.data_ptr(),
+            None if fused else s.data_ptr(), None, y.data_ptr(), s.data_ptr(), partials.data_ptr(), arrived.data_ptr(),
+            self.alpha, K, R, chunk, dtype == torch.float32, dtype == torch.float32, False,
+        )  # fmt: skip
+        self.tensors = {"x": x, "w": w, "a": a, "b": b, "bias": bias, "s": s, "y": y}
+        self.tensors |= {"partials": partials, "arrived": arrived}
+        self.tensors = {name: t for name, t in self.tensors.items() if t.numel()}
+
+    def run(self, ptx: str, schedule: int | None) -> Counters:
+        launch = prepare(
+            ptx, self.grid, 128, [("p", "struct", self.params)], entry=entry(ptx, "decode", self.tile),
+            pointed=self.tensors,
+        )  # fmt: skip
+        return launch.run(schedule)
+
+    def check(self) -> None:
+        x, w, a, b, bias = (self.tensors[name] for name in ("x", "w", "a", "b", "bias"))
+        y, s, alpha = self.tensors["y"], self.tensors["s"], self.alpha
+        exact = reference(x.double(), w.double(), a.t().double(), b.double(), alpha, bias.double())
+        assert_budget(y, reference(x, w, a.t(), b, alpha, bias), exact, "y")
+        assert_budget(s, (alpha * (x @ a.t())).float(), alpha * (x.double() @ a.t().double()), "s")
+        assert not self.tensors["arrived"].any()
+
+
 @pytest.mark.parametrize("schedule", [None, 3])
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize(
-    ("dtype", "tile", "rows"), [(torch.bfloat16, "MmaTile", 64), (torch.float32, "FmaTile", 32)]
-)
-def test_decode(shipped, dtype, tile, rows, splits, schedule):
-    M, N, K, R = 5, 75, 3 * 128 + 21, 12
-    x, w, a = (torch.randn(n, K).to(dtype) / K**0.5 for n in (M, N, R))
-    b, bias, y = (
-        torch.randn(R, N).to(dtype),
-        torch.randn(N).to(dtype),
-        torch.full((M, N), torch.nan).to(dtype),
-    )
-    s, alpha = torch.full((M, R), torch.nan), 0.75
-    fused = tile == "MmaTile"
-    if not fused:
-        s = alpha * (x @ a.t())
-    tiles = -(-N // rows)
-    partials = torch.full((tiles, splits, M, rows + 16 * fused), torch.nan)
-    arrived = torch.zeros(tiles, dtype=torch.int32)
-    chunk = -(-K // splits // 128) * 128
-    params = Decode(
-        Rows.of(x), Rows.of(w), Rows.of(a), b.data_ptr(), *b.stride(), bias.data_ptr(), None if fused else s.data_ptr(),
-        None, y.data_ptr(), s.data_ptr(), partials.data_ptr(), arrived.data_ptr(), alpha, K, R, chunk,
-        dtype == torch.float32, dtype == torch.float32, False,
-    )  # fmt: skip
-    tensors = {
-        "x": x,
-        "w": w,
-        "a": a,
-        "b": b,
-        "bias": bias,
-        "s": s,
-        "y": y,
-        "partials": partials,
-        "arrived": arrived,
-    }
-    launch = prepare(
-        shipped,
-        (tiles, splits),
-        128,
-        [("p", "struct", params)],
-        entry=entry(shipped, "decode", tile),
-        pointed=tensors,
-    )
-    counters = launch.run(schedule)
-    exact = reference(x.double(), w.double(), a.t().double(), b.double(), alpha, bias.double())
-    assert_budget(y, reference(x, w, a.t(), b, alpha, bias), exact, "y")
-    assert_budget(s, (alpha * (x @ a.t())).float(), alpha * (x.double() @ a.t().double()), "s")
-    assert not arrived.any()
-    assert counters.tensors["w"].bytes_loaded == w.nbytes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_decode(shipped, dtype, splits, schedule):
+    product = Product(dtype, splits)
+    counters = product.run(shipped, schedule)
+    product.check()
+    assert counters.tensors["w"].bytes_loaded == product.tensors["w"].nbytes
     assert (counters.tensors["y"].stores == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "spare"),
+    [(torch.bfloat16, 12, {5, 6}), (torch.float32, 40, {5}), (torch.float32, 0, {6, 7})],
+    ids=["fused", "two chunks of the rank", "no rank"],
+)
+def test_every_barrier_and_fence_of_decode(shipped, dtype, rank, spare):
+    """Each deleted in turn is noticed, at one rank or another.
+
+    Between the split sums and their use stand a barrier after them, 5, and, for each chunk of the rank, one that keeps the
+    chunk before whole, 6, and one in it, 7.
+    """
+    product = Product(dtype, 3, rank)
+    lines = shipped.splitlines()
+    entries = [n for n, line in enumerate(lines) if ".entry" in line] + [len(lines)]
+    (at,) = (
+        i for i, n in enumerate(entries[:-1]) if entry(shipped, "decode", product.tile) in lines[n]
+    )
+    body = range(entries[at], entries[at + 1])
+    ordering = [n for n in body if re.search(r"bar\.sync|membar", lines[n])]
+
+    def races(*lines: int) -> bool:
+        product.tensors["arrived"].zero_()
+        try:
+            product.run(without(shipped, *lines), None)
+        except DataRace:
+            return True
+        return False
+
+    assert not races()
+    assert {i for i, line in enumerate(ordering) if not races(line)} == spare
 
 
 def test_reduce_outer(shipped):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx.access import address_of, explain
+from tests.ptx.access import address_of, explain, shared_access
+from tests.ptx.clocks import TENSOR_STORE
 from tests.ptx.memory import Binding
 from tests.ptx.parser import PARAM_WINDOW, Imm, Instr, PtxError
 from tests.ptx.strand import DTYPES, Run, Strand, opcode
@@ -41,28 +42,38 @@ class Descriptor:
 
 @dataclass
 class Barrier:
-    """An mbarrier: arrivals and bytes still missing in this phase, and the copies on their way."""
+    """An mbarrier: arrivals and bytes still missing in this phase, and the copies on their way.
 
+    `clock` is what those that arrived and the copies that landed knew; who sees the phase complete knows `over`.
+    """
+
+    place: tuple[int, int]  # CTA and shared address
     count: int
     pending: int
+    clock: np.ndarray
+    over: np.ndarray
     missing: int = 0
     phase: int = 0
-    transfers: list[Callable[[], int]] = field(default_factory=list)
+    transfers: list[tuple[Callable[[], int], np.ndarray]] = field(default_factory=list)
 
-    def arrive(self, machine, count: int = 1, extra_bytes: int = 0) -> None:
+    def arrive(self, machine, clock: np.ndarray, count: int = 1, extra_bytes: int = 0) -> None:
         self.pending -= count
         self.missing += extra_bytes
-        self.check(machine)
+        self.check(machine, clock)
 
     def land(self, machine) -> None:
         """Lets the oldest copy land."""
-        self.missing -= self.transfers.pop(0)()
-        self.check(machine)
+        transfer, clock = self.transfers.pop(0)
+        self.missing -= transfer()
+        self.check(machine, clock)
 
-    def check(self, machine) -> None:
+    def check(self, machine, clock: np.ndarray) -> None:
+        np.maximum(self.clock, clock, out=self.clock)
         if self.pending == 0 and self.missing == 0:
             self.phase ^= 1
             self.pending = self.count
+            machine.races.complete(*self.place, self.clock)
+            self.over = self.clock.copy()
             machine.events += 1
 
 
@@ -79,6 +90,12 @@ def barrier_at(strand: Strand, instr: Instr, key: tuple[int, int]) -> Barrier:
     return barrier
 
 
+def touch(strand: Strand, instr: Instr, addresses: np.ndarray, where, writes: bool) -> None:
+    """An mbarrier's own eight bytes: making and ending it write, arriving and waiting read."""
+    lanes = strand.indices(where)
+    shared_access(strand, instr, addresses[lanes], lanes, 8, writes)
+
+
 @opcode("mbarrier.init", "mbarrier.inval")
 def bind_init(instr: Instr, strand: Strand) -> Run:
     addresses_of = address_of(strand, instr.operands[0])
@@ -86,10 +103,12 @@ def bind_init(instr: Instr, strand: Strand) -> Run:
     count = strand.source(instr.operands[1], "u32") if init else None
 
     def run(where):
+        touch(strand, instr, addresses_of(), where, True)
         for lane, *key in barriers_of(strand, addresses_of(), where):
             if init:
                 n = int(np.broadcast_to(count, strand.lanes)[lane])
-                strand.machine.barriers[tuple(key)] = Barrier(n, n)
+                clock = np.zeros_like(strand.machine.races.known[:, 0])
+                strand.machine.barriers[tuple(key)] = Barrier(tuple(key), n, n, clock, clock)
             else:
                 barrier_at(strand, instr, tuple(key))
                 del strand.machine.barriers[tuple(key)]
@@ -105,10 +124,12 @@ def bind_arrive(instr: Instr, strand: Strand) -> Run:
     expects = "expect_tx" in instr.mods
 
     def run(where):
+        touch(strand, instr, addresses_of(), where, False)
         for lane, *key in barriers_of(strand, addresses_of(), where):
             n = int(np.broadcast_to(value, strand.lanes)[lane])
             barrier = barrier_at(strand, instr, tuple(key))
-            barrier.arrive(strand.machine, 1 if expects else n, n if expects else 0)
+            clock = strand.machine.races.release(strand.row[[lane]])
+            barrier.arrive(strand.machine, clock, 1 if expects else n, n if expects else 0)
 
     return run
 
@@ -128,6 +149,7 @@ def bind_try_wait(instr: Instr, strand: Strand) -> Run:
 
     def run(where):
         lanes = strand.indices(where)
+        touch(strand, instr, addresses_of(), where, False)
         addresses = addresses_of()[lanes]
         phases = np.broadcast_to(parity, strand.lanes)[lanes] & 1
         keys = np.stack([strand.cta[lanes], addresses, phases], 1)
@@ -138,7 +160,9 @@ def bind_try_wait(instr: Instr, strand: Strand) -> Run:
                 barrier.land(machine)
             machine.finish_tensor_work(int(cta), barrier, int(phase))
             if barrier.phase != phase:
-                ready[lanes[(keys == (cta, address, phase)).all(1)]] = True
+                passing = lanes[(keys == (cta, address, phase)).all(1)]
+                ready[passing] = True
+                machine.races.acquire(np.unique(strand.row[passing]), barrier.over)
         np.copyto(done, True, where=ready)
         return machine.wait, ready
 
@@ -185,13 +209,16 @@ def bind_tensor_load(instr: Instr, strand: Strand) -> Run:
 
             def land(index=index, words=words, dtype=dtype):
                 machine.shared.view(dtype)[index] = words[:, 0]
-                halves = index[:, None] * words.itemsize // 2 + np.arange(-(-words.itemsize // 2))
-                machine.stored(halves, asynchronous=True)
                 return words.nbytes
 
             machine.counters.unit_bytes += words.nbytes
             barrier = barrier_at(strand, instr, (cta, key))
-            barrier.transfers.append(land)
+            races, row = machine.races, int(strand.row[lane])
+            own = races.shared(np.array([cta * machine.shared_bytes + key]), 8)
+            cells = races.shared(index * descriptor.itemsize, descriptor.itemsize).reshape(1, -1)
+            races.copy(row, instr, key, own, False)
+            races.copy(row, instr, key, cells, True)
+            barrier.transfers.append((land, races.release(np.array([row]))))
             if machine.lands_early():
                 barrier.land(machine)
 
@@ -209,7 +236,13 @@ def bind_tensor_store(instr: Instr, strand: Strand) -> Run:
             place = descriptor.place(coordinates(strand, mem, lane), int(shared_of()[lane]))
             group = int(strand.bulk_commits[lane])
             strand.machine.counters.unit_bytes += place[0].size * descriptor.itemsize
-            strand.bulk_stores.append(BulkStore(strand, instr, int(lane), group, descriptor, place))
+            store = BulkStore(strand, instr, int(lane), group, descriptor, place)
+            strand.bulk_stores.append(store)
+            races, size = strand.machine.races, descriptor.itemsize
+            cells = races.shared(store.start[place[2]], size).reshape(1, -1)
+            races.engine(
+                strand.row[[lane]], instr, TENSOR_STORE, cells, False, np.array([group]), True
+            )
 
     return run
 
@@ -225,13 +258,16 @@ class BulkStore:
     descriptor: Descriptor
     place: tuple[np.ndarray, np.ndarray, np.ndarray]
 
+    @property
+    def start(self) -> np.ndarray:
+        """Byte indices into the batch's shared memory."""
+        return self.place[1] + int(self.strand.shared_base[self.lane])
+
     def land(self) -> None:
         machine, size = self.strand.machine, self.descriptor.itemsize
-        address, shared, inside = self.place
+        address, _, inside = self.place
         dtype = DTYPES[f"u{8 * size}"]
-        start = shared + int(self.strand.cta[self.lane]) * machine.shared_bytes
-        machine.check_fenced(start)
-        index = start // size
+        index = self.start // size
         words = machine.shared.view(dtype)[index[inside]][:, None]
         if len(words):
             text = explain(self.strand, self.instr, np.full(len(words), self.lane))
@@ -248,7 +284,9 @@ def bind_bulk_wait(instr: Instr, strand: Strand) -> Run:
     pending = int(instr.operands[0].text)
 
     def run(where):
-        finish_bulk_stores(strand, where, strand.bulk_commits - pending)
+        limit, waiting = strand.bulk_commits - pending, strand.indices(where)
+        strand.machine.races.finish(strand.row[waiting], TENSOR_STORE, limit[waiting])
+        finish_bulk_stores(strand, where, limit)
 
     return run
 

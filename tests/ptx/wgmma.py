@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
 import numpy as np
 
+from tests.ptx.clocks import WGMMA
 from tests.ptx.fragments import (
     KIND_BYTES,
     RegisterBlock,
@@ -19,7 +21,11 @@ from tests.ptx.fragments import (
 from tests.ptx.parser import Instr, PtxError
 from tests.ptx.strand import Run, Strand, opcode
 
-WGMMA_SWIZZLE = (62, {0: 0, 1: 128, 2: 64, 3: 32})
+# Where a descriptor says how its rows are swizzled, and the bytes of a row for what it says.
+SWIZZLES = {
+    "wgmma": (62, {0: 0, 1: 128, 2: 64, 3: 32}),
+    "tcgen05": (61, {0: 0, 2: 128, 4: 64, 6: 32}),
+}
 
 
 def swizzled(address: np.ndarray, width: int) -> np.ndarray:
@@ -28,12 +34,15 @@ def swizzled(address: np.ndarray, width: int) -> np.ndarray:
     return address ^ (((address >> 7) & mask) << 4)
 
 
-def operand_addresses(descriptor: int, rows, k, size: int, transposed: bool, swizzle) -> np.ndarray:
-    """Shared addresses [rows, k] of a matrix operand of `size`-byte elements."""
-    shift, widths = swizzle
+@functools.lru_cache(maxsize=1024)
+def operand_addresses(
+    unit: str, descriptor: int, first: int, count: int, depth: int, size: int, transposed: bool
+) -> np.ndarray:
+    """Shared addresses [count, depth] of rows of a matrix operand of `size`-byte elements."""
+    shift, widths = SWIZZLES[unit]
     width = widths[descriptor >> shift]
     start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
-    rows, k = np.asarray(rows)[:, None], np.asarray(k)[None, :]
+    rows, k = np.arange(first, first + count)[:, None], np.arange(depth)
     if width == 0:
         if transposed:
             raise PtxError("an unswizzled transposed operand")
@@ -52,9 +61,15 @@ def read_operand(machine, cta: int, addresses: np.ndarray, kind: str) -> np.ndar
     if addresses.max() + size > machine.shared_size:
         raise PtxError(f"a matrix operand reaches shared address {addresses.max()}"
                        f" of {machine.shared_size}")  # fmt: skip
-    words, index = machine.shared.view(f"u{size}"), addresses + cta * machine.shared_bytes
-    machine.check_fenced(index)
-    return decode(words[index // size], kind)
+    index = (addresses + cta * machine.shared_bytes) // size
+    return decode(machine.shared.view(f"u{size}")[index], kind)
+
+
+def operand_cells(machine, cta: int, addresses: np.ndarray, size: int) -> np.ndarray:
+    """The cells of an operand, in the detector of races; its rows are whole cells."""
+    cell = machine.races.cell
+    starts = addresses.ravel() if size >= cell else addresses[addresses % cell == 0]
+    return machine.races.shared(starts + cta * machine.shared_bytes, size).ravel()
 
 
 @dataclass
@@ -92,23 +107,26 @@ def bind_wgmma(instr: Instr, strand: Strand) -> Run:
         raise PtxError(f"line {instr.line}: a negated operand: {instr.text}")
     a_trans = transposes[0] if len(transposes) == 2 else False
     b_trans = transposes[-1] if transposes else False
-    size, columns, ks = KIND_BYTES[kind], np.arange(n), np.arange(depth)
+    size = KIND_BYTES[kind]
 
-    def operand(cta, descriptor, rows, transposed):
-        where = operand_addresses(int(descriptor), rows, ks, size, transposed, WGMMA_SWIZZLE)
-        return read_operand(machine, cta, where, kind)
+    def left_of(warp, descriptor):
+        quarter = int(strand.warp[32 * warp]) % 4
+        return operand_addresses("wgmma", int(descriptor), 16 * quarter, 16, depth, size, a_trans)
+
+    def right_of(descriptor):
+        return operand_addresses("wgmma", int(descriptor), 0, n, depth, size, b_trans)
 
     def multiply(warps, given):
         total = np.where(given["keep"][:, None, None], c_tile(accumulator.read(warps)), 0)
         right = {}
         for i, warp in enumerate(warps):
-            cta, quarter = int(strand.cta[32 * warp]), int(strand.warp[32 * warp]) % 4
+            cta = int(strand.cta[32 * warp])
             key = cta, int(given["b"][i])
             if key not in right:
-                right[key] = operand(cta, key[1], columns, b_trans).T
+                right[key] = read_operand(machine, cta, right_of(key[1]), kind).T
             left = given["a"][i]
             if from_registers is None:
-                left = operand(cta, left, 16 * quarter + np.arange(16), a_trans)
+                left = read_operand(machine, cta, left_of(warp, left), kind)
             total[i] += left @ right[key]
         accumulator.write(warps, c_registers(total))
         # The four warps of a group share one reading of the right operand.
@@ -121,7 +139,17 @@ def bind_wgmma(instr: Instr, strand: Strand) -> Run:
         left = a_tile(from_registers.read(warps), kind) if from_registers else a_desc[first]
         keeps = np.broadcast_to(keep, strand.lanes)[first]
         given = {"a": left, "b": b_desc[first], "keep": keeps}
-        strand.wgmmas.append(Pending(multiply, warps, strand.wgmma_commits[warps], given))
+        groups = strand.wgmma_commits[warps]
+        read = [[right_of(descriptor) for descriptor in given["b"]]]
+        if from_registers is None:
+            read.append([left_of(*warp) for warp in zip(warps, given["a"], strict=True)])
+        for addresses in read:
+            ctas = strand.cta[first]
+            cells = [
+                operand_cells(machine, *one, size) for one in zip(ctas, addresses, strict=True)
+            ]
+            machine.races.engine(strand.row[first], instr, WGMMA, np.stack(cells), False, groups, True)  # fmt: skip
+        strand.wgmmas.append(Pending(multiply, warps, groups, given))
 
     return run
 
@@ -142,6 +170,7 @@ def bind_wait(instr: Instr, strand: Strand) -> Run:
         waiting = np.zeros(strand.lanes // 32, bool)
         waiting[whole_warps(strand, instr, where)] = True
         limit = strand.wgmma_commits - pending
+        strand.machine.races.finish(strand.row[::32][waiting], WGMMA, limit[waiting])
         strand.wgmmas = [
             p for p in strand.wgmmas if p.run((p.group < limit[p.warps]) & waiting[p.warps])
         ]
