@@ -137,7 +137,7 @@ def entry(ptx: str, *needles: str) -> str:
 class Product:
     """y and s of one ragged product by the decode kernel; what the emulator is given to compute them."""
 
-    def __init__(self, dtype: torch.dtype, splits: int, R: int = 12) -> None:
+    def __init__(self, dtype: torch.dtype, splits: int, R: int = 12, blocks: int = 2) -> None:
         M, N, K = 5, 75, 3 * 128 + 21
         self.tile, rows = ("MmaTile", 64) if dtype == torch.bfloat16 else ("FmaTile", 32)
         fused = self.tile == "MmaTile"
@@ -148,7 +148,7 @@ class Product:
         if not fused:
             s = self.alpha * (x @ a.t())
         tiles = -(-N // rows)
-        self.grid = tiles, splits
+        self.grid = blocks, splits
         partials = torch.full((tiles, splits, M, rows + 16 * fused), torch.nan)
         arrived = torch.zeros(tiles, dtype=torch.int32)
         chunk = -(-K // splits // 128) * 128
@@ -179,9 +179,11 @@ class Product:
 
 @pytest.mark.parametrize("schedule", [None, 3])
 @pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_decode(shipped, dtype, splits, schedule):
-    product = Product(dtype, splits)
+def test_decode(shipped, dtype, blocks, splits, schedule):
+    """75 columns are two tiles, or three of 32, which the blocks share."""
+    product = Product(dtype, splits, blocks=blocks)
     counters = product.run(shipped, schedule)
     product.check()
     assert counters.tensors["w"].bytes_loaded == product.tensors["w"].nbytes
@@ -190,16 +192,16 @@ def test_decode(shipped, dtype, splits, schedule):
 
 @pytest.mark.parametrize(
     ("dtype", "rank", "spare"),
-    [(torch.bfloat16, 12, {5, 6}), (torch.float32, 40, {5}), (torch.float32, 0, {6, 7})],
+    [(torch.bfloat16, 12, {8, 9}), (torch.float32, 40, {6}), (torch.float32, 0, {7, 8})],
     ids=["fused", "two chunks of the rank", "no rank"],
 )
 def test_every_barrier_and_fence_of_decode(shipped, dtype, rank, spare):
     """Each deleted in turn is noticed, at one rank or another.
 
-    Between the split sums and their use stand a barrier after them, 5, and, for each chunk of the rank, one that keeps the
-    chunk before whole, 6, and one in it, 7.
+    Between the split sums and their use stand a barrier after them, 6, and, for each chunk of the rank, one that keeps the
+    chunk before whole, 7, and one in it, 8; two later each where a block's first tile has code of its own.
     """
-    product = Product(dtype, 3, rank)
+    product = Product(dtype, 3, rank, blocks=1)
     lines = shipped.splitlines()
     entries = [n for n, line in enumerate(lines) if ".entry" in line] + [len(lines)]
     (at,) = (
