@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -64,6 +65,8 @@ void check_buffer(const Tensor& t, const char* name, ScalarType type) {
 // `t` as rows of K elements; `transposed`: t is [K, rows].
 Rows rows_of(const Tensor& t, const char* name, bool transposed) {
   const int row = transposed ? 1 : 0, k = 1 - row;
+  check(t.size(row) <= INT32_MAX && t.size(k) <= INT32_MAX, name,
+        "must have fewer than 2^31 rows and columns");
   Rows rows;
   rows.data = t.data_ptr();
   rows.count = int(t.size(row));
@@ -109,6 +112,8 @@ void decode(Tensor x, Tensor w, Tensor a, Tensor b, std::optional<Tensor> bias, 
   check(fused_rank == 0 || (fused_rank == R && R <= RANK_CHUNK), "fused_rank",
         "must be 0, or R and at most 32");
   check(splits >= 1 && chunk >= 1 && splits * chunk >= K, "splits and chunk", "must cover K");
+  check(splits == 1 || chunk % step_of(w_type) == 0, "chunk",
+        "must be a multiple of the tile's step");
   check(blocks >= 1, "blocks", "must be at least 1");
   const int64_t tiles = (N + rows_per_tile(w_type) - 1) / rows_per_tile(w_type);
   const int64_t slots = rows_per_tile(w_type) + ranks_per_tile(int(fused_rank));

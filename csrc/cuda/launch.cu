@@ -53,6 +53,8 @@ cudaError_t launch_outer(const ReduceOuter& p, cudaStream_t stream) {
 
 int rows_per_tile(Type w) { return w == Type::float32 ? 32 : 64; }
 
+int step_of(Type w) { return w == Type::float32 ? 16 : 32; }
+
 int ranks_per_tile(int fused_rank) { return (fused_rank + 15) / 16 * 16; }
 
 cudaError_t launch_decode(const Decode& p, Type x, Type w, int fused_rank, dim3 grid,

@@ -13,6 +13,9 @@ enum class Type { float32, float16, bfloat16 };
 // Rows of w that one block takes: the unit of `tiles` in Decode::partials and Decode::arrived.
 int rows_per_tile(Type w);
 
+// k that a warp takes at once: splits of k begin at its multiples.
+int step_of(Type w);
+
 // Ranks that Decode::partials holds beside them: `rank` rounded up if a is multiplied in the same
 // pass, else 0.
 int ranks_per_tile(int fused_rank);

@@ -122,6 +122,7 @@ DECODE_RULES = [
     ("splits", 0, "must cover K"),
     ("splits", 1, "must cover K"),
     ("chunk", 0, "must cover K"),
+    ("chunk", 48, "must be a multiple of the tile's step"),
 ]  # fmt: skip
 
 OUTER_RULES = [
@@ -156,6 +157,14 @@ def test_what_decode_refuses(operators, name, value, rule):
 def test_what_reduce_outer_refuses(operators, name, value, rule):
     refused(operators.reduce_outer, outer_arguments(), name, value, rule)
     assert not operators.launches
+
+
+def test_sizes_that_an_int_cannot_hold_are_refused(operators):
+    """Views that repeat one element: rows and columns are counted in 32 bits."""
+    long = 2**31
+    x, w = (torch.zeros(1, 1, dtype=HALF).expand(shape) for shape in ((M, long), (long, N)))
+    arguments = decode_arguments(w=w, chunk=long, splits=1, fused_rank=0)
+    refused(operators.decode, arguments, "x", x, "must have fewer than 2^31 rows and columns")
 
 
 def test_rules_of_two_arguments(operators):
