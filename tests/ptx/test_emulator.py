@@ -76,12 +76,12 @@ def test_a_missing_fence_before_the_tensor_core_reads_is_noticed(target, tma):
 
 
 def test_missing_waits_for_asynchronous_copies_are_noticed():
-    """That before the loop alone, and those of the loop together: one of these would do."""
+    """The first alone, and those of the loop together: one of these would do. In Triton 3.6 the first is the loop's."""
     product = Product.of(64, 32, 112)
     kernel = product.compile("sm_80")
     first, *loop, _last = kernel.instructions("cp.async.wait_group")
     assert noticed(kernel.without(first), product, [None]) == "wrong"
-    assert loop and noticed(kernel.without(*loop), product, [None]) == "wrong"
+    assert not loop or noticed(kernel.without(*loop), product, [None]) == "wrong"
 
 
 def test_a_group_that_is_waited_for_too_early_is_noticed():
