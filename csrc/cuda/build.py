@@ -1,4 +1,7 @@
-"""Compiles the CUDA extension with nvcc: against any torch, a CPU-only one too, as it uses the stable ABI alone."""
+"""Compiles the CUDA extension with nvcc: against any torch, a CPU-only one too, as it uses the stable ABI alone.
+
+As a program: for this machine's GPU alone, in the checkout's package.
+"""
 
 from __future__ import annotations
 
@@ -80,3 +83,10 @@ def _run(command: list[str]) -> str:
     if done.returncode:
         raise RuntimeError(f"nvcc failed:\n{done.stderr[-4000:]}")
     return done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    import torch
+
+    capability = "".join(map(str, torch.cuda.get_device_capability()))
+    print(build(_HERE.parents[1] / "lora_kernels/_cuda.so", archs=[capability]))
