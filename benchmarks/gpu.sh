@@ -1,16 +1,26 @@
 #!/bin/sh
 # Everything that needs a GPU, in one go and offline: tests, self-test, tuning, benchmarks, report into benchmarks/results.
 # Uses the packages that PYTHON has (torch and triton; pytest, matplotlib and peft where they are there) and installs none.
-#   PYTHON=python3 sh benchmarks/gpu.sh
-# A step that fails does not stop the others; the exit code is 1 then, and 2 where nothing can be run at all.
+#   PYTHON=python3 sh benchmarks/gpu.sh             every step
+#   PYTHON=python3 sh benchmarks/gpu.sh tune bench  these steps
+# A step that fails, or takes more than LIMIT seconds (a kernel may hang), does not stop the others; the exit code is 1
+# then, and 2 where nothing can be run at all.
 
 PYTHON=${PYTHON:-python3}
 ROOT=$(cd "$(dirname "$0")/.." && pwd) || exit 2
 RESULTS=${RESULTS:-$ROOT/benchmarks/results}
+LIMIT=${LIMIT:-600}
+STEPS=${*:-build info selftest tests tune bench report}
 cd "$ROOT" || exit 2
 PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONPATH
 
+for name in $STEPS; do
+    case $name in
+    build | info | selftest | tests | tune | bench | report) ;;
+    *) echo "gpu.sh: no step is called $name" >&2 && exit 2 ;;
+    esac
+done
 if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
     echo "gpu.sh: $PYTHON has no torch: set PYTHON to an interpreter that has it" >&2
     exit 2
@@ -21,35 +31,44 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 
 mkdir -p "$RESULTS" build || exit 2
-failed=
-step() {
-    name=$1
-    shift
-    echo "== $name: $*" >&2
-    "$@" || failed="$failed $name"
+python() {
+    if command -v timeout >/dev/null; then timeout -k 10 "$LIMIT" "$PYTHON" "$@"; else "$PYTHON" "$@"; fi
 }
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 
-# The C++ and CUDA extensions, where compilers are; everything else works without them.
-if has setuptools && has ninja; then
-    "$PYTHON" setup.py --quiet build_ext --inplace >build/extensions.log 2>&1 ||
-        echo "gpu.sh: extensions are not built, see build/extensions.log" >&2
-fi
-step info "$PYTHON" -m lora_kernels info
-step selftest "$PYTHON" -m lora_kernels selftest
-if ! has pytest; then
-    echo "gpu.sh: tests are left out: $PYTHON has no pytest" >&2
-elif [ -d tests/gpu ]; then
-    step tests "$PYTHON" -m pytest tests/gpu -q
-fi
-step tune "$PYTHON" -m lora_kernels tune --output "$RESULTS/tuned.json"
-step bench "$PYTHON" -m lora_kernels bench --device cuda --preset gpu --output "$RESULTS"
-if has matplotlib; then
-    step report "$PYTHON" -m lora_kernels report "$RESULTS"
-else
-    step report "$PYTHON" -m lora_kernels report "$RESULTS" --no-plots
-fi
+# The CUDA extension for this GPU, where nvcc is; everything else works without it.
+build() {
+    command -v nvcc >/dev/null || { echo "gpu.sh: there is no nvcc: the cuda backend is left out" >&2 && return; }
+    python csrc/cuda/build.py >build/extension.log 2>&1 || { tail build/extension.log >&2 && return 1; }
+}
+info() { python -m lora_kernels info; }
+selftest() { python -m lora_kernels selftest; }
+# In parts at once: most of their time goes into compiling, and an error that the GPU does not recover from ends one part.
+tests() {
+    has pytest || { echo "gpu.sh: tests are left out: $PYTHON has no pytest" >&2 && return; }
+    running=
+    for part in 1 2 3 4; do
+        python -m pytest tests/gpu -q --part $part/4 >"build/tests-$part.log" 2>&1 &
+        running="$running $!"
+    done
+    wrong=0
+    for process in $running; do wait "$process" || wrong=1; done
+    tail -n 40 build/tests-[1-4].log
+    return $wrong
+}
+tune() { python -m lora_kernels tune --output "$RESULTS/tuned.json"; }
+bench() { python -m lora_kernels bench --device cuda --preset gpu --seconds 0.4 --output "$RESULTS"; }
+report() {
+    plots=--no-plots
+    has matplotlib && plots=
+    python -m lora_kernels report "$RESULTS" $plots
+}
 
+failed=
+for name in $STEPS; do
+    echo "== $name" >&2
+    "$name" || failed="$failed $name"
+done
 if [ -n "$failed" ]; then
     echo "gpu.sh: failed:$failed" >&2
     exit 1

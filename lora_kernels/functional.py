@@ -163,7 +163,9 @@ def check_dropout(name: str, p: float) -> None:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast computes in on this device type now, or None; "meta" and others know no autocast."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    # torch 2.11 cannot trace the question: it is not asked of the devices that code is compiled for.
+    known = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    if known and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

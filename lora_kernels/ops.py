@@ -24,7 +24,7 @@ torch.library.define(
 )
 torch.library.define(
     "lora_kernels::lora_linear_backward",
-    "(ScalarType adapter_dtype, bool[] needs, Tensor dy, Tensor? x, Tensor? weight, Tensor? A, Tensor? B, Tensor? s,"
+    "(Tensor dy, ScalarType adapter_dtype, bool[] needs, Tensor? x, Tensor? weight, Tensor? A, Tensor? B, Tensor? s,"
     " Tensor alpha, float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 lora_linear = torch.ops.lora_kernels.lora_linear.default
@@ -59,9 +59,9 @@ def _lora_linear_fake(x, weight, A, B, bias, alpha, dropout_p, seed, backend):
 
 
 def _lora_linear_backward(
+    dy: Tensor,
     adapter_dtype: torch.dtype,
     needs: list[bool],
-    dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
     A: Tensor | None,
@@ -74,8 +74,8 @@ def _lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dW, dA, dB, dbias) of `formulas.backward`, an empty tensor for each that is not needed.
 
-    DTensor remembers a sharding by a call's tensors and by every argument from the first integer, such as a dtype, on. It
-    comes first, so that calls with other operands left out are told apart.
+    DTensor takes the mesh of the first argument, and remembers a sharding by a call's tensors and by every argument from the
+    first integer, such as a dtype, on. So they come first: calls with other operands left out are told apart.
     """
     saved = Saved(x, weight, A, B, s)
     dropout = as_dropout(dropout_p, seed)
@@ -92,7 +92,7 @@ torch.library.impl(
 
 @torch.library.register_fake("lora_kernels::lora_linear_backward")
 def _lora_linear_backward_fake(
-    adapter_dtype, needs, dy, x, weight, A, B, s, alpha, dropout_p, seed, backend
+    dy, adapter_dtype, needs, x, weight, A, B, s, alpha, dropout_p, seed, backend
 ):
     needed = Needs(*needs)
     M, N = dy.shape
@@ -118,7 +118,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 def _backward(ctx: Any, dy: Tensor, ds: Tensor | None) -> tuple[Tensor | None, ...]:
     *saved, alpha, seed = ctx.saved_tensors
     grads = lora_linear_backward(
-        ctx.adapter_dtype, list(ctx.needs), dy, *saved, alpha, ctx.dropout_p, seed, ctx.backend
+        dy, ctx.adapter_dtype, list(ctx.needs), *saved, alpha, ctx.dropout_p, seed, ctx.backend
     )
     needed = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
     return (*needed, None, None, None, None)

@@ -94,6 +94,8 @@ def _verdict(backend: Backend, fingerprint: str, index: int) -> str | None:
         pass
     if torch.cuda.is_current_stream_capturing():
         raise _CapturingError
+    # What an earlier kernel broke is raised here, and is no verdict on this backend.
+    torch.cuda.synchronize(index)
     failure = _failure(backend, torch.device("cuda", index))
     if failure is not None:
         env.logger().warning("the %s backend is not used on this device: %s", backend.name, failure)

@@ -30,6 +30,7 @@ from lora_kernels.bench import (
     statistics,
     training,
 )
+from lora_kernels.bench import run as runner
 from lora_kernels.bench.results import Results, Row
 from lora_kernels.problem import Problem
 
@@ -571,6 +572,48 @@ def test_a_wrong_backend_fails_the_run_and_the_rest_is_kept(
     assert "### Failed" in report.markdown({"a": (found, [])})
 
 
+def test_a_contender_that_cannot_be_timed_is_left_out(monkeypatch):
+    """As one that a CUDA graph cannot capture: right when it is checked, and an error when the clock calls it."""
+    build, calls = contenders.build, []
+
+    def checked_once(x, right):
+        calls.append(x)
+        if len(calls) > 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return right(x)
+
+    def broken(name, layer):
+        built = build(name, layer)
+        if name != "addmm":
+            return built
+        return replace(built, function=lambda x: checked_once(x, built.function))
+
+    monkeypatch.setattr(contenders, "build", broken)
+    notes = {}
+    rows = linear.measure(linear.Case("a case", PROBLEM), ("addmm",), QUICK, RATES, notes)
+    assert {row.contender for row in rows} == {"frozen", "reference"}
+    assert notes == {"addmm": "operation not permitted when stream is capturing"}
+
+
+def test_a_suite_that_fails_does_not_stop_the_rest(monkeypatch, fast_machine):
+    def training_measure(which, device, effort, left_out, dtype):
+        raise RuntimeError(f"{which} is wrong\nmore")
+
+    monkeypatch.setattr(training, "measure", training_measure)
+    order = runner.Order("cpu", [], ("training", "overhead"), effort=QUICK)
+    kept = []
+    found = runner.run(order, keep=lambda results: kept.append(len(results.rows)))
+    assert found.failed == {f"training: {m}, float32": f"{m} is wrong" for m in training.MODELS}
+    assert found.of(suite="overhead") and kept[-1] == len(found.rows)
+
+
+def test_training_without_the_demos_packages_is_left_out(monkeypatch):
+    monkeypatch.setattr(training.demo, "missing_packages", lambda: ["a-package"])
+    notes = {}
+    assert training.measure("minilm", "cpu", QUICK, notes) == []
+    assert notes["minilm: ours"] == notes["minilm: reference"] == "needs a-package"
+
+
 def test_explain_predicts_from_measured_rates(capsys, fast_machine):
     command = ["explain", "--shape", "64", "96", "128", "8", "--device", "cpu", "--json"]
     assert main([*command, "--backend", "eager", "--measure"]) == 0
@@ -613,9 +656,9 @@ def test_a_gpu_that_is_not_there(arguments, capsys):
     assert "GPU" in capsys.readouterr().err
 
 
-def run_gpu_script(python, tmp_path):
+def run_gpu_script(python, tmp_path, *steps, limit=600):
     return subprocess.run(
-        ["sh", str(ROOT / "benchmarks" / "gpu.sh")],
+        ["sh", str(ROOT / "benchmarks" / "gpu.sh"), *steps],
         capture_output=True,
         text=True,
         timeout=120,
@@ -624,6 +667,7 @@ def run_gpu_script(python, tmp_path):
             "PYTHON": str(python),
             "RESULTS": str(tmp_path),
             "LOG": f"{tmp_path}/log",
+            "LIMIT": str(limit),
         },
     )
 
@@ -639,19 +683,42 @@ def test_gpu_script_without_a_gpu(tmp_path):
     assert done.returncode == 2 and "has no torch" in done.stderr
 
 
-@pytest.mark.parametrize("broken", ["", "tune"])
-def test_gpu_script_runs_every_step(tmp_path, broken):
-    """With a stand-in for Python that writes down what it is asked; a step that fails does not stop the rest."""
+def stand_in(tmp_path, pattern, does):
+    """For Python: writes down what it is asked, and `does` something else where that matches a shell pattern."""
     python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\necho "$@" >>"$LOG"\ncase "$*" in *"kernels {broken or "nothing"} "*) exit 1;; esac\n'
-    )
+    python.write_text(f'#!/bin/sh\necho "$@" >>"$LOG"\ncase "$*" in {pattern}) {does};; esac\n')
     python.chmod(0o755)
-    done = run_gpu_script(python, tmp_path)
-    assert done.returncode == (1 if broken else 0), done.stderr
+    return python
+
+
+@pytest.mark.parametrize(
+    ("pattern", "does", "limit", "told"),
+    [
+        ("nothing", "exit 1", 600, "gpu.sh: done"),
+        ('*"kernels tune "*', "exit 1", 600, "gpu.sh: failed: tune"),
+        ('*"kernels selftest"*', "exec sleep 100", 5, "gpu.sh: failed: selftest"),
+        ('*"--part 3/4"*', "exit 1", 600, "gpu.sh: failed: tests"),
+    ],
+    ids=["all well", "a step fails", "a kernel hangs", "a part fails"],
+)
+def test_gpu_script_runs_every_step(tmp_path, pattern, does, limit, told):
+    """A step that fails or does not end does not stop the rest."""
+    done = run_gpu_script(stand_in(tmp_path, pattern, does), tmp_path, limit=limit)
+    assert done.returncode == ("failed" in told), done.stderr
+    assert done.stderr.splitlines()[-1].startswith(told)
     lines = (tmp_path / "log").read_text()
     places = [
         lines.index(f"lora_kernels {name}") for name in ("selftest", "tune", "bench", "report")
     ]
     assert places == sorted(places) and "pip" not in lines
-    assert ("failed: tune" in done.stderr) == bool(broken)
+    assert all(f"--part {part}/4" in lines for part in (1, 2, 3, 4))
+
+
+def test_gpu_script_runs_the_steps_that_are_named(tmp_path):
+    python = stand_in(tmp_path, "nothing", "exit 1")
+    assert run_gpu_script(python, tmp_path, "tune", "bench").returncode == 0
+    lines = (tmp_path / "log").read_text()
+    assert lines.index("lora_kernels tune") < lines.index("lora_kernels bench")
+    assert "kernels selftest" not in lines and "-m pytest" not in lines
+    done = run_gpu_script(python, tmp_path, "tune", "banch")
+    assert done.returncode == 2 and "banch" in done.stderr

@@ -56,9 +56,9 @@ def test_backward_registration(needs):
     x, weight, A, B, _ = (t.detach() for t in operands())
     dy, s = torch.randn(9, 7), torch.randn(9, 3)
     args = (
+        dy,
         torch.float32,
         list(needs),
-        dy,
         x,
         weight,
         A,

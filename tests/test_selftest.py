@@ -58,6 +58,7 @@ class TestVerdict:
         monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
         self.runs = []
         monkeypatch.setattr(selftest, "run", lambda b, d: self.runs.append(b) or run(b, "cpu"))
         selftest._verdict.cache_clear()
@@ -107,6 +108,15 @@ class TestVerdict:
     def test_a_cache_that_cannot_be_written_is_no_error(self, device, monkeypatch):
         monkeypatch.setenv("LORA_KERNELS_CACHE", "/proc/nowhere")
         assert selftest.trusted(Broken("none"), device) is None
+
+    def test_an_earlier_kernels_error_is_no_verdict(self, device, monkeypatch):
+        def synchronize(index):
+            raise RuntimeError("an illegal memory access was encountered")
+
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            selftest.trusted(Broken("none"), device)
+        assert not self.runs and not self.folder.exists()
 
     def test_nothing_is_tested_while_a_graph_is_captured(self, device, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -1,4 +1,7 @@
-"""Compiles the CUDA extension with nvcc: against any torch, a CPU-only one too, as it uses the stable ABI alone."""
+"""Compiles the CUDA extension with nvcc: against any torch, a CPU-only one too, as it uses the stable ABI alone.
+
+As a program: for this machine's GPU alone, in the checkout's package.
+"""
 
 from __future__ import annotations
 
@@ -66,3 +69,10 @@ def nvcc() -> str:
     if found is None:
         raise FileNotFoundError("nvcc must be on the PATH to build the CUDA extension")
     return found
+
+
+if __name__ == "__main__":
+    import torch
+
+    capability = "".join(map(str, torch.cuda.get_device_capability()))
+    print(build(_HERE.parents[1] / "lora_kernels/_cuda.so", archs=[capability]))

@@ -57,12 +57,11 @@ class Built:
 
 def make_layer(problem: Problem, seed: int = 0) -> Layer:
     """Random operands of a problem, as trained layers have them: x·A·B is not small beside x·W."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(problem.device).manual_seed(seed)
 
     def normal(*shape: int, scale: float, dtype: str) -> Tensor:
-        return (scale * torch.randn(shape, generator=generator)).to(
-            device=problem.device, dtype=getattr(torch, dtype)
-        )
+        values = torch.randn(shape, generator=generator, device=problem.device)
+        return (scale * values).to(getattr(torch, dtype))
 
     wide = 1 / math.sqrt(max(problem.K, 1))
     return Layer(
@@ -76,10 +75,13 @@ def make_layer(problem: Problem, seed: int = 0) -> Layer:
 
 def make_input(problem: Problem, seed: int = 1) -> tuple[Tensor, Tensor]:
     """x [M, K], which requires a gradient as inside of a network, and dy [M, N]."""
-    generator = torch.Generator().manual_seed(seed)
-    place: Any = {"device": problem.device, "dtype": getattr(torch, problem.dtype)}
-    x = torch.randn(problem.M, problem.K, generator=generator).to(**place).requires_grad_()
-    return x, torch.randn(problem.M, problem.N, generator=generator).to(**place)
+    generator = torch.Generator(problem.device).manual_seed(seed)
+
+    def normal(columns: int) -> Tensor:
+        values = torch.randn(problem.M, columns, generator=generator, device=problem.device)
+        return values.to(getattr(torch, problem.dtype))
+
+    return normal(problem.K).requires_grad_(), normal(problem.N)
 
 
 def build(name: str, layer: Layer) -> Built:

@@ -19,7 +19,7 @@ from lora_kernels import dispatch
 from lora_kernels.bench.clock import clock_for
 from lora_kernels.problem import Problem
 
-_PACKAGES = ("torch", "triton", "peft", "transformers")
+_PACKAGES = ("triton", "peft", "transformers")
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -48,7 +48,11 @@ def describe(device: str) -> dict[str, Any]:
 
 def versions() -> dict[str, Any]:
     """Of Python, this package, and those that compute or are compared."""
-    found = {"python": platform.python_version(), "lora_kernels": lora_kernels.__version__}
+    found = {
+        "python": platform.python_version(),
+        "lora_kernels": lora_kernels.__version__,
+        "torch": str(torch.__version__),
+    }
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from lora_kernels.bench import linear, machine, memory, overhead, training
 from lora_kernels.bench.linear import Case, Effort
@@ -36,7 +37,7 @@ def run(
 ) -> Results:
     """Measure an order, telling `say` what is going on; `keep` gets what there is after each step, in case it is the last.
 
-    A backend of ours that fails on a problem is in `failed`, and the run goes on.
+    A backend of ours that fails on a problem, or a suite that cannot be measured, is in `failed`, and the run goes on.
     """
     say(f"measuring the ceilings of this machine ({order.device})")
     dtypes = sorted({case.problem.dtype for case in order.cases} | set(order.dtypes))
@@ -51,27 +52,34 @@ def run(
     )
     if isinstance(results.machine["load"], float) and results.machine["load"] > 0.5:
         say(f"the machine is busy (load {results.machine['load']}): times will be noisy")
+
+    def measured(what: str, measure: Callable[[], list[Row]]) -> None:
+        try:
+            results.rows += measure()
+        except Exception as error:  # a device fails in any way; the other measurements count
+            text = str(error).strip()
+            results.failed[what] = text.splitlines()[0] if text else repr(error)
+        keep(results)
+
     wanted = [case for case in order.cases if case.suite in order.suites]
     begin = time.perf_counter()
     for index, case in enumerate(wanted, 1):
         say(f"[{index}/{len(wanted)}] {case.suite} {case.label}: {case.mode}, {case.problem}")
-        results.rows += case_rows(case, order.names, order.effort, results)
-        keep(results)
+        what = f"{case.suite} {case.label}, {case.mode} of {case.problem}"
+        measured(what, partial(case_rows, case, order.names, order.effort, results))
     if "training" in order.suites:
         for which in training.MODELS:
             for dtype in order.dtypes if which == "block" else ("float32",):
                 say(f"training: {which}, {dtype}")
                 effort = order.effort.times(2)
-                results.rows += training.measure(
-                    which, order.device, effort, results.left_out, dtype=dtype
-                )
-                keep(results)
+                steps = partial(training.measure, which, order.device, effort, results.left_out)
+                measured(f"training: {which}, {dtype}", partial(steps, dtype=dtype))
     if "overhead" in order.suites:
         say("overhead of a call")
-        results.rows += overhead.measure(order.device, order.effort, results.left_out)
-        keep(results)
+        calls = partial(overhead.measure, order.device, order.effort, results.left_out)
+        measured("overhead of a call", calls)
     if "memory" in order.suites:
-        results.rows += _memory_rows(order, results, say)
+        measured("memory", partial(_memory_rows, order, results, say))
     say(f"done in {time.perf_counter() - begin:.0f} s")
     return results
 

@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,24 +50,39 @@ def run(args: argparse.Namespace) -> int:
     if reason is not None:
         raise RuntimeError(f"tune times Triton kernels: {reason}")
     target = current_target()
-    entries, told, failures = tune(problems, target, args.seconds)
+
+    def as_text(told: list[dict[str, Any]]) -> str:
+        return json.dumps({"target": asdict(target), "measured": told}, indent=1)
+
+    def keep(entries: list[Any], told: list[dict[str, Any]]) -> None:
+        if entries and not args.dry_run:
+            tables.save(entries, target)
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(as_text(told) + "\n", encoding="utf-8")
+
+    entries, told, failures = tune(problems, target, args.seconds, keep=keep)
     if entries and not args.dry_run:
-        _say(f"{len(entries)} entries written to {tables.save(entries, target)}")
-    text = json.dumps({"target": asdict(target), "measured": told}, indent=1)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
+        _say(f"{len(entries)} entries written to {tables.path(target)}")
     if args.json:
-        print(text)
+        print(as_text(told))
     for failure in failures:
         _say(f"NOT COUNTED {failure}")
     return 1 if failures else 0
 
 
 def tune(
-    problems: list[Problem], target: Any, seconds: float, device: str = "cuda", clock: Any = None
+    problems: list[Problem],
+    target: Any,
+    seconds: float,
+    device: str = "cuda",
+    clock: Any = None,
+    keep: Callable[[list[Any], list[dict[str, Any]]], object] = lambda entries, told: None,
 ) -> tuple[list[Any], list[dict[str, Any]], list[str]]:
-    """(table entries, all that was measured, failures in words): each product, and the narrow kernels of each x or dy."""
+    """(table entries, all that was measured, failures in words): each product, and the narrow kernels of each x or dy.
+
+    `keep` gets the first two after each problem, in case it is the last.
+    """
     from lora_kernels.bench.linear import Effort
     from lora_kernels.bench.tiles import Measured, Narrow, Product
     from lora_kernels.tuning.search import search, search_narrow
@@ -101,6 +117,7 @@ def tune(
                     "failure": timed.failure,
                 }
             )
+        keep(entries, told)
     return entries, told, failures
 
 

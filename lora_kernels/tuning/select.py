@@ -252,7 +252,7 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
         block_m //= 2  # its compiler keeps to 96 registers
     if problem.dropout and problem.R > 32:  # the mask takes registers of its own
         block_m //= 1 if _all_half(problem) else 2
-        block_k //= 2 if _all_half(problem) and target.name == "sm_100" else 1
+        block_k //= 2 if _all_half(problem) and target.name in ("sm_100", "gfx1100") else 1
     programs = max(1, problem.M // block_m)
     split = _split(target.multiprocessors // programs, problem.K // (4 * block_k))
     return [TileConfig("shrink", block_m, 1, block_k, 4, 3, split=split)]

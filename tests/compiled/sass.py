@@ -24,7 +24,8 @@ class Code:
     """Counts from one compiled kernel."""
 
     registers: int
-    spills: int  # loads and stores of thread-local memory
+    local_bytes: int  # of one thread's memory, for registers that were spilled
+    loop_spills: float  # the largest share of its loads and stores in a loop's instructions
     smem_bytes: int
     tmem_columns: int
     matrix: Counter[str]  # matrix instructions of the whole kernel, by opcode without its sizes
@@ -42,10 +43,13 @@ def inspect(compiled: Any) -> Code:
         return _inspect_amd(compiled.asm["amdgcn"], smem)
     instructions = _disassemble(compiled.asm["cubin"])
     opcodes = [text.split()[0] for _, text in instructions]
-    loop = _main_loop(instructions)
+    loops = _loops(instructions)
+    loop = _main_loop(loops)
+    usage = _run("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
     return Code(
-        registers=_registers(compiled.asm["cubin"]),
-        spills=sum(op.split(".")[0] in ("LDL", "STL") for op in opcodes),
+        registers=_number(usage, "REG"),
+        local_bytes=_number(usage, "STACK") + _number(usage, "LOCAL"),
+        loop_spills=max((_spilled(body) for _, _, body in loops), default=0.0),
         smem_bytes=smem,
         tmem_columns=tmem,
         matrix=Counter(op.split(".")[0] for op in opcodes if op.startswith(MATRIX)),
@@ -73,26 +77,35 @@ def _resolve(text: str) -> str:
     return re.sub(r"`\((\.L\w*)\)", lambda m: "0x" + addresses.get(m[1], "0"), text)
 
 
-def _main_loop(instructions: list[tuple[int, str]]) -> list[str]:
-    """Opcodes of the innermost loop with the most matrix instructions: of a backward jump's body without another in it."""
+def _loops(instructions: list[tuple[int, str]]) -> list[tuple[int, int, list[str]]]:
+    """(first address, last address, opcodes) of each backward jump's body."""
     loops = []
     for address, text in instructions:
         target = re.search(r"\bBRA\S*.*?0x([0-9a-f]+)", text)
         if target is not None and int(target[1], 16) < address:
             start = int(target[1], 16)
             body = [t.split()[0] for a, t in instructions if start <= a <= address]
-            if any(op.startswith(MATRIX) for op in body):
-                loops.append((start, address, body))
+            loops.append((start, address, body))
+    return loops
+
+
+def _main_loop(loops: list[tuple[int, int, list[str]]]) -> list[str]:
+    """Opcodes of the innermost loop with the most matrix instructions: of a body without another such in it."""
+    multiply = [each for each in loops if any(op.startswith(MATRIX) for op in each[2])]
     innermost = [
         body
-        for start, end, body in loops
-        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e, _ in loops)
+        for start, end, body in multiply
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e, _ in multiply)
     ]
     return max(innermost, key=lambda body: sum(op.startswith(MATRIX) for op in body), default=[])
 
 
-def _registers(cubin: bytes) -> int:
-    found = re.search(r"REG:(\d+)", _run("cuobjdump", cubin, "--dump-resource-usage"))
+def _spilled(body: list[str]) -> float:
+    return sum(op.split(".")[0] in ("LDL", "STL") for op in body) / len(body)
+
+
+def _number(usage: str, name: str) -> int:
+    found = re.search(rf"\b{name}:(\d+)", usage)
     assert found is not None
     return int(found[1])
 
@@ -113,7 +126,8 @@ def _inspect_amd(assembly: str, smem: int) -> Code:
     matrix = Counter(re.findall(r"^\s+v_(mfma|wmma)\w*", assembly, re.M))
     return Code(
         registers=number("vgpr_count"),
-        spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
+        local_bytes=4 * (number("vgpr_spill_count") + number("sgpr_spill_count")),
+        loop_spills=0.0,
         smem_bytes=smem,
         tmem_columns=0,
         matrix=matrix,

@@ -1,4 +1,4 @@
-"""Runs one shipped configuration, compiled for its GPU, on a small ragged problem, and compares with float64."""
+"""Runs one shipped configuration on a small ragged problem and compares with float64: in the emulator, or where it is."""
 
 from __future__ import annotations
 
@@ -42,35 +42,40 @@ def execute(
     o = case.operands()
     config = replace(config, split=min(config.split, 2))
     with emulate(target, schedule) as executed:
-        actual = _launch(config, o)
+        actual = launch(config, o)
+    compare(actual, o, f"{config} on {target}, schedule {schedule}")
+    return executed
+
+
+def compare(actual: dict[str, Tensor], o: Operands, what: str) -> None:
     eager, exact = o.results(None), o.results(torch.float64)
     for name, value in actual.items():
         skinny = name in ("s", "q")
         expected = eager[name].to(torch.float32 if skinny else eager[name].dtype)
-        assert_budget(
-            value, expected, exact[name], f"{name} by {config} on {target}, schedule {schedule}"
-        )
-    return executed
+        assert_budget(value, expected, exact[name], f"{name} by {what}")
 
 
-def _launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
+def launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
+    """What the kernel of `config` computes of `o`, by name; the tiled product with dropout is that of dx."""
     alpha = o.case.alpha
     if config.kernel == "shrink":
-        return {"s": shrink(o.x, o.a, alpha, config)}
-    if config.kernel == "lowrank_matmul":
+        return {"s": shrink(o.x, o.a, alpha, config, o.dropout)}
+    if config.kernel == "lowrank_matmul" and o.dropout is None:
         s = o.results(None)["s"].float()
         return {"y": lowrank_matmul(o.x, o.w, s, o.b, o.bias, config)}
+    if config.kernel == "lowrank_matmul":
+        q = o.results(None)["q"].float()
+        return {"dx": lowrank_matmul(o.dy, o.w.t(), q, o.a.t(), None, config, o.dropout)}
     if config.kernel == "one_pass":
-        return dict(
-            zip(("y", "s"), one_pass(o.x, o.w, o.a, o.b, alpha, o.bias, config), strict=True)
-        )
+        found = one_pass(o.x, o.w, o.a, o.b, alpha, o.bias, config, o.dropout)
+        return dict(zip(("y", "s"), found, strict=True))
     if config.kernel == "decode":
         return dict(zip(("y", "s"), decode(o.x, o.w, o.a, o.b, alpha, o.bias, config), strict=True))
     reference = o.results(None)
     s, q = reference["s"].float(), reference["q"].float()
     if config.kernel == "reduce_outer":
         return {
-            "dA": reduce_outer(o.x, q, o.a.dtype, config),
+            "dA": reduce_outer(o.x, q, o.a.dtype, config, o.dropout),
             "dB": reduce_outer(s, o.dy, o.b.dtype, config),
         }
     return dict(

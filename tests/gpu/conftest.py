@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 import torch
 
@@ -10,11 +12,18 @@ from lora_kernels import dispatch
 DEVICE = "cuda"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--part", default="1/1", help="I/N: the I-th of N parts of the device's tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    own = [item for item in items if item.path.is_relative_to(__file__.rpartition("/")[0])]
+    part, parts = map(int, config.getoption("part", "1/1").split("/"))
+    others = {item for item in own if zlib.crc32(item.nodeid.encode()) % parts != part - 1}
+    items[:] = [item for item in items if item not in others]
     if not torch.cuda.is_available():
-        for item in items:
-            if item.path.is_relative_to(__file__.rpartition("/")[0]):
-                item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+        for item in own:
+            item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 
 
 @pytest.fixture(params=["triton", "cuda"])

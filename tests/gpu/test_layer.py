@@ -9,6 +9,7 @@ import torch
 
 import lora_kernels
 from lora_kernels import LinearWithLoRA, dispatch, lora_linear, use_backend
+from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.reference import LinearWithLoRA as Reference
 from tests.gpu.conftest import DEVICE
 from tests.oracle import assert_budget
@@ -35,20 +36,24 @@ def gradients(function, given, dy):
     return [y.detach(), *torch.autograd.grad(y, list(given.values()), dy.to(y.dtype))]
 
 
-def plain(x, weight, A, B, bias):
-    return torch.nn.functional.linear(x, weight, bias) + 0.5 * (x @ A @ B)
+def plain(x, weight, A, B, bias, mask=1.0):
+    return torch.nn.functional.linear(x, weight, bias) + 0.5 * ((x * mask) @ A @ B)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("M", [8, 300])
-def test_every_gradient(name, dtype, M):
+@pytest.mark.parametrize(("M", "p"), [(8, 0.0), (300, 0.0), (300, 0.25)])
+def test_every_gradient(name, dtype, M, p):
     given = operands(M, 256, 192, 8, dtype)
     dy = torch.randn(M, 192, device=DEVICE)
     named(name)
 
     def ours(**t):
-        return lora_linear(t["x"], t["weight"], t["A"], t["B"], 0.5, t["bias"], backend=name)
+        return lora_linear(**t, alpha=0.5, dropout_p=p, seed=7, backend=name)
+
+    def masked(**t):
+        dropout = Dropout(p, torch.tensor(7, device=DEVICE))
+        return plain(**t, mask=scaled_mask(dropout, M, 256, t["x"].dtype) if p else 1.0)
 
     try:
         actual = gradients(ours, given, dy)
@@ -56,9 +61,9 @@ def test_every_gradient(name, dtype, M):
         if name == "cuda" and "cannot compute" in str(error):
             pytest.skip(str(error))
         raise
-    eager = gradients(plain, given, dy)
+    eager = gradients(masked, given, dy)
     wide = {n: t.detach().double().requires_grad_() for n, t in given.items()}
-    exact = gradients(plain, wide, dy.to(dtype).double())
+    exact = gradients(masked, wide, dy.to(dtype).double())
     for what, *each in zip(("y", *given), actual, eager, exact, strict=True):
         assert_budget(*each, what)
 

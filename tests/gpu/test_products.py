@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import selftest
+from lora_kernels import dispatch, selftest
 from lora_kernels.bench.tiles import Narrow, Product
+from lora_kernels.dropout import Dropout, keep_mask
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import NARROW_KERNELS
+from lora_kernels.tuning.config import KERNELS, NARROW_KERNELS
 from lora_kernels.tuning.select import Choice
 from tests.gpu.conftest import DEVICE
 from tests.oracle import AWKWARD, Case, check_backend
@@ -47,18 +48,26 @@ def test_selftest_passes(gpu_backend):
     ]
 
 
-def test_every_shipped_configuration_is_right():
+@pytest.fixture
+def triton_backend():
+    backend = dispatch.get("triton")
+    if (reason := backend.unavailable()) is not None:
+        pytest.skip(reason)
+    return backend
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_shipped_configuration_is_right(kernel, triton_backend):
     """What the compiled lane compiles for this architecture, on a problem that it was chosen for, but without dropout."""
     from lora_kernels.backends.device import current_target
-    from lora_kernels.backends.triton import BACKEND
     from lora_kernels.tuning.select import select, shipped
 
-    if BACKEND.unavailable() is not None:
-        pytest.skip(str(BACKEND.unavailable()))
     target, failures, product = current_target(), [], None
     for problem, config in shipped(target):
+        if config.kernel != kernel:
+            continue
         problem = replace(problem, dropout=False)
-        if config.kernel in NARROW_KERNELS:
+        if kernel in NARROW_KERNELS:
             wrong = Narrow(problem, DEVICE).wrong(Choice(config.kernel, "test", (config,)))
             failures += [f"{config} for {problem}: {wrong}"] if wrong else []
             continue
@@ -69,6 +78,57 @@ def test_every_shipped_configuration_is_right():
         wrong = product.wrong(Choice(algorithm, "test", (shrink, config)))
         failures += [f"{config} for {problem}: {wrong}"] if wrong else []
     assert not failures, failures
+
+
+@pytest.mark.parametrize("kernel", ["shrink", "lowrank_matmul", "one_pass", "reduce_outer"])
+def test_every_shipped_configuration_with_dropout(kernel, triton_backend):
+    """On a small ragged problem: what is chosen for dropout, with a mask."""
+    from lora_kernels.backends.device import current_target
+    from lora_kernels.tuning.select import candidates, shipped
+    from tests.executed.shipped import compare, launch, small
+
+    target, checked = current_target(), 0
+    for problem, config in shipped(target):
+        masked = replace(problem, dropout=True)
+        if config.kernel == kernel and config in candidates(kernel, masked, target):
+            o = replace(small(problem, config), dropout=0.25, device=DEVICE).operands()
+            found = launch(replace(config, split=min(config.split, 2)), o)
+            compare(found, o, f"{config} for {masked}")
+            checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("seed", [5, -1])
+def test_dropout_masks_are_eagers_bit_for_bit(seed, triton_backend):
+    """Operands of ones and unit matrices make each of the four masked products its mask."""
+    p, rows, cols, few = 0.3, 300, 521, 32  # one_pass takes no more ranks with a mask
+    dropout = Dropout(p, torch.tensor(seed, device=DEVICE))
+    ones, unit = torch.ones(rows, cols, device=DEVICE), torch.eye(cols, device=DEVICE)
+    none = [torch.zeros(size, device=DEVICE) for size in ((rows, 1), (1, cols), (1, 1))]
+    tail, _ = triton_backend.lowrank_matmul(
+        *none, ones[:1], 1.0, s=ones[:, :1].contiguous(), dropout_out=dropout
+    )
+    reduced = triton_backend.reduce_outer(
+        ones, torch.eye(rows, device=DEVICE), torch.float32, dropout
+    )
+    one_pass = type(triton_backend)("one_pass")
+    _, s = one_pass.lowrank_matmul(
+        ones[:, :few].contiguous(),
+        ones[:few, :96],
+        unit[:few, :few],
+        ones[:few, :96],
+        1.0,
+        dropout_in=dropout,
+    )
+    wide = keep_mask(dropout, rows, cols)
+    for result, expected in (
+        (triton_backend.shrink(ones, unit, 1.0, dropout), wide),
+        (tail, wide),
+        (reduced.t(), wide),
+        (s, keep_mask(dropout, rows, few)),
+    ):
+        assert torch.equal(result != 0, expected)
+        torch.testing.assert_close(result[expected], torch.full_like(result[expected], 1 / (1 - p)))
 
 
 def test_many_equal_calls_give_equal_bits(gpu_backend):

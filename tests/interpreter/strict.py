@@ -153,7 +153,7 @@ def _check(pointers: TensorHandle, mask: TensorHandle, what: str) -> View:
 
 
 def _masked_load(stock):
-    def create_masked_load(self, ptrs, mask, other, cache_policy, is_volatile):
+    def create_masked_load(self, ptrs, mask, other, *policies, **named):
         view = _check(ptrs, mask, "load")
         if state.dependent and not state.waited and view.storage in state.written_before:
             raise RuntimeError(
@@ -163,13 +163,13 @@ def _masked_load(stock):
         if other is None:
             dtype = ptrs.get_element_ty()
             other = TensorHandle(poison(dtype, ptrs.data.shape), dtype)
-        return stock(self, ptrs, mask, other, cache_policy, is_volatile)
+        return stock(self, ptrs, mask, other, *policies, **named)
 
     return create_masked_load
 
 
 def _masked_store(stock):
-    def create_masked_store(self, ptrs, value, mask, cache_policy):
+    def create_masked_store(self, ptrs, value, mask, *policies):
         view = _check(ptrs, mask, "store")
         lanes = np.broadcast_to(mask.data, ptrs.data.shape)
         launch = state.launch
@@ -177,7 +177,7 @@ def _masked_store(stock):
         if state.recorded is not None:
             earlier = launch.written.get(view.name, np.empty(0, np.uint64))
             launch.written[view.name] = np.concatenate([earlier, ptrs.data[lanes].ravel()])
-        return stock(self, ptrs, value, mask, cache_policy)
+        return stock(self, ptrs, value, mask, *policies)
 
     return create_masked_store
 
@@ -270,6 +270,15 @@ def _set_grid_idx(stock):
     return set_grid_idx
 
 
+def _patch_lang_tensor(stock):
+    def patch_lang_tensor(tensor, scope):
+        stock(tensor, scope)
+        # Triton 3.6 takes int() of an array with one element, which numpy 2.4 refuses.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patch_lang_tensor
+
+
 def _gdc_wait() -> None:
     state.waited = True
 
@@ -299,6 +308,7 @@ def install() -> None:
         (GridExecutor, "_init_args_hst", _init_args),
         (InterpretedFunction, "run", _run),
         (interpreter, "_implicit_cvt", _implicit_cvt),
+        (interpreter, "_patch_lang_tensor", _patch_lang_tensor),
     ):
         setattr(owner, name, wrap(getattr(owner, name)))
     interpreter.interpreter_builder.codegen_fns["min_dot_size"] = min_dot_size(

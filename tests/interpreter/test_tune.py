@@ -47,9 +47,16 @@ def _target(tmp_path, monkeypatch):
 
 def test_candidates_are_right_and_become_the_table():
     problems = [PROBLEM, Problem(16, 72, 40, 5, "float32", "float32", "cuda", w_k_major=False)]
+    kept = []
     entries, told, failures = command.tune(
-        problems, TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
+        problems,
+        TARGETS["sm_80"],
+        0.01,
+        device="cpu",
+        clock=StoppedClock(),
+        keep=lambda entries, told: kept.append((len(entries), len(told))),
     )
+    assert [count for count, _ in kept] == [1, 2, 3, 4] and kept[-1][1] == len(told)
     assert failures == [] and {each["us"] for each in told} == {1.0}
     assert [entry.problem for entry in entries] == [*problems, *map(narrow, problems)]
     assert {each["algorithm"] for each in told} == {*selection.TRITON, *NARROW_KERNELS, "aten"}

@@ -194,7 +194,8 @@ def bind_multiply(instr: Instr, strand: Strand) -> Run:
 
 @opcode("tcgen05.commit")
 def bind_commit(instr: Instr, strand: Strand) -> Run:
-    if not re.search(r"arrive::one\.shared", instr.opcode) or "multicast" in instr.opcode:
+    # Without a state space, as Triton 3.6 writes it, the address is generic: here shared memory has the lowest.
+    if not re.search(r"arrive::one(\.shared::cluster)?\.b64$", instr.opcode):
         raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
     addresses_of, machine = address_of(strand, instr.operands[0]), strand.machine
 
