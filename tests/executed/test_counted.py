@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import triton
 
-from lora_kernels.tuning.counted import COUNTED, TABLE, TRITON
+from lora_kernels.tuning.counted import COUNTED, TABLE, TRITON, Row
 from tests.executed.recount import counted_tiles, recount
 
 
@@ -13,13 +13,21 @@ def test_the_table_has_the_shipped_tiles_and_no_other():
     assert list(counted_tiles()) == list(TABLE)
 
 
-@pytest.mark.skipif(triton.__version__ != TRITON, reason=f"the code of Triton {TRITON} was counted")
 @pytest.mark.parametrize("target", COUNTED)
 def test_the_table_is_what_the_compiled_code_counts(target):
-    """Exactly. `python benchmarks/predicted.py --count` after a change of a kernel, a tile or the compiler."""
-    drifted = {
-        tile: row
-        for tile, (config, problem) in counted_tiles().items()
-        if tile.target == target and (row := recount(config, problem, target)) != TABLE.get(tile)
-    }
+    """Exactly, with the Triton whose code was counted; with another, the busiest pipe of each step in half types.
+
+    `python benchmarks/predicted.py --count` after a change of a kernel, a tile or the compiler.
+    """
+    exactly = triton.__version__ == TRITON
+    drifted = {}
+    for tile, (config, problem) in counted_tiles().items():
+        if tile.target == target and (exactly or tile.types == "bfloat16"):
+            row, known = recount(config, problem, target), TABLE[tile]
+            if not (row == known if exactly else busiest(row) == pytest.approx(busiest(known))):
+                drifted[tile] = row
     assert not drifted
+
+
+def busiest(row: Row) -> list[float]:
+    return [max(step) for step, _ in row]
