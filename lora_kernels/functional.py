@@ -185,8 +185,10 @@ def _apply(
     if A.dtype != x.dtype and not (A.dtype == torch.float32 and x.dtype in _HALF):
         A, B = A.to(x.dtype), B.to(x.dtype)
     seed = _seed(seed, x.device) if dropout_p else None
-    traced = torch.compiler.is_compiling() or not _EAGER_TYPES.issuperset(
-        map(type, (x, weight, A, B))
+    traced = (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or not _EAGER_TYPES.issuperset(map(type, (x, weight, A, B)))
     )
     chosen = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
@@ -199,7 +201,8 @@ def _apply(
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
     if traced:
         if not isinstance(alpha, Tensor):
-            alpha = torch.scalar_tensor(alpha, dtype=torch.float32, device=x.device)
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            alpha = torch.scalar_tensor(alpha, dtype=dtype, device=x.device)
         y, _ = ops.lora_linear(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
     elif chosen and not needs_grad:
         dropout = as_dropout(dropout_p, seed)

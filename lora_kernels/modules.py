@@ -53,29 +53,53 @@ class LoRALayer(nn.Module):
         self.B = nn.Parameter(torch.zeros(rank, out_dim, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.rank = rank
-        self.scaling = scaling
         self.dropout = float(dropout)
+        self._alpha, self._scaling = _number(alpha), scaling
         # Read by compiled code, where a Python number would be a constant of the graph. Not a buffer: a cast of the
         # module must not round it, and it is no part of the state.
-        self.scale_tensor = torch.zeros((), dtype=torch.float32, device=self.A.device)
-        self.alpha = alpha
+        self.scale_tensor = self._scale_tensor()
 
     @property
     def alpha(self) -> float:
-        """LoRA's alpha, a plain number."""
+        """LoRA's alpha, a plain finite number."""
         return self._alpha
 
     @alpha.setter
     def alpha(self, value: float) -> None:
         check_alpha(value)
-        self._alpha = value
-        with torch.no_grad():
-            self.scale_tensor.fill_(self.scale)
+        self._alpha = _number(value)
+        self._write_scale()
+
+    @property
+    def scaling(self) -> str:
+        """The name of the rule that makes `scale` of alpha and rank."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: str) -> None:
+        check_scaling(value)
+        self._scaling = value
+        self._write_scale()
 
     @property
     def scale(self) -> float:
         """The multiplier of the branch: alpha, as `scaling` divides it."""
-        return SCALINGS[self.scaling](self._alpha, self.rank)
+        return SCALINGS[self._scaling](self._alpha, self.rank)
+
+    def _write_scale(self) -> None:
+        with torch.no_grad():
+            self.scale_tensor.fill_(self.scale)
+
+    def _scale_tensor(self) -> Tensor:
+        """`scale` where A is, in float64 beside a float64 A; on the CPU while A is on the meta device."""
+        dtype = torch.float64 if self.A.dtype == torch.float64 else torch.float32
+        device = "cpu" if self.A.is_meta else self.A.device
+        return torch.full((), self.scale, dtype=dtype, device=device)
+
+    def _place_scale(self) -> None:
+        made = self._scale_tensor()
+        if (made.device, made.dtype) != (self.scale_tensor.device, self.scale_tensor.dtype):
+            self.scale_tensor = made
 
     def forward(self, x: Tensor) -> Tensor:
         """`scale · (dropout(x)·A)·B` [..., out_dim] in x's dtype, computed by plain PyTorch."""
@@ -90,11 +114,12 @@ class LoRALayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALayer:
         super()._apply(fn, recurse)
-        if self.scale_tensor.device != self.A.device:
-            self.scale_tensor = torch.full(
-                (), self.scale, dtype=torch.float32, device=self.A.device
-            )
+        self._place_scale()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **named: Any) -> None:
+        super()._load_from_state_dict(*args, **named)
+        self._place_scale()  # with assign=True A may have come to another device
 
     def extra_repr(self) -> str:
         in_dim, rank = self.A.shape
@@ -127,6 +152,10 @@ class LinearWithLoRA(nn.Module):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         weight = linear.weight
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                "linear must have its sizes: call the LazyLinear once before wrapping it"
+            )
         self.linear = linear
         self.lora = LoRALayer(
             linear.in_features,
@@ -138,6 +167,7 @@ class LinearWithLoRA(nn.Module):
             dtype=dtype or (weight.dtype if weight.dtype.is_floating_point else None),
             device=device or weight.device,
         )
+        self.train(linear.training)
         self.unmerged_weight: Tensor | None = (
             None  # the base weight while it is merged, see `merge`
         )
@@ -167,13 +197,26 @@ class LinearWithLoRA(nn.Module):
         """Whether the base weight holds the low-rank product now (`merge_lora`), so that forward is the base's."""
         return self.unmerged_weight is not None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`weight` and `bias` are those of `linear`: who ties weights assigns to the layer."""
+        if name in ("weight", "bias"):
+            setattr(self.linear, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearWithLoRA:
+        super()._apply(fn, recurse)
+        if self.unmerged_weight is not None:
+            self.unmerged_weight = fn(self.unmerged_weight)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] for x [..., in_features]."""
         if self.merged:
             return self.linear(x)
         linear, lora = self.linear, self.lora
         weight = linear.weight
-        if not is_plain(linear, lora, weight):
+        if x.is_nested or x.is_sparse or not is_plain(linear, lora, weight):
             return linear(x) + lora(x)
         return lora_linear(
             x,
@@ -274,17 +317,29 @@ def check_lora(
     if rank <= 0:
         raise ValueError(f"rank must be positive, got {rank}")
     check_alpha(alpha)
-    if scaling not in SCALINGS:
-        raise ValueError(f"scaling must be one of {tuple(SCALINGS)}, got {scaling!r}")
+    check_scaling(scaling)
     check_dropout("dropout", dropout)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
 
 
 def check_alpha(alpha: float) -> None:
-    """TypeError unless alpha is a real number."""
+    """TypeError unless alpha is a real number, ValueError unless it is finite in float32."""
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
+    if not abs(alpha) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"alpha must be finite in float32, got {alpha}")
+
+
+def check_scaling(scaling: str) -> None:
+    """ValueError unless `scaling` is the name of a rule."""
+    if not isinstance(scaling, str) or scaling not in SCALINGS:
+        raise ValueError(f"scaling must be one of {tuple(SCALINGS)}, got {scaling!r}")
+
+
+def _number(alpha: float) -> float:
+    """A Python number: numpy's and others' kinds are no constants for compilers."""
+    return alpha if type(alpha) in (int, float) else float(alpha)
 
 
 def is_plain(linear: nn.Linear, lora: LoRALayer, weight: Tensor) -> bool:
@@ -346,7 +401,7 @@ def _linear_places(
     def visit(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
         for key, child in parent._modules.items():
             name = prefix + key
-            if child is None or isinstance(child, LinearWithLoRA):
+            if child is None or _has_lora(child):
                 continue
             if isinstance(child, nn.Linear):
                 if isinstance(parent, nn.MultiheadAttention):
@@ -362,7 +417,14 @@ def _linear_places(
                 seen.add(child)
                 yield from visit(child, name + ".")
 
-    return visit(model, "")
+    return iter(()) if _has_lora(model) else visit(model, "")
+
+
+def _has_lora(module: nn.Module) -> bool:
+    """Whether `module` is wrapped already, by this package or by PEFT (known by name, lest it be imported)."""
+    return isinstance(module, LinearWithLoRA) or any(
+        cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__
+    )
 
 
 def _leave_fast_path(parent: nn.Module) -> None:

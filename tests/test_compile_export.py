@@ -316,3 +316,11 @@ def test_the_operator_is_what_traces_hold():
     torch.testing.assert_close(
         graph(x, w, A, B), F.linear(x, w) + 0.5 * x @ A @ B, atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_jit_trace_holds_it_too():
+    net = Block().eval()
+    traced = torch.jit.trace(net, (inputs(3, 5),))
+    assert "lora_kernels::lora_linear" in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(inputs(3, 5)), net(inputs(3, 5)))

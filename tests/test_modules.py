@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,8 +19,10 @@ from lora_kernels import (
     freeze_base,
     lora_parameters,
     lora_state_dict,
+    merge_lora,
     reference,
     replace_linear_with_lora,
+    unmerge_lora,
 )
 from lora_kernels.modules import is_plain, lora_layers
 
@@ -153,13 +157,32 @@ class TestScaling:
         torch.testing.assert_close(layer(x) - layer.linear(x), -3.0 * branch, atol=1e-5, rtol=1e-4)
 
     @pytest.mark.parametrize(
-        "value, error", [("1", TypeError), (None, TypeError), (True, TypeError)]
+        "value, error",
+        [(bad, TypeError) for bad in ("1", None, True)]
+        + [(bad, ValueError) for bad in (float("nan"), float("inf"), 1e39, 10**400)],
     )
     def test_a_bad_alpha_changes_nothing(self, value, error):
         layer = LoRALayer(6, 3, 2, 1.5)
-        with pytest.raises(error, match="alpha must be a real number"):
+        with pytest.raises(error, match="alpha must be"):
             layer.alpha = value
         assert layer.alpha == 1.5 and layer.scale_tensor == 1.5
+        with pytest.raises(error, match="alpha must be"):
+            LoRALayer(6, 3, 2, value)
+
+    @pytest.mark.parametrize("alpha", [np.float32(2), np.int64(2), Fraction(2)], ids=repr)
+    def test_any_real_number_is_an_alpha(self, alpha):
+        layer = fill(LinearWithLoRA(nn.Linear(6, 3), 2, alpha))
+        x = torch.randn(5, 6)
+        expected = layer.linear(x) + 2 * (x @ layer.lora.A @ layer.lora.B)
+        torch.testing.assert_close(layer(x), expected)
+
+    def test_another_scaling_takes_effect_at_once(self):
+        layer = LoRALayer(6, 3, 4, 8.0)
+        layer.scaling = "alpha/rank"
+        assert layer.scale == layer.scale_tensor == 2.0
+        with pytest.raises(ValueError, match="scaling must be one of"):
+            layer.scaling = ["alpha"]
+        assert layer.scale == layer.scale_tensor == 2.0
 
 
 class TestDtypesAndDevices:
@@ -187,6 +210,43 @@ class TestDtypesAndDevices:
         real.load_state_dict(pair(rank=2)[1].state_dict())
         assert torch.isfinite(real(torch.randn(3, 12))).all()
         assert all(layer.lora.scale_tensor == 4.0 for _, layer in lora_layers(real))
+
+    def test_a_meta_layer_can_be_loaded_by_assignment(self):
+        """Which moves no tensor but those of the state: compiled code must read a scale that was written."""
+        with torch.device("meta"):
+            model = Block()
+            replace_linear_with_lora(model, 2, 4.0)
+        model.load_state_dict(pair(rank=2, alpha=4.0)[1].state_dict(), assign=True)
+        for _, layer in lora_layers(model):
+            assert layer.lora.scale_tensor.device.type == "cpu" and layer.lora.scale_tensor == 4.0
+        x = torch.randn(3, 12)
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
+
+    def test_float64_keeps_alpha_in_float64(self):
+        layer = fill(LinearWithLoRA(nn.Linear(6, 3), 3, 0.1)).double()
+        x = torch.randn(4, 6, dtype=torch.float64)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-14)
+
+    def test_a_lazy_linear_is_refused(self):
+        with pytest.raises(ValueError, match="linear must have its sizes"):
+            LinearWithLoRA(nn.LazyLinear(4), 2, 1.0)
+
+    def test_nested_inputs(self):
+        layer = fill(LinearWithLoRA(nn.Linear(6, 3), 2, 1.5))
+        rows = [torch.randn(2, 6), torch.randn(4, 6)]
+        y = layer(torch.nested.nested_tensor(rows, layout=torch.jagged))
+        for actual, row in zip(y.unbind(), rows, strict=True):
+            torch.testing.assert_close(actual, layer(row))
+
+    def test_a_cast_while_merged_casts_what_is_kept(self):
+        layer = fill(LinearWithLoRA(nn.Linear(6, 3), 2, 1.5))
+        before = layer.weight.detach().bfloat16()
+        merge_lora(layer)
+        layer.bfloat16()
+        assert {t.dtype for t in layer.state_dict().values()} == {torch.bfloat16}
+        unmerge_lora(layer)
+        assert torch.equal(layer.weight, before)
 
     def test_casting_the_model_does_not_round_the_scale(self):
         layer = LinearWithLoRA(nn.Linear(6, 3), 3, 0.1, scaling="alpha/rank").bfloat16()
@@ -287,6 +347,33 @@ class TestReplace:
         keys = list(model.state_dict())
         assert replace_linear_with_lora(model, 2, 1.0) == []
         assert list(model.state_dict()) == keys
+        assert replace_linear_with_lora(model.head, 2, 1.0) == []
+
+    def test_layers_of_peft_are_wrapped_already(self):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "head"])
+        model = peft.get_peft_model(Block(), config)
+        names = replace_linear_with_lora(model, 2, 1.0)
+        assert [name.rpartition("model.")[2] for name in names] == ["mlp.0", "mlp.2"]
+
+    def test_a_wrapper_is_in_the_mode_of_its_linear(self):
+        """Dropout in a model that was set to eval before would make its outputs random."""
+        model = Block().eval()
+        model.head.train()
+        replace_linear_with_lora(model, 2, 1.0, dropout=0.5)
+        modes = {name: layer.lora.training for name, layer in lora_layers(model)}
+        assert modes == {"q_proj": False, "mlp.0": False, "mlp.2": False, "head": True}
+        assert not model.q_proj.training and model.head.training
+
+    def test_weights_are_tied_by_assignment(self):
+        """As Hugging Face models do with their output layer."""
+        layer, embedding = LinearWithLoRA(nn.Linear(6, 9), 2, 1.0), nn.Embedding(9, 6)
+        layer.weight = embedding.weight
+        layer.bias = None
+        assert layer.linear.weight is embedding.weight and layer.linear.bias is None
+        assert sorted(name for name, _ in layer.named_parameters()) == [
+            "linear.weight", "lora.A", "lora.B",
+        ]  # fmt: skip
 
     @pytest.mark.parametrize(
         "target, names",
