@@ -135,9 +135,10 @@ def _peft_config(layers: dict[str, LinearWithLoRA]) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "use_dora": False,
         "modules_to_save": None,
-        "target_modules": list(layers),
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        # Regular expressions that match these names whole: PEFT lets a plain name match the end of longer ones too.
+        "target_modules": "|".join(re.escape(name) for name in layers),
+        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
     }
 
 
@@ -201,11 +202,12 @@ def _by_layer(
 
 
 def _pattern(config: dict[str, Any], field: str, name: str, default: Any) -> Any:
-    """PEFT's rule: the value of the first pattern that matches the end of the name at a dot, else the default."""
-    for pattern, value in (config.get(field) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+    """PEFT's rule: the value of the first pattern that matches the name or its end after a dot, else the name's own."""
+    patterns = config.get(field) or {}
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
             return value
-    return default
+    return patterns.get(name, default)
 
 
 def _check_fits(name: str, module: nn.Module | None, adapter: _Adapter) -> None:

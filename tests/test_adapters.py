@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import peft
 import pytest
@@ -88,7 +89,7 @@ class TestRoundTrip:
         replace_linear_with_lora(model, 2, 1.0, target_modules=["q_proj"])
         replace_linear_with_lora(model, 5, 3.0, target_modules=["0", "2"], scaling="alpha/rank")
         for _, layer in lora_layers(model):
-            nn.init.normal_(layer.lora.B)
+            nn.init.normal_(layer.lora.B, std=0.3)
         fresh = Block()
         fresh.load_state_dict(
             {k.replace(".linear", ""): v for k, v in model.state_dict().items() if "lora" not in k}
@@ -156,6 +157,80 @@ class TestPeft:
         assert all(
             torch.equal(v, lora_state_dict(model)[k]) for k, v in lora_state_dict(other).items()
         )
+
+
+class Named(nn.ModuleDict):
+    """One Linear for each path, whose names are parts of each other or no regular expressions; the sum of all."""
+
+    PATHS = ("proj", "a.proj", "b.proj", "0", "1.0", "a+b", "c(d")
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        for path in self.PATHS:
+            parent, _, key = path.rpartition(".")
+            if parent and parent not in self:
+                self[parent] = nn.ModuleDict()
+            (self[parent] if parent else self)[key] = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return sum(self.get_submodule(path)(x) for path in self.PATHS)
+
+
+class TestNames:
+    @pytest.mark.parametrize("other", Named.PATHS)
+    def test_one_layer_that_differs(self, tmp_path, other):
+        """Its rank and alpha stay its own, for us and for PEFT."""
+        model = Named()
+        replace_linear_with_lora(model, 2, 3.0, target_modules=re.escape(other))
+        replace_linear_with_lora(model, 4, 8.0)
+        for _, layer in lora_layers(model):
+            nn.init.normal_(layer.lora.B, std=0.3)
+        save_adapter(model, tmp_path)
+        ours = Named()
+        load_adapter(ours, tmp_path)
+        scales = {name: (layer.lora.rank, layer.lora.scale) for name, layer in lora_layers(ours)}
+        assert scales == {path: (2, 3.0) if path == other else (4, 8.0) for path in Named.PATHS}
+        theirs = peft.PeftModel.from_pretrained(Named(), tmp_path)
+        x = torch.randn(3, 6)
+        torch.testing.assert_close(ours(x), model(x))
+        torch.testing.assert_close(theirs(x), model(x))
+
+    @pytest.mark.parametrize("only", Named.PATHS)
+    def test_one_layer_that_has_an_adapter(self, tmp_path, only):
+        """PEFT makes no layer for another whose name ends alike."""
+        model = Named()
+        replace_linear_with_lora(model, 2, 3.0, target_modules=re.escape(only))
+        save_adapter(model, tmp_path)
+        theirs = peft.PeftModel.from_pretrained(Named(), tmp_path)
+        wrapped = [name for name, module in theirs.named_modules() if hasattr(module, "lora_A")]
+        assert wrapped == [f"base_model.model.{only}"]
+
+    @pytest.mark.parametrize(
+        "patterns, wanted",
+        [
+            ({"proj": 1}, {"proj": 1, "a.proj": 1, "b.proj": 1}),
+            ({"a.proj": 1, "proj": 2}, {"proj": 2, "a.proj": 1, "b.proj": 2}),
+            ({"^proj": 1}, {"proj": 1}),
+            ({"[ab].proj": 1, "a+b": 2}, {"a.proj": 1, "b.proj": 1, "a+b": 2}),
+            ({"0|proj": 1, "1.0": 2}, {p: 1 for p in Named.PATHS if p[-1] in "0j"}),
+        ],
+    )
+    def test_patterns_as_peft_reads_them(self, tmp_path, patterns, wanted):
+        """Plain names, which older files have, match the ends of others; a name that is none of its own matches too."""
+        config = peft.LoraConfig(
+            r=4, lora_alpha=4, target_modules=list(Named.PATHS), alpha_pattern=patterns
+        )
+        theirs = peft.get_peft_model(Named(), config)
+        theirs.save_pretrained(tmp_path)
+        ours = Named()
+        load_adapter(ours, tmp_path)
+        for name, layer in lora_layers(ours):
+            assert layer.lora.alpha == wanted.get(name, 4)
+            assert (
+                layer.lora.scale
+                == theirs.get_submodule(f"base_model.model.{name}").scaling["default"]
+            )
 
 
 def edit_config(**changes):
