@@ -14,14 +14,19 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_kernels.modules import SCALINGS, LinearWithLoRA, lora_layers
+from lora_kernels.modules import (
+    SCALINGS,
+    LinearWithLoRA,
+    lora_layers,
+    replace_linear_with_lora,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -81,32 +86,25 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     """Load the folder `path`, written by `save_adapter` or by PEFT, into `model`; returns the layers' names.
 
     A and B are copied into the `LinearWithLoRA` that each name belongs to, whose alpha is set so that the scale is the
-    file's; an `nn.Linear` of that name is wrapped first. So a fresh model gets the adapter's layers, and a model that has
-    them already changes task. FileNotFoundError when a file is missing; ValueError, with the model left as it was, for a
-    damaged file and for one that does not fit the model: a layer too many or too few, another rank or shape, a variant of
-    LoRA (DoRA, trained biases, saved modules) that these layers do not compute.
+    file's; an `nn.Linear` of that name is wrapped first, wherever it stands, and keeps its mode. So a fresh model gets the
+    adapter's layers, and a model that has them already changes task. FileNotFoundError when a file is missing; ValueError,
+    with the model left as it was, for a damaged file and for one that does not fit the model: a layer too many or too few,
+    another rank or shape, a variant of LoRA (DoRA, trained biases, saved modules) that these layers do not compute.
     """
     adapters = _read(Path(path))
     modules = dict(model.named_modules())
     for name, adapter in adapters.items():
-        _check_fits(name, modules.get(name), adapter)
+        _check_fits(name, modules, adapter)
     missing = sorted(name for name, _ in lora_layers(model) if name not in adapters)
     if missing:
         raise ValueError(f"{path} must hold every LoRA layer of the model, but lacks {missing}")
-    wrapped = {
-        name: _wrap(modules[name], adapter)
-        for name, adapter in adapters.items()
-        if not isinstance(modules[name], LinearWithLoRA)
-    }
-    for name, layer in wrapped.items():
-        parent, _, key = name.rpartition(".")
-        setattr(modules[parent], key, layer)
+    _wrap(model, {n: a for n, a in adapters.items() if isinstance(modules[n], nn.Linear)})
     with torch.no_grad():
         for name, adapter in adapters.items():
-            layer = wrapped.get(name) or modules[name]
-            layer.lora.A.copy_(adapter.A)
-            layer.lora.B.copy_(adapter.B)
-            layer.lora.alpha = _alpha_for(adapter.scale, layer.lora.scaling, layer.lora.rank)
+            lora = cast(LinearWithLoRA, model.get_submodule(name)).lora
+            lora.A.copy_(adapter.A)
+            lora.B.copy_(adapter.B)
+            lora.alpha = _alpha_for(adapter.scale, lora.scaling, lora.rank)
     return list(adapters)
 
 
@@ -210,12 +208,18 @@ def _pattern(config: dict[str, Any], field: str, name: str, default: Any) -> Any
     return patterns.get(name, default)
 
 
-def _check_fits(name: str, module: nn.Module | None, adapter: _Adapter) -> None:
+def _check_fits(name: str, modules: dict[str, nn.Module], adapter: _Adapter) -> None:
+    module, parent = modules.get(name), modules.get(name.rpartition(".")[0])
     linear = module.linear if isinstance(module, LinearWithLoRA) else module
     if not isinstance(linear, nn.Linear):
         what = "no module" if linear is None else f"a {type(linear).__name__}"
         raise ValueError(
             f"the file's layer {name!r} must be a Linear of the model, which has {what}"
+        )
+    if isinstance(parent, (nn.MultiheadAttention, LinearWithLoRA)):
+        raise ValueError(
+            f"the file's layer {name!r} must be called as a module, but {type(parent).__name__} "
+            "reads its weight"
         )
     if isinstance(module, LinearWithLoRA) and module.merged:
         raise ValueError(f"layer {name!r} must not be merged: unmerge_lora(model) before loading")
@@ -229,17 +233,30 @@ def _check_fits(name: str, module: nn.Module | None, adapter: _Adapter) -> None:
         )
 
 
-def _wrap(linear: nn.Linear, adapter: _Adapter) -> LinearWithLoRA:
-    scaling = "alpha/sqrt(rank)" if adapter.rslora else "alpha/rank"
-    rank = adapter.A.shape[1]
-    return LinearWithLoRA(
-        linear,
-        rank,
-        _alpha_for(adapter.scale, scaling, rank),
-        scaling=scaling,
-        dropout=adapter.dropout,
-        dtype=adapter.A.dtype if adapter.A.dtype == torch.float32 else None,
-    )
+def _wrap(model: nn.Module, adapters: dict[str, _Adapter]) -> None:
+    """Put a LinearWithLoRA, in the mode of the Linear, in every place of each of these layers."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    modules = {name: model.get_submodule(name) for name in adapters}
+    alike: dict[tuple[int, str, float, torch.dtype | None], list[str]] = {}
+    for name, adapter in adapters.items():
+        scaling = "alpha/sqrt(rank)" if adapter.rslora else "alpha/rank"
+        dtype = torch.float32 if adapter.A.dtype == torch.float32 else None
+        kind = adapter.A.shape[1], scaling, adapter.dropout, dtype
+        alike.setdefault(kind, []).extend(names[modules[name]])
+    for (rank, scaling, dropout, dtype), places in alike.items():
+        replace_linear_with_lora(
+            model,
+            rank,
+            1.0,
+            scaling=scaling,
+            dropout=dropout,
+            dtype=dtype,
+            target_modules="|".join(map(re.escape, places)),
+        )
+    for name, linear in modules.items():
+        model.get_submodule(name).train(linear.training)
 
 
 def _alpha_for(scale: float, scaling: str, rank: int) -> float:

@@ -89,7 +89,7 @@ class TestRoundTrip:
         replace_linear_with_lora(model, 2, 1.0, target_modules=["q_proj"])
         replace_linear_with_lora(model, 5, 3.0, target_modules=["0", "2"], scaling="alpha/rank")
         for _, layer in lora_layers(model):
-            nn.init.normal_(layer.lora.B, std=0.3)
+            nn.init.normal_(layer.lora.B)
         fresh = Block()
         fresh.load_state_dict(
             {k.replace(".linear", ""): v for k, v in model.state_dict().items() if "lora" not in k}
@@ -99,6 +99,51 @@ class TestRoundTrip:
         assert ranks == {"q_proj": (2, 1.0), "mlp.0": (5, 0.6), "mlp.2": (5, 0.6)}
         x = torch.randn(6, 12)
         torch.testing.assert_close(fresh(x), model(x))
+
+    def test_new_layers_have_the_mode_of_those_they_replace(self, tmp_path):
+        save_adapter(block(dropout=0.5), tmp_path)
+        model = Block().eval()
+        model.mlp.train()
+        load_adapter(model, tmp_path)
+        modes = {name: layer.lora.training for name, layer in lora_layers(model)}
+        assert modes == {"q_proj": False, "mlp.0": True, "mlp.2": True, "head": False}
+        assert all(layer.linear.training == modes[name] for name, layer in lora_layers(model))
+
+    def test_a_linear_in_two_places(self, tmp_path):
+        def tied():
+            torch.manual_seed(3)
+            layers = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6)), nn.ReLU())
+            layers[1].append(layers[0])
+            return layers
+
+        model = tied()
+        replace_linear_with_lora(model, 2, 3.0)
+        for _, layer in lora_layers(model):
+            nn.init.normal_(layer.lora.B)
+        other = tied()
+        assert load_adapter(other, save_adapter(model, tmp_path)) == ["0", "1.0"]
+        assert other[0] is other[1][1]
+        x = torch.randn(3, 6)
+        assert torch.equal(other(x), model(x))
+
+    def test_a_layer_of_torchs_transformer_in_inference(self, tmp_path):
+        """Its fast path, which reads the weights past the adapters, is left."""
+
+        def encoder():
+            torch.manual_seed(3)
+            return nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)]).eval()
+
+        model = encoder()
+        replace_linear_with_lora(model, 2, 3.0, target_modules=["linear1", "linear2"])
+        model.eval()
+        for _, layer in lora_layers(model):
+            nn.init.normal_(layer.lora.B)
+        other = encoder()
+        load_adapter(other, save_adapter(model, tmp_path))
+        x = torch.randn(2, 3, 8)
+        with torch.no_grad():
+            assert torch.equal(other[0](x), model[0](x))
+            assert not torch.allclose(other[0](x), encoder()[0](x))
 
     def test_a_merged_model_saves_its_adapter(self, tmp_path):
         model = block()
@@ -324,6 +369,21 @@ def test_a_layer_of_another_rank(folder):
     model = block(rank=3)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"must have A \[12, 3\]"):
+        load_adapter(model, folder)
+    assert unchanged(model, before)
+
+
+def test_a_layer_that_is_never_called(folder):
+    """nn.MultiheadAttention reads out_proj's weight: an adapter there would do nothing."""
+    model = block(fill=False)
+    model.attention = nn.MultiheadAttention(12, 2)
+    before = snapshot(model)
+    edit_weights(
+        lambda t: t.update(
+            {k.replace("q_proj", "attention.out_proj"): t[k] for k in list(t) if "q_proj" in k}
+        )
+    )(folder)
+    with pytest.raises(ValueError, match="must be called as a module, but MultiheadAttention"):
         load_adapter(model, folder)
     assert unchanged(model, before)
 
