@@ -38,7 +38,15 @@ _UNSUPPORTED = {  # fields of a PEFT configuration that change what a layer comp
     "fan_in_fan_out": False,
     "bias": "none",
     "modules_to_save": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
 }
+# Values of init_lora_weights with which PEFT, when it loads, leaves the base as it is: not PiSSA, OLoRA, CorDA and LoftQ.
+_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "lora_ga", "mica")
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     file's; an `nn.Linear` of that name is wrapped first, wherever it stands, and keeps its mode. So a fresh model gets the
     adapter's layers, and a model that has them already changes task. FileNotFoundError when a file is missing; ValueError,
     with the model left as it was, for a damaged file and for one that does not fit the model: a layer too many or too few,
-    another rank or shape, a variant of LoRA (DoRA, trained biases, saved modules) that these layers do not compute.
+    another rank or shape, a variant of LoRA (DoRA, trained biases, saved modules, a base that is
+    changed first, as by PiSSA) that these layers do not compute.
     """
     adapters = _read(Path(path))
     modules = dict(model.named_modules())
@@ -155,6 +164,10 @@ def _read(folder: Path) -> dict[str, _Adapter]:
     for key, plain in _UNSUPPORTED.items():
         if config.get(key, plain) not in (plain, [], None):
             raise ValueError(f"{config_file}: {key} must be {plain!r}, got {config[key]!r}")
+    if (init := config.get("init_lora_weights")) not in _INITS:
+        raise ValueError(
+            f"{config_file}: init_lora_weights must be one of {_INITS}, which leave the base as it is, got {init!r}"
+        )
     try:
         with safe_open(weights_file, framework="pt") as file:
             metadata = file.metadata() or {}

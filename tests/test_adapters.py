@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -363,6 +364,55 @@ def test_variants_that_these_layers_do_not_compute(tmp_path, field, value):
     with pytest.raises(ValueError, match=field):
         load_adapter(fresh, tmp_path)
     assert not list(lora_layers(fresh))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("alora_invocation_tokens", [1, 2]),
+        ("layer_replication", [[0, 1], [0, 1]]),
+        ("use_bdlora", {"nblocks": 2}),
+        ("arrow_config", {"top_k": 1}),
+        ("kasa_config", {"beta": 0.1}),
+        ("monteclora_config", {"use_entropy": True}),
+    ],
+)
+def test_variants_that_only_the_configuration_tells(tmp_path, field, value):
+    """The tensors alone would load, and compute something else."""
+    peft.get_peft_model(Block(), peft.LoraConfig(target_modules=["head"])).save_pretrained(tmp_path)
+    edit_config(**{field: value})(tmp_path)
+    fresh = Block()
+    with pytest.raises(ValueError, match=field):
+        load_adapter(fresh, tmp_path)
+    assert not list(lora_layers(fresh))
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        *(True, False, None, "gaussian", "orthogonal", "eva", "mica", "lora_ga"),
+        *("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "another"),
+    ],
+)
+def test_initial_values_that_change_the_base(tmp_path, init):
+    """What PEFT itself refuses or loads into a changed base is refused; the others give PEFT's result."""
+    config = peft.LoraConfig(r=4, target_modules=["head"], init_lora_weights=False)
+    peft.get_peft_model(Block(), config).save_pretrained(tmp_path)
+    edit_config(init_lora_weights=init)(tmp_path)
+    base = Block()
+    ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
+    try:
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
+        plain = torch.equal(theirs.base_model.model.head.base_layer.weight, base.head.weight)
+    except (ValueError, ImportError):
+        plain = False
+    if not plain:
+        with pytest.raises(ValueError, match="init_lora_weights must be one of"):
+            load_adapter(ours, tmp_path)
+        return
+    load_adapter(ours, tmp_path)
+    x = torch.randn(6, 12)
+    torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_a_layer_of_another_rank(folder):
