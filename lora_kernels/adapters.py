@@ -12,6 +12,7 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -47,6 +48,24 @@ _UNSUPPORTED = {  # fields of a PEFT configuration that change what a layer comp
 }
 # Values of init_lora_weights with which PEFT, when it loads, leaves the base as it is: not PiSSA, OLoRA, CorDA and LoftQ.
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva", "lora_ga", "mica")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
+
+
+_SETTINGS: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {  # PEFT's default, the rule
+    "r": (8, "a positive integer", _is_rank),
+    "lora_alpha": (8, "a number within float32", _is_number),
+    "lora_dropout": (0.0, "a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1),
+    "use_rslora": (False, "true or false", lambda value: isinstance(value, bool)),
+}
+_PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
 
 @dataclass(frozen=True)
@@ -155,10 +174,7 @@ def _read(folder: Path) -> dict[str, _Adapter]:
     for file in (config_file, weights_file):
         if not file.is_file():
             raise FileNotFoundError(f"{file} must exist: {folder} is not an adapter's folder")
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{config_file} must be JSON: {error}") from None
+    config = _parse(config_file.read_bytes(), str(config_file))
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f'{config_file} must have "peft_type": "LORA"')
     for key, plain in _UNSUPPORTED.items():
@@ -174,51 +190,109 @@ def _read(folder: Path) -> dict[str, _Adapter]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{weights_file} must be a safetensors file: {error}") from None
-    if "adapter_config" in metadata and json.loads(metadata["adapter_config"]) != config:
+    copy = metadata.get("adapter_config")
+    if (
+        copy is not None
+        and _parse(copy, f"{weights_file}: the copy of the configuration") != config
+    ):
         raise ValueError(
             f"{folder} must come from one save, but its two files are of different ones"
         )
-    return _by_layer(tensors, config, weights_file)
+    return _by_layer(_pairs(tensors, weights_file), _settings(config, config_file), weights_file)
 
 
-def _by_layer(
-    tensors: dict[str, Tensor], config: dict[str, Any], file: Path
-) -> dict[str, _Adapter]:
-    sides: dict[str, dict[str, Tensor]] = {}
+def _parse(text: str | bytes, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} must be JSON: {error}") from None
+
+
+def _settings(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The fields that this file reads, with PEFT's defaults; ValueError for a value that PEFT's field cannot have."""
+    settings = {}
+    for field, (default, rule, holds) in _SETTINGS.items():
+        settings[field] = config.get(field, default)
+        if not holds(settings[field]):
+            raise ValueError(f"{file}: {field} must be {rule}, got {settings[field]!r}")
+    for field, of in _PATTERNS.items():
+        patterns = config.get(field)
+        settings[field] = patterns = {} if patterns is None else patterns
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{file}: {field} must be an object, got {patterns!r}")
+        _, rule, holds = _SETTINGS[of]
+        for pattern, value in patterns.items():
+            try:
+                _end_of_name(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"{file}: {field} must have regular expressions as keys, got {pattern!r}: {error}"
+                ) from None
+            if not holds(value):
+                raise ValueError(f"{file}: {field}[{pattern!r}] must be {rule}, got {value!r}")
+    return settings
+
+
+def _pairs(tensors: dict[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
+    """A and B of each layer."""
+    pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise ValueError(f"{file}: every tensor must be a LoRA A or B, got {key!r}")
-        sides.setdefault(match["layer"], {})[match["side"]] = tensor.t()
-    if not sides:
+        if tensor.ndim != 2 or tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{file}: {key!r} must be a matrix of one of {_DTYPES}, "
+                f"got {list(tensor.shape)} of {tensor.dtype}"
+            )
+        pair = pairs.setdefault(match["layer"], {})
+        if match["side"] in pair:
+            raise ValueError(
+                f"{file}: layer {match['layer']!r} must be there once, "
+                f"but is there with and without {_PREFIX!r}"
+            )
+        pair[match["side"]] = tensor.t()
+    if not pairs:
         raise ValueError(f"{file} must hold at least one layer, but it is empty")
+    return pairs
+
+
+def _by_layer(
+    pairs: dict[str, dict[str, Tensor]], settings: dict[str, Any], file: Path
+) -> dict[str, _Adapter]:
+    rslora = settings["use_rslora"]
     adapters = {}
-    for name, pair in sides.items():
+    for name, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise ValueError(
                 f"{file}: layer {name!r} must have both A and B, has only {list(pair)}"
             )
         A, B = pair["A"], pair["B"]
-        rank = int(_pattern(config, "rank_pattern", name, config.get("r", A.shape[1])))
-        if A.ndim != 2 or B.ndim != 2 or A.shape[1] != rank or B.shape[0] != rank:
+        rank, alpha = (
+            _setting(settings, "rank_pattern", name),
+            _setting(settings, "alpha_pattern", name),
+        )
+        if A.shape[1] != rank or B.shape[0] != rank:
             raise ValueError(
                 f"{file}: layer {name!r} must have rank {rank} as its configuration says, "
                 f"got A {list(A.shape)} and B {list(B.shape)}"
             )
-        alpha = float(_pattern(config, "alpha_pattern", name, config.get("lora_alpha", rank)))
-        rslora = bool(config.get("use_rslora", False))
         scale = alpha / (math.sqrt(rank) if rslora else rank)
-        adapters[name] = _Adapter(A, B, scale, float(config.get("lora_dropout", 0.0)), rslora)
+        adapters[name] = _Adapter(A, B, scale, settings["lora_dropout"], rslora)
     return adapters
 
 
-def _pattern(config: dict[str, Any], field: str, name: str, default: Any) -> Any:
+def _setting(settings: dict[str, Any], field: str, name: str) -> Any:
     """PEFT's rule: the value of the first pattern that matches the name or its end after a dot, else the name's own."""
-    patterns = config.get(field) or {}
+    patterns = settings[field]
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if _end_of_name(pattern).match(name):
             return value
-    return patterns.get(name, default)
+    return patterns.get(name, settings[_PATTERNS[field]])
+
+
+def _end_of_name(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _check_fits(name: str, modules: dict[str, nn.Module], adapter: _Adapter) -> None:

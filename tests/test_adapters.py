@@ -10,6 +10,7 @@ import re
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -287,11 +288,11 @@ def edit_config(**changes):
     return edit
 
 
-def edit_weights(change):
+def edit_weights(change, **metadata):
     def edit(folder):
         tensors = load_file(folder / WEIGHTS_FILE)
         change(tensors)
-        save_file({key: t.clone() for key, t in tensors.items()}, folder / WEIGHTS_FILE)
+        save_file({key: t.clone() for key, t in tensors.items()}, folder / WEIGHTS_FILE, metadata)
 
     return edit
 
@@ -356,6 +357,80 @@ def test_a_damaged_or_foreign_file_changes_nothing(folder, message):
     assert unchanged(model, before)
 
 
+def no_rank(value):
+    return edit_config(r=value), CONFIG_FILE, "r must be a positive integer"
+
+
+def a_tensor(tensor):
+    damage = edit_weights(lambda t: t.update({KEY: tensor}))
+    return damage, WEIGHTS_FILE, f"must be a matrix of one of .* of {tensor.dtype}"
+
+
+BAD_VALUES = [
+    *map(no_rank, (2.7, 4.0, 0, -4, True, None, "x", [4])),
+    *(
+        (edit_config(lora_alpha=value), CONFIG_FILE, "lora_alpha must be a number within float32")
+        for value in (None, "x", True, float("nan"), float("inf"), 10**400, 1e39)
+    ),
+    *(
+        (edit_config(lora_dropout=value), CONFIG_FILE, r"lora_dropout must be a number in \[0, 1\)")
+        for value in (None, "x", False, 1.0, -0.1, float("nan"))
+    ),
+    *(
+        (edit_config(use_rslora=value), CONFIG_FILE, "use_rslora must be true or false")
+        for value in ("false", 0, None)
+    ),
+    (edit_config(use_dora="false"), CONFIG_FILE, "use_dora must be False, got 'false'"),
+    (edit_config(rank_pattern=[4]), CONFIG_FILE, r"rank_pattern must be an object, got \[4\]"),
+    (edit_config(alpha_pattern="x"), CONFIG_FILE, "alpha_pattern must be an object, got 'x'"),
+    (edit_config(rank_pattern={"c(d": 4}), CONFIG_FILE, "must have regular expressions as keys"),
+    (edit_config(rank_pattern={"a{9999999999}": 4}), CONFIG_FILE, "regular expressions as keys"),
+    (edit_config(rank_pattern={"no": 2.5}), CONFIG_FILE, r"\['no'\] must be a positive integer"),
+    (edit_config(alpha_pattern={"head": None}), CONFIG_FILE, r"\['head'\] must be a number"),
+    *map(
+        a_tensor,
+        (
+            *(torch.ones(4, 12).to(t) for t in (torch.int64, torch.bool, torch.complex64)),
+            torch.ones(4, 12).to(torch.float8_e4m3fn),
+            *(torch.ones(shape) for shape in ((), (12,), (4, 12, 1))),
+        ),
+    ),
+    (
+        edit_weights(lambda t: t.update({KEY.removeprefix("base_model.model."): t[KEY]})),
+        WEIGHTS_FILE,
+        "layer 'mlp.0' must be there once",
+    ),
+    (edit_weights(lambda t: None, adapter_config="{"), WEIGHTS_FILE, "configuration must be JSON"),
+    *(
+        (lambda folder, text=text: (folder / CONFIG_FILE).write_bytes(text), CONFIG_FILE, "be JSON")
+        for text in (b"", b"\xff\xfe{", b"[" * 100_000)
+    ),
+]
+
+
+@pytest.mark.parametrize("damage, file, rule", BAD_VALUES)
+def test_a_value_that_cannot_be(folder, damage, file, rule):
+    edit_weights(lambda t: None)(folder)  # without the copy of the configuration
+    damage(folder)
+    model = Block()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rule) as caught:
+        load_adapter(model, folder)
+    assert file in str(caught.value)
+    assert unchanged(model, before)
+
+
+def test_absent_fields_are_pefts_defaults(tmp_path):
+    theirs = peft.get_peft_model(Block(), peft.LoraConfig(r=4, target_modules=["head"]))
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / CONFIG_FILE
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: config[key] for key in ("peft_type", "r")}))
+    ours = Block()
+    load_adapter(ours, tmp_path)
+    assert ours.head.lora.scale == theirs.base_model.model.head.scaling["default"]
+
+
 @pytest.mark.parametrize("field, value", [("use_dora", True), ("lora_bias", True), ("bias", "all")])
 def test_variants_that_these_layers_do_not_compute(tmp_path, field, value):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], **{field: value})
@@ -401,6 +476,8 @@ def test_initial_values_that_change_the_base(tmp_path, init):
     edit_config(init_lora_weights=init)(tmp_path)
     base = Block()
     ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
+    if init in ("mica", "lora_ga") and not hasattr(LoraLayer, f"{init}_init"):
+        pytest.skip(f"PEFT {peft.__version__} has no {init}")
     try:
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
         plain = torch.equal(theirs.base_model.model.head.base_layer.weight, base.head.weight)
