@@ -12,6 +12,7 @@ import math
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the adapters of `model` into the folder `path` and return it; PEFT's `PeftModel.from_pretrained` reads it.
 
     Each file is written beside its place and moved there when it is complete, so that an interrupted call leaves a folder
-    that loads as it was or is recognised as mixed. ValueError when the model has no LoRA layer, or is itself one
-    and so has no name for it.
+    that loads as it was or is recognised as mixed. The layout has one dropout for all layers: where theirs differ, the
+    commonest is saved, with a warning. ValueError when the model has no LoRA layer, or is itself one and so has no name
+    for it.
     """
     layers = dict(lora_layers(model))
     if not layers:
@@ -148,6 +150,13 @@ def _peft_config(layers: dict[str, LinearWithLoRA]) -> dict[str, Any]:
         for name, layer in layers.items()
     }
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    dropouts = [layer.lora.dropout for layer in layers.values()]
+    dropout = _commonest(dropouts)
+    if len(set(dropouts)) > 1:
+        warnings.warn(
+            f"PEFT's layout has one lora_dropout: {dropout} is saved, the layers have {sorted(set(dropouts))}",
+            stacklevel=3,
+        )
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -156,7 +165,7 @@ def _peft_config(layers: dict[str, LinearWithLoRA]) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": rslora,
-        "lora_dropout": next(iter(layers.values())).lora.dropout,
+        "lora_dropout": dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_dora": False,

@@ -147,6 +147,16 @@ class TestRoundTrip:
             assert torch.equal(other[0](x), model[0](x))
             assert not torch.allclose(other[0](x), encoder()[0](x))
 
+    def test_different_dropouts(self, tmp_path):
+        """PEFT has one for all layers: the commonest is saved, and the others are named."""
+        model = block(dropout=0.25)
+        model.q_proj.lora.dropout = 0.5  # the first
+        with pytest.warns(UserWarning, match=r"0.25 is saved, the layers have \[0.25, 0.5\]"):
+            save_adapter(model, tmp_path)
+        fresh = Block()
+        load_adapter(fresh, tmp_path)
+        assert all(layer.lora.dropout == 0.25 for _, layer in lora_layers(fresh))
+
     def test_a_merged_model_saves_its_adapter(self, tmp_path):
         model = block()
         before = lora_state_dict(model)
