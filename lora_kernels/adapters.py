@@ -12,16 +12,23 @@ import math
 import os
 import re
 import tempfile
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_kernels.modules import SCALINGS, LinearWithLoRA, lora_layers
+from lora_kernels.modules import (
+    SCALINGS,
+    LinearWithLoRA,
+    lora_layers,
+    replace_linear_with_lora,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -33,7 +40,33 @@ _UNSUPPORTED = {  # fields of a PEFT configuration that change what a layer comp
     "fan_in_fan_out": False,
     "bias": "none",
     "modules_to_save": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
 }
+# Values of init_lora_weights with which PEFT, when it loads, leaves the base as it is: not PiSSA, OLoRA, CorDA and LoftQ.
+_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "lora_ga", "mica")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
+
+
+_SETTINGS: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {  # PEFT's default, the rule
+    "r": (8, "a positive integer", _is_rank),
+    "lora_alpha": (8, "a number within float32", _is_number),
+    "lora_dropout": (0.0, "a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1),
+    "use_rslora": (False, "true or false", lambda value: isinstance(value, bool)),
+}
+_PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
 
 @dataclass(frozen=True)
@@ -51,8 +84,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the adapters of `model` into the folder `path` and return it; PEFT's `PeftModel.from_pretrained` reads it.
 
     Each file is written beside its place and moved there when it is complete, so that an interrupted call leaves a folder
-    that loads as it was or is recognised as mixed. ValueError when the model has no LoRA layer, or is itself one
-    and so has no name for it.
+    that loads as it was or is recognised as mixed. The layout has one dropout for all layers: where theirs differ, the
+    commonest is saved, with a warning. ValueError when the model has no LoRA layer, or is itself one and so has no name
+    for it.
     """
     layers = dict(lora_layers(model))
     if not layers:
@@ -81,32 +115,26 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     """Load the folder `path`, written by `save_adapter` or by PEFT, into `model`; returns the layers' names.
 
     A and B are copied into the `LinearWithLoRA` that each name belongs to, whose alpha is set so that the scale is the
-    file's; an `nn.Linear` of that name is wrapped first. So a fresh model gets the adapter's layers, and a model that has
-    them already changes task. FileNotFoundError when a file is missing; ValueError, with the model left as it was, for a
-    damaged file and for one that does not fit the model: a layer too many or too few, another rank or shape, a variant of
-    LoRA (DoRA, trained biases, saved modules) that these layers do not compute.
+    file's; an `nn.Linear` of that name is wrapped first, wherever it stands, and keeps its mode. So a fresh model gets the
+    adapter's layers, and a model that has them already changes task. FileNotFoundError when a file is missing; ValueError,
+    with the model left as it was, for a damaged file and for one that does not fit the model: a layer too many or too few,
+    another rank or shape, a variant of LoRA (DoRA, trained biases, saved modules, a base that is
+    changed first, as by PiSSA) that these layers do not compute.
     """
     adapters = _read(Path(path))
     modules = dict(model.named_modules())
     for name, adapter in adapters.items():
-        _check_fits(name, modules.get(name), adapter)
+        _check_fits(name, modules, adapter)
     missing = sorted(name for name, _ in lora_layers(model) if name not in adapters)
     if missing:
         raise ValueError(f"{path} must hold every LoRA layer of the model, but lacks {missing}")
-    wrapped = {
-        name: _wrap(modules[name], adapter)
-        for name, adapter in adapters.items()
-        if not isinstance(modules[name], LinearWithLoRA)
-    }
-    for name, layer in wrapped.items():
-        parent, _, key = name.rpartition(".")
-        setattr(modules[parent], key, layer)
+    _wrap(model, {n: a for n, a in adapters.items() if isinstance(modules[n], nn.Linear)})
     with torch.no_grad():
         for name, adapter in adapters.items():
-            layer = wrapped.get(name) or modules[name]
-            layer.lora.A.copy_(adapter.A)
-            layer.lora.B.copy_(adapter.B)
-            layer.lora.alpha = _alpha_for(adapter.scale, layer.lora.scaling, layer.lora.rank)
+            lora = cast(LinearWithLoRA, model.get_submodule(name)).lora
+            lora.A.copy_(adapter.A)
+            lora.B.copy_(adapter.B)
+            lora.alpha = _alpha_for(adapter.scale, lora.scaling, lora.rank)
     return list(adapters)
 
 
@@ -122,6 +150,13 @@ def _peft_config(layers: dict[str, LinearWithLoRA]) -> dict[str, Any]:
         for name, layer in layers.items()
     }
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    dropouts = [layer.lora.dropout for layer in layers.values()]
+    dropout = _commonest(dropouts)
+    if len(set(dropouts)) > 1:
+        warnings.warn(
+            f"PEFT's layout has one lora_dropout: {dropout} is saved, the layers have {sorted(set(dropouts))}",
+            stacklevel=3,
+        )
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -130,14 +165,15 @@ def _peft_config(layers: dict[str, LinearWithLoRA]) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": rslora,
-        "lora_dropout": next(iter(layers.values())).lora.dropout,
+        "lora_dropout": dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_dora": False,
         "modules_to_save": None,
-        "target_modules": list(layers),
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        # Regular expressions that match these names whole: PEFT lets a plain name match the end of longer ones too.
+        "target_modules": "|".join(re.escape(name) for name in layers),
+        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
     }
 
 
@@ -147,73 +183,139 @@ def _read(folder: Path) -> dict[str, _Adapter]:
     for file in (config_file, weights_file):
         if not file.is_file():
             raise FileNotFoundError(f"{file} must exist: {folder} is not an adapter's folder")
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{config_file} must be JSON: {error}") from None
+    config = _parse(config_file.read_bytes(), str(config_file))
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f'{config_file} must have "peft_type": "LORA"')
     for key, plain in _UNSUPPORTED.items():
         if config.get(key, plain) not in (plain, [], None):
             raise ValueError(f"{config_file}: {key} must be {plain!r}, got {config[key]!r}")
+    if (init := config.get("init_lora_weights")) not in _INITS:
+        raise ValueError(
+            f"{config_file}: init_lora_weights must be one of {_INITS}, which leave the base as it is, got {init!r}"
+        )
     try:
         with safe_open(weights_file, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{weights_file} must be a safetensors file: {error}") from None
-    if "adapter_config" in metadata and json.loads(metadata["adapter_config"]) != config:
+    copy = metadata.get("adapter_config")
+    if (
+        copy is not None
+        and _parse(copy, f"{weights_file}: the copy of the configuration") != config
+    ):
         raise ValueError(
             f"{folder} must come from one save, but its two files are of different ones"
         )
-    return _by_layer(tensors, config, weights_file)
+    return _by_layer(_pairs(tensors, weights_file), _settings(config, config_file), weights_file)
 
 
-def _by_layer(
-    tensors: dict[str, Tensor], config: dict[str, Any], file: Path
-) -> dict[str, _Adapter]:
-    sides: dict[str, dict[str, Tensor]] = {}
+def _parse(text: str | bytes, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} must be JSON: {error}") from None
+
+
+def _settings(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The fields that this file reads, with PEFT's defaults; ValueError for a value that PEFT's field cannot have."""
+    settings = {}
+    for field, (default, rule, holds) in _SETTINGS.items():
+        settings[field] = config.get(field, default)
+        if not holds(settings[field]):
+            raise ValueError(f"{file}: {field} must be {rule}, got {settings[field]!r}")
+    for field, of in _PATTERNS.items():
+        patterns = config.get(field)
+        settings[field] = patterns = {} if patterns is None else patterns
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{file}: {field} must be an object, got {patterns!r}")
+        _, rule, holds = _SETTINGS[of]
+        for pattern, value in patterns.items():
+            try:
+                _end_of_name(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"{file}: {field} must have regular expressions as keys, got {pattern!r}: {error}"
+                ) from None
+            if not holds(value):
+                raise ValueError(f"{file}: {field}[{pattern!r}] must be {rule}, got {value!r}")
+    return settings
+
+
+def _pairs(tensors: dict[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
+    """A and B of each layer."""
+    pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise ValueError(f"{file}: every tensor must be a LoRA A or B, got {key!r}")
-        sides.setdefault(match["layer"], {})[match["side"]] = tensor.t()
-    if not sides:
+        if tensor.ndim != 2 or tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{file}: {key!r} must be a matrix of one of {_DTYPES}, "
+                f"got {list(tensor.shape)} of {tensor.dtype}"
+            )
+        pair = pairs.setdefault(match["layer"], {})
+        if match["side"] in pair:
+            raise ValueError(
+                f"{file}: layer {match['layer']!r} must be there once, "
+                f"but is there with and without {_PREFIX!r}"
+            )
+        pair[match["side"]] = tensor.t()
+    if not pairs:
         raise ValueError(f"{file} must hold at least one layer, but it is empty")
+    return pairs
+
+
+def _by_layer(
+    pairs: dict[str, dict[str, Tensor]], settings: dict[str, Any], file: Path
+) -> dict[str, _Adapter]:
+    rslora = settings["use_rslora"]
     adapters = {}
-    for name, pair in sides.items():
+    for name, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise ValueError(
                 f"{file}: layer {name!r} must have both A and B, has only {list(pair)}"
             )
         A, B = pair["A"], pair["B"]
-        rank = int(_pattern(config, "rank_pattern", name, config.get("r", A.shape[1])))
-        if A.ndim != 2 or B.ndim != 2 or A.shape[1] != rank or B.shape[0] != rank:
+        rank, alpha = (
+            _setting(settings, "rank_pattern", name),
+            _setting(settings, "alpha_pattern", name),
+        )
+        if A.shape[1] != rank or B.shape[0] != rank:
             raise ValueError(
                 f"{file}: layer {name!r} must have rank {rank} as its configuration says, "
                 f"got A {list(A.shape)} and B {list(B.shape)}"
             )
-        alpha = float(_pattern(config, "alpha_pattern", name, config.get("lora_alpha", rank)))
-        rslora = bool(config.get("use_rslora", False))
         scale = alpha / (math.sqrt(rank) if rslora else rank)
-        adapters[name] = _Adapter(A, B, scale, float(config.get("lora_dropout", 0.0)), rslora)
+        adapters[name] = _Adapter(A, B, scale, settings["lora_dropout"], rslora)
     return adapters
 
 
-def _pattern(config: dict[str, Any], field: str, name: str, default: Any) -> Any:
-    """PEFT's rule: the value of the first pattern that matches the end of the name at a dot, else the default."""
-    for pattern, value in (config.get(field) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+def _setting(settings: dict[str, Any], field: str, name: str) -> Any:
+    """PEFT's rule: the value of the first pattern that matches the name or its end after a dot, else the name's own."""
+    patterns = settings[field]
+    for pattern, value in patterns.items():
+        if _end_of_name(pattern).match(name):
             return value
-    return default
+    return patterns.get(name, settings[_PATTERNS[field]])
 
 
-def _check_fits(name: str, module: nn.Module | None, adapter: _Adapter) -> None:
+def _end_of_name(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def _check_fits(name: str, modules: dict[str, nn.Module], adapter: _Adapter) -> None:
+    module, parent = modules.get(name), modules.get(name.rpartition(".")[0])
     linear = module.linear if isinstance(module, LinearWithLoRA) else module
     if not isinstance(linear, nn.Linear):
         what = "no module" if linear is None else f"a {type(linear).__name__}"
         raise ValueError(
             f"the file's layer {name!r} must be a Linear of the model, which has {what}"
+        )
+    if isinstance(parent, (nn.MultiheadAttention, LinearWithLoRA)):
+        raise ValueError(
+            f"the file's layer {name!r} must be called as a module, but {type(parent).__name__} "
+            "reads its weight"
         )
     if isinstance(module, LinearWithLoRA) and module.merged:
         raise ValueError(f"layer {name!r} must not be merged: unmerge_lora(model) before loading")
@@ -227,17 +329,30 @@ def _check_fits(name: str, module: nn.Module | None, adapter: _Adapter) -> None:
         )
 
 
-def _wrap(linear: nn.Linear, adapter: _Adapter) -> LinearWithLoRA:
-    scaling = "alpha/sqrt(rank)" if adapter.rslora else "alpha/rank"
-    rank = adapter.A.shape[1]
-    return LinearWithLoRA(
-        linear,
-        rank,
-        _alpha_for(adapter.scale, scaling, rank),
-        scaling=scaling,
-        dropout=adapter.dropout,
-        dtype=adapter.A.dtype if adapter.A.dtype == torch.float32 else None,
-    )
+def _wrap(model: nn.Module, adapters: dict[str, _Adapter]) -> None:
+    """Put a LinearWithLoRA, in the mode of the Linear, in every place of each of these layers."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    modules = {name: model.get_submodule(name) for name in adapters}
+    alike: dict[tuple[int, str, float, torch.dtype | None], list[str]] = {}
+    for name, adapter in adapters.items():
+        scaling = "alpha/sqrt(rank)" if adapter.rslora else "alpha/rank"
+        dtype = torch.float32 if adapter.A.dtype == torch.float32 else None
+        kind = adapter.A.shape[1], scaling, adapter.dropout, dtype
+        alike.setdefault(kind, []).extend(names[modules[name]])
+    for (rank, scaling, dropout, dtype), places in alike.items():
+        replace_linear_with_lora(
+            model,
+            rank,
+            1.0,
+            scaling=scaling,
+            dropout=dropout,
+            dtype=dtype,
+            target_modules="|".join(map(re.escape, places)),
+        )
+    for name, linear in modules.items():
+        model.get_submodule(name).train(linear.training)
 
 
 def _alpha_for(scale: float, scaling: str, rank: int) -> float:

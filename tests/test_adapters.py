@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import re
 
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -99,6 +102,61 @@ class TestRoundTrip:
         x = torch.randn(6, 12)
         torch.testing.assert_close(fresh(x), model(x))
 
+    def test_new_layers_have_the_mode_of_those_they_replace(self, tmp_path):
+        save_adapter(block(dropout=0.5), tmp_path)
+        model = Block().eval()
+        model.mlp.train()
+        load_adapter(model, tmp_path)
+        modes = {name: layer.lora.training for name, layer in lora_layers(model)}
+        assert modes == {"q_proj": False, "mlp.0": True, "mlp.2": True, "head": False}
+        assert all(layer.linear.training == modes[name] for name, layer in lora_layers(model))
+
+    def test_a_linear_in_two_places(self, tmp_path):
+        def tied():
+            torch.manual_seed(3)
+            layers = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6)), nn.ReLU())
+            layers[1].append(layers[0])
+            return layers
+
+        model = tied()
+        replace_linear_with_lora(model, 2, 3.0)
+        for _, layer in lora_layers(model):
+            nn.init.normal_(layer.lora.B)
+        other = tied()
+        assert load_adapter(other, save_adapter(model, tmp_path)) == ["0", "1.0"]
+        assert other[0] is other[1][1]
+        x = torch.randn(3, 6)
+        assert torch.equal(other(x), model(x))
+
+    def test_a_layer_of_torchs_transformer_in_inference(self, tmp_path):
+        """Its fast path, which reads the weights past the adapters, is left."""
+
+        def encoder():
+            torch.manual_seed(3)
+            return nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)]).eval()
+
+        model = encoder()
+        replace_linear_with_lora(model, 2, 3.0, target_modules=["linear1", "linear2"])
+        model.eval()
+        for _, layer in lora_layers(model):
+            nn.init.normal_(layer.lora.B)
+        other = encoder()
+        load_adapter(other, save_adapter(model, tmp_path))
+        x = torch.randn(2, 3, 8)
+        with torch.no_grad():
+            assert torch.equal(other[0](x), model[0](x))
+            assert not torch.allclose(other[0](x), encoder()[0](x))
+
+    def test_different_dropouts(self, tmp_path):
+        """PEFT has one for all layers: the commonest is saved, and the others are named."""
+        model = block(dropout=0.25)
+        model.q_proj.lora.dropout = 0.5  # the first
+        with pytest.warns(UserWarning, match=r"0.25 is saved, the layers have \[0.25, 0.5\]"):
+            save_adapter(model, tmp_path)
+        fresh = Block()
+        load_adapter(fresh, tmp_path)
+        assert all(layer.lora.dropout == 0.25 for _, layer in lora_layers(fresh))
+
     def test_a_merged_model_saves_its_adapter(self, tmp_path):
         model = block()
         before = lora_state_dict(model)
@@ -158,6 +216,80 @@ class TestPeft:
         )
 
 
+class Named(nn.ModuleDict):
+    """One Linear for each path, whose names are parts of each other or no regular expressions; the sum of all."""
+
+    PATHS = ("proj", "a.proj", "b.proj", "0", "1.0", "a+b", "c(d")
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        for path in self.PATHS:
+            parent, _, key = path.rpartition(".")
+            if parent and parent not in self:
+                self[parent] = nn.ModuleDict()
+            (self[parent] if parent else self)[key] = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return sum(self.get_submodule(path)(x) for path in self.PATHS)
+
+
+class TestNames:
+    @pytest.mark.parametrize("other", Named.PATHS)
+    def test_one_layer_that_differs(self, tmp_path, other):
+        """Its rank and alpha stay its own, for us and for PEFT."""
+        model = Named()
+        replace_linear_with_lora(model, 2, 3.0, target_modules=re.escape(other))
+        replace_linear_with_lora(model, 4, 8.0)
+        for _, layer in lora_layers(model):
+            nn.init.normal_(layer.lora.B, std=0.3)
+        save_adapter(model, tmp_path)
+        ours = Named()
+        load_adapter(ours, tmp_path)
+        scales = {name: (layer.lora.rank, layer.lora.scale) for name, layer in lora_layers(ours)}
+        assert scales == {path: (2, 3.0) if path == other else (4, 8.0) for path in Named.PATHS}
+        theirs = peft.PeftModel.from_pretrained(Named(), tmp_path)
+        x = torch.randn(3, 6)
+        torch.testing.assert_close(ours(x), model(x))
+        torch.testing.assert_close(theirs(x), model(x))
+
+    @pytest.mark.parametrize("only", Named.PATHS)
+    def test_one_layer_that_has_an_adapter(self, tmp_path, only):
+        """PEFT makes no layer for another whose name ends alike."""
+        model = Named()
+        replace_linear_with_lora(model, 2, 3.0, target_modules=re.escape(only))
+        save_adapter(model, tmp_path)
+        theirs = peft.PeftModel.from_pretrained(Named(), tmp_path)
+        wrapped = [name for name, module in theirs.named_modules() if hasattr(module, "lora_A")]
+        assert wrapped == [f"base_model.model.{only}"]
+
+    @pytest.mark.parametrize(
+        "patterns, wanted",
+        [
+            ({"proj": 1}, {"proj": 1, "a.proj": 1, "b.proj": 1}),
+            ({"a.proj": 1, "proj": 2}, {"proj": 2, "a.proj": 1, "b.proj": 2}),
+            ({"^proj": 1}, {"proj": 1}),
+            ({"[ab].proj": 1, "a+b": 2}, {"a.proj": 1, "b.proj": 1, "a+b": 2}),
+            ({"0|proj": 1, "1.0": 2}, {p: 1 for p in Named.PATHS if p[-1] in "0j"}),
+        ],
+    )
+    def test_patterns_as_peft_reads_them(self, tmp_path, patterns, wanted):
+        """Plain names, which older files have, match the ends of others; a name that is none of its own matches too."""
+        config = peft.LoraConfig(
+            r=4, lora_alpha=4, target_modules=list(Named.PATHS), alpha_pattern=patterns
+        )
+        theirs = peft.get_peft_model(Named(), config)
+        theirs.save_pretrained(tmp_path)
+        ours = Named()
+        load_adapter(ours, tmp_path)
+        for name, layer in lora_layers(ours):
+            assert layer.lora.alpha == wanted.get(name, 4)
+            assert (
+                layer.lora.scale
+                == theirs.get_submodule(f"base_model.model.{name}").scaling["default"]
+            )
+
+
 def edit_config(**changes):
     def edit(folder):
         file = folder / CONFIG_FILE
@@ -166,11 +298,11 @@ def edit_config(**changes):
     return edit
 
 
-def edit_weights(change):
+def edit_weights(change, **metadata):
     def edit(folder):
         tensors = load_file(folder / WEIGHTS_FILE)
         change(tensors)
-        save_file({key: t.clone() for key, t in tensors.items()}, folder / WEIGHTS_FILE)
+        save_file({key: t.clone() for key, t in tensors.items()}, folder / WEIGHTS_FILE, metadata)
 
     return edit
 
@@ -235,6 +367,80 @@ def test_a_damaged_or_foreign_file_changes_nothing(folder, message):
     assert unchanged(model, before)
 
 
+def no_rank(value):
+    return edit_config(r=value), CONFIG_FILE, "r must be a positive integer"
+
+
+def a_tensor(tensor):
+    damage = edit_weights(lambda t: t.update({KEY: tensor}))
+    return damage, WEIGHTS_FILE, f"must be a matrix of one of .* of {tensor.dtype}"
+
+
+BAD_VALUES = [
+    *map(no_rank, (2.7, 4.0, 0, -4, True, None, "x", [4])),
+    *(
+        (edit_config(lora_alpha=value), CONFIG_FILE, "lora_alpha must be a number within float32")
+        for value in (None, "x", True, float("nan"), float("inf"), 10**400, 1e39)
+    ),
+    *(
+        (edit_config(lora_dropout=value), CONFIG_FILE, r"lora_dropout must be a number in \[0, 1\)")
+        for value in (None, "x", False, 1.0, -0.1, float("nan"))
+    ),
+    *(
+        (edit_config(use_rslora=value), CONFIG_FILE, "use_rslora must be true or false")
+        for value in ("false", 0, None)
+    ),
+    (edit_config(use_dora="false"), CONFIG_FILE, "use_dora must be False, got 'false'"),
+    (edit_config(rank_pattern=[4]), CONFIG_FILE, r"rank_pattern must be an object, got \[4\]"),
+    (edit_config(alpha_pattern="x"), CONFIG_FILE, "alpha_pattern must be an object, got 'x'"),
+    (edit_config(rank_pattern={"c(d": 4}), CONFIG_FILE, "must have regular expressions as keys"),
+    (edit_config(rank_pattern={"a{9999999999}": 4}), CONFIG_FILE, "regular expressions as keys"),
+    (edit_config(rank_pattern={"no": 2.5}), CONFIG_FILE, r"\['no'\] must be a positive integer"),
+    (edit_config(alpha_pattern={"head": None}), CONFIG_FILE, r"\['head'\] must be a number"),
+    *map(
+        a_tensor,
+        (
+            *(torch.ones(4, 12).to(t) for t in (torch.int64, torch.bool, torch.complex64)),
+            torch.ones(4, 12).to(torch.float8_e4m3fn),
+            *(torch.ones(shape) for shape in ((), (12,), (4, 12, 1))),
+        ),
+    ),
+    (
+        edit_weights(lambda t: t.update({KEY.removeprefix("base_model.model."): t[KEY]})),
+        WEIGHTS_FILE,
+        "layer 'mlp.0' must be there once",
+    ),
+    (edit_weights(lambda t: None, adapter_config="{"), WEIGHTS_FILE, "configuration must be JSON"),
+    *(
+        (lambda folder, text=text: (folder / CONFIG_FILE).write_bytes(text), CONFIG_FILE, "be JSON")
+        for text in (b"", b"\xff\xfe{", b"[" * 100_000)
+    ),
+]
+
+
+@pytest.mark.parametrize("damage, file, rule", BAD_VALUES)
+def test_a_value_that_cannot_be(folder, damage, file, rule):
+    edit_weights(lambda t: None)(folder)  # without the copy of the configuration
+    damage(folder)
+    model = Block()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rule) as caught:
+        load_adapter(model, folder)
+    assert file in str(caught.value)
+    assert unchanged(model, before)
+
+
+def test_absent_fields_are_pefts_defaults(tmp_path):
+    theirs = peft.get_peft_model(Block(), peft.LoraConfig(r=4, target_modules=["head"]))
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / CONFIG_FILE
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({key: config[key] for key in ("peft_type", "r")}))
+    ours = Block()
+    load_adapter(ours, tmp_path)
+    assert ours.head.lora.scale == theirs.base_model.model.head.scaling["default"]
+
+
 @pytest.mark.parametrize("field, value", [("use_dora", True), ("lora_bias", True), ("bias", "all")])
 def test_variants_that_these_layers_do_not_compute(tmp_path, field, value):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], **{field: value})
@@ -245,10 +451,76 @@ def test_variants_that_these_layers_do_not_compute(tmp_path, field, value):
     assert not list(lora_layers(fresh))
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("alora_invocation_tokens", [1, 2]),
+        ("layer_replication", [[0, 1], [0, 1]]),
+        ("use_bdlora", {"nblocks": 2}),
+        ("arrow_config", {"top_k": 1}),
+        ("kasa_config", {"beta": 0.1}),
+        ("monteclora_config", {"use_entropy": True}),
+    ],
+)
+def test_variants_that_only_the_configuration_tells(tmp_path, field, value):
+    """The tensors alone would load, and compute something else."""
+    peft.get_peft_model(Block(), peft.LoraConfig(target_modules=["head"])).save_pretrained(tmp_path)
+    edit_config(**{field: value})(tmp_path)
+    fresh = Block()
+    with pytest.raises(ValueError, match=field):
+        load_adapter(fresh, tmp_path)
+    assert not list(lora_layers(fresh))
+
+
+@pytest.mark.parametrize(
+    "init",
+    [
+        *(True, False, None, "gaussian", "orthogonal", "eva", "mica", "lora_ga"),
+        *("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "another"),
+    ],
+)
+def test_initial_values_that_change_the_base(tmp_path, init):
+    """What PEFT itself refuses or loads into a changed base is refused; the others give PEFT's result."""
+    config = peft.LoraConfig(r=4, target_modules=["head"], init_lora_weights=False)
+    peft.get_peft_model(Block(), config).save_pretrained(tmp_path)
+    edit_config(init_lora_weights=init)(tmp_path)
+    base = Block()
+    ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
+    if init in ("mica", "lora_ga") and not hasattr(LoraLayer, f"{init}_init"):
+        pytest.skip(f"PEFT {peft.__version__} has no {init}")
+    try:
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
+        plain = torch.equal(theirs.base_model.model.head.base_layer.weight, base.head.weight)
+    except (ValueError, ImportError):
+        plain = False
+    if not plain:
+        with pytest.raises(ValueError, match="init_lora_weights must be one of"):
+            load_adapter(ours, tmp_path)
+        return
+    load_adapter(ours, tmp_path)
+    x = torch.randn(6, 12)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
 def test_a_layer_of_another_rank(folder):
     model = block(rank=3)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"must have A \[12, 3\]"):
+        load_adapter(model, folder)
+    assert unchanged(model, before)
+
+
+def test_a_layer_that_is_never_called(folder):
+    """nn.MultiheadAttention reads out_proj's weight: an adapter there would do nothing."""
+    model = block(fill=False)
+    model.attention = nn.MultiheadAttention(12, 2)
+    before = snapshot(model)
+    edit_weights(
+        lambda t: t.update(
+            {k.replace("q_proj", "attention.out_proj"): t[k] for k in list(t) if "q_proj" in k}
+        )
+    )(folder)
+    with pytest.raises(ValueError, match="must be called as a module, but MultiheadAttention"):
         load_adapter(model, folder)
     assert unchanged(model, before)
 
