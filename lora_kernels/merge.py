@@ -29,27 +29,8 @@ def merge_lora(model: nn.Module, *, unload: bool = False) -> list[str]:
         raise ValueError(
             "model must contain the layers to unload, but it is one: take model.linear"
         )
-    held = [child for parent in model.modules() for child in parent._modules.values()]
-    owners = Counter(
-        id(parameter)
-        for module in (model, *filter(None, held))
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
     fresh = [(name, layer) for name, layer in layers if not layer.merged]
-    for name, layer in fresh:
-        linear, weight = layer.linear, layer.linear._parameters.get("weight")
-        if weight is None or not is_plain(linear, layer.lora, weight):
-            raise ValueError(
-                f"{name}.linear must be a plain Linear to merge into, beside a plain lora, but it is "
-                "hooked, pruned, parametrized, quantized or has a forward of its own"
-            )
-        if owners[id(weight)] > 1:
-            raise ValueError(
-                f"{name}.linear.weight must not be shared, but another module holds it"
-            )
-        if not weight.is_floating_point():
-            raise ValueError(f"{name}.linear.weight must be floating point to merge into")
+    _check_mergeable(model, fresh)
     with torch.no_grad():
         sums = [merged_weight(layer) for _, layer in fresh]  # all computed before any is stored
         for (_, layer), merged in zip(fresh, sums, strict=True):
@@ -72,6 +53,30 @@ def unmerge_lora(model: nn.Module) -> list[str]:
                 layer.linear.weight.copy_(layer.unmerged_weight)
                 layer.unmerged_weight = None
     return [name for name, _ in merged]
+
+
+def _check_mergeable(model: nn.Module, layers: list[tuple[str, LinearWithLoRA]]) -> None:
+    """ValueError unless the weight of each of these layers of `model` is its own and all that its forward reads."""
+    held = [child for parent in model.modules() for child in parent._modules.values()]
+    owners = Counter(
+        id(parameter)
+        for module in (model, *filter(None, held))
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    for name, layer in layers:
+        linear, weight = layer.linear, layer.linear._parameters.get("weight")
+        if weight is None or not is_plain(linear, layer.lora, weight):
+            raise ValueError(
+                f"{name}.linear must be a plain Linear to merge into, beside a plain lora, but it is "
+                "hooked, pruned, parametrized, quantized or has a forward of its own"
+            )
+        if owners[id(weight)] > 1:
+            raise ValueError(
+                f"{name}.linear.weight must not be shared, but another module holds it"
+            )
+        if not weight.is_floating_point():
+            raise ValueError(f"{name}.linear.weight must be floating point to merge into")
 
 
 def merged_weight(layer: LinearWithLoRA) -> Tensor:
