@@ -39,8 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code: 0 done, 1 the command found something wrong, 2 it could not be carried out."""
     asked = sys.argv[1:] if argv is None else argv
     args = parser_for(asked).parse_args(asked)
-    env.logger()
     try:
+        env.log_level()  # a bad one is an error here, and a warning in a library
+        env.logger()
         code = args.run(args)
         sys.stdout.flush()
         return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def lora_linear(
     (float32 adapters on a half base are used as they are, others are cast to x's). y has the dtype of
     `F.linear(x, weight)`, under autocast as well. Sums run in float32 (float64 for float64) and are rounded at the end.
 
-    alpha: the final multiplier, a number or a 0-d tensor that needs no gradient, read when the product is computed.
+    alpha: the final multiplier, a real number or a 0-d tensor that needs no gradient, read when the product is computed.
     dropout_p: probability in [0, 1) of dropping an element of x on the LoRA branch only. seed: an integer or 0-d int64
     tensor that fixes the mask; drawn from torch's generator when None, so a replay under checkpointing draws it again.
     backend: "auto", or a backend's name, which then computes or raises RuntimeError.
@@ -50,11 +51,12 @@ def lora_linear(
     >>> torch.allclose(y, layer(x) + 0.5 * (x @ A @ B), atol=1e-5)
     True
     """
-    half = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
+    half = _autocast_to(x)
     check_operands(x, weight, A, B, alpha, bias, autocast=half is not None)
     check_dropout("dropout_p", dropout_p)
+    _check_seed(seed)
     dispatch.check_name(backend)
-    if half is not None and x.dtype != torch.float64:
+    if half is not None:
         x, weight = x.to(half), weight.to(half)
         bias = None if bias is None else bias.to(half)
         with torch.autocast(x.device.type, enabled=False):
@@ -81,9 +83,10 @@ def explain(
         return dispatch.explain(x, backend)
     if weight is None or A is None or B is None:
         raise TypeError("explain needs a Problem, or x, weight, A and B")
-    half = autocast_dtype(x.device.type) if isinstance(x, Tensor) else None
+    half = _autocast_to(x)
     check_operands(x, weight, A, B, alpha, bias, autocast=half is not None)
-    dtype = x.dtype if half is None or x.dtype == torch.float64 else half
+    check_dropout("dropout_p", dropout_p)
+    dtype = half or x.dtype
     keeps_adapters = A.dtype == torch.float32 and dtype in _HALF
     problem = Problem(
         M=math.prod(x.shape[:-1]),
@@ -147,8 +150,10 @@ def check_operands(
             raise ValueError(f"alpha must be a number or a 0-d tensor, got {_shape(alpha)}")
         if alpha.requires_grad:
             raise ValueError("alpha must not require grad: it is a run-time value, no parameter")
+        if alpha.dtype == torch.bool or alpha.dtype.is_complex:
+            raise TypeError(f"alpha must be real, got a tensor of {alpha.dtype}")
     elif isinstance(alpha, bool) or not isinstance(
-        alpha, (int, float, torch.SymFloat, torch.SymInt)
+        alpha, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)
     ):
         raise TypeError(f"alpha must be a number or a 0-d tensor, got {type(alpha).__name__}")
 
@@ -159,6 +164,27 @@ def check_dropout(name: str, p: float) -> None:
         raise TypeError(f"{name} must be a number in [0, 1), got {type(p).__name__}")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {p}")
+
+
+def _check_seed(seed: int | Tensor | None) -> None:
+    """TypeError or ValueError unless it is None, an int64 or a 0-d int64 tensor."""
+    if isinstance(seed, Tensor):
+        if seed.ndim != 0 or seed.dtype != torch.int64:
+            raise ValueError(f"seed must be 0-d int64, got {_shape(seed)} {seed.dtype}")
+    elif seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+            raise TypeError(
+                f"seed must be an integer or a 0-d int64 tensor, got {type(seed).__name__}"
+            )
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
+
+
+def _autocast_to(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast casts x to now, or None; float64 it leaves alone."""
+    if not isinstance(x, Tensor) or x.dtype == torch.float64:
+        return None
+    return autocast_dtype(x.device.type)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -184,6 +210,8 @@ def _apply(
     """The product on checked operands: adapters cast where they must be, x flattened, op or Function called."""
     if A.dtype != x.dtype and not (A.dtype == torch.float32 and x.dtype in _HALF):
         A, B = A.to(x.dtype), B.to(x.dtype)
+    if not isinstance(alpha, (int, float, Tensor, torch.SymFloat, torch.SymInt)):
+        alpha = float(alpha)  # numpy's numbers, fractions
     seed = _seed(seed, x.device) if dropout_p else None
     traced = (
         torch.compiler.is_compiling()
@@ -237,11 +265,7 @@ def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
-        if seed.ndim != 0 or seed.dtype != torch.int64:
-            raise ValueError(f"seed must be 0-d int64, got {_shape(seed)} {seed.dtype}")
         return seed.to(device)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer or a 0-d int64 tensor, got {type(seed).__name__}")
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 

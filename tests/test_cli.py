@@ -46,6 +46,28 @@ def test_info_names_the_variables(capsys, monkeypatch, tmp_path):
     assert "eager   usable" in out and "triton  not usable: " in out
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("nonsense", "backend must be one of"), ("triton", "runs on cuda tensors only")],
+)
+def test_info_says_that_calls_raise(name, reason, capsys, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", name)
+    assert main(["info"]) == 1
+    out = capsys.readouterr().out
+    assert f"every call that names no backend raises: {reason}" in out
+    assert f"LORA_KERNELS_BACKEND={name}" in out and "eager   usable" in out
+    code, found = told(capsys, "info")
+    assert code == 1 and reason in found["auto"]["cpu"]
+
+
+def test_a_bad_log_level_is_refused_in_words(capsys, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_LOG", "nonsense")
+    assert main(["info"]) == 2
+    out, err = capsys.readouterr()
+    message = "LORA_KERNELS_LOG must be a logging level such as INFO, got 'nonsense'"
+    assert err == f"lora_kernels info: {message}\n" and out == ""
+
+
 def test_explain_is_dispatchs_word_for_both_directions(capsys):
     code, found = told(capsys, "explain", "--shape", "512", "768", "3072", "16", "--device", "cpu")
     problem = Problem(512, 3072, 768, 16, "float32", "float32", "cpu", bias=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -118,6 +119,41 @@ def test_commands_that_documents_show_are_valid():
                     parser_for(asked).parse_args(asked)
                 found += 1
     assert found > 5
+
+
+def test_what_is_slower_is_counted_from_the_measurements():
+    """The README's and the CPU page's counts of losses are the grid's."""
+    cells = json.loads((ROOT / "benchmarks/results/cpu-zen4-grid.json").read_text())["cells"]
+
+    def losses(other):
+        times = [(cell["milliseconds"], cell) for cell in cells]
+        return [(t["ours"] / t[other], cell) for t, cell in times if t["ours"] > 1.05 * t[other]]
+
+    behind = losses("reference")
+    one_row = [slow for slow, cell in behind if cell["M"] == 1 and cell["dtype"] == "float32"]
+    high_rank = [slow for slow, cell in behind if cell["R"] == 64 and cell["dtype"] == "bfloat16"]
+    others = len(behind) - len(one_row) - len(high_rank)
+    ((worst, _),) = losses("addmm")
+    readme, page = (
+        " ".join((ROOT / name).read_text().split())
+        for name in ("README.md", "docs/performance/cpu.md")
+    )
+    for told in (
+        f"grid of {len(cells)} cases",
+        f"form in one case ({100 * (worst - 1):.2f} %), and than the reference in {len(behind)}:",
+        f"({len(one_row)} cases, down to {1 / max(one_row):.2f} of its speed",
+        f"({len(high_rank)}, down to {1 / max(high_rank):.2f}), and",
+        f"in bfloat16 ({others}, ",
+    ):
+        assert told in readme
+    for told in (
+        f"{len(cells)} cases",
+        f"{len(behind)} are slower than the reference by more than 5 %",
+        f"one than the eager backend ({100 * (worst - 1):.2f} %",
+        f"{1 / max(one_row):.2f} to {1 / min(one_row):.2f} of the reference's speed",
+        f"up to {max(high_rank):.2f} times as fast",
+    ):
+        assert told in page
 
 
 def test_every_failure_mode_names_tests_that_exist():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -281,7 +282,17 @@ class TestAlpha:
         torch.testing.assert_close(second, reference(x, weight, A, B, 2.0))
 
     @pytest.mark.parametrize(
-        "alpha", [3, 0.25, torch.tensor(0.25), torch.tensor(0.25).double()], ids=str
+        "alpha",
+        [
+            3,
+            0.25,
+            torch.tensor(0.25),
+            torch.tensor(0.25).double(),
+            torch.tensor(3),
+            np.float32(0.25),
+            np.int64(3),
+        ],
+        ids=repr,
     )
     def test_numbers_and_tensors(self, alpha):
         compare(operands(), alpha=alpha)
@@ -314,12 +325,23 @@ BAD = {
     "alpha must be a number or a 0-d tensor, got [1]": (ValueError, {"alpha": torch.ones(1)}),
     "alpha must be a number or a 0-d tensor, got str": (TypeError, {"alpha": "16"}),
     "alpha must not require grad": (ValueError, {"alpha": torch.tensor(1.0, requires_grad=True)}),
+    "alpha must be real, got a tensor of torch.bool": (TypeError, {"alpha": torch.tensor(True)}),
+    "alpha must be real, got a tensor of torch.complex64": (
+        TypeError,
+        {"alpha": torch.tensor(1j)},
+    ),
+    "alpha must be a number or a 0-d tensor, got bool": (TypeError, {"alpha": True}),
     "dropout_p must be in [0, 1), got 1.0": (ValueError, {"dropout_p": 1.0}),
     "dropout_p must be in [0, 1), got -0.1": (ValueError, {"dropout_p": -0.1}),
     "dropout_p must be a number in [0, 1), got str": (TypeError, {"dropout_p": "0.1"}),
     "seed must be an integer or a 0-d int64 tensor, got float": (
         TypeError,
         {"dropout_p": 0.5, "seed": 1.0},
+    ),
+    "seed must be an integer or a 0-d int64 tensor, got str": (TypeError, {"seed": "1"}),
+    "seed must be in [-2^63, 2^63), got 9223372036854775808": (
+        ValueError,
+        {"dropout_p": 0.5, "seed": 2**63},
     ),
     "seed must be 0-d int64": (ValueError, {"dropout_p": 0.5, "seed": torch.tensor([1])}),
     "backend must be one of ('auto', 'eager', 'cpu', 'cuda', 'triton'), got 'cublas'": (
@@ -334,9 +356,21 @@ def test_bad_operands_are_named(message):
     error, change = BAD[message]
     x, weight, A, B, bias = operands()
     good = {"x": x, "weight": weight, "A": A, "B": B, "alpha": 1.0, "bias": bias}
-    with pytest.raises(error) as caught:
-        lora_linear(**{**good, **change})
-    assert message in str(caught.value)
+    calls = [lora_linear] if "seed" in change else [lora_linear, explain]
+    for call in calls:
+        with pytest.raises(error) as caught:
+            call(**{**good, **change})
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("call", [lora_linear, explain])
+def test_autocast_does_not_cast_float64(call):
+    x, weight, A, B, _ = operands()
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(TypeError, match=r"weight must have x's dtype, torch\.float64"),
+    ):
+        call(x.double(), weight, A, B, 1.0)
 
 
 def test_explain_says_who_computes_and_why_not_the_others():

@@ -105,6 +105,14 @@ def test_the_log_level_comes_from_the_environment():
     assert fresh_process(code, LORA_KERNELS_LOG="debug").stdout.strip() == "10"
 
 
+def test_a_bad_log_level_is_one_warning():
+    """It must not break a call that wants to log something."""
+    code = "from lora_kernels import env\nfor _ in range(3):\n    print(env.logger().level)"
+    done = fresh_process(code, LORA_KERNELS_LOG="nonsense", PYTHONWARNINGS="always")
+    assert done.stdout.split() == ["0"] * 3
+    assert done.stderr.count("LORA_KERNELS_LOG must be a logging level such as INFO") == 1
+
+
 def test_layers_import_downward_only():
     """No cycle: each layer of the package imports only from those below it."""
     import ast

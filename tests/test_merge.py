@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lora_kernels import LinearWithLoRA, merge_lora, replace_linear_with_lora, unmerge_lora
 from lora_kernels.modules import lora_layers
@@ -120,6 +121,72 @@ def test_a_tied_weight_is_refused_and_nothing_is_merged():
     with pytest.raises(ValueError, match=r"head\.linear\.weight must not be shared"):
         merge_lora(model)
     assert unchanged(model, before)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(layer):
+    layer.linear.__class__ = Doubled
+
+
+def observed(*_):
+    return None
+
+
+UNPLAIN = {
+    "weight norm": lambda layer: nn.utils.parametrizations.weight_norm(layer.linear),
+    "spectral norm": lambda layer: nn.utils.spectral_norm(layer.linear),
+    "pruned": lambda layer: prune.l1_unstructured(layer.linear, "weight", 0.5),
+    "subclass": doubled,
+    "hook on linear": lambda layer: layer.linear.register_forward_hook(observed),
+    "hook on lora": lambda layer: layer.lora.register_forward_pre_hook(observed),
+}
+
+
+@pytest.mark.parametrize("unload", [False, True])
+@pytest.mark.parametrize("kind", UNPLAIN)
+def test_what_is_not_plain_is_refused_and_nothing_is_merged(kind, unload):
+    """A store into a computed weight would be lost; a hook would no longer see what it was attached to."""
+    model = block()
+    UNPLAIN[kind](model.head)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"head\.linear must be a plain Linear"):
+        merge_lora(model, unload=unload)
+    assert unchanged(model, before) and not any(layer.merged for _, layer in lora_layers(model))
+
+
+def test_a_linear_of_two_layers_is_refused():
+    """Merging both would lose one of the adapters."""
+    linear = nn.Linear(6, 6)
+    model = nn.Sequential(LinearWithLoRA(linear, 2, 1.0), LinearWithLoRA(linear, 2, 1.0))
+    with pytest.raises(ValueError, match=r"0\.linear\.weight must not be shared"):
+        merge_lora(model)
+    assert not any(layer.merged for _, layer in lora_layers(model))
+
+
+def test_autocast_does_not_round_the_sum():
+    model, expected = block(), block()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merge_lora(model)
+    merge_lora(expected)
+    assert torch.equal(model.head.weight, expected.head.weight)
+
+
+def test_meta_tensors_are_merged():
+    model = nn.Sequential(nn.Linear(4, 4, device="meta"))
+    replace_linear_with_lora(model, 2, 1.0)
+    assert merge_lora(model) == ["0"] and model[0].weight.is_meta
+
+
+def test_a_layer_in_two_places_is_unloaded_from_both():
+    model = nn.Module()
+    model.first = model.second = LinearWithLoRA(nn.Linear(4, 4), 2, 1.0)
+    linear = model.first.linear
+    assert merge_lora(model, unload=True) == ["first"]
+    assert model.first is linear and model.second is linear
 
 
 def test_a_root_that_is_a_layer_cannot_be_unloaded():

@@ -15,24 +15,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0: something usable is always found, eager at the least."""
+    """0; 1 where a call that names no backend raises, because of LORA_KERNELS_BACKEND."""
     found = collect()
+    code = 1 if any(found["auto"].values()) else 0
     if args.json:
         print(json.dumps(found, indent=1))
-        return 0
+        return code
     print(", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     for device, facts in found["devices"].items():
         told = ", ".join(f"{k} {v}" for k, v in facts.items() if k not in ("name", "device") and v)
         print(f"\n{device}: {facts['name']} ({told})")
         for name, why in found["backends"][device].items():
             print(f"  {name:<8}{'usable' if why is None else 'not usable: ' + why}")
+        if found["auto"][device] is not None:
+            print(f"  every call that names no backend raises: {found['auto'][device]}")
     print("\nvariables: " + ", ".join(f"{k}={v}" for k, v in found["variables"].items()))
     print(f"cache: {found['cache']}")
-    return 0
+    return code
 
 
 def collect() -> dict[str, Any]:
-    """What `info` prints; a backend's entry is None where it is usable, else the reason why not."""
+    """What `info` prints; the entry of a backend, or of "auto", is None where it is usable, else the reason why not."""
     import os
 
     import torch
@@ -46,6 +49,7 @@ def collect() -> dict[str, Any]:
         "versions": machine.versions(),
         "devices": {device: machine.describe(device) for device in devices},
         "backends": {device: why_not(device) for device in devices},
+        "auto": {device: refusal("auto", device) for device in devices},
         "variables": {
             f"LORA_KERNELS_{name}": os.environ.get(f"LORA_KERNELS_{name}", "") for name in variables
         },
@@ -55,14 +59,18 @@ def collect() -> dict[str, Any]:
 
 def why_not(device: str) -> dict[str, str | None]:
     """Every backend's reason against itself on `device`, or None; on a GPU this runs the self-test if nobody has."""
+    from lora_kernels import dispatch
+
+    return {name: refusal(name, device) for name in dispatch.BACKENDS}
+
+
+def refusal(name: str, device: str) -> str | None:
+    """Why a call on `device` with this `backend` raises, or None."""
     from lora_kernels import Problem, dispatch
 
     problem = Problem(**_SIZES, dtype="float32", adapter_dtype="float32", device=device)  # type: ignore
-    reasons: dict[str, str | None] = {}
-    for name in dispatch.BACKENDS:
-        try:
-            dispatch.explain(problem, name)
-            reasons[name] = None
-        except RuntimeError as error:
-            reasons[name] = str(error).partition(f"{problem}: ")[2] or str(error)
-    return reasons
+    try:
+        dispatch.explain(problem, name)
+    except (RuntimeError, ValueError) as error:
+        return str(error).partition(f"{problem}: ")[2] or str(error)
+    return None
