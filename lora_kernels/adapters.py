@@ -351,8 +351,6 @@ def _wrap(model: nn.Module, adapters: dict[str, _Adapter]) -> None:
             dtype=dtype,
             target_modules="|".join(map(re.escape, places)),
         )
-    for name, linear in modules.items():
-        model.get_submodule(name).train(linear.training)
 
 
 def _alpha_for(scale: float, scaling: str, rank: int) -> float:
