@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 # The repository's own package and tests, from its root.
 from lora_kernels.problem import Problem  # noqa: E402
-from lora_kernels.tuning.config import cuda_decode_blocks  # noqa: E402
+from lora_kernels.tuning.config import CUDA_DECODE_COLUMNS, cuda_decode_blocks  # noqa: E402
 from lora_kernels.tuning.cost import full_rate, predict_us  # noqa: E402
 from lora_kernels.tuning.counted import RANKS, TABLE  # noqa: E402
 from lora_kernels.tuning.select import candidates, everyone, select  # noqa: E402
@@ -217,7 +217,7 @@ def adapters_from_l2() -> str:
     share = {}
     for target in TARGETS.values():
         if target.name.startswith("sm_"):
-            readers = cuda_decode_blocks(problem.N // 64, target.multiprocessors)
+            readers = cuda_decode_blocks(problem.N // CUDA_DECODE_COLUMNS, target.multiprocessors)
             reading_us = readers * each / (target.l2_gbs * 1e3)
             share[target.chip] = reading_us / predict_us("frozen", problem, target)
     least, most = min(share, key=share.__getitem__), max(share, key=share.__getitem__)

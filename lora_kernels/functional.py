@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from lora_kernels import dispatch, formulas, ops
 from lora_kernels.autograd import LoRALinear, as_dropout
+from lora_kernels.backends.base import accumulated
 from lora_kernels.problem import Problem
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -229,8 +230,7 @@ def _apply(
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
     if traced:
         if not isinstance(alpha, Tensor):
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            alpha = torch.scalar_tensor(alpha, dtype=dtype, device=x.device)
+            alpha = torch.scalar_tensor(alpha, dtype=accumulated(x.dtype), device=x.device)
         y, _ = ops.lora_linear(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
     elif chosen and not needs_grad:
         dropout = as_dropout(dropout_p, seed)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_kernels.backends.base import accumulated
 from lora_kernels.functional import autocast_dtype, check_dropout, lora_linear
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
@@ -92,9 +93,8 @@ class LoRALayer(nn.Module):
 
     def _scale_tensor(self) -> Tensor:
         """`scale` where A is, in float64 beside a float64 A; on the CPU while A is on the meta device."""
-        dtype = torch.float64 if self.A.dtype == torch.float64 else torch.float32
         device = "cpu" if self.A.is_meta else self.A.device
-        return torch.full((), self.scale, dtype=dtype, device=device)
+        return torch.full((), self.scale, dtype=accumulated(self.A.dtype), device=device)
 
     def _place_scale(self) -> None:
         made = self._scale_tensor()
@@ -119,7 +119,7 @@ class LoRALayer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **named: Any) -> None:
         super()._load_from_state_dict(*args, **named)
-        self._place_scale()  # with assign=True A may have come to another device
+        self._place_scale()  # assign=True may have brought A of another device or dtype
 
     def extra_repr(self) -> str:
         in_dim, rank = self.A.shape
@@ -327,8 +327,13 @@ def check_alpha(alpha: float) -> None:
     """TypeError unless alpha is a real number, ValueError unless it is finite in float32."""
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
-    if not abs(alpha) <= torch.finfo(torch.float32).max:
+    if not fits_float32(alpha):
         raise ValueError(f"alpha must be finite in float32, got {alpha}")
+
+
+def fits_float32(value: float) -> bool:
+    """Whether a real number is finite in float32."""
+    return bool(abs(value) <= torch.finfo(torch.float32).max)
 
 
 def check_scaling(scaling: str) -> None:

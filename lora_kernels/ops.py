@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_kernels import dispatch, formulas
 from lora_kernels.autograd import as_dropout
+from lora_kernels.backends.base import accumulated
 from lora_kernels.formulas import Needs, Saved
 
 # `torch.library.custom_op` would infer these schemas, and take about 10 microseconds more in every call.
@@ -53,9 +54,8 @@ torch.library.impl("lora_kernels::lora_linear", "CompositeExplicitAutograd", _lo
 
 @torch.library.register_fake("lora_kernels::lora_linear")
 def _lora_linear_fake(x, weight, A, B, bias, alpha, dropout_p, seed, backend):
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.new_empty((x.shape[0], weight.shape[0]))
-    return y, x.new_empty((x.shape[0], A.shape[1]), dtype=wide)
+    return y, x.new_empty((x.shape[0], A.shape[1]), dtype=accumulated(x.dtype))
 
 
 def _lora_linear_backward(

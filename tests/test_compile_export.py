@@ -18,7 +18,14 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from lora_kernels import LinearWithLoRA, formulas, freeze_base, lora_parameters, ops
+from lora_kernels import (
+    LinearWithLoRA,
+    formulas,
+    freeze_base,
+    lora_linear,
+    lora_parameters,
+    ops,
+)
 from lora_kernels.integrations.peft import FusedLinear, accelerate
 from lora_kernels.reference import LinearWithLoRA as ReferenceLayer
 
@@ -132,6 +139,17 @@ class TestCompile:
             net.up.lora.alpha = alpha
             torch.testing.assert_close(compiled(inputs(5)), net(inputs(5)))
         assert counter.frame_count == 1
+
+    def test_a_number_is_as_exact_as_float64(self):
+        x, w, A, B = (
+            torch.randn(*s, dtype=torch.float64) for s in ((5, 8), (6, 8), (8, 2), (2, 6))
+        )
+
+        def product(x):
+            return lora_linear(x, w, A, B, 0.1)
+
+        compiled = torch.compile(product, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), product(x), rtol=0, atol=1e-14)
 
 
 class TestExport:

@@ -222,11 +222,27 @@ class TestDtypesAndDevices:
         x = torch.randn(3, 12)
         torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
 
+    def test_a_meta_layer_can_be_filled_parameter_by_parameter(self):
+        """As `accelerate` does, which tells no module."""
+        layer = LinearWithLoRA(nn.Linear(6, 3, device="meta"), 2, 4.0)
+        for module, name, shape in (
+            (layer, "weight", (3, 6)),
+            (layer, "bias", (3,)),
+            (layer.lora, "A", (6, 2)),
+            (layer.lora, "B", (2, 3)),
+        ):
+            setattr(module, name, nn.Parameter(torch.randn(shape)))
+        x = torch.randn(5, 6)
+        torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), layer(x))
+
     def test_float64_keeps_alpha_in_float64(self):
         layer = fill(LinearWithLoRA(nn.Linear(6, 3), 3, 0.1)).double()
         x = torch.randn(4, 6, dtype=torch.float64)
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-14)
+        loaded = LinearWithLoRA(nn.Linear(6, 3), 3, 0.1)
+        loaded.load_state_dict(layer.state_dict(), assign=True)
+        assert loaded.lora.scale_tensor.item() == 0.1
 
     def test_a_lazy_linear_is_refused(self):
         with pytest.raises(ValueError, match="linear must have its sizes"):
@@ -238,6 +254,11 @@ class TestDtypesAndDevices:
         y = layer(torch.nested.nested_tensor(rows, layout=torch.jagged))
         for actual, row in zip(y.unbind(), rows, strict=True):
             torch.testing.assert_close(actual, layer(row))
+
+    def test_sparse_inputs(self):
+        layer = fill(LinearWithLoRA(nn.Linear(6, 3), 2, 1.5))
+        x = torch.eye(6)
+        torch.testing.assert_close(layer(x.to_sparse()), layer(x))
 
     def test_a_cast_while_merged_casts_what_is_kept(self):
         layer = fill(LinearWithLoRA(nn.Linear(6, 3), 2, 1.5))

@@ -192,6 +192,21 @@ class TestCost:
         across = [predict_us("two_kernel", p, target, config) for p in (large, large.adjoint())]
         assert copied[0] < across[0] and copied[1] == across[1]
 
+    def test_the_cuda_kernel_reads_a_once_a_block_or_launches_for_it(self):
+        few = Problem(8, 14336, 4096, 32, "bfloat16", "bfloat16", device="cuda")
+        slow_l2 = replace(TARGETS["sm_90"], l2_gbs=1.0)
+        a_us = few.K * few.R * 2 / 1e3
+        assert predict_us("cuda_decode", few, slow_l2) == pytest.approx(112 * a_us + 0.5)
+        target = TARGETS["sm_90"]
+        fused_us = predict_us("cuda_decode", few, target)
+        launch_us = cost.MIN_KERNEL_US + target.gap_us
+        for apart in (
+            replace(few, w_k_major=False),
+            replace(few, adapter_dtype="float32"),
+            replace(few, R=33),
+        ):
+            assert predict_us("cuda_decode", apart, target) >= fused_us + launch_us
+
 
 class TestSelect:
     def test_few_rows_are_decoded_in_one_launch(self):

@@ -16,6 +16,11 @@ Scale = (
 )  # a number, or a 0-d tensor on the operands' device or the CPU, read when the product is computed
 
 
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums of `dtype` run in, and that skinny results and alpha have: float32, or float64 for itself."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def left_is_wide(left: Tensor, right: Tensor, dropout: Dropout | None = None) -> bool:
     """Which operand of `reduce_outer` has the base's width: a masked left, the one that is no float32, or the wider."""
     return dropout is not None or (

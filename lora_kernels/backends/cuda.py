@@ -13,7 +13,12 @@ from lora_kernels.backends.base import Backend, Scale, left_is_wide
 from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import CUDA_DECODE_RANK, CUDA_DECODE_ROWS, cuda_decode_blocks
+from lora_kernels.tuning.config import (
+    CUDA_DECODE_COLUMNS,
+    CUDA_DECODE_ROWS,
+    cuda_decode_blocks,
+    cuda_decode_fuses,
+)
 from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.select import TRITON, select
 
@@ -88,9 +93,8 @@ class CudaBackend(Backend):
         y = x.new_empty((M, N))
         fuses = (
             s is None
-            and 0 < R <= CUDA_DECODE_RANK
-            and a.dtype == x.dtype in _HALF
-            and _k_major(w)
+            and R > 0
+            and cuda_decode_fuses(R, a.dtype == x.dtype in _HALF, _k_major(w))
             and y.numel() > 0
         )
         if s is None and not fuses:
@@ -160,7 +164,7 @@ def _decode(
 
 def rows_per_tile(dtype: torch.dtype) -> int:
     """Columns of w that one block takes."""
-    return 32 if dtype == torch.float32 else 64
+    return 32 if dtype == torch.float32 else CUDA_DECODE_COLUMNS
 
 
 def split_of(blocks: int, K: int, dtype: torch.dtype, multiprocessors: int) -> tuple[int, int]:

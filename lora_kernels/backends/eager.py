@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.base import Backend, Scale
+from lora_kernels.backends.base import Backend, Scale, accumulated
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.problem import Problem
 
@@ -34,7 +34,7 @@ class EagerBackend(Backend):
         return None
 
     def shrink(self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None) -> Tensor:
-        wide = _wide(x.dtype)
+        wide = accumulated(x.dtype)
         if x.is_cuda and dropout is None and x.dtype == a.dtype != wide:
             return torch.mm(x, a, out_dtype=wide).mul_(alpha)
         s = x.new_empty((x.shape[0], a.shape[1]), dtype=wide)
@@ -59,7 +59,7 @@ class EagerBackend(Backend):
         if s is None:
             s = self.shrink(x, a, alpha, dropout_in)
         # On a GPU a half product of s and b is many times faster than a float32 one, at eager's own precision.
-        tail_dtype = x.dtype if x.is_cuda and b.dtype == x.dtype else _wide(x.dtype)
+        tail_dtype = x.dtype if x.is_cuda and b.dtype == x.dtype else accumulated(x.dtype)
         y = x.new_empty((x.shape[0], w.shape[1]))
         b = b.to(tail_dtype)
         if dropout_out is None and x.dtype == tail_dtype:
@@ -75,7 +75,7 @@ class EagerBackend(Backend):
     ) -> Tensor:
         if left.is_cuda and dropout is None and dtype == min(left.dtype, right.dtype, key=_bits):
             return left.to(dtype).t() @ right.to(dtype)  # accumulates in float32
-        wide = _wide(left.dtype)
+        wide = accumulated(left.dtype)
         total = left.new_zeros((left.shape[1], right.shape[1]), dtype=wide)
         convert = dropout is not None or left.dtype != wide or right.dtype != wide
         for rows in _row_blocks(left if left.shape[1] >= right.shape[1] else right, convert):
@@ -89,11 +89,6 @@ def _product(s: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.mm(s, b, out=out)
     else:
         torch.addmm(bias, s, b, out=out)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that products accumulate in and skinny results have."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _bits(dtype: torch.dtype) -> int:

@@ -43,6 +43,12 @@ class Case:
     graph: bool = False
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else repr(error)
+
+
 def measure(
     case: Case,
     names: tuple[str, ...],
@@ -71,7 +77,7 @@ def measure(
                 call = as_call(built, x, dy, case.mode)
                 clock.time_us(call, 1)  # not everything can be captured in a graph
             except Exception as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+                reason = first_line(error)
                 if name in contenders.OURS:
                     if failed is None:
                         raise

@@ -57,8 +57,7 @@ def run(
         try:
             results.rows += measure()
         except Exception as error:  # a device fails in any way; the other measurements count
-            text = str(error).strip()
-            results.failed[what] = text.splitlines()[0] if text else repr(error)
+            results.failed[what] = linear.first_line(error)
         keep(results)
 
     wanted = [case for case in order.cases if case.suite in order.suites]

@@ -13,7 +13,7 @@ from lora_kernels import demo, modules, reference
 from lora_kernels.bench import contenders
 from lora_kernels.bench.clock import Call, clock_for, interleaved
 from lora_kernels.bench.contenders import Layer
-from lora_kernels.bench.linear import Effort
+from lora_kernels.bench.linear import Effort, first_line
 from lora_kernels.bench.results import Row
 from lora_kernels.bench.statistics import ratios, summary
 
@@ -145,7 +145,7 @@ def measure(
         except (ImportError, ValueError, RuntimeError, TypeError) as error:
             if name == "ours" and not isinstance(error, ImportError):
                 raise
-            left_out[f"{which}: {name}"] = str(error).strip().splitlines()[0]
+            left_out[f"{which}: {name}"] = first_line(error)
             continue
         if name == "reference":
             expected = losses

@@ -13,8 +13,14 @@ KERNELS = ("shrink", "lowrank_matmul", "one_pass", "decode", "reduce_outer", "sh
 NARROW_KERNELS = ("shrink", "reduce_outer", "shrink_outer")  # they read x (or dy) and no weight
 DECODE_ROWS = 64  # the most rows that `decode` holds in one tile
 CUDA_DECODE_ROWS = 32  # the most rows of the CUDA C++ kernel
+CUDA_DECODE_COLUMNS = 64  # of a half w that one of its tiles takes
 CUDA_DECODE_RANK = 32  # the most ranks whose x·a it computes in its pass over w
 FUSED_RANK = 64  # the largest rank of the kernels that keep a whole rank beside the main tile
+
+
+def cuda_decode_fuses(R: int, one_half_type: bool, w_k_major: bool) -> bool:
+    """Whether the CUDA C++ kernel computes x·a in its pass over w; else x·a is a launch of its own before it."""
+    return one_half_type and w_k_major and R <= CUDA_DECODE_RANK
 
 
 def cuda_decode_blocks(tiles: int, multiprocessors: int) -> int:

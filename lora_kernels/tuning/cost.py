@@ -32,9 +32,10 @@ import math
 
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import (
-    CUDA_DECODE_RANK,
+    CUDA_DECODE_COLUMNS,
     TileConfig,
     cuda_decode_blocks,
+    cuda_decode_fuses,
     smem_bytes,
 )
 from lora_kernels.tuning.counted import Cycles, Tile, cycles, flops_per_clock, tiles
@@ -107,9 +108,9 @@ def predict_us(
         readers = math.ceil(problem.N / (config.block_n if config else 64))
         return _streamed_us(problem, target, readers, max(16, problem.R)) + adapter_grads
     if algorithm == "cuda_decode":
-        fused = problem.w_k_major and problem.R <= CUDA_DECODE_RANK
-        fused = fused and problem.dtype == problem.adapter_dtype != "float32"
-        tiles = math.ceil(problem.N / 64)
+        one_half_type = problem.dtype == problem.adapter_dtype != "float32"
+        fused = cuda_decode_fuses(problem.R, one_half_type, problem.w_k_major)
+        tiles = math.ceil(problem.N / CUDA_DECODE_COLUMNS)
         readers = cuda_decode_blocks(tiles, target.multiprocessors) if fused and tiles else 0
         apart_us = 0.0 if fused else shrink + gap
         return 0.5 + _streamed_us(problem, target, readers, problem.R) + apart_us + adapter_grads
