@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_kernels.functional import DTYPES
 from lora_kernels.modules import (
     SCALINGS,
     LinearWithLoRA,
@@ -51,6 +50,7 @@ _UNSUPPORTED = {  # fields of a PEFT configuration that change what a layer comp
 }
 # Values of init_lora_weights with which PEFT, when it loads, leaves the base as it is: not PiSSA, OLoRA, CorDA and LoftQ.
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva", "lora_ga", "mica")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _is_rank(value: Any) -> bool:
@@ -250,9 +250,9 @@ def _pairs(tensors: dict[str, Tensor], file: Path) -> dict[str, dict[str, Tensor
         match = _KEY.fullmatch(key)
         if match is None:
             raise ValueError(f"{file}: every tensor must be a LoRA A or B, got {key!r}")
-        if tensor.ndim != 2 or tensor.dtype not in DTYPES:
+        if tensor.ndim != 2 or tensor.dtype not in _DTYPES:
             raise ValueError(
-                f"{file}: {key!r} must be a matrix of one of {DTYPES}, "
+                f"{file}: {key!r} must be a matrix of one of {_DTYPES}, "
                 f"got {list(tensor.shape)} of {tensor.dtype}"
             )
         pair = pairs.setdefault(match["layer"], {})

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.base import Backend, Scale
+from lora_kernels.backends.base import accumulated as accumulated  # for the layers above
 from lora_kernels.dropout import Dropout
 
 

@@ -11,7 +11,6 @@ from torch.autograd import forward_ad
 
 from lora_kernels import dispatch, formulas, ops
 from lora_kernels.autograd import LoRALinear, as_dropout
-from lora_kernels.backends.base import accumulated
 from lora_kernels.problem import Problem
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -159,6 +158,11 @@ def check_operands(
         raise TypeError(f"alpha must be a number or a 0-d tensor, got {type(alpha).__name__}")
 
 
+def alpha_tensor(alpha: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """alpha as the 0-d tensor that traced code reads, as exact as sums of `dtype`."""
+    return torch.scalar_tensor(alpha, dtype=formulas.accumulated(dtype), device=device)
+
+
 def check_dropout(name: str, p: float) -> None:
     """ValueError unless 0 <= p < 1, TypeError unless it is a number."""
     if isinstance(p, bool) or not isinstance(p, (int, float)):
@@ -230,7 +234,7 @@ def _apply(
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
     if traced:
         if not isinstance(alpha, Tensor):
-            alpha = torch.scalar_tensor(alpha, dtype=accumulated(x.dtype), device=x.device)
+            alpha = alpha_tensor(alpha, x.dtype, x.device)
         y, _ = ops.lora_linear(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
     elif chosen and not needs_grad:
         dropout = as_dropout(dropout_p, seed)

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels.backends.base import accumulated
-from lora_kernels.functional import autocast_dtype, check_dropout, lora_linear
+from lora_kernels.functional import alpha_tensor, autocast_dtype, check_dropout, lora_linear
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha": lambda alpha, rank: alpha,  # the book
@@ -94,7 +93,7 @@ class LoRALayer(nn.Module):
     def _scale_tensor(self) -> Tensor:
         """`scale` where A is, in float64 beside a float64 A; on the CPU while A is on the meta device."""
         device = "cpu" if self.A.is_meta else self.A.device
-        return torch.full((), self.scale, dtype=accumulated(self.A.dtype), device=device)
+        return alpha_tensor(self.scale, self.A.dtype, device)
 
     def _place_scale(self) -> None:
         made = self._scale_tensor()

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lora_kernels import dispatch, formulas
 from lora_kernels.autograd import as_dropout
-from lora_kernels.backends.base import accumulated
 from lora_kernels.formulas import Needs, Saved
 
 # `torch.library.custom_op` would infer these schemas, and take about 10 microseconds more in every call.
@@ -55,7 +54,7 @@ torch.library.impl("lora_kernels::lora_linear", "CompositeExplicitAutograd", _lo
 @torch.library.register_fake("lora_kernels::lora_linear")
 def _lora_linear_fake(x, weight, A, B, bias, alpha, dropout_p, seed, backend):
     y = x.new_empty((x.shape[0], weight.shape[0]))
-    return y, x.new_empty((x.shape[0], A.shape[1]), dtype=accumulated(x.dtype))
+    return y, x.new_empty((x.shape[0], A.shape[1]), dtype=formulas.accumulated(x.dtype))
 
 
 def _lora_linear_backward(
