@@ -60,7 +60,7 @@ def times(problem: Problem, target: Target) -> dict[str, float]:
     choice = select(problem, target)
     found = {}
     for form in FORMS:
-        kernel = "lowrank_matmul" if form == "two_kernel" else form
+        kernel = "expand" if form == "two_kernel" else form
         if form in ("two_kernel", "one_pass", "decode"):
             if (form != "two_kernel" and problem.backward) or not choice.has(kernel):
                 continue
@@ -137,13 +137,13 @@ def loops() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     problem = problem_of((4096, 4096, 4096, 16))
     for name in ("sm_80", "sm_90", "sm_100", "sm_120"):
-        for config in candidates("lowrank_matmul", problem, TARGETS[name]):
+        for config in candidates("expand", problem, TARGETS[name]):
             for form in ("forward", "forward, b copied", "dx")[:: 1 if config.tma else 2]:
                 forward = form != "dx"
                 fused = compile_job((name, problem, config, forward, form == "forward, b copied"))
                 plain = plain_product(name, config, problem, forward)
                 yield (
-                    f"| {name} | {str(config).removeprefix('lowrank_matmul ')} | {form} | "
+                    f"| {name} | {str(config).removeprefix('expand ')} | {form} | "
                     f"{fused.loop.total()}, {len(fused.loop_matrix)} | {plain.loop.total()}, {len(plain.loop_matrix)} | "
                     f"{fused.registers} | {plain.registers} |"
                 )
@@ -156,7 +156,7 @@ def pipes() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     problem = problem_of((4096, 4096, 4096, 16))
     for tile, ((step, rest), (_, rest_wide)) in TABLE.items():
-        if tile.types != "bfloat16" or tile.kernel != "lowrank_matmul":
+        if tile.types != "bfloat16" or tile.kernel != "expand":
             continue
         name = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
         cells = (", ".join(f"{c:.0f}" for c in pipe) for pipe in (step, rest, rest_wide))

@@ -65,7 +65,7 @@ def forward(
     dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and s [M, R]."""
-    return backend.lowrank_matmul(x, weight.t(), A, B, alpha, bias, dropout_in=dropout)
+    return backend.expand(x, weight.t(), A, B, alpha, bias, dropout_in=dropout)
 
 
 def backward(
@@ -82,18 +82,18 @@ def backward(
     x, weight, A, B, s = cast(tuple[Tensor, ...], saved)  # `keep` kept what is needed
     dx = dW = dA = dB = q = None
     if needs.B and (needs.x or needs.A):
-        q, dB = backend.shrink_outer(dy, B.t(), alpha, s, adapter_dtype)
+        q, dB = backend.shrink_wgrad(dy, B.t(), alpha, s, adapter_dtype)
     elif needs.B:
-        dB = backend.reduce_outer(s, dy, adapter_dtype)
+        dB = backend.wgrad(s, dy, adapter_dtype)
     elif (needs.A and not needs.x) or (needs.x and ds is not None):
         q = backend.shrink(dy, B.t(), alpha)
     if ds is not None and q is not None:
         q = q + alpha * ds
     if needs.x:
-        dx, q = backend.lowrank_matmul(dy, weight, B.t(), A.t(), alpha, s=q, dropout_out=dropout)
+        dx, q = backend.expand(dy, weight, B.t(), A.t(), alpha, s=q, dropout_out=dropout)
     if needs.A:
         assert q is not None
-        dA = backend.reduce_outer(x, q, adapter_dtype, dropout)
+        dA = backend.wgrad(x, q, adapter_dtype, dropout)
     if needs.weight:
         dW = dy.t() @ x
     dbias = dy.sum(0) if needs.bias else None
@@ -119,7 +119,7 @@ def jvp(
     if tA is not None:
         ts = ts + backend.shrink(x, tA, alpha, dropout)
     base = torch.zeros_like(x) if tx is None else tx
-    ty, _ = backend.lowrank_matmul(base, weight.t(), A, B, alpha, tbias, s=ts)
+    ty, _ = backend.expand(base, weight.t(), A, B, alpha, tbias, s=ts)
     if tweight is not None:
         ty = ty + x @ tweight.t()
     if tB is not None:

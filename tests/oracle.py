@@ -157,23 +157,21 @@ def check_backend(backend: Backend, case: Case) -> None:
         assert actual.is_contiguous(), f"{name} is not contiguous"
         assert_budget(actual, eager[name].to(dtype), exact[name], f"{name} of {case}")
 
-    y, s = backend.lowrank_matmul(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
+    y, s = backend.expand(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
     check("y", y, case.dtype)
     check("s", s, skinny)
-    y2, s2 = backend.lowrank_matmul(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
+    y2, s2 = backend.expand(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
     assert torch.equal(y.nan_to_num(), y2.nan_to_num()) and torch.equal(
         s.nan_to_num(), s2.nan_to_num()
     )
     check("s", backend.shrink(o.x, o.a, case.alpha, o.dropout), skinny)
 
-    q, dB = backend.shrink_outer(o.dy, o.b.t(), case.alpha, s, o.b.dtype)
+    q, dB = backend.shrink_wgrad(o.dy, o.b.t(), case.alpha, s, o.b.dtype)
     check("q", q, skinny)
     check("dB", dB, o.b.dtype)
-    dx, _ = backend.lowrank_matmul(
-        o.dy, o.w.t(), o.b.t(), o.a.t(), case.alpha, s=q, dropout_out=o.dropout
-    )
+    dx, _ = backend.expand(o.dy, o.w.t(), o.b.t(), o.a.t(), case.alpha, s=q, dropout_out=o.dropout)
     check("dx", dx, case.dtype)
-    unshared, q2 = backend.lowrank_matmul(
+    unshared, q2 = backend.expand(
         o.dy,
         o.w.t(),
         o.b.t(),
@@ -183,8 +181,8 @@ def check_backend(backend: Backend, case: Case) -> None:
     )
     check("dx", unshared, case.dtype)
     check("q", q2, skinny)
-    check("dA", backend.reduce_outer(o.x, q, o.a.dtype, o.dropout), o.a.dtype)
-    check("dB", backend.reduce_outer(s, o.dy, o.b.dtype), o.b.dtype)
+    check("dA", backend.wgrad(o.x, q, o.a.dtype, o.dropout), o.a.dtype)
+    check("dB", backend.wgrad(s, o.dy, o.b.dtype), o.b.dtype)
 
 
 def _strided(layout: str, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:

@@ -128,12 +128,12 @@ def test_selftest_passes_here(capsys):
 
 def test_selftest_fails_where_a_product_is_wrong(capsys, monkeypatch):
     eager = dispatch.get("eager")
-    right = type(eager).reduce_outer
+    right = type(eager).wgrad
 
     def wrong(self, left, right_operand, dtype, dropout=None):
         return right(self, left, right_operand, dtype, dropout) * 1.05
 
-    monkeypatch.setattr(type(eager), "reduce_outer", wrong)
+    monkeypatch.setattr(type(eager), "wgrad", wrong)
     code, found = told(capsys, "selftest", "--backend", "eager", "--device", "cpu")
     assert code == 1 and not found["passed"]
     failed = found["backends"][0]["failed"]

@@ -74,10 +74,10 @@ def test_any_number_of_threads_gives_the_same_bits(case):
     o = case.operands()
 
     def results():
-        y, s = BACKEND.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias, dropout_in=o.dropout)
-        dx, q = BACKEND.lowrank_matmul(o.dy, o.w.t(), o.b.t(), o.a.t(), 0.5, dropout_out=o.dropout)
-        dA = BACKEND.reduce_outer(o.x, q, o.a.dtype, o.dropout)
-        return y, s, dx, q, dA, BACKEND.reduce_outer(s, o.dy, o.b.dtype)
+        y, s = BACKEND.expand(o.x, o.w, o.a, o.b, 0.5, o.bias, dropout_in=o.dropout)
+        dx, q = BACKEND.expand(o.dy, o.w.t(), o.b.t(), o.a.t(), 0.5, dropout_out=o.dropout)
+        dA = BACKEND.wgrad(o.x, q, o.a.dtype, o.dropout)
+        return y, s, dx, q, dA, BACKEND.wgrad(s, o.dy, o.b.dtype)
 
     before = torch.get_num_threads()
     try:
@@ -95,7 +95,7 @@ def test_python_threads_do_not_disturb_one_another():
     operands = [case.operands() for case in cases]
 
     def product(o):
-        return BACKEND.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)[0]
+        return BACKEND.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)[0]
 
     expected = [product(o) for o in operands]
     wrong = []
@@ -147,7 +147,7 @@ def test_dropout_mask_is_bit_for_bit_the_shared_one(isa, cols, p, seed):
         expected = scaled_mask(dropout, rows, cols, torch.float32)
         ones = torch.ones(rows, cols)
         assert torch.equal(BACKEND.shrink(ones, torch.eye(cols), 1.0, dropout), expected)
-        masked, _ = BACKEND.lowrank_matmul(
+        masked, _ = BACKEND.expand(
             torch.ones(rows, 2),
             torch.zeros(2, cols),
             torch.zeros(2, 1),
@@ -157,7 +157,7 @@ def test_dropout_mask_is_bit_for_bit_the_shared_one(isa, cols, p, seed):
             dropout_out=dropout,
         )
         assert torch.equal(masked, expected)
-        gathered = BACKEND.reduce_outer(ones, torch.eye(rows), torch.float32, dropout)
+        gathered = BACKEND.wgrad(ones, torch.eye(rows), torch.float32, dropout)
         assert torch.equal(gathered, expected.t())
     assert keep_mask(dropout, 20, cols).sum() < 20 * cols or p < 0.1 or cols < 3
 
@@ -166,11 +166,11 @@ def test_rows_two_gigabytes_apart():
     far = torch.empty(2**31 + 16, dtype=bf16).as_strided((3, 16), (2**30, 1))
     far.copy_(torch.randn(3, 16))
     w, s, b = torch.randn(16, 24).to(bf16), torch.randn(3, 4), torch.randn(4, 24).to(bf16)
-    near, _ = BACKEND.lowrank_matmul(far.contiguous(), w, w[:, :4], b, 1.0, s=s)
-    assert torch.equal(BACKEND.lowrank_matmul(far, w, w[:, :4], b, 1.0, s=s)[0], near)
+    near, _ = BACKEND.expand(far.contiguous(), w, w[:, :4], b, 1.0, s=s)
+    assert torch.equal(BACKEND.expand(far, w, w[:, :4], b, 1.0, s=s)[0], near)
     assert torch.equal(
-        BACKEND.reduce_outer(far, s, torch.float32),
-        BACKEND.reduce_outer(far.contiguous(), s, torch.float32),
+        BACKEND.wgrad(far, s, torch.float32),
+        BACKEND.wgrad(far.contiguous(), s, torch.float32),
     )
 
 
@@ -234,7 +234,7 @@ def test_halves_are_left_to_aten_where_it_has_amx(monkeypatch):
         lambda x: OPS.shrink(x.double(), x.double().t(), 1.0, 0, 0, 1.0),
         lambda x: OPS.expand(x, x.t(), x, x, None, 0, 0, 1.0),
         lambda x: OPS.expand(x, x.t(), x.bfloat16(), x, None, 0, 0, 1.0),
-        lambda x: OPS.reduce_outer(x, x[:2], torch.float32, 0, 0, 1.0),
+        lambda x: OPS.wgrad(x, x[:2], torch.float32, 0, 0, 1.0),
         lambda x: OPS.shrink(x, x.t(), 1.0, 2**32, 0, 1.0),
     ],
 )

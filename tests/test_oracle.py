@@ -62,11 +62,11 @@ def _swapped(outer, left, right, dtype, dropout=None):
     [
         ("shrink", _no_alpha, CASE),
         ("shrink", _no_mask, DROPOUT),
-        ("lowrank_matmul", _unmasked_tail, DROPOUT),
-        ("lowrank_matmul", _last_column_lost, CASE),
-        ("lowrank_matmul", _one_row_off, CASE),
-        ("lowrank_matmul", _rounded_s, Case(33, 65, 47, 12)),
-        ("reduce_outer", _swapped, CASE),
+        ("expand", _unmasked_tail, DROPOUT),
+        ("expand", _last_column_lost, CASE),
+        ("expand", _one_row_off, CASE),
+        ("expand", _rounded_s, Case(33, 65, 47, 12)),
+        ("wgrad", _swapped, CASE),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -84,7 +84,7 @@ def test_results_that_change_from_call_to_call_are_noticed():
         return y * (1 + 2**-24 * len(calls)), s
 
     with pytest.raises(AssertionError):
-        check_backend(_Wrong("lowrank_matmul", unsteady), Case(16, 64, 32, 16))
+        check_backend(_Wrong("expand", unsteady), Case(16, 64, 32, 16))
 
 
 def test_budget_accepts_eager_and_refuses_three_times_its_error():

@@ -128,17 +128,17 @@ def test_narrow_kernels_get_a_tile_and_a_split_of_their_own():
 
     def measure(choices):
         asked.extend(choices)
-        wanted = {"shrink": 4, "reduce_outer": 2, "shrink_outer": 1}
+        wanted = {"shrink": 4, "wgrad": 2, "shrink_wgrad": 1}
         return [2.0 - (c.configs[0].split == wanted[c.algorithm]) for c in choices]
 
     entry, done = search_narrow(replace(problem, M=1500), target, measure)
     assert len(asked) == len(set(asked)) == len(done)
     assert entry.problem == narrow(problem) and entry.problem.N == 0
-    assert entry.times == {"shrink": 1.0, "reduce_outer": 1.0, "shrink_outer": 1.0}
+    assert entry.times == {"shrink": 1.0, "wgrad": 1.0, "shrink_wgrad": 1.0}
     assert {c.kernel: c.split for c in entry.configs} == {
         "shrink": 4,
-        "reduce_outer": 2,
-        "shrink_outer": 1,
+        "wgrad": 2,
+        "shrink_wgrad": 1,
     }
     tables.save([entry], target)
     for asks in (problem, problem.adjoint().adjoint(), replace(problem, M=1100, dropout=True)):

@@ -31,18 +31,18 @@ class Broken(EagerBackend):
         s = super().shrink(x, a, alpha, dropout)
         return s * 1.01 if self.product == "shrink" else s
 
-    def lowrank_matmul(self, *args, **kwargs):
-        y, s = super().lowrank_matmul(*args, **kwargs)
+    def expand(self, *args, **kwargs):
+        y, s = super().expand(*args, **kwargs)
         if self.product == "nan":
             y[-1, -1] = float("nan")
-        return (y * 1.02 if self.product == "lowrank_matmul" else y), s
+        return (y * 1.02 if self.product == "expand" else y), s
 
-    def reduce_outer(self, *args, **kwargs):
-        out = super().reduce_outer(*args, **kwargs)
-        return out * 1.02 if self.product == "reduce_outer" else out
+    def wgrad(self, *args, **kwargs):
+        out = super().wgrad(*args, **kwargs)
+        return out * 1.02 if self.product == "wgrad" else out
 
 
-@pytest.mark.parametrize("product", ["shrink", "lowrank_matmul", "reduce_outer", "nan"])
+@pytest.mark.parametrize("product", ["shrink", "expand", "wgrad", "nan"])
 def test_a_broken_product_is_noticed(product):
     results = selftest.run(Broken(product), "cpu")
     assert any(not r.passed for r in results)
@@ -85,7 +85,7 @@ class TestVerdict:
 
     def test_a_backend_that_raises_is_refused(self, device):
         class Raises(EagerBackend):
-            def lowrank_matmul(self, *args, **kwargs):
+            def expand(self, *args, **kwargs):
                 raise RuntimeError("an illegal memory access was encountered\nmore")
 
         reason = selftest.trusted(Raises(), device)

@@ -21,7 +21,7 @@ from lora_kernels.tuning.tables import Entry
 from lora_kernels.tuning.targets import TARGETS, target_of
 
 BIG = Problem(8192, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
-TILE = TileConfig("lowrank_matmul", 128, 128, 32, 4, 4)
+TILE = TileConfig("expand", 128, 128, 32, 4, 4)
 
 
 def test_it_needs_neither_torch_nor_triton():
@@ -145,7 +145,7 @@ class TestCost:
     def test_published_triton_products_are_met(self, target, size, least, most):
         """The share of the library's rate that products with pointer loads, not persistent, were published to reach."""
         problem = replace(BIG, M=size, N=size, K=size)
-        ours = product_us("lowrank_matmul", problem, TARGETS[target], pointers=True)
+        ours = product_us("expand", problem, TARGETS[target], pointers=True)
         assert least < frozen_us(problem, TARGETS[target]) / ours < most
 
     def test_published_gain_of_lorafusion_is_met(self):
@@ -162,11 +162,11 @@ class TestCost:
     def test_no_tile_is_faster_than_its_matrix_pipe(self, target):
         for dtype in ("bfloat16", "float16", "float32"):
             for problem in (replace(BIG, dtype=dtype), replace(BIG, dtype=dtype).adjoint()):
-                for tile in tiles("lowrank_matmul", problem, target.name):
+                for tile in tiles("expand", problem, target.name):
                     assert 0 < rate(tile, problem, target) <= full_rate(tile, problem, target) < 1
 
     def test_a_tile_that_was_not_counted_is_scaled_from_its_neighbour(self):
-        (counted,) = (t for t in tiles("lowrank_matmul", BIG, "sm_80") if t.block_m == 128)
+        (counted,) = (t for t in tiles("expand", BIG, "sm_80") if t.block_m == 128)
         known = cycles(counted, 16)
         deep = cycles(counted._replace(block_k=64, num_stages=3), 16)
         assert deep == Cycles(tuple(2 * s for s in known.step), known.rest)
@@ -181,7 +181,7 @@ class TestCost:
         """Only with tensor descriptors, from a multiprocessor's second block on; the prediction has its price and gain."""
         target = TARGETS["sm_90"]
         large = Problem(8192, 4096, 4096, 64, "bfloat16", "bfloat16", device="cuda")
-        config = select(large, target, "two_kernel").config("lowrank_matmul")
+        config = select(large, target, "two_kernel").config("expand")
         blocks = target.multiprocessors
         sizes = (config.block_m, config.block_n * blocks)
         assert not cost.copy_of_b_pays(config, *sizes, target)
@@ -216,7 +216,7 @@ class TestSelect:
     def test_large_problems_get_the_cheaper_of_two_kernels_and_aten(self):
         for name in ("sm_80", "sm_90"):
             choice = select(BIG, TARGETS[name])
-            tile = choice.config("lowrank_matmul")
+            tile = choice.config("expand")
             ours, aten = (
                 predict_us("two_kernel", BIG, TARGETS[name], tile),
                 predict_us("aten", BIG, TARGETS[name]),

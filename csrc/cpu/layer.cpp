@@ -112,9 +112,9 @@ class Layer : public torch::autograd::Function<Layer> {
                                   dropout.seed, dropout.keep_scale()),
                            grads[0]);
     if (needs_A)
-      out[2] = reduce_outer(rows_of(x), q, A.scalar_type(), dropout.threshold, dropout.seed,
-                            dropout.keep_scale());
-    if (needs_B) out[3] = reduce_outer(s, dy, B.scalar_type(), 0, 0, 1.0);
+      out[2] = wgrad(rows_of(x), q, A.scalar_type(), dropout.threshold, dropout.seed,
+                     dropout.keep_scale());
+    if (needs_B) out[3] = wgrad(s, dy, B.scalar_type(), 0, 0, 1.0);
     return out;
   }
 };

@@ -6,7 +6,7 @@
 
 #include "operators.h"
 #include "product.h"
-#include "reduce_outer.h"
+#include "wgrad.h"
 
 namespace lora_kernels {
 namespace {
@@ -90,8 +90,8 @@ Tensor expand(const Tensor& x, const Tensor& w, const Tensor& s, const Tensor& b
   return y;
 }
 
-Tensor reduce_outer(const Tensor& left, const Tensor& right, at::ScalarType dtype,
-                    int64_t threshold, int64_t seed, double keep_scale) {
+Tensor wgrad(const Tensor& left, const Tensor& right, at::ScalarType dtype, int64_t threshold,
+             int64_t seed, double keep_scale) {
   check_usable();
   TORCH_CHECK(left.dim() == 2 && right.dim() == 2, "left and right must be 2-D");
   const int64_t M = left.size(0), C = left.size(1), D = right.size(1);
@@ -100,10 +100,9 @@ Tensor reduce_outer(const Tensor& left, const Tensor& right, at::ScalarType dtyp
   Matrix wide = matrix(left, "left", M, C), skinny = matrix(right, "right", M, D);
   if (!left_wide) std::swap(wide, skinny);
   Tensor out = at::empty({C, D}, left.options().dtype(dtype));
-  Tensor workspace =
-      at::empty({reduce_outer_floats(M, skinny.cols)}, left.options().dtype(at::kFloat));
-  compute(ReduceOuter{wide, skinny, mask ? &*mask : nullptr, out.data_ptr(), type_of(dtype),
-                      left_wide ? 1 : D, left_wide ? D : 1, workspace.mutable_data_ptr<float>()});
+  Tensor workspace = at::empty({wgrad_floats(M, skinny.cols)}, left.options().dtype(at::kFloat));
+  compute(Wgrad{wide, skinny, mask ? &*mask : nullptr, out.data_ptr(), type_of(dtype),
+                left_wide ? 1 : D, left_wide ? D : 1, workspace.mutable_data_ptr<float>()});
   return out;
 }
 
@@ -115,7 +114,7 @@ TORCH_LIBRARY(lora_kernels_cpu, m) {
       "expand(Tensor x, Tensor w, Tensor s, Tensor b, Tensor? bias, int threshold, int seed, "
       "float keep_scale) -> Tensor");
   m.def(
-      "reduce_outer(Tensor left, Tensor right, ScalarType dtype, int threshold, int seed, "
+      "wgrad(Tensor left, Tensor right, ScalarType dtype, int threshold, int seed, "
       "float keep_scale) -> Tensor");
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, float alpha, "
@@ -130,7 +129,7 @@ TORCH_LIBRARY(lora_kernels_cpu, m) {
 TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, m) {
   m.impl("shrink", &shrink);
   m.impl("expand", &expand);
-  m.impl("reduce_outer", &reduce_outer);
+  m.impl("wgrad", &wgrad);
 }
 
 }  // namespace lora_kernels

@@ -20,7 +20,7 @@ Tensor expand(const Tensor& x, const Tensor& w, const Tensor& s, const Tensor& b
               double keep_scale);
 
 // (mask∘left)ᵀ·right [C, D]
-Tensor reduce_outer(const Tensor& left, const Tensor& right, at::ScalarType dtype,
-                    int64_t threshold, int64_t seed, double keep_scale);
+Tensor wgrad(const Tensor& left, const Tensor& right, at::ScalarType dtype, int64_t threshold,
+             int64_t seed, double keep_scale);
 
 }  // namespace lora_kernels

@@ -15,7 +15,7 @@
 
 #include "decode_kernel.cuh"
 #include "launch.h"
-#include "reduce_outer_kernel.cuh"
+#include "wgrad_kernel.cuh"
 
 // A PyTorch without CUDA does not have it; there the operators can be registered and refuse every
 // tensor.
@@ -168,7 +168,7 @@ void decode(Tensor x, Tensor w, Tensor a, Tensor b, std::optional<Tensor> bias, 
 
 // out [C, D] = leftᵀ·right: left [M, C], right [M, D], M <= 32; the one of rank's width is float32
 // and contiguous.
-void reduce_outer(Tensor left, Tensor right, Tensor out, bool left_is_wide) {
+void wgrad(Tensor left, Tensor right, Tensor out, bool left_is_wide) {
   check_matrix(left, "left"), check_matrix(right, "right"), check_matrix(out, "out");
   const Tensor& wide = left_is_wide ? left : right;
   const Tensor& skinny = left_is_wide ? right : left;
@@ -182,7 +182,7 @@ void reduce_outer(Tensor left, Tensor right, Tensor out, bool left_is_wide) {
   const Type wide_type = type_of(wide, wide_name), out_type = type_of(out, "out");
   check(out_type == wide_type || out_type == Type::float32, "out",
         "must have the wide operand's type or float32");
-  ReduceOuter p = {};
+  Wgrad p = {};
   p.wide = wide.data_ptr(), p.skinny = static_cast<const float*>(skinny.data_ptr()),
   p.out = out.data_ptr();
   p.wide_row = wide.stride(0), p.wide_column = wide.stride(1);
@@ -190,7 +190,7 @@ void reduce_outer(Tensor left, Tensor right, Tensor out, bool left_is_wide) {
   p.out_rank = left_is_wide ? out.stride(1) : out.stride(0);
   p.tokens = int(wide.size(0)), p.columns = int(wide.size(1)), p.rank = int(skinny.size(1));
   const torch::stable::accelerator::DeviceGuard guard(wide.get_device_index());
-  check_launch(launch_reduce_outer(p, wide_type, out_type, current_stream(wide)));
+  check_launch(launch_wgrad(p, wide_type, out_type, current_stream(wide)));
 }
 
 }  // namespace
@@ -203,10 +203,10 @@ STABLE_TORCH_LIBRARY(lora_kernels_cuda, m) {
       "Tensor(d!) arrived, Tensor? alpha_at, float alpha, int fused_rank, int blocks, int splits, "
       "int chunk, "
       "bool skinny) -> ()");
-  m.def("reduce_outer(Tensor left, Tensor right, Tensor(a!) out, bool left_is_wide) -> ()");
+  m.def("wgrad(Tensor left, Tensor right, Tensor(a!) out, bool left_is_wide) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("decode", TORCH_BOX(&lora_kernels::decode));
-  m.impl("reduce_outer", TORCH_BOX(&lora_kernels::reduce_outer));
+  m.impl("wgrad", TORCH_BOX(&lora_kernels::wgrad));
 }

@@ -1,7 +1,7 @@
 // All kernels that ship: every instance that the launchers can pick.
 #include "decode_kernel.cuh"
 #include "launch.h"
-#include "reduce_outer_kernel.cuh"
+#include "wgrad_kernel.cuh"
 
 namespace lora_kernels {
 namespace {
@@ -42,10 +42,10 @@ cudaError_t launch_tokens(const Decode& p, Type w, int fused_rank, dim3 grid, cu
 }
 
 template <class T, class Out>
-cudaError_t launch_outer(const ReduceOuter& p, cudaStream_t stream) {
+cudaError_t launch_outer(const Wgrad& p, cudaStream_t stream) {
   const dim3 grid((p.columns + OUTER_THREADS - 1) / OUTER_THREADS,
                   (p.rank + OUTER_RANKS - 1) / OUTER_RANKS);
-  reduce_outer_kernel<T, Out><<<grid, OUTER_THREADS, 0, stream>>>(p);
+  wgrad_kernel<T, Out><<<grid, OUTER_THREADS, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -64,7 +64,7 @@ cudaError_t launch_decode(const Decode& p, Type x, Type w, int fused_rank, dim3 
   return launch_tokens<__nv_bfloat16>(p, w, fused_rank, grid, stream);
 }
 
-cudaError_t launch_reduce_outer(const ReduceOuter& p, Type wide, Type out, cudaStream_t stream) {
+cudaError_t launch_wgrad(const Wgrad& p, Type wide, Type out, cudaStream_t stream) {
   if (wide == Type::float32) return launch_outer<float, float>(p, stream);
   if (wide == Type::float16) {
     return out == Type::float32 ? launch_outer<__half, float>(p, stream)

@@ -6,7 +6,7 @@
 namespace lora_kernels {
 
 struct Decode;
-struct ReduceOuter;
+struct Wgrad;
 
 enum class Type { float32, float16, bfloat16 };
 
@@ -26,6 +26,6 @@ cudaError_t launch_decode(const Decode& p, Type x, Type w, int fused_rank, dim3 
                           cudaStream_t stream);
 
 // out is wide's type or float32.
-cudaError_t launch_reduce_outer(const ReduceOuter& p, Type wide, Type out, cudaStream_t stream);
+cudaError_t launch_wgrad(const Wgrad& p, Type wide, Type out, cudaStream_t stream);
 
 }  // namespace lora_kernels

@@ -22,7 +22,7 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
 
 
 def left_is_wide(left: Tensor, right: Tensor, dropout: Dropout | None = None) -> bool:
-    """Which operand of `reduce_outer` has the base's width: a masked left, the one that is no float32, or the wider."""
+    """Which operand of `wgrad` has the base's width: a masked left, the one that is no float32, or the wider."""
     return dropout is not None or (
         right.dtype == torch.float32
         and (left.dtype != torch.float32 or left.shape[1] >= right.shape[1])
@@ -65,7 +65,7 @@ class Backend(ABC):
         """s = alpha·(mask∘x)·a: x [M, K], a [K, R] -> s [M, R] float32; `dropout` masks and rescales x [M, K]."""
 
     @abstractmethod
-    def lowrank_matmul(
+    def expand(
         self,
         x: Tensor,  # [M, K]
         w: Tensor,  # [K, N]
@@ -82,7 +82,7 @@ class Backend(ABC):
         """y = x·w + bias + mask_out∘(s·b), s = alpha·(mask_in∘x)·a -> (y [M, N] in x's dtype, s [M, R] float32)."""
 
     @abstractmethod
-    def reduce_outer(
+    def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
         """(mask∘left)ᵀ·right: left [M, C], right [M, D] -> [C, D] in `dtype`; one of C, D is a rank, of float32 operands.
@@ -90,11 +90,11 @@ class Backend(ABC):
         The other operand has the base's dtype. `dropout` masks left. Sums run in an order that sizes alone decide.
         """
 
-    def shrink_outer(
+    def shrink_wgrad(
         self, dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """q = alpha·dy·b_t and dB = sᵀ·dy: dy [M, N], b_t [N, R], s [M, R] -> (q [M, R] float32, dB [R, N] in `dtype`).
 
         A backend that can computes both from one reading of dy.
         """
-        return self.shrink(dy, b_t, alpha), self.reduce_outer(s, dy, dtype)
+        return self.shrink(dy, b_t, alpha), self.wgrad(s, dy, dtype)

@@ -28,7 +28,7 @@ class CompositeBackend(Backend):
     def shrink(self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None) -> Tensor:
         return alpha * (_masked(_widened(x), dropout) @ _widened(a))
 
-    def lowrank_matmul(
+    def expand(
         self,
         x: Tensor,
         w: Tensor,
@@ -47,7 +47,7 @@ class CompositeBackend(Backend):
         y = x @ w + tail.to(x.dtype)
         return (y if bias is None else y + bias), s
 
-    def reduce_outer(
+    def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
         return (_masked(_widened(left), dropout).t() @ _widened(right)).to(dtype)

@@ -52,7 +52,7 @@ class CpuBackend(Backend):
     def shrink(self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None) -> Tensor:
         return torch.ops.lora_kernels_cpu.shrink(x, a, float(alpha), *_mask(dropout))
 
-    def lowrank_matmul(
+    def expand(
         self,
         x: Tensor,
         w: Tensor,
@@ -69,10 +69,10 @@ class CpuBackend(Backend):
             s = self.shrink(x, a, alpha, dropout_in)
         return torch.ops.lora_kernels_cpu.expand(x, w, s, b, bias, *_mask(dropout_out)), s
 
-    def reduce_outer(
+    def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
-        return torch.ops.lora_kernels_cpu.reduce_outer(left, right, dtype, *_mask(dropout))
+        return torch.ops.lora_kernels_cpu.wgrad(left, right, dtype, *_mask(dropout))
 
     def whole_layer(
         self,

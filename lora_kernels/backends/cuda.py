@@ -76,7 +76,7 @@ class CudaBackend(Backend):
             _decode(x, a, a, a, alpha, None, s, s, fused_rank=0, skinny=True)
         return s
 
-    def lowrank_matmul(
+    def expand(
         self,
         x: Tensor,
         w: Tensor,
@@ -105,7 +105,7 @@ class CudaBackend(Backend):
             _decode(x, w, a, b, alpha, bias, y, results, fused_rank=R if fuses else 0, skinny=False)
         return y, results if s is None else s
 
-    def reduce_outer(
+    def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
         out = left.new_zeros((left.shape[1], right.shape[1]), dtype=dtype)
@@ -115,7 +115,7 @@ class CudaBackend(Backend):
                 right = right.contiguous()
             else:
                 left = left.contiguous()
-            torch.ops.lora_kernels_cuda.reduce_outer(left, right, out, wide_first)
+            torch.ops.lora_kernels_cuda.wgrad(left, right, out, wide_first)
         return out
 
 

@@ -43,7 +43,7 @@ class EagerBackend(Backend):
             torch.mm(_masked(x[rows].to(wide), dropout, rows), a, out=s[rows])
         return s.mul_(alpha)
 
-    def lowrank_matmul(
+    def expand(
         self,
         x: Tensor,
         w: Tensor,
@@ -70,7 +70,7 @@ class EagerBackend(Backend):
                 y[rows] = tail if bias is None else tail.add_(bias)
         return y.addmm_(x, w), s
 
-    def reduce_outer(
+    def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
         if left.is_cuda and dropout is None and dtype == min(left.dtype, right.dtype, key=_bits):

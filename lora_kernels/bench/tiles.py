@@ -105,15 +105,15 @@ class Narrow(Measured):
             from lora_kernels.backends.triton.shrink import shrink
 
             return lambda: (shrink(x, a, ALPHA, config),)
-        if choice.algorithm == "reduce_outer":
-            from lora_kernels.backends.triton.reduce_outer import reduce_outer
+        if choice.algorithm == "wgrad":
+            from lora_kernels.backends.triton.wgrad import wgrad
 
-            return lambda: (reduce_outer(x, s, a.dtype, config),)
-        from lora_kernels.backends.triton.shrink_outer import shrink_outer
+            return lambda: (wgrad(x, s, a.dtype, config),)
+        from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 
         # In the backward it is Bᵀ that it reads, and B lies as [R, N].
         b_t = a.t().contiguous().t()
-        return lambda: shrink_outer(x, b_t, ALPHA, s, a.dtype, config)
+        return lambda: shrink_wgrad(x, b_t, ALPHA, s, a.dtype, config)
 
     def expected(self, algorithm: str) -> tuple[Results, Results]:
         wide = tuple(t.double() for t in self.operands)
@@ -124,15 +124,15 @@ class Narrow(Measured):
 
 
 def _y(backend: Backend, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Results:
-    return (backend.lowrank_matmul(x, w, a, b, ALPHA)[0],)
+    return (backend.expand(x, w, a, b, ALPHA)[0],)
 
 
 def _skinny(backend: Backend, kernel: str, x: Tensor, a: Tensor, s: Tensor) -> Results:
     if kernel == "shrink":
         return (backend.shrink(x, a, ALPHA),)
-    if kernel == "reduce_outer":
-        return (backend.reduce_outer(x, s, a.dtype),)
-    return backend.shrink_outer(x, a, ALPHA, s, a.dtype)
+    if kernel == "wgrad":
+        return (backend.wgrad(x, s, a.dtype),)
+    return backend.shrink_wgrad(x, a, ALPHA, s, a.dtype)
 
 
 def _distance(t: Tensor, exact: Tensor) -> float:

@@ -96,7 +96,7 @@ def _predicted(problem: Problem, name: str) -> dict[str, Any]:
         }
     target = TARGETS[name]
     choice = select(problem, target, among=everyone(problem, target))
-    kernel = {"two_kernel": "lowrank_matmul"}.get(choice.algorithm, choice.algorithm)
+    kernel = {"two_kernel": "expand"}.get(choice.algorithm, choice.algorithm)
     tile = f", {choice.config(kernel)}" if choice.has(kernel) else ""
     frozen = cost.frozen_us(problem, target)
     found: dict[str, Any] = {
@@ -105,7 +105,7 @@ def _predicted(problem: Problem, name: str) -> dict[str, Any]:
         "frozen layer": f"predicted {frozen:.1f} us",
     }
     for algorithm in (*choice.times, "addmm", "naive"):
-        kernel = {"two_kernel": "lowrank_matmul"}.get(algorithm, algorithm)
+        kernel = {"two_kernel": "expand"}.get(algorithm, algorithm)
         config = choice.config(kernel) if choice.has(kernel) else None
         us = cost.predict_us(algorithm, problem, target, config)
         found[algorithm] = f"predicted {us:.1f} us, {us / frozen:.2f} of the frozen layer"

@@ -9,8 +9,8 @@ from typing import Any
 from lora_kernels.problem import ITEMSIZE, Problem
 from lora_kernels.tuning.targets import Target
 
-KERNELS = ("shrink", "lowrank_matmul", "one_pass", "decode", "reduce_outer", "shrink_outer")
-NARROW_KERNELS = ("shrink", "reduce_outer", "shrink_outer")  # they read x (or dy) and no weight
+KERNELS = ("shrink", "expand", "one_pass", "decode", "wgrad", "shrink_wgrad")
+NARROW_KERNELS = ("shrink", "wgrad", "shrink_wgrad")  # they read x (or dy) and no weight
 DECODE_ROWS = 64  # the most rows that `decode` holds in one tile
 CUDA_DECODE_ROWS = 32  # the most rows of the CUDA C++ kernel
 CUDA_DECODE_COLUMNS = 64  # of a half w that one of its tiles takes
@@ -83,14 +83,14 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
         return f"{target.name} has no tensor descriptors"
     if config.kernel == "decode" and problem.M > DECODE_ROWS:
         return f"decode takes at most {DECODE_ROWS} rows, got {problem.M}"
-    if config.kernel in ("decode", "shrink_outer") and problem.R > FUSED_RANK:
+    if config.kernel in ("decode", "shrink_wgrad") and problem.R > FUSED_RANK:
         return f"{config.kernel} takes a rank of at most {FUSED_RANK}, got {problem.R}"
     if target.name == "gfx1100" and (
-        problem.dtype == "float32" or config.kernel in ("decode", "shrink_outer")
+        problem.dtype == "float32" or config.kernel in ("decode", "shrink_wgrad")
     ):
         return f"{target.name} multiplies float32 without its matrix unit, and {config.kernel} runs out of registers"
     mixed = problem.dtype != problem.adapter_dtype
-    if config.kernel == "shrink_outer" and target.name == "sm_120" and mixed and problem.R > 32:
+    if config.kernel == "shrink_wgrad" and target.name == "sm_120" and mixed and problem.R > 32:
         return f"{target.name} runs out of registers for float32 adapters of rank {problem.R}"
     if config.kernel == "decode" and "float32" in (problem.dtype, problem.adapter_dtype):
         held = config.block_m * rank_block(problem.R, FUSED_RANK)
@@ -122,11 +122,11 @@ def smem_bytes(config: TileConfig, problem: Problem) -> int:
     m, n, k = config.block_m, config.block_n, config.block_k
     stage = {
         "shrink": m * k * size + k * ranks * adapter,
-        "lowrank_matmul": (m + n) * k * size,
+        "expand": (m + n) * k * size,
         "one_pass": (m + n) * k * size + k * ranks * adapter,
         "decode": (m + n) * k * size + k * ranks * adapter,
-        "reduce_outer": m * n * size + m * ranks * 4,
-        "shrink_outer": m * n * size + m * ranks * 4,
+        "wgrad": m * n * size + m * ranks * 4,
+        "shrink_wgrad": m * n * size + m * ranks * 4,
     }[config.kernel]
-    extra = n * ranks * (adapter + 4) if config.kernel == "shrink_outer" else 0
+    extra = n * ranks * (adapter + 4) if config.kernel == "shrink_wgrad" else 0
     return max(1, config.num_stages - (not config.tma)) * stage + extra

@@ -118,7 +118,7 @@ def predict_us(
         return product_us("one_pass", problem, target, config) + adapter_grads
     if algorithm in ("two_kernel", "lorafusion"):
         pointers = algorithm == "lorafusion"
-        main = product_us("lowrank_matmul", problem, target, config, pointers)
+        main = product_us("expand", problem, target, config, pointers)
         # In a backward q comes with dB, and nothing runs beside the product.
         overlaps = not (pointers or problem.backward)
         hidden = overlaps * _HIDDEN.get(target.name, 0.0) * min(shrink + gap, main)
@@ -141,7 +141,7 @@ def product_us(
     config: TileConfig | None = None,
     pointers: bool = False,
 ) -> float:
-    """Predicted time of `kernel`, lowrank_matmul or one_pass, alone. `pointers`: without tensor descriptors."""
+    """Predicted time of `kernel`, expand or one_pass, alone. `pointers`: without tensor descriptors."""
     frozen = frozen_us(problem, target)
     if problem.empty:
         return frozen
@@ -177,7 +177,7 @@ def copy_of_b_pays(config: TileConfig, M: int, N: int, target: Target) -> bool:
 
 def _copies(tile: Tile, problem: Problem, target: Target) -> bool:
     config = TileConfig(tile.kernel, *tile[4:9], tma=tile.tma)
-    forward = tile.kernel == "lowrank_matmul" and tile.forward
+    forward = tile.kernel == "expand" and tile.forward
     return forward and copy_of_b_pays(config, problem.M, problem.N, target)
 
 
@@ -191,7 +191,7 @@ def _cycles(tile: Tile, problem: Problem, target: Target) -> Cycles:
 
 def _library_us(problem: Problem, target: Target) -> float:
     """The library's product, where its blocks cannot fill every multiprocessor to the end."""
-    counted = tiles("lowrank_matmul", problem, target.name)
+    counted = tiles("expand", problem, target.name)
     full = max(full_rate(tile, problem, target) for tile in counted)
     # Partial results of a split sum, float32, there and back.
     partials = 8 * problem.M * problem.N / (target.l2_gbs * 1e3)

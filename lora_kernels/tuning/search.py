@@ -17,7 +17,7 @@ from lora_kernels.tuning.tables import Entry
 from lora_kernels.tuning.targets import Target
 
 SPLITS = (1, 2, 4, 8, 16)
-PRODUCT_KERNELS = ("shrink", "lowrank_matmul", "one_pass", "decode")
+PRODUCT_KERNELS = ("shrink", "expand", "one_pass", "decode")
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ def search(
     problem = replace(problem, M=bucket(problem.M))
     kept = {kernel: candidates(kernel, problem, target) for kernel in PRODUCT_KERNELS}
     done: list[Timed] = []
-    if kept["lowrank_matmul"] and kept["shrink"]:
+    if kept["expand"] and kept["shrink"]:
         shrink = kept["shrink"][0]
-        pairs = [Choice("two_kernel", "search", (shrink, c)) for c in kept["lowrank_matmul"]]
+        pairs = [Choice("two_kernel", "search", (shrink, c)) for c in kept["expand"]]
         best = _fastest(_timed(pairs, measure, done))
         if best is not None:
-            matmul = best.choice.config("lowrank_matmul")
+            matmul = best.choice.config("expand")
             others = [c for c in _splits([shrink], problem, target) if c != shrink]
             _timed([Choice("two_kernel", "search", (c, matmul)) for c in others], measure, done)
     single = [Choice("one_pass", "search", (c,)) for c in kept["one_pass"]]
@@ -113,7 +113,7 @@ def _splits(
 ) -> Iterator[TileConfig]:
     """Every split of the kernel's sum, over K or over M. It is a run-time number: other splits are the same code."""
     for config in configs:
-        over_rows = config.kernel in ("reduce_outer", "shrink_outer")
+        over_rows = config.kernel in ("wgrad", "shrink_wgrad")
         step, size = (config.block_m, problem.M) if over_rows else (config.block_k, problem.K)
         for split in SPLITS:
             other = replace(config, split=split)

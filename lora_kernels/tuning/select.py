@@ -26,7 +26,7 @@ from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.targets import TARGETS, Target
 
 _HALF = ("float16", "bfloat16")
-_KERNEL = {"two_kernel": "lowrank_matmul", "one_pass": "one_pass", "decode": "decode"}
+_KERNEL = {"two_kernel": "expand", "one_pass": "one_pass", "decode": "decode"}
 TRITON = tuple(_KERNEL)  # the algorithms of the Triton backend
 # Of M; larger problems are like the largest.
 _BUCKETS = (16, 32, 64, 256, 512, 1024, 2048, 4096, 8192)
@@ -230,7 +230,7 @@ def _candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfi
     half = problem.dtype in _HALF
     # The tail's operands are float32: where they pass through registers, 64 columns of them do not fit.
     chunk = 64 if half and target.tma else 16 if target.name == "gfx1100" else 32
-    if kernel == "lowrank_matmul":
+    if kernel == "expand":
         tiles = _MATMUL_HALF[target.name] if half else _MATMUL_FLOAT32
         return [
             TileConfig(kernel, *tile, tma=target.tma and half, rank_chunk=chunk) for tile in tiles
@@ -241,8 +241,8 @@ def _candidates(kernel: str, problem: Problem, target: Target) -> list[TileConfi
     return {
         "decode": _decode,
         "shrink": _shrink,
-        "reduce_outer": _reduce_outer,
-        "shrink_outer": _shrink_outer,
+        "wgrad": _wgrad,
+        "shrink_wgrad": _shrink_wgrad,
     }[kernel](problem, target)
 
 
@@ -266,14 +266,14 @@ def _decode(problem: Problem, target: Target) -> list[TileConfig]:
     return [TileConfig("decode", block_m, block_n, block_k, 4, 3, split=split)]
 
 
-def _reduce_outer(problem: Problem, target: Target) -> list[TileConfig]:
+def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     tiles = [(32, 64, 4, 2)]
     # The larger one has no registers for a float32 result, and on gfx1100 for none.
     if _all_half(problem) and target.name != "gfx1100":
         tiles.append((64, 128, 8, 3))
     return [
         TileConfig(
-            "reduce_outer",
+            "wgrad",
             block_m,
             block_n,
             16,
@@ -285,7 +285,7 @@ def _reduce_outer(problem: Problem, target: Target) -> list[TileConfig]:
     ]
 
 
-def _shrink_outer(problem: Problem, target: Target) -> list[TileConfig]:
+def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     # Both accumulators stay in registers; the wider the block, the fewer partial results of q.
     if problem.R <= 32:
         tiles = [(32, 256, 8)] if _all_half(problem) else [(32, 64, 4)]
@@ -295,7 +295,7 @@ def _shrink_outer(problem: Problem, target: Target) -> list[TileConfig]:
         tiles.append((64, 256, 8))
     return [
         TileConfig(
-            "shrink_outer",
+            "shrink_wgrad",
             block_m,
             block_n,
             16,

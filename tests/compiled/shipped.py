@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.triton.decode import decode
-from lora_kernels.backends.triton.lowrank_matmul import lowrank_matmul
+from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.one_pass import one_pass
-from lora_kernels.backends.triton.reduce_outer import reduce_outer
 from lora_kernels.backends.triton.shrink import shrink
-from lora_kernels.backends.triton.shrink_outer import shrink_outer
+from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
+from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
@@ -51,13 +51,13 @@ class Shapes:
         mask = Dropout(0.1, seed) if p.dropout else None
         if config.kernel == "shrink":
             shrink(x, a, 0.5, config, mask, release=target.tma)
-        elif config.kernel == "lowrank_matmul":
-            lowrank_matmul(x, w, s, b, bias, config, mask, late_wait=target.tma)
+        elif config.kernel == "expand":
+            expand(x, w, s, b, bias, config, mask, late_wait=target.tma)
         elif config.kernel == "one_pass":
             one_pass(x, w, a, b, 0.5, bias, config, mask)
         elif config.kernel == "decode":
             decode(x, w, a, b, 0.5, bias, config)
-        elif config.kernel == "reduce_outer":
-            reduce_outer(*((x, s) if self.forward else (s, dy)), dtype, config, mask)
+        elif config.kernel == "wgrad":
+            wgrad(*((x, s) if self.forward else (s, dy)), dtype, config, mask)
         else:
-            shrink_outer(dy, b.t(), 0.5, s, dtype, config)
+            shrink_wgrad(dy, b.t(), 0.5, s, dtype, config)

@@ -43,15 +43,15 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
             continue
         yield problem, config, True, False
         last = widest[config, problem.dtype, problem.adapter_dtype] is problem
-        if last and not once and config.kernel != "shrink_outer":
+        if last and not once and config.kernel != "shrink_wgrad":
             yield problem, config, False, False
-        if last and config.kernel == "lowrank_matmul" and config.tma:
+        if last and config.kernel == "expand" and config.tma:
             yield problem, config, True, True
     for dtype, adapter_dtype in TYPES[: 1 if once else None]:
         masked = Problem(4096, 4096, 4096, 64, dtype, adapter_dtype, device="cuda", dropout=True)
-        for kernel in ("shrink", "lowrank_matmul", "one_pass", "reduce_outer"):
+        for kernel in ("shrink", "expand", "one_pass", "wgrad"):
             for config in candidates(kernel, masked, TARGETS[target]):
-                yield masked, config, kernel != "lowrank_matmul", False
+                yield masked, config, kernel != "expand", False
 
 
 def compile_job(job: tuple[str, Problem, TileConfig, bool, bool]) -> Code:
@@ -88,7 +88,7 @@ def test_shipped_configurations(target, pool):
             wrong.append(f"{what}: {code.tmem_columns} columns of tensor memory")
         if problem.dtype == "bfloat16" and not code.matrix and target != "gfx1100":
             wrong.append(f"{what}: no matrix instruction")
-        main = config.kernel in ("lowrank_matmul", "one_pass") and problem.dtype == "bfloat16"
+        main = config.kernel in ("expand", "one_pass") and problem.dtype == "bfloat16"
         if main and not any(op.startswith(MATRIX_UNIT.get(target, "HMMA")) for op in code.matrix):
             wrong.append(f"{what}: {dict(code.matrix)}, not {MATRIX_UNIT.get(target, 'HMMA')}")
     assert len(codes) >= 10 and not wrong, "\n".join(wrong)
@@ -180,7 +180,7 @@ def test_the_main_loop_is_the_plain_products(target, form, record_property):
     """The rank tail adds no matrix instruction to the loop and at most 10 % others, nor any shared memory."""
     problem = Problem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
     forward, copied_b = form != "backward", form == "forward, b copied"
-    for config in candidates("lowrank_matmul", problem, TARGETS[target]):
+    for config in candidates("expand", problem, TARGETS[target]):
         if copied_b and not config.tma:
             continue
         plain = plain_product(target, config, problem, forward)

@@ -83,7 +83,7 @@ class Launched:
 
 
 class EmulatedOperators:
-    """`decode` and `reduce_outer`, in the order of `schedule`; `launches` has every launch."""
+    """`decode` and `wgrad`, in the order of `schedule`; `launches` has every launch."""
 
     def __init__(self, library: Path, schedule: int | None = None) -> None:
         torch.ops.load_library(library)
@@ -104,8 +104,8 @@ class EmulatedOperators:
     def decode(self, *args, **more) -> None:
         self._call("decode", args, more)
 
-    def reduce_outer(self, *args, **more) -> None:
-        self._call("reduce_outer", args, more)
+    def wgrad(self, *args, **more) -> None:
+        self._call("wgrad", args, more)
 
     def _call(self, name: str, args: tuple, more: dict) -> None:
         operator = getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.triton.lowrank_matmul import lowrank_matmul
+from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
@@ -34,7 +34,7 @@ DEPTHS = 4, 8  # steps of block_k
 def counted_tiles() -> dict[Tile, tuple[TileConfig, Problem]]:
     """Every tile that ships for a target that can be executed, also without tensor descriptors, forward and dx."""
     found: dict[Tile, tuple[TileConfig, Problem]] = {}
-    for name, types, kernel in itertools.product(COUNTED, TYPES, ("lowrank_matmul", "one_pass")):
+    for name, types, kernel in itertools.product(COUNTED, TYPES, ("expand", "one_pass")):
         forward = Problem(4096, 4096, 4096, 16, *types, device="cuda")
         for problem in (forward, forward.adjoint()):
             for config in candidates(kernel, problem, TARGETS[name]):
@@ -57,8 +57,8 @@ def count(target: str, config: TileConfig, problem: Problem, steps: int, R: int)
     a = stored(K, R, problem.adapter_dtype, not forward)
     b = stored(R, N, problem.adapter_dtype, not forward)
     with emulate(target) as executed:
-        if config.kernel == "lowrank_matmul":
-            lowrank_matmul(x, w, torch.zeros(M, R), b, None, config)
+        if config.kernel == "expand":
+            expand(x, w, torch.zeros(M, R), b, None, config)
         else:
             one_pass(x, w, a, b, 0.5, None, config)
     return executed[0].counters

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.triton.decode import decode
-from lora_kernels.backends.triton.lowrank_matmul import lowrank_matmul
+from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.one_pass import one_pass
-from lora_kernels.backends.triton.reduce_outer import reduce_outer
 from lora_kernels.backends.triton.shrink import shrink
-from lora_kernels.backends.triton.shrink_outer import shrink_outer
+from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
+from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
 from tests.oracle import Case, Operands, assert_budget
@@ -24,11 +24,11 @@ def small(problem: Problem, config: TileConfig) -> Case:
     m, n, k = config.block_m, config.block_n, config.block_k
     sizes = {
         "shrink": (m + 3, 40, k + 8),
-        "lowrank_matmul": (m - 5, n + 8, k + 8),
+        "expand": (m - 5, n + 8, k + 8),
         "one_pass": (m - 5, n + 8, k + 8),
         "decode": (m - 3, n + 8, 2 * k + 8),
-        "reduce_outer": (m + 3, 40, n + 8),
-        "shrink_outer": (m + 3, n + 8, 40),
+        "wgrad": (m + 3, 40, n + 8),
+        "shrink_wgrad": (m + 3, n + 8, 40),
     }[config.kernel]
     dtype, adapter = getattr(torch, problem.dtype), getattr(torch, problem.adapter_dtype)
     return Case(*sizes, problem.R - 3, dtype=dtype, adapter_dtype=adapter)
@@ -60,12 +60,12 @@ def launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
     alpha = o.case.alpha
     if config.kernel == "shrink":
         return {"s": shrink(o.x, o.a, alpha, config, o.dropout)}
-    if config.kernel == "lowrank_matmul" and o.dropout is None:
+    if config.kernel == "expand" and o.dropout is None:
         s = o.results(None)["s"].float()
-        return {"y": lowrank_matmul(o.x, o.w, s, o.b, o.bias, config)}
-    if config.kernel == "lowrank_matmul":
+        return {"y": expand(o.x, o.w, s, o.b, o.bias, config)}
+    if config.kernel == "expand":
         q = o.results(None)["q"].float()
-        return {"dx": lowrank_matmul(o.dy, o.w.t(), q, o.a.t(), None, config, o.dropout)}
+        return {"dx": expand(o.dy, o.w.t(), q, o.a.t(), None, config, o.dropout)}
     if config.kernel == "one_pass":
         found = one_pass(o.x, o.w, o.a, o.b, alpha, o.bias, config, o.dropout)
         return dict(zip(("y", "s"), found, strict=True))
@@ -73,11 +73,11 @@ def launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
         return dict(zip(("y", "s"), decode(o.x, o.w, o.a, o.b, alpha, o.bias, config), strict=True))
     reference = o.results(None)
     s, q = reference["s"].float(), reference["q"].float()
-    if config.kernel == "reduce_outer":
+    if config.kernel == "wgrad":
         return {
-            "dA": reduce_outer(o.x, q, o.a.dtype, config, o.dropout),
-            "dB": reduce_outer(s, o.dy, o.b.dtype, config),
+            "dA": wgrad(o.x, q, o.a.dtype, config, o.dropout),
+            "dB": wgrad(s, o.dy, o.b.dtype, config),
         }
     return dict(
-        zip(("q", "dB"), shrink_outer(o.dy, o.b.t(), alpha, s, o.b.dtype, config), strict=True)
+        zip(("q", "dB"), shrink_wgrad(o.dy, o.b.t(), alpha, s, o.b.dtype, config), strict=True)
     )

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from lora_kernels.backends.triton.lowrank_matmul import lowrank_matmul
-from lora_kernels.backends.triton.reduce_outer import reduce_outer
+from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.shrink import shrink
-from lora_kernels.backends.triton.shrink_outer import shrink_outer
+from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
+from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.select import candidates
@@ -30,7 +30,7 @@ def operands(M, N, K, R):
 def product(target: str, config: TileConfig, M: int, N: int, K: int, R: int) -> Counters:
     x, w, s, b, bias = operands(M, N, K, R)
     with emulate(target) as executed:
-        lowrank_matmul(x, w, s, b, bias, config)
+        expand(x, w, s, b, bias, config)
     return executed[0].counters
 
 
@@ -41,7 +41,7 @@ def target(request):
 
 def tile(target: str) -> TileConfig:
     problem = Problem(256, 256, 256, 16, "bfloat16", "bfloat16", device="cuda")
-    return candidates("lowrank_matmul", problem, TARGETS[target])[-1]
+    return candidates("expand", problem, TARGETS[target])[-1]
 
 
 def test_bytes_of_the_product(target):
@@ -92,10 +92,10 @@ def test_what_units_move_in_shared_memory(target):
 
 def test_exact_float32_is_counted_in_the_fma_pipe(target):
     problem = Problem(256, 256, 256, 16, "float32", "float32", device="cuda")
-    (config,) = candidates("lowrank_matmul", problem, TARGETS[target])
+    (config,) = candidates("expand", problem, TARGETS[target])
     M, N, K = config.block_m, config.block_n, 2 * config.block_k
     with emulate(target) as executed:
-        lowrank_matmul(
+        expand(
             torch.zeros(M, K),
             torch.zeros(K, N),
             torch.zeros(M, 16),
@@ -141,24 +141,24 @@ def test_shrink_for_several_layers_reads_x_once(target):
 
 
 def test_the_backward_reads_dy_once_for_q_and_dB(target):
-    config = TileConfig("shrink_outer", 32, 64, 16, 4, 2)
+    config = TileConfig("shrink_wgrad", 32, 64, 16, 4, 2)
     dy, s, b_t = (
         torch.randn(64, 128).bfloat16(),
         torch.randn(64, 16),
         torch.randn(128, 16).bfloat16(),
     )
     with emulate(target) as executed:
-        shrink_outer(dy, b_t, 0.5, s, torch.bfloat16, config)
+        shrink_wgrad(dy, b_t, 0.5, s, torch.bfloat16, config)
     tensors = executed[0].counters.tensors
     assert tensors["dy_ptr"].bytes_loaded == dy.nbytes
     assert tensors["q_ptr"].bytes_loaded == tensors["db_ptr"].bytes_loaded == 0
 
 
-def test_reduce_outer_reads_its_wide_operand_once(target):
-    config = TileConfig("reduce_outer", 32, 64, 16, 4, 2, split=2)
+def test_wgrad_reads_its_wide_operand_once(target):
+    config = TileConfig("wgrad", 32, 64, 16, 4, 2, split=2)
     x, q = torch.randn(128, 128).bfloat16(), torch.randn(128, 16)
     with emulate(target) as executed:
-        reduce_outer(x, q, torch.bfloat16, config)
+        wgrad(x, q, torch.bfloat16, config)
     tensors = executed[0].counters.tensors
     assert tensors["wide_ptr"].bytes_loaded == x.nbytes
     assert all((t.stores <= 1).all() for t in tensors.values())

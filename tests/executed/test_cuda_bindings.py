@@ -154,8 +154,8 @@ def test_what_decode_refuses(operators, name, value, rule):
 
 
 @pytest.mark.parametrize(("name", "value", "rule"), OUTER_RULES)
-def test_what_reduce_outer_refuses(operators, name, value, rule):
-    refused(operators.reduce_outer, outer_arguments(), name, value, rule)
+def test_what_wgrad_refuses(operators, name, value, rule):
+    refused(operators.wgrad, outer_arguments(), name, value, rule)
     assert not operators.launches
 
 
@@ -179,9 +179,7 @@ def test_rules_of_two_arguments(operators):
     }
     refused(operators.decode, decode_arguments(**ranks), "fused_rank", 33, "must be 0, or R")
     rows = outer_arguments(left=torch.zeros(33, K, dtype=HALF))
-    refused(
-        operators.reduce_outer, rows, "right", torch.zeros(33, R), "must have the same, at most 32"
-    )
+    refused(operators.wgrad, rows, "right", torch.zeros(33, R), "must have the same, at most 32")
     assert not operators.launches
 
 
@@ -199,7 +197,7 @@ def test_one_launch_on_the_current_stream_of_the_operands_device(operators):
     check_decoded(arguments, 0.5)
 
     arguments = outer_arguments()
-    operators.reduce_outer(**arguments)
+    operators.wgrad(**arguments)
     launched = operators.launches[1]
     assert (launched.device, launched.stream) == (2, 0x30)
     assert (launched.grid, launched.block) == ((1, 1, 1), (128, 1, 1))
@@ -218,7 +216,7 @@ def test_a_failed_launch_is_an_exception_with_the_runtimes_words(operators):
     operators.fails = 701
     for call in (
         lambda: operators.decode(**decode_arguments()),
-        lambda: operators.reduce_outer(**outer_arguments()),
+        lambda: operators.wgrad(**outer_arguments()),
     ):
         with pytest.raises(
             RuntimeError, match="lora_kernels_cuda: the launch failed: CUDA error 701"

@@ -53,7 +53,7 @@ def test_rows_of_every_tile(backend, M):
 def test_any_number_of_rows(backend, M, dtype, K):
     """y and s of one product; two steps of K, the second ragged, so that every number can be executed."""
     o = Case(M, 21, K, 3, dtype=dtype).operands()
-    y, s = backend.lowrank_matmul(o.x, o.w, o.a, o.b, o.case.alpha, o.bias)
+    y, s = backend.expand(o.x, o.w, o.a, o.b, o.case.alpha, o.bias)
     eager, exact = o.results(None), o.results(torch.float64)
     assert_budget(y, eager["y"], exact["y"], "y")
     assert_budget(s, eager["s"].float(), exact["s"], "s")
@@ -99,7 +99,7 @@ def test_bits_do_not_depend_on_the_order_of_blocks_and_warps(backend):
     results = []
     for schedule in (None, 1, 2, 3):
         backend.operators.schedule = schedule
-        results.append(backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias))
+        results.append(backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias))
     assert all(torch.equal(y, results[0][0]) and torch.equal(s, results[0][1]) for y, s in results)
 
 
@@ -109,7 +109,7 @@ def test_bytes(backend, tiles, M, K, splits):
     """W once, A at most once for each of 4 multiprocessors, x once a tile; y stored once and never read."""
     case = Case(M, 64 * tiles, K, 16, dtype=torch.bfloat16)
     o = replace(case, bias=False).operands()
-    y, s = backend.lowrank_matmul(o.x, o.w, o.a, o.b, case.alpha)
+    y, s = backend.expand(o.x, o.w, o.a, o.b, case.alpha)
     (counters,) = backend.operators.counters
     tensors, blocks = counters.tensors, cuda_decode_blocks(tiles, 4)
     assert tensors["w"].bytes_loaded == o.w.nbytes

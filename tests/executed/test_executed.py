@@ -11,8 +11,8 @@ import torch
 
 from lora_kernels import dispatch, lora_linear, use_backend
 from lora_kernels.backends import triton as backend_module
-from lora_kernels.backends.triton import lowrank_matmul as product_module
-from lora_kernels.backends.triton.lowrank_matmul import lowrank_matmul
+from lora_kernels.backends.triton import expand as product_module
+from lora_kernels.backends.triton.expand import expand
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.select import select, shipped
@@ -84,9 +84,9 @@ def test_a_layers_forward_and_every_gradient(
 
     def seen(x, w, s, b, *rest, **options):
         along_the_rank.append(b.stride(0) == 1)
-        return lowrank_matmul(x, w, s, b, *rest, **options)
+        return expand(x, w, s, b, *rest, **options)
 
-    monkeypatch.setattr(product_module, "lowrank_matmul", seen)
+    monkeypatch.setattr(product_module, "expand", seen)
     torch.manual_seed(3)
     shapes = {"x": (70, 72), "weight": (88, 72), "A": (72, 12), "B": (12, 88), "bias": (88,)}
     leaves = [
@@ -112,7 +112,7 @@ def test_a_layers_forward_and_every_gradient(
     for name, *triple in zip(names, actual, plain(dtype), plain(torch.float64), strict=True):
         assert_budget(*triple, what=f"{name} on {target}")
     kernels = [launch.name.strip("_").removesuffix("_kernel") for launch in executed]
-    assert kernels[:2] == ["shrink", "lowrank_matmul"] and "reduce_outer" in kernels
+    assert kernels[:2] == ["shrink", "expand"] and "wgrad" in kernels
     assert executed[1].dependent == TARGETS[target].tma
     assert along_the_rank == [b_copied, True]  # of B; dx finds A so
 

@@ -121,13 +121,13 @@ def test_work_follows_the_current_stream(gpu_backend):
     side = torch.cuda.Stream()
     given = [torch.zeros(s, device=DEVICE) for s in ((16, 512), (512, 512), (512, 8), (8, 512))]
     made = [torch.randn_like(t) for t in given]
-    expected, _ = gpu_backend.lowrank_matmul(*made, 0.5)
+    expected, _ = gpu_backend.expand(*made, 0.5)
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)
         for target, source in zip(given, made, strict=True):
             target.copy_(source)
-        y, _ = gpu_backend.lowrank_matmul(*given, 0.5)
+        y, _ = gpu_backend.expand(*given, 0.5)
     side.synchronize()
     assert torch.equal(y, expected)
 
@@ -135,8 +135,8 @@ def test_work_follows_the_current_stream(gpu_backend):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 def test_operands_decide_the_device(gpu_backend):
     given = [torch.randn(s) for s in ((16, 64), (64, 48), (64, 4), (4, 48))]
-    there, _ = gpu_backend.lowrank_matmul(*(t.to("cuda:1") for t in given), 0.5)
-    here, _ = gpu_backend.lowrank_matmul(*(t.to("cuda:0") for t in given), 0.5)
+    there, _ = gpu_backend.expand(*(t.to("cuda:1") for t in given), 0.5)
+    here, _ = gpu_backend.expand(*(t.to("cuda:0") for t in given), 0.5)
     assert there.device == torch.device("cuda:1")
     torch.testing.assert_close(there.cpu(), here.cpu())
 

@@ -71,7 +71,7 @@ def test_every_shipped_configuration_is_right(kernel, triton_backend):
             wrong = Narrow(problem, DEVICE).wrong(Choice(config.kernel, "test", (config,)))
             failures += [f"{config} for {problem}: {wrong}"] if wrong else []
             continue
-        algorithm = {"lowrank_matmul": "two_kernel"}.get(config.kernel, config.kernel)
+        algorithm = {"expand": "two_kernel"}.get(config.kernel, config.kernel)
         shrink = select(problem, target, "two_kernel").config("shrink")
         if product is None or product.problem != problem:
             product = Product(problem, DEVICE)
@@ -80,7 +80,7 @@ def test_every_shipped_configuration_is_right(kernel, triton_backend):
     assert not failures, failures
 
 
-@pytest.mark.parametrize("kernel", ["shrink", "lowrank_matmul", "one_pass", "reduce_outer"])
+@pytest.mark.parametrize("kernel", ["shrink", "expand", "one_pass", "wgrad"])
 def test_every_shipped_configuration_with_dropout(kernel, triton_backend):
     """On a small ragged problem: what is chosen for dropout, with a mask."""
     from lora_kernels.backends.device import current_target
@@ -105,14 +105,12 @@ def test_dropout_masks_are_eagers_bit_for_bit(seed, triton_backend):
     dropout = Dropout(p, torch.tensor(seed, device=DEVICE))
     ones, unit = torch.ones(rows, cols, device=DEVICE), torch.eye(cols, device=DEVICE)
     none = [torch.zeros(size, device=DEVICE) for size in ((rows, 1), (1, cols), (1, 1))]
-    tail, _ = triton_backend.lowrank_matmul(
+    tail, _ = triton_backend.expand(
         *none, ones[:1], 1.0, s=ones[:, :1].contiguous(), dropout_out=dropout
     )
-    reduced = triton_backend.reduce_outer(
-        ones, torch.eye(rows, device=DEVICE), torch.float32, dropout
-    )
+    reduced = triton_backend.wgrad(ones, torch.eye(rows, device=DEVICE), torch.float32, dropout)
     one_pass = type(triton_backend)("one_pass")
-    _, s = one_pass.lowrank_matmul(
+    _, s = one_pass.expand(
         ones[:, :few].contiguous(),
         ones[:few, :96],
         unit[:few, :few],
@@ -137,12 +135,12 @@ def test_many_equal_calls_give_equal_bits(gpu_backend):
     if gpu_backend.declines(problem_of(case)) is not None:
         case = replace(case, M=8)
     o = case.operands()
-    first = gpu_backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)
-    outer = gpu_backend.shrink_outer(o.dy, o.b.t(), 0.5, first[1], o.b.dtype)
+    first = gpu_backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
+    outer = gpu_backend.shrink_wgrad(o.dy, o.b.t(), 0.5, first[1], o.b.dtype)
     for _ in range(50):
-        again = gpu_backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)
+        again = gpu_backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
         assert all(map(torch.equal, first, again))
-        again = gpu_backend.shrink_outer(o.dy, o.b.t(), 0.5, first[1], o.b.dtype)
+        again = gpu_backend.shrink_wgrad(o.dy, o.b.t(), 0.5, first[1], o.b.dtype)
         assert all(map(torch.equal, outer, again))
 
 
@@ -159,8 +157,8 @@ def test_offsets_pass_two_to_the_31(gpu_backend):
     w, a, b = (
         torch.randn(size, device=DEVICE).mul(0.05).bfloat16() for size in ((K, N), (K, R), (R, N))
     )
-    y, s = gpu_backend.lowrank_matmul(x, w, a, b, 0.5)
-    small, small_s = gpu_backend.lowrank_matmul(x[-128:], w, a, b, 0.5)
+    y, s = gpu_backend.expand(x, w, a, b, 0.5)
+    small, small_s = gpu_backend.expand(x[-128:], w, a, b, 0.5)
     torch.testing.assert_close(y[-128:], small)
     torch.testing.assert_close(s[-128:], small_s)
     assert not y[:-64].any()

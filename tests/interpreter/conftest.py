@@ -25,17 +25,17 @@ if importlib.util.find_spec("triton") is None:  # an optional dependency
 
 VARIANTS = {  # name -> (algorithm, target, changes to the small tiles by kernel)
     "two_kernel": ("two_kernel", "sm_80", {}),
-    "tma": ("two_kernel", "sm_90", {"lowrank_matmul": {"tma": True}, "shrink": {"split": 1}}),
+    "tma": ("two_kernel", "sm_90", {"expand": {"tma": True}, "shrink": {"split": 1}}),
     "one_pass": ("one_pass", "sm_80", {}),
     "decode": ("decode", "sm_80", {}),
 }
 _TILES = (
     TileConfig("shrink", 32, 1, 16, 4, 2, split=3, rank_chunk=32),
-    TileConfig("lowrank_matmul", 32, 32, 32, 4, 2, group_m=2, rank_chunk=16),
+    TileConfig("expand", 32, 32, 32, 4, 2, group_m=2, rank_chunk=16),
     TileConfig("one_pass", 32, 32, 32, 4, 2, group_m=2, rank_chunk=32),
     TileConfig("decode", DECODE_ROWS, 32, 32, 4, 2, split=2, rank_chunk=FUSED_RANK),
-    TileConfig("reduce_outer", 16, 32, 16, 4, 2, split=2, rank_chunk=32),
-    TileConfig("shrink_outer", 16, 32, 16, 4, 2, split=3, rank_chunk=FUSED_RANK),
+    TileConfig("wgrad", 16, 32, 16, 4, 2, split=2, rank_chunk=32),
+    TileConfig("shrink_wgrad", 16, 32, 16, 4, 2, split=3, rank_chunk=FUSED_RANK),
 )
 
 
@@ -51,7 +51,7 @@ def small_tiles(changes: dict[str, dict] | None = None) -> Callable[..., Choice]
         ):
             raise ValueError("decode cannot")
         if problem.R > FUSED_RANK:
-            fitting = tuple(c for c in configs if c.kernel not in ("decode", "shrink_outer"))
+            fitting = tuple(c for c in configs if c.kernel not in ("decode", "shrink_wgrad"))
             return Choice("two_kernel", "test", fitting)
         return Choice(algorithm or "two_kernel", "test", configs)
 

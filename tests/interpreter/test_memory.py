@@ -13,12 +13,12 @@ from lora_kernels.backends import device as device_module
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton import (
     decode,
+    expand,
     launch,
-    lowrank_matmul,
     one_pass,
-    reduce_outer,
     shrink,
-    shrink_outer,
+    shrink_wgrad,
+    wgrad,
 )
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
@@ -33,12 +33,10 @@ ALIGNED = Case(64, 96, 128, 16, dtype=torch.bfloat16)
 
 def every_product(backend, case: Case) -> dict[str, torch.Tensor]:
     o = case.operands()
-    y, s = backend.lowrank_matmul(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
-    q, dB = backend.shrink_outer(o.dy, o.b.t(), case.alpha, s, o.b.dtype)
-    dx, _ = backend.lowrank_matmul(
-        o.dy, o.w.t(), o.b.t(), o.a.t(), case.alpha, s=q, dropout_out=o.dropout
-    )
-    dA = backend.reduce_outer(o.x, q, o.a.dtype, o.dropout)
+    y, s = backend.expand(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
+    q, dB = backend.shrink_wgrad(o.dy, o.b.t(), case.alpha, s, o.b.dtype)
+    dx, _ = backend.expand(o.dy, o.w.t(), o.b.t(), o.a.t(), case.alpha, s=q, dropout_out=o.dropout)
+    dA = backend.wgrad(o.x, q, o.a.dtype, o.dropout)
     return {"y": y, "s": s, "q": q, "dx": dx, "dA": dA, "dB": dB}
 
 
@@ -59,9 +57,9 @@ def test_operands_are_left_alone_and_results_are_stored_once(variant, triton_bac
     backend = triton_backend(variant)
     o, untouched = ALIGNED.operands(), ALIGNED.operands()
     with strict.recording() as launches:
-        y, s = backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)
-        backend.shrink_outer(o.dy, o.b.t(), 0.5, s, o.b.dtype)
-        backend.reduce_outer(o.x, s, o.a.dtype)
+        y, s = backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
+        backend.shrink_wgrad(o.dy, o.b.t(), 0.5, s, o.b.dtype)
+        backend.wgrad(o.x, s, o.a.dtype)
     for name in ("x", "w", "a", "b", "bias", "dy"):
         assert torch.equal(getattr(o, name), getattr(untouched, name)), name
     stored = [launch.written["y_ptr"] for launch in launches if "y_ptr" in launch.written]
@@ -79,9 +77,9 @@ def test_traffic_of_two_kernels_is_that_of_their_tiles(variant, triton_backend):
     o = ALIGNED.operands()
     M, N, K, R = ALIGNED.M, ALIGNED.N, ALIGNED.K, ALIGNED.R
     with strict.recording() as launches:
-        backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)
+        backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
     first, second = launches
-    assert first.kernel == "_shrink_kernel" and second.kernel == "_lowrank_matmul_kernel"
+    assert first.kernel == "_shrink_kernel" and second.kernel == "_expand_kernel"
     assert dict(first.loads) == {"x_ptr": M * K, "a_ptr": M // 32 * K * R}
     assert dict(first.stores) == {"out_ptr": M * R}
     assert dict(second.loads) == {
@@ -101,7 +99,7 @@ def test_dy_is_read_once_for_q_and_db(triton_backend):
     o = ALIGNED.operands()
     s = torch.randn(ALIGNED.M, ALIGNED.R)
     with strict.recording() as launches:
-        backend.shrink_outer(o.dy, o.b.t(), 0.5, s, o.b.dtype)
+        backend.shrink_wgrad(o.dy, o.b.t(), 0.5, s, o.b.dtype)
     assert sum(launch.loads["dy_ptr"] for launch in launches) == o.dy.numel()
 
 
@@ -112,12 +110,12 @@ def test_dy_is_read_once_only_where_that_moves_less(monkeypatch):
         o = Case(512, 512, 16, R, dtype=torch.bfloat16).operands()
         s = torch.randn(512, R)
         problem = Problem(512, 0, 512, R, "bfloat16", "bfloat16", device="cuda")
-        config = select(problem, TARGETS["sm_90"]).config("shrink_outer")
+        config = select(problem, TARGETS["sm_90"]).config("shrink_wgrad")
         assert backend_module.one_reading_pays(2, R, config, {}) == fused
         on_target(monkeypatch, "sm_90")
         monkeypatch.setattr(backend_module, "one_reading_pays", lambda *args: True)
         with strict.recording() as launches:
-            backend.shrink_outer(o.dy, o.b.t(), 0.5, s, o.b.dtype)
+            backend.shrink_wgrad(o.dy, o.b.t(), 0.5, s, o.b.dtype)
         monkeypatch.undo()
         parts = 4 * (launches[0].stores["q_ptr"] + launches[1].loads["partials_ptr"])
         assert (parts < o.dy.numel() * o.dy.itemsize) == fused
@@ -127,7 +125,7 @@ def test_decode_is_one_launch_and_reads_w_once(triton_backend):
     backend = triton_backend("decode")
     o = ALIGNED.operands()
     with strict.recording() as launches:
-        backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)
+        backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
     (only,) = launches
     assert only.kernel == "_decode_kernel" and only.loads["w_ptr"] == o.w.numel()
 
@@ -140,9 +138,9 @@ def test_decode_leaves_its_counters_zero(order, triton_backend, monkeypatch):
     monkeypatch.setattr(decode, "counters", lambda device, count: shared)
     o = ALIGNED.operands()
     with strict.program_order(order):
-        first = backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)
+        first = backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
         assert shared.eq(0).all()
-        again = backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)
+        again = backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
     assert all(map(torch.equal, first, again))
 
 
@@ -177,13 +175,11 @@ def apart(rows: int, cols: int, dtype: torch.dtype = torch.float16) -> torch.Ten
 CONFIG = TileConfig("any", 16, 16, 16, 4, 2)
 WIDE_CALLS = {
     "shrink": lambda x, w, t: shrink.shrink(x, w, 0.5, CONFIG),
-    "lowrank_matmul": lambda x, w, t: lowrank_matmul.lowrank_matmul(
-        x, w, t.float(), w[:1, :], None, CONFIG
-    ),
+    "expand": lambda x, w, t: expand.expand(x, w, t.float(), w[:1, :], None, CONFIG),
     "one_pass": lambda x, w, t: one_pass.one_pass(x, w, w, w[:, :16], 0.5, None, CONFIG)[0],
     "decode": lambda x, w, t: decode.decode(x, w, w, w[:, :16], 0.5, None, CONFIG)[0],
-    "reduce_outer": lambda x, w, t: reduce_outer.reduce_outer(x, t.float(), torch.float16, CONFIG),
-    "shrink_outer": lambda x, w, t: shrink_outer.shrink_outer(
+    "wgrad": lambda x, w, t: wgrad.wgrad(x, t.float(), torch.float16, CONFIG),
+    "shrink_wgrad": lambda x, w, t: shrink_wgrad.shrink_wgrad(
         x, w, 0.5, t.float(), torch.float16, CONFIG
     )[1],
 }
@@ -194,7 +190,7 @@ def test_offsets_past_32_bits(kernel, monkeypatch):
     """Rows 2³⁰ elements apart, the fourth past 2³¹: right with 64-bit offsets, an error without."""
     call = WIDE_CALLS[kernel]
     t = torch.randn(4, 1).half()
-    if kernel in ("reduce_outer", "shrink_outer"):  # M runs along the distant rows
+    if kernel in ("wgrad", "shrink_wgrad"):  # M runs along the distant rows
         x, w = apart(4, 4), torch.randn(4, 1).half()
         near = x.contiguous(), w
     else:  # so does K, as the rows of w
@@ -216,10 +212,10 @@ def test_descriptors_only_where_the_hardware_takes_them(offset, triton_backend):
     storage = torch.zeros(o.x.numel() + offset, dtype=o.x.dtype)
     x = storage[offset:].view(o.x.shape).copy_(o.x)
     with strict.recording() as launches:
-        y, _ = backend.lowrank_matmul(x, o.w, o.a, o.b, 0.5, o.bias)
+        y, _ = backend.expand(x, o.w, o.a, o.b, 0.5, o.bias)
     described = isinstance(launches[-1].arguments["x"], TensorDescriptor)
     assert described == (offset == 0)
-    assert torch.equal(y, backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.5, o.bias)[0])
+    assert torch.equal(y, backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -230,7 +226,7 @@ def test_descriptors_at_edges(dtype, layout, triton_backend):
     case = Case(37, 72, 40, 20, dtype=dtype, layout=layout)
     o = case.operands()
     with strict.recording() as launches:
-        y, _ = backend.lowrank_matmul(o.x, o.w, o.a, o.b, case.alpha, o.bias)
+        y, _ = backend.expand(o.x, o.w, o.a, o.b, case.alpha, o.bias)
     assert isinstance(launches[-1].arguments["w"], TensorDescriptor)
     assert_budget(y, o.results(None)["y"], o.results(torch.float64)["y"])
 
@@ -242,7 +238,7 @@ def test_nothing_to_compute_launches_nothing(variant, sizes, triton_backend, mon
     M, N, K, R = sizes
     operands = torch.ones(M, K), torch.ones(K, N), torch.ones(K, R), torch.ones(R, N)
     with strict.recording() as launches:
-        y, s = backend.lowrank_matmul(*operands, 0.5)
+        y, s = backend.expand(*operands, 0.5)
     assert y.shape == (M, N) and s.shape == (M, R)
     assert not any(launch.stores["y_ptr"] for launch in launches)
     assert M or not launches
@@ -250,16 +246,16 @@ def test_nothing_to_compute_launches_nothing(variant, sizes, triton_backend, mon
         backend.shrink(torch.ones(0, K), torch.ones(K, R), 0.5)
         backend.shrink(torch.ones(5, K), torch.ones(K, 0), 0.5)
         for left, right in (((0, 4), (0, 3)), ((5, 0), (5, 3)), ((5, 4), (5, 0))):
-            backend.reduce_outer(torch.ones(left), torch.ones(right), torch.float32)
+            backend.wgrad(torch.ones(left), torch.ones(right), torch.float32)
     assert launches == []
 
 
 def test_sums_over_nothing_are_zero(triton_backend):
     backend = triton_backend("two_kernel")
     assert torch.equal(
-        backend.reduce_outer(torch.ones(0, 4), torch.ones(0, 3), torch.float32), torch.zeros(4, 3)
+        backend.wgrad(torch.ones(0, 4), torch.ones(0, 3), torch.float32), torch.zeros(4, 3)
     )
-    q, dB = backend.shrink_outer(
+    q, dB = backend.shrink_wgrad(
         torch.ones(0, 4), torch.ones(4, 3), 1.0, torch.ones(0, 3), torch.float32
     )
     assert q.shape == (0, 3) and torch.equal(dB, torch.zeros(3, 4))

@@ -23,10 +23,8 @@ def test_both_directions(case, variant, triton_backend):
 def check_directions(backend, case: Case) -> None:
     o = case.operands()
     eager, exact = o.results(None), o.results(torch.float64)
-    y, s = backend.lowrank_matmul(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
-    dx, q = backend.lowrank_matmul(
-        o.dy, o.w.t(), o.b.t(), o.a.t(), case.alpha, dropout_out=o.dropout
-    )
+    y, s = backend.expand(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
+    dx, q = backend.expand(o.dy, o.w.t(), o.b.t(), o.a.t(), case.alpha, dropout_out=o.dropout)
     for name, actual in (("y", y), ("s", s), ("dx", dx), ("q", q)):
         dtype = torch.float32 if name in ("s", "q") else case.dtype
         assert_budget(actual, eager[name].to(dtype), exact[name], f"{name} of {case}")

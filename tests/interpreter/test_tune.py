@@ -10,10 +10,10 @@ import torch
 from lora_kernels import dispatch
 from lora_kernels.backends import cuda
 from lora_kernels.backends import triton as backend_module
-from lora_kernels.backends.triton import lowrank_matmul as kernel
-from lora_kernels.backends.triton import reduce_outer as reduce_outer_module
+from lora_kernels.backends.triton import expand as kernel
 from lora_kernels.backends.triton import shrink as shrink_module
-from lora_kernels.backends.triton import shrink_outer as shrink_outer_module
+from lora_kernels.backends.triton import shrink_wgrad as shrink_wgrad_module
+from lora_kernels.backends.triton import wgrad as wgrad_module
 from lora_kernels.bench.tiles import Product
 from lora_kernels.cli import tune as command
 from lora_kernels.problem import Problem
@@ -62,20 +62,20 @@ def test_candidates_are_right_and_become_the_table():
     assert {each["algorithm"] for each in told} == {*selection.TRITON, *NARROW_KERNELS, "aten"}
     tables.save(entries, TARGETS["sm_80"])
     x, w, a, b = torch.randn(9, 72), torch.randn(40, 72).t(), torch.randn(72, 5), torch.randn(5, 40)
-    y, _ = backend_module.BACKEND.lowrank_matmul(x, w, a, b, 0.5)
+    y, _ = backend_module.BACKEND.expand(x, w, a, b, 0.5)
     torch.testing.assert_close(y, x @ w + 0.5 * (x @ a @ b))
     assert selection.select(PROBLEM, TARGETS["sm_80"]).source == "tuned"
 
 
 def test_a_wrong_candidate_does_not_count(monkeypatch):
-    right = kernel.lowrank_matmul
-    broken = selection.candidates("lowrank_matmul", PROBLEM, TARGETS["sm_80"])[0]
+    right = kernel.expand
+    broken = selection.candidates("expand", PROBLEM, TARGETS["sm_80"])[0]
 
-    def lowrank_matmul(x, w, s, b, bias, config, *rest, **more):
+    def expand(x, w, s, b, bias, config, *rest, **more):
         y = right(x, w, s, b, bias, config, *rest, **more)
         return y + 0.01 if config == broken else y
 
-    monkeypatch.setattr(kernel, "lowrank_matmul", lowrank_matmul)
+    monkeypatch.setattr(kernel, "expand", expand)
     product = Product(PROBLEM, "cpu")
     assert product.wrong(Choice("aten", "search", ())) is None
     shrink = selection.candidates("shrink", PROBLEM, TARGETS["sm_80"])[0]
@@ -104,59 +104,55 @@ def test_the_backward_takes_the_narrow_kernels_that_were_found(monkeypatch):
 
         return launcher
 
-    for module in (shrink_module, reduce_outer_module, shrink_outer_module):
+    for module in (shrink_module, wgrad_module, shrink_wgrad_module):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
     monkeypatch.setattr(backend_module, "one_reading_pays", ONE_READING_PAYS)
     x, dy = torch.randn(400, 256), torch.randn(400, 256)
     b, s = torch.randn(5, 256), torch.randn(400, 5)
-    two = {"shrink": 2.0, "reduce_outer": 2.0}
+    two = {"shrink": 2.0, "wgrad": 2.0}
     for times, kernels in (
-        (two | {"shrink_outer": 1.0}, {"shrink_outer"}),
-        (two | {"shrink_outer": 5.0}, {"shrink", "reduce_outer"}),
-        (two, {"shrink", "reduce_outer"}),  # shrink_outer was wrong
-        ({"shrink_outer": 5.0}, {"shrink_outer"}),
+        (two | {"shrink_wgrad": 1.0}, {"shrink_wgrad"}),
+        (two | {"shrink_wgrad": 5.0}, {"shrink", "wgrad"}),
+        (two, {"shrink", "wgrad"}),  # shrink_wgrad was wrong
+        ({"shrink_wgrad": 5.0}, {"shrink_wgrad"}),
     ):
         tables.save([Entry(narrow(problem), times, tuple(wanted.values()))], target)
         selection._select.cache_clear()
         seen.clear()
-        q, dB = backend_module.BACKEND.shrink_outer(dy, b.t(), 0.5, s, torch.float32)
+        q, dB = backend_module.BACKEND.shrink_wgrad(dy, b.t(), 0.5, s, torch.float32)
         assert seen == {kernel: wanted[kernel] for kernel in kernels}
         torch.testing.assert_close(q, 0.5 * dy @ b.t())
         torch.testing.assert_close(dB, s.t() @ dy, rtol=1e-5, atol=1e-4)
-        dA = backend_module.BACKEND.reduce_outer(x, q, torch.float32)
-        assert seen["reduce_outer"] == wanted["reduce_outer"]
+        dA = backend_module.BACKEND.wgrad(x, q, torch.float32)
+        assert seen["wgrad"] == wanted["wgrad"]
         torch.testing.assert_close(dA, x.t() @ q, rtol=1e-5, atol=1e-3)
 
 
 def test_a_wrong_narrow_kernel_does_not_count(monkeypatch):
-    real = shrink_outer_module.shrink_outer
+    real = shrink_wgrad_module.shrink_wgrad
     wrong = lambda *args: (lambda q, dB: (q, dB + 0.01))(*real(*args))  # noqa: E731
-    monkeypatch.setattr(shrink_outer_module, "shrink_outer", wrong)
+    monkeypatch.setattr(shrink_wgrad_module, "shrink_wgrad", wrong)
     entries, told, failures = command.tune(
         [PROBLEM], TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
     )
-    assert {each["algorithm"] for each in told if each["failure"]} == {"shrink_outer"}
+    assert {each["algorithm"] for each in told if each["failure"]} == {"shrink_wgrad"}
     assert failures and all("off by" in failure for failure in failures)
-    assert entries[1].times.keys() == {"shrink", "reduce_outer"}
+    assert entries[1].times.keys() == {"shrink", "wgrad"}
 
 
 def test_the_cuda_kernel_is_timed_where_it_is_usable(monkeypatch):
     monkeypatch.setattr(cuda.CudaBackend, "unavailable", lambda self: None)
     monkeypatch.setattr(cuda, "current_target", lambda: TARGETS["sm_80"])
     eager = dispatch.get("eager")
-    monkeypatch.setattr(
-        cuda.CudaBackend, "lowrank_matmul", lambda self, *o: eager.lowrank_matmul(*o)
-    )
+    monkeypatch.setattr(cuda.CudaBackend, "expand", lambda self, *o: eager.expand(*o))
     problems = [PROBLEM, replace(PROBLEM, M=64)]
     entries, _, failures = command.tune(
         problems, TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
     )
     assert not failures
     assert ["cuda_decode" in entry.times for entry in entries[:2]] == [True, False]
-    monkeypatch.setattr(
-        cuda.CudaBackend, "lowrank_matmul", lambda self, *o: (o[0] @ o[1] + 0.01, None)
-    )
+    monkeypatch.setattr(cuda.CudaBackend, "expand", lambda self, *o: (o[0] @ o[1] + 0.01, None))
     entries, _, failures = command.tune(
         [PROBLEM], TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
     )
@@ -164,16 +160,16 @@ def test_the_cuda_kernel_is_timed_where_it_is_usable(monkeypatch):
 
 
 def test_a_candidate_that_raises_does_not_count(monkeypatch):
-    def lowrank_matmul(*args, **more):
+    def expand(*args, **more):
         raise RuntimeError("out of resource: shared memory\nmore")
 
-    monkeypatch.setattr(kernel, "lowrank_matmul", lowrank_matmul)
+    monkeypatch.setattr(kernel, "expand", expand)
     entries, told, failures = command.tune(
         [PROBLEM], TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
     )
     assert {each["algorithm"] for each in told if each["failure"]} == {"two_kernel"}
     assert failures and all("RuntimeError: out of resource: shared memory" in f for f in failures)
-    assert "lowrank_matmul" not in {config.kernel for config in entries[0].configs}
+    assert "expand" not in {config.kernel for config in entries[0].configs}
 
 
 def _effort():

@@ -32,11 +32,11 @@ def test_dropout_mask_bit_for_bit(seed, p, cols, triton_backend):
     two_kernel = triton_backend("two_kernel")
     s = two_kernel.shrink(ones, unit, 1.0, dropout)
     none = torch.zeros(rows, 1), torch.zeros(1, cols), torch.zeros(1, 1)
-    tail, _ = two_kernel.lowrank_matmul(
+    tail, _ = two_kernel.expand(
         *none, torch.ones(1, cols), 1.0, s=torch.ones(rows, 1), dropout_out=dropout
     )
-    reduced = two_kernel.reduce_outer(ones, torch.eye(rows), torch.float32, dropout).t()
-    _, s_one = triton_backend("one_pass").lowrank_matmul(
+    reduced = two_kernel.wgrad(ones, torch.eye(rows), torch.float32, dropout).t()
+    _, s_one = triton_backend("one_pass").expand(
         ones, torch.ones(cols, 4), unit, torch.ones(cols, 4), 1.0, dropout_in=dropout
     )
     for result in (s, tail, reduced, s_one):
@@ -95,7 +95,7 @@ def test_infinity_stays_an_infinity_beside_padded_ranks(variant, dtype, triton_b
         torch.rand(size).to(dtype) + 0.5 for size in ((9, 40), (40, 24), (40, 5), (5, 24))
     )
     x[3, 7] = float("inf")
-    y, s = backend.lowrank_matmul(x, w, a, b, 0.5)
+    y, s = backend.expand(x, w, a, b, 0.5)
     assert y[3].isinf().all() and s[3].isinf().all()
     others = torch.arange(9) != 3
     assert y[others].isfinite().all() and s[others].isfinite().all()
@@ -105,7 +105,7 @@ def test_infinity_stays_an_infinity_beside_padded_ranks(variant, dtype, triton_b
 def test_a_nan_in_x_reaches_its_row_only(variant, triton_backend):
     x, w, a, b = torch.ones(9, 40), torch.ones(40, 24), torch.ones(40, 5), torch.ones(5, 24)
     x[8, 39] = float("nan")
-    y, s = triton_backend(variant).lowrank_matmul(x, w, a, b, 0.5)
+    y, s = triton_backend(variant).expand(x, w, a, b, 0.5)
     assert y[8].isnan().all() and s[8].isnan().all()
     assert y[:8].isfinite().all() and s[:8].isfinite().all()
 
@@ -116,7 +116,7 @@ def test_s_beyond_float16_does_not_overflow(variant, triton_backend):
     backend = triton_backend(variant)
     x, a = torch.full((3, 64), 64.0).half(), torch.full((64, 4), 64.0).half()
     b = torch.full((4, 32), 2.0**-12).half()
-    y, s = backend.lowrank_matmul(x, torch.zeros(64, 32).half(), a, b, 2.0**-10)
+    y, s = backend.expand(x, torch.zeros(64, 32).half(), a, b, 2.0**-10)
     assert torch.equal(s, torch.full((3, 4), 256.0))
     assert torch.equal(y, torch.full((3, 32), 0.25).half())
 
@@ -127,12 +127,12 @@ def test_alpha_in_memory(variant, dtype, triton_backend, monkeypatch):
     """On a GPU a 0-d alpha is read by the kernel; here the launchers are told that a CPU tensor is one."""
     backend = triton_backend(variant)
     o = Case(20, 33, 70, 5).operands()
-    as_number = backend.lowrank_matmul(o.x, o.w, o.a, o.b, 0.75, o.bias)
+    as_number = backend.expand(o.x, o.w, o.a, o.b, 0.75, o.bias)
     for module in (shrink, one_pass, decode, partials):
         monkeypatch.setattr(module, "scale_argument", lambda a: (a, isinstance(a, torch.Tensor)))
     alpha = torch.tensor(0.75, dtype=dtype)
     for expected, result in zip(
-        as_number, backend.lowrank_matmul(o.x, o.w, o.a, o.b, alpha, o.bias), strict=True
+        as_number, backend.expand(o.x, o.w, o.a, o.b, alpha, o.bias), strict=True
     ):
         assert torch.equal(expected, result)
 

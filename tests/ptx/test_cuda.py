@@ -23,13 +23,13 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
 SHIPPED = """
 #include "decode_kernel.cuh"
-#include "reduce_outer_kernel.cuh"
+#include "wgrad_kernel.cuh"
 using namespace lora_kernels;
 using Mma = MmaTile<__nv_bfloat16, 1, 1, true>;
 using Fma = FmaTile<float, 1, true>;
 template __global__ void lora_kernels::decode_kernel<Mma, true>(const __grid_constant__ Decode);
 template __global__ void lora_kernels::decode_kernel<Fma, true>(const __grid_constant__ Decode);
-template __global__ void lora_kernels::reduce_outer_kernel<__nv_bfloat16, float>(const __grid_constant__ ReduceOuter);
+template __global__ void lora_kernels::wgrad_kernel<__nv_bfloat16, float>(const __grid_constant__ Wgrad);
 """
 
 
@@ -121,7 +121,7 @@ class Decode(ctypes.Structure):
     ]  # fmt: skip
 
 
-class ReduceOuter(ctypes.Structure):
+class Wgrad(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("wide", "skinny", "out")),
         *((name, ctypes.c_int64) for name in ("wide_row", "wide_column", "out_column", "out_rank")),
@@ -222,13 +222,13 @@ def test_every_barrier_and_fence_of_decode(shipped, dtype, rank, spare):
     assert {i for i, line in enumerate(ordering) if not races(line)} == spare
 
 
-def test_reduce_outer(shipped):
+def test_wgrad(shipped):
     wide, skinny, out = (
         torch.randn(9, 150).bfloat16(),
         torch.randn(9, 11),
         torch.full((150, 11), torch.nan),
     )
-    params = ReduceOuter(
+    params = Wgrad(
         wide.data_ptr(),
         skinny.data_ptr(),
         out.data_ptr(),
@@ -239,7 +239,7 @@ def test_reduce_outer(shipped):
         11,
     )
     launch = prepare(
-        shipped, (2, 2), 128, [("p", "struct", params)], entry=entry(shipped, "reduce_outer"),
+        shipped, (2, 2), 128, [("p", "struct", params)], entry=entry(shipped, "wgrad"),
         pointed={"wide": wide, "skinny": skinny, "out": out},
     )  # fmt: skip
     launch.run(None)

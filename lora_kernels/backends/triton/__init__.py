@@ -51,7 +51,7 @@ class TritonBackend(Backend):
         target = current_target()
         choice = self._choice(problem, target)
         algorithm = "two_kernel" if choice.algorithm == "aten" else choice.algorithm
-        config = choice.config("lowrank_matmul" if algorithm == "two_kernel" else algorithm)
+        config = choice.config("expand" if algorithm == "two_kernel" else algorithm)
         return (
             f"{algorithm} ({choice.source}), {config}, {choice.told()}; "
             f"predicted for the frozen layer on {target.chip}: {predict_us('frozen', problem, target):.1f} us"
@@ -66,7 +66,7 @@ class TritonBackend(Backend):
         config = self._narrow(x, a.dtype, R, dropout).config("shrink")
         return shrink(x, a, alpha, config, dropout)
 
-    def lowrank_matmul(
+    def expand(
         self,
         x: Tensor,
         w: Tensor,
@@ -94,9 +94,9 @@ class TritonBackend(Backend):
             from lora_kernels.backends.triton.one_pass import one_pass
 
             return one_pass(x, w, a, b, alpha, bias, choice.config("one_pass"), dropout_in)
-        from lora_kernels.backends.triton.lowrank_matmul import lowrank_matmul
+        from lora_kernels.backends.triton.expand import expand
 
-        tiles = choice.config("lowrank_matmul")
+        tiles = choice.config("expand")
         if R > 0 and b.stride(0) != 1 and copy_of_b_pays(tiles, M, N, target):
             b = b.t().contiguous().t()
         # Between the two kernels the second waits by itself, where the hardware lets it start early.
@@ -108,35 +108,35 @@ class TritonBackend(Backend):
             s = shrink(x, a, alpha, config, dropout_in, release=overlap)
         elif s is None:
             s = x.new_empty((M, 0), dtype=torch.float32)
-        return lowrank_matmul(x, w, s, b, bias, tiles, dropout_out, late_wait=overlap), s
+        return expand(x, w, s, b, bias, tiles, dropout_out, late_wait=overlap), s
 
-    def reduce_outer(
+    def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
         (M, C), D = left.shape, right.shape[1]
         if 0 in (M, C, D):
             return left.new_zeros((C, D), dtype=dtype)
-        from lora_kernels.backends.triton.reduce_outer import reduce_outer
+        from lora_kernels.backends.triton.wgrad import wgrad
 
         wide, thin = (left, right) if left_is_wide(left, right, dropout) else (right, left)
-        config = self._narrow(wide, dtype, thin.shape[1]).config("reduce_outer")
-        return reduce_outer(left, right, dtype, config, dropout)
+        config = self._narrow(wide, dtype, thin.shape[1]).config("wgrad")
+        return wgrad(left, right, dtype, config, dropout)
 
-    def shrink_outer(
+    def shrink_wgrad(
         self, dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         R = s.shape[1]
         if 0 in (*dy.shape, R):
-            return super().shrink_outer(dy, b_t, alpha, s, dtype)
+            return super().shrink_wgrad(dy, b_t, alpha, s, dtype)
         choice = self._narrow(dy, b_t.dtype, R)
-        if not choice.has("shrink_outer"):
-            return super().shrink_outer(dy, b_t, alpha, s, dtype)
-        config = choice.config("shrink_outer")
+        if not choice.has("shrink_wgrad"):
+            return super().shrink_wgrad(dy, b_t, alpha, s, dtype)
+        config = choice.config("shrink_wgrad")
         if not one_reading_pays(dy.itemsize, R, config, choice.measured):
-            return super().shrink_outer(dy, b_t, alpha, s, dtype)
-        from lora_kernels.backends.triton.shrink_outer import shrink_outer
+            return super().shrink_wgrad(dy, b_t, alpha, s, dtype)
+        from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 
-        return shrink_outer(dy, b_t, alpha, s, dtype, config)
+        return shrink_wgrad(dy, b_t, alpha, s, dtype, config)
 
     def _choice(self, problem: Problem, target: Target) -> Choice:
         try:
@@ -155,13 +155,13 @@ class TritonBackend(Backend):
 def one_reading_pays(
     itemsize: int, R: int, config: TileConfig, measured: Mapping[str, float]
 ) -> bool:
-    """Whether `shrink_outer` is faster than the two kernels that it replaces: as measured, else by bytes.
+    """Whether `shrink_wgrad` is faster than the two kernels that it replaces: as measured, else by bytes.
 
     A row of dy has 8·R bytes of partial results of q, float32 there and back, for each block of columns; they must be
     fewer than the second reading of dy that they save. A kernel that `tune` found wrong has no time and does not pay.
     """
     fused, shrink, outer = (
-        measured.get(kernel, math.inf) for kernel in ("shrink_outer", "shrink", "reduce_outer")
+        measured.get(kernel, math.inf) for kernel in ("shrink_wgrad", "shrink", "wgrad")
     )
     if min(fused, shrink, outer) < math.inf:
         return fused < shrink + outer

@@ -1,4 +1,4 @@
-// reduce_outer: out = leftᵀ·right over at most 32 tokens, one operand wide (x or dy) and the other
+// wgrad: out = leftᵀ·right over at most 32 tokens, one operand wide (x or dy) and the other
 // skinny (q or s).
 //
 // A thread keeps one column of the wide operand in registers and multiplies it by eight columns of
@@ -11,7 +11,7 @@ namespace lora_kernels {
 
 constexpr int OUTER_THREADS = 128, OUTER_RANKS = 8, OUTER_TOKENS = 32;
 
-struct ReduceOuter {
+struct Wgrad {
   const void* wide;     // [tokens, columns]
   const float* skinny;  // [tokens, rank], contiguous
   void* out;            // element (column, r) at column·out_column + r·out_rank
@@ -20,8 +20,7 @@ struct ReduceOuter {
 };
 
 template <class T, class Out>
-__global__ void __launch_bounds__(OUTER_THREADS)
-    reduce_outer_kernel(const __grid_constant__ ReduceOuter p) {
+__global__ void __launch_bounds__(OUTER_THREADS) wgrad_kernel(const __grid_constant__ Wgrad p) {
   const int column = blockIdx.x * OUTER_THREADS + threadIdx.x, r0 = blockIdx.y * OUTER_RANKS;
   if (column >= p.columns) return;
   const T* wide = static_cast<const T*>(p.wide) + column * p.wide_column;

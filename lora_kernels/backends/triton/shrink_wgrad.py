@@ -25,7 +25,7 @@ from lora_kernels.tuning.config import TileConfig, rank_block
 
 
 @triton.jit(do_not_specialize=["M", "split"])
-def _shrink_outer_kernel(
+def _shrink_wgrad_kernel(
     dy_ptr,  # [M, N]
     b_ptr,  # [N, R]
     s_ptr,  # [M, R] float32
@@ -81,7 +81,7 @@ def _shrink_outer_kernel(
     tl.store(db_ptrs, db, mask=mask_n[:, None] & mask_r[None, :])
 
 
-def shrink_outer(
+def shrink_wgrad(
     dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: torch.dtype, config: TileConfig
 ) -> tuple[Tensor, Tensor]:
     """(q [M, R] float32, dB [R, N] in `dtype`): dy [M, N], b_t [N, R], s [M, R] float32, any strides, none empty."""
@@ -91,7 +91,7 @@ def shrink_outer(
     q_parts = dy.new_empty((blocks, M, R), dtype=torch.float32)
     db_parts = dy.new_empty((split, R, N), dtype=torch.float32)
     launch(
-        _shrink_outer_kernel,
+        _shrink_wgrad_kernel,
         blocks * split,
         config,
         dy.device,

@@ -85,7 +85,7 @@ def _store(
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
-def _lowrank_matmul_kernel(
+def _expand_kernel(
     x,  # [M, K]: a pointer, or with TMA a descriptor of blocks [BLOCK_M, BLOCK_K]
     w,  # [K, N]: a pointer, or with TMA a descriptor of blocks of w, or of wᵀ where W_K_MAJOR
     s_ptr,  # [M, R] float32, contiguous
@@ -184,7 +184,7 @@ def _lowrank_matmul_kernel(
         _store(acc, bias_ptr, y_ptr, offs_m, start, M, N, stride_bias, HAS_BIAS, WIDE)
 
 
-def lowrank_matmul(
+def expand(
     x: Tensor,
     w: Tensor,
     s: Tensor,
@@ -216,7 +216,7 @@ def lowrank_matmul(
         x_operand = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
         w_operand = TensorDescriptor.from_tensor(stored_w, w_block)
     launch(
-        _lowrank_matmul_kernel,
+        _expand_kernel,
         cdiv(M, config.block_m) * cdiv(N, config.block_n),
         config,
         x.device,

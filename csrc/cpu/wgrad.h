@@ -6,9 +6,9 @@
 namespace lora_kernels {
 
 // wide [M, W] and skinny [M, S]; out holds element (s, w) of skinnyᵀ·(mask∘wide) at s·s_stride +
-// w·w_stride. `workspace` takes reduce_outer_floats(M, S) floats. Each sum runs over M in order,
+// w·w_stride. `workspace` takes wgrad_floats(M, S) floats. Each sum runs over M in order,
 // whatever the blocks and threads.
-struct ReduceOuter {
+struct Wgrad {
   Matrix wide, skinny;
   const Mask* mask;  // of wide, or null
   void* out;
@@ -17,7 +17,7 @@ struct ReduceOuter {
   float* workspace;
 };
 
-int64_t reduce_outer_floats(int64_t M, int64_t S);
-void compute(const ReduceOuter& problem);
+int64_t wgrad_floats(int64_t M, int64_t S);
+void compute(const Wgrad& problem);
 
 }  // namespace lora_kernels

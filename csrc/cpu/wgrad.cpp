@@ -1,6 +1,6 @@
 // The tall reductions by blocks: some columns of the wide operand a thread, all of M in order,
 // results in cache.
-#include "reduce_outer.h"
+#include "wgrad.h"
 
 #include <algorithm>
 #include <cstring>
@@ -16,14 +16,14 @@ constexpr int64_t MAX_COLS = 512;  // 128 x 512 floats: a quarter of a megabyte,
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The skinny operand as tiles: [M / DEPTH, S, PITCH].
-void transpose_skinny(const Kernels& k, const ReduceOuter& p) {
+void transpose_skinny(const Kernels& k, const Wgrad& p) {
   const int64_t M = p.skinny.rows, S = p.skinny.cols;
   for (int64_t m = 0; m < M; m += DEPTH)
     k.copy(p.workspace + m / DEPTH * S * PITCH, PITCH, p.skinny.from(m, 0).transposed(), S,
            std::min(DEPTH, M - m));
 }
 
-void reduce_columns(const Kernels& k, const ReduceOuter& p, int64_t begin, int64_t count) {
+void reduce_columns(const Kernels& k, const Wgrad& p, int64_t begin, int64_t count) {
   const int64_t M = p.wide.rows, S = p.skinny.cols, width = 2 * k.lanes;
   const int64_t panels = ceil_div(count, width), pitch = panels * width;
   const int64_t tile_rows = ceil_div(S, ceil_div(S, k.rows));
@@ -63,9 +63,9 @@ void reduce_columns(const Kernels& k, const ReduceOuter& p, int64_t begin, int64
 
 }  // namespace
 
-int64_t reduce_outer_floats(int64_t M, int64_t S) { return ceil_div(M, DEPTH) * S * PITCH; }
+int64_t wgrad_floats(int64_t M, int64_t S) { return ceil_div(M, DEPTH) * S * PITCH; }
 
-void compute(const ReduceOuter& p) {
+void compute(const Wgrad& p) {
   const Kernels& k = *kernels();
   const int64_t W = p.wide.cols, width = 2 * k.lanes;
   if (W == 0 || p.skinny.cols == 0) return;

@@ -22,7 +22,7 @@ from lora_kernels.tuning.config import TileConfig, rank_block
 
 
 @triton.jit(do_not_specialize=["M", "split", "threshold"])
-def _reduce_outer_kernel(
+def _wgrad_kernel(
     wide_ptr,  # [M, C]
     thin_ptr,  # [M, R] float32
     out_ptr,  # [split, C, R] by the strides below
@@ -81,7 +81,7 @@ def _reduce_outer_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_r[None, :])
 
 
-def reduce_outer(
+def wgrad(
     left: Tensor,
     right: Tensor,
     dtype: torch.dtype,
@@ -102,7 +102,7 @@ def reduce_outer(
     out = left.new_empty((left.shape[1], right.shape[1]), dtype=dtype)
     parts = out[None] if split == 1 else out.new_empty((split, *out.shape), dtype=torch.float32)
     launch(
-        _reduce_outer_kernel,
+        _wgrad_kernel,
         cdiv(C, config.block_n) * cdiv(R, block_r) * split,
         config,
         left.device,
