@@ -33,7 +33,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lora_kernels import dispatch  # noqa: E402  (runs from a checkout as well)
+from lora_kernels import plan  # noqa: E402  (runs from a checkout as well)
 from lora_kernels.functional import lora_linear  # noqa: E402
 
 ALPHA = 2.0
@@ -275,7 +275,7 @@ def machine() -> dict[str, str]:
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     )
     kernels = "none"
-    if dispatch.get("cpu").unavailable() is None:
+    if plan.get("cpu").unavailable() is None:
         kernels = torch.ops.lora_kernels_cpu.isa()
     return {
         "processor": processor,

@@ -18,11 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # The repository's own package and tests, from its root.
+from lora_kernels.backends.base import fastest  # noqa: E402
+from lora_kernels.backends.triton.configs import tiles_of  # noqa: E402
+from lora_kernels.plan import predict  # noqa: E402
 from lora_kernels.problem import Problem  # noqa: E402
 from lora_kernels.tuning.config import CUDA_DECODE_COLUMNS, cuda_decode_blocks  # noqa: E402
 from lora_kernels.tuning.cost import full_rate, predict_us  # noqa: E402
 from lora_kernels.tuning.counted import RANKS, TABLE  # noqa: E402
-from lora_kernels.tuning.select import candidates, everyone, select  # noqa: E402
 from lora_kernels.tuning.targets import TARGETS, Target  # noqa: E402
 
 FOLDER = ROOT / "docs" / "performance"
@@ -37,11 +39,20 @@ SHAPES = (  # M, K, N, R
     (16, 4096, 4096, 16),
     (1, 4096, 4096, 16),
 )
-FORMS = ("naive", "addmm", "aten", "lorafusion", "two_kernel", "one_pass", "decode", "cuda_decode")
+FORMS = (
+    "reference",
+    "addmm",
+    "eager",
+    "lorafusion",
+    "two_kernel",
+    "one_pass",
+    "decode",
+    "cuda_decode",
+)
 TITLES = {
-    "naive": "eager",
+    "reference": "reference",
     "addmm": "addmm_",
-    "aten": "expand first",
+    "eager": "eager (ours, ATen)",
     "lorafusion": "LoRAFusion-style, predicted",
     "two_kernel": "two kernels",
     "one_pass": "one pass",
@@ -57,17 +68,12 @@ def problem_of(shape: tuple[int, int, int, int]) -> Problem:
 
 def times(problem: Problem, target: Target) -> dict[str, float]:
     """Predicted microseconds by form, where the form can compute the problem."""
-    choice = select(problem, target)
-    found = {}
-    for form in FORMS:
-        kernel = "expand" if form == "two_kernel" else form
-        if form in ("two_kernel", "one_pass", "decode"):
-            if (form != "two_kernel" and problem.backward) or not choice.has(kernel):
-                continue
-            found[form] = predict_us(form, problem, target, choice.config(kernel))
-        elif form != "cuda_decode" or problem.M <= 32:
-            found[form] = predict_us(form, problem, target)
-    return found
+    offered = [c for c in predict(problem, target) if c.slower is None]
+    found = {c.name: c.predicted_us for c in offered if c.predicted_us is not None}
+    found |= {
+        name: predict_us(name, problem, target) for name in ("reference", "addmm", "lorafusion")
+    }
+    return {form: found[form] for form in FORMS if form in found}
 
 
 def tables(name: str) -> Iterator[str]:
@@ -82,18 +88,20 @@ def tables(name: str) -> Iterator[str]:
             frozen = predict_us("frozen", problem, target)
             found = times(problem, target)
             cells = (f"{found[form] / frozen:.2f}" if form in found else "" for form in FORMS)
-            chosen = TITLES[select(problem, target, among=everyone(problem, target)).algorithm]
+            best = fastest(predict(problem, target))
+            assert best is not None
+            chosen = TITLES[best.name]
             yield f"| {', '.join(map(str, shape))} | {frozen:.1f} | {' | '.join(cells)} | {chosen} |"
 
 
 def gains() -> str:
-    """Eager's forward and backward over LoRAFusion's structure, for the sizes that it was published for."""
+    """The reference's forward and backward over LoRAFusion's structure, for the sizes that it was published for."""
     found = []
     for size in (4096, 5120, 8192):
         forward = problem_of((8192, size, size, 16))
         eager, fused = (
             sum(predict_us(form, p, TARGETS["sm_90"]) for p in (forward, forward.adjoint()))
-            for form in ("naive", "lorafusion")
+            for form in ("reference", "lorafusion")
         )
         found.append(f"{eager / fused:.2f}")
     return ", ".join(found)
@@ -108,7 +116,7 @@ def plot(file: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained", sharey=True)
     for axis, name in zip(axes, ("sm_80", "sm_90"), strict=True):
         target, width = TARGETS[name], 0.16
-        forms = ("naive", "addmm", "aten", "lorafusion", "two_kernel")
+        forms = ("reference", "addmm", "eager", "lorafusion", "two_kernel")
         for i, form in enumerate(forms):
             prices = []
             for shape in SHAPES[:7]:
@@ -137,7 +145,7 @@ def loops() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     problem = problem_of((4096, 4096, 4096, 16))
     for name in ("sm_80", "sm_90", "sm_100", "sm_120"):
-        for config in candidates("expand", problem, TARGETS[name]):
+        for config in tiles_of("expand", problem, TARGETS[name]):
             for form in ("forward", "forward, b copied", "dx")[:: 1 if config.tma else 2]:
                 forward = form != "dx"
                 fused = compile_job((name, problem, config, forward, form == "forward, b copied"))

@@ -1,7 +1,6 @@
 """LoRA that costs nothing over the frozen layer: y = x·W + bias + alpha·(x·A)·B, fused, forward and backward."""
 
 from lora_kernels.adapters import load_adapter, save_adapter
-from lora_kernels.dispatch import Explanation, use_backend
 from lora_kernels.functional import explain, lora_linear
 from lora_kernels.merge import merge_lora, unmerge_lora
 from lora_kernels.modules import (
@@ -12,6 +11,8 @@ from lora_kernels.modules import (
     lora_state_dict,
     replace_linear_with_lora,
 )
+from lora_kernels.plan import Plan as Explanation
+from lora_kernels.plan import use_backend
 from lora_kernels.problem import Problem
 
 __version__ = "0.1.0"

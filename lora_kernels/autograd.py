@@ -1,9 +1,9 @@
 """The autograd.Function of eager mode: first and higher derivatives, forward mode, vmap and torch.func.
 
-A backend may have an operator of its own for the usual case, see `Backend.whole_layer`; this Function serves all others.
+Products may have an operator of their own for the usual case, see `Products.layer`; this Function serves all others.
 
 Derivatives that must themselves be differentiated, and those under a function transform, run `formulas` on the composite
-backend, which autograd sees through. s is an output of the Function, so that a saved s is still connected to x and A.
+products, which autograd sees through. s is an output of the Function, so that a saved s is still connected to x and A.
 """
 
 from __future__ import annotations
@@ -13,15 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels import dispatch, formulas
-from lora_kernels.backends.base import Backend, Scale
-from lora_kernels.backends.composite import BACKEND as COMPOSITE
+from lora_kernels import formulas, plan
+from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.dropout import Dropout
 from lora_kernels.formulas import Needs, Saved
+from lora_kernels.operands import Adapter, QuantizedWeight, Scale, Weight
+from lora_kernels.plan import Plan
+
+
+class Call:
+    """What a call has beside its tensors: the backend it asks for, and its plan, made when the product runs."""
+
+    __slots__ = ("backend", "dropout_p", "plan")
+
+    def __init__(self, backend: str, dropout_p: float, plan: Plan | None = None) -> None:
+        self.backend, self.dropout_p, self.plan = backend, dropout_p, plan
+
+    def planned(self, x: Tensor, weight: Weight, A: Tensor, bias: Tensor | None) -> Plan:
+        if self.plan is None:
+            dropout = self.dropout_p > 0
+            self.plan = plan.plan_call(self.backend, x, weight, A, bias, dropout)
+        return self.plan
 
 
 class LoRALinear(torch.autograd.Function):
-    """(x, weight, A, B, bias, alpha, dropout_p, seed, backend name) -> (y, s), as `formulas.forward` on 2-D x."""
+    """(x, weight, A, B, bias, scale, seed, call) -> (y, s), as `formulas.forward` on 2-D x."""
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
@@ -34,67 +50,70 @@ class LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         A: Tensor,
         B: Tensor,
         bias: Tensor | None,
-        alpha: Scale,
-        dropout_p: float,
+        scale: Scale,
         seed: Tensor | None,
-        backend: str,
+        call: Call,
     ) -> tuple[Tensor, Tensor]:
-        dropout = as_dropout(dropout_p, seed)
-        chosen = dispatch.resolve(backend, x, weight, A, B, bias, dropout is not None)
-        return formulas.forward(chosen, x, weight, A, B, bias, alpha, dropout)
+        chosen = call.planned(x, weight, A, bias)
+        adapter = Adapter(A, B, scale, as_dropout(call.dropout_p, seed))
+        return formulas.forward(chosen.products, x, chosen.readable(weight), adapter, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, weight, A, B, _, alpha, ctx.dropout_p, seed, ctx.backend = inputs
+        x, weight, A, B, _, scale, seed, ctx.call = inputs
         ctx.needs = Needs(*ctx.needs_input_grad[:5])
         ctx.dtype, ctx.adapter_dtype = x.dtype, A.dtype
-        ctx.alpha_value = None if isinstance(alpha, Tensor) else alpha
-        alpha_tensor = alpha if isinstance(alpha, Tensor) else None
+        ctx.scale = None if isinstance(scale, Tensor) else scale
+        scale_tensor = scale if isinstance(scale, Tensor) else None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            *formulas.keep(ctx.needs, x, weight, A, B, output[1]), alpha_tensor, seed
-        )
-        ctx.save_for_forward(x, weight, A, B, None, alpha_tensor, seed)
+        kept = formulas.keep(ctx.needs, x, weight, A, B, output[1])
+        packed: tuple[Tensor, ...] = ()
+        ctx.weight = None
+        if isinstance(weight, QuantizedWeight):
+            ctx.weight, packed = weight, weight.tensors
+            kept = kept._replace(weight=None)
+            weight = None
+        ctx.save_for_backward(*kept, scale_tensor, seed, *packed)
+        ctx.save_for_forward(x, weight, A, B, None, scale_tensor, seed, *packed)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
-        *saved, alpha_tensor, seed = ctx.saved_tensors
+        *saved, scale, seed = ctx.saved_tensors[:7]
         kept = Saved(*saved)
+        if ctx.weight is not None and ctx.needs.x:
+            kept = kept._replace(weight=ctx.weight.with_tensors(ctx.saved_tensors[7:]))
         if dy is None:
             if ds is None or kept.B is None:  # without x's or A's gradient nothing depends on s
-                return (None,) * 9
+                return (None,) * 8
             dy = ds.new_zeros((ds.shape[0], kept.B.shape[1]), dtype=ctx.dtype)
-        alpha = ctx.alpha_value if alpha_tensor is None else alpha_tensor
-        dropout = as_dropout(ctx.dropout_p, seed)
-        backend: Backend
-        if torch.is_grad_enabled() or ds is not None or _under_transform(dy):
-            backend = COMPOSITE
-        else:
-            backend = dispatch.resolve_backward(
-                ctx.backend, dy, kept, ctx.adapter_dtype, dropout is not None
-            )
-        grads = formulas.backward(
-            backend, dy, kept, ctx.needs, alpha, dropout, ctx.adapter_dtype, ds
-        )
-        return (*grads, None, None, None, None)
+        adapter = _adapter(ctx, kept.A, kept.B, scale, seed)
+        products = COMPOSITE
+        call = ctx.call
+        if not (torch.is_grad_enabled() or ds is not None or _under_transform(dy)) and call.plan:
+            chosen = call.plan.adjoint
+            products = chosen.products
+            if kept.weight is not None:
+                kept = kept._replace(weight=chosen.readable(kept.weight))
+        grads = formulas.backward(products, dy, kept, ctx.needs, adapter, ctx.adapter_dtype, ds)
+        return (*grads, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, weight, A, B, _, alpha_tensor, seed = ctx.saved_tensors
-        alpha = ctx.alpha_value if alpha_tensor is None else alpha_tensor
-        dropout = as_dropout(ctx.dropout_p, seed)
-        return formulas.jvp(COMPOSITE, x, weight, A, B, alpha, dropout, tangents[:5])
+        x, weight, A, B, _, scale, seed = ctx.saved_tensors[:7]
+        if ctx.weight is not None:
+            weight = ctx.weight.with_tensors(ctx.saved_tensors[7:])
+        adapter = _adapter(ctx, A, B, scale, seed)
+        return formulas.jvp(COMPOSITE, x, weight, adapter, tangents[:5])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple]:
-        def one_sample(x, weight, A, B, bias, alpha, dropout_p, seed, backend):
-            return formulas.forward(
-                COMPOSITE, x, weight, A, B, bias, alpha, as_dropout(dropout_p, seed)
-            )
+        def one_sample(x, weight, A, B, bias, scale, seed, call):
+            adapter = Adapter(A, B, scale, as_dropout(call.dropout_p, seed))
+            return formulas.forward(COMPOSITE, x, weight, adapter, bias)
 
         return torch.vmap(one_sample, in_dims=in_dims)(*args), (0, 0)
 
@@ -102,6 +121,14 @@ class LoRALinear(torch.autograd.Function):
 def as_dropout(p: float, seed: Tensor | None) -> Dropout | None:
     """The Dropout of an operator's two flat arguments."""
     return None if seed is None or p == 0.0 else Dropout(p, seed)
+
+
+def _adapter(
+    ctx: Any, A: Tensor | None, B: Tensor | None, scale: Tensor | None, seed: Tensor | None
+) -> Adapter:
+    """The forward's adapter over what was saved of it."""
+    dropout = as_dropout(ctx.call.dropout_p, seed)
+    return Adapter(A, B, ctx.scale if scale is None else scale, dropout)  # type: ignore[arg-type]
 
 
 def _under_transform(t: Tensor) -> bool:

@@ -90,14 +90,14 @@ def _forward_sharding(x, weight, A, B, bias, alpha, dropout_p, seed, backend):
 
 
 def _backward_sharding(
-    dy, adapter_dtype, needs, x, weight, A, B, s, alpha, dropout_p, seed, backend
+    dy, adapter_dtype, needs, K, R, x, weight, A, B, s, alpha, dropout_p, seed, backend
 ):
     def rule(out: tuple, operands: tuple, grads: tuple, of_dy: Placement) -> tuple[list, list]:
         saved = zip((x, weight, A, B, s), (*operands[:4], out[1]), strict=True)
         placed = [None if tensor is None else placement for tensor, placement in saved]
         outputs = [g if need else _WHOLE for g, need in zip(grads, needs, strict=True)]
         of_seed = None if seed is None else _WHOLE
-        return outputs, [of_dy, None, None, *placed, _WHOLE, None, of_seed, None]
+        return outputs, [of_dy, None, None, None, None, *placed, _WHOLE, None, of_seed, None]
 
     return [rule(*style) for style in _STYLES.values()]
 

@@ -18,9 +18,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.base import Backend, Scale
-from lora_kernels.backends.base import accumulated as accumulated  # for the layers above
-from lora_kernels.dropout import Dropout
+from lora_kernels.backends.base import Products
+from lora_kernels.operands import Adapter, Weight
 
 
 class Needs(NamedTuple):
@@ -37,13 +36,13 @@ class Saved(NamedTuple):
     """What backward reads; each is None where no gradient that is needed reads it."""
 
     x: Tensor | None
-    weight: Tensor | None
+    weight: Weight | None
     A: Tensor | None
     B: Tensor | None
     s: Tensor | None
 
 
-def keep(needs: Needs, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, s: Tensor) -> Saved:
+def keep(needs: Needs, x: Tensor, weight: Weight, A: Tensor, B: Tensor, s: Tensor) -> Saved:
     """What to save for `backward`: only what a needed gradient reads."""
     return Saved(
         x if needs.weight or needs.A else None,
@@ -55,45 +54,42 @@ def keep(needs: Needs, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, s: Tenso
 
 
 def forward(
-    backend: Backend,
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    alpha: Scale,
-    dropout: Dropout | None,
+    products: Products, x: Tensor, weight: Weight, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and s [M, R]."""
-    return backend.expand(x, weight.t(), A, B, alpha, bias, dropout_in=dropout)
+    return products.shrink_expand(x, weight.t(), adapter, bias)
 
 
 def backward(
-    backend: Backend,
+    products: Products,
     dy: Tensor,
     saved: Saved,
     needs: Needs,
-    alpha: Scale,
-    dropout: Dropout | None,
+    adapter: Adapter,
     adapter_dtype: torch.dtype,
     ds: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dW, dA, dB, dbias), each None where it is not needed; `ds` is a gradient that s itself received."""
-    x, weight, A, B, s = cast(tuple[Tensor, ...], saved)  # `keep` kept what is needed
+    """(dx, dW, dA, dB, dbias), each None where it is not needed.
+
+    `adapter` is the forward's, with A and B of `saved`; `ds` is a gradient that s itself received.
+    """
+    x, weight, s = cast(tuple[Tensor, Tensor, Tensor], (saved.x, saved.weight, saved.s))
+    adjoint = adapter.t()
     dx = dW = dA = dB = q = None
     if needs.B and (needs.x or needs.A):
-        q, dB = backend.shrink_wgrad(dy, B.t(), alpha, s, adapter_dtype)
+        q, dB = products.shrink_wgrad(dy, adjoint, s, adapter_dtype)
     elif needs.B:
-        dB = backend.wgrad(s, dy, adapter_dtype)
+        dB = products.wgrad(s, dy, adapter_dtype)
     elif (needs.A and not needs.x) or (needs.x and ds is not None):
-        q = backend.shrink(dy, B.t(), alpha)
+        q = products.shrink(dy, adjoint)
     if ds is not None and q is not None:
-        q = q + alpha * ds
-    if needs.x:
-        dx, q = backend.expand(dy, weight, B.t(), A.t(), alpha, s=q, dropout_out=dropout)
+        q = q + adapter.scale * ds
+    if needs.x and q is None:
+        dx, q = products.shrink_expand(dy, weight, adjoint)
+    elif needs.x:
+        dx = products.expand(dy, weight, cast(Tensor, q), adjoint)
     if needs.A:
-        assert q is not None
-        dA = backend.wgrad(x, q, adapter_dtype, dropout)
+        dA = products.wgrad(x, cast(Tensor, q), adapter_dtype, adapter.dropout_in)
     if needs.weight:
         dW = dy.t() @ x
     dbias = dy.sum(0) if needs.bias else None
@@ -101,25 +97,22 @@ def backward(
 
 
 def jvp(
-    backend: Backend,
+    products: Products,
     x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    alpha: Scale,
-    dropout: Dropout | None,
+    weight: Weight,
+    adapter: Adapter,
     tangents: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor]:
     """The tangents of (y, s) for those of (x, weight, A, B, bias), by the product rule; None is a zero tangent."""
     tx, tweight, tA, tB, tbias = tangents
-    s = backend.shrink(x, A, alpha, dropout)
+    s = products.shrink(x, adapter)
     ts = torch.zeros_like(s)
     if tx is not None:
-        ts = ts + backend.shrink(tx, A, alpha, dropout)
+        ts = ts + products.shrink(tx, adapter)
     if tA is not None:
-        ts = ts + backend.shrink(x, tA, alpha, dropout)
+        ts = ts + products.shrink(x, adapter._replace(A=tA))
     base = torch.zeros_like(x) if tx is None else tx
-    ty, _ = backend.expand(base, weight.t(), A, B, alpha, tbias, s=ts)
+    ty = products.expand(base, weight.t(), ts, adapter, tbias)
     if tweight is not None:
         ty = ty + x @ tweight.t()
     if tB is not None:

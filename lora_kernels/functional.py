@@ -9,19 +9,28 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lora_kernels import dispatch, formulas, ops
-from lora_kernels.autograd import LoRALinear, as_dropout
+from lora_kernels import formulas, ops, plan
+from lora_kernels.autograd import Call, LoRALinear, as_dropout
+from lora_kernels.operands import (
+    HALF,
+    Adapter,
+    QuantizedWeight,
+    Weight,
+    accumulated,
+    adapters_as_used,
+    problem_of,
+)
+from lora_kernels.plan import Plan
 from lora_kernels.problem import Problem
 
-_HALF = (torch.float16, torch.bfloat16)
 # Other types (fake and distributed tensors) intercept operators, so they must see a registered one.
 _EAGER_TYPES = frozenset({Tensor, torch.nn.Parameter})
-DTYPES = (*_HALF, torch.float32, torch.float64)
+DTYPES = (*HALF, torch.float32, torch.float64)
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     A: Tensor,
     B: Tensor,
     alpha: float | Tensor,
@@ -55,9 +64,10 @@ def lora_linear(
     check_operands(x, weight, A, B, alpha, bias, autocast=half is not None)
     check_dropout("dropout_p", dropout_p)
     _check_seed(seed)
-    dispatch.check_name(backend)
+    plan.check_name(backend)
     if half is not None:
-        x, weight = x.to(half), weight.to(half)
+        x = x.to(half)
+        weight = weight.to(half)
         bias = None if bias is None else bias.to(half)
         with torch.autocast(x.device.type, enabled=False):
             return _apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend)
@@ -66,7 +76,7 @@ def lora_linear(
 
 def explain(
     x: Tensor | Problem,
-    weight: Tensor | None = None,
+    weight: Weight | None = None,
     A: Tensor | None = None,
     B: Tensor | None = None,
     alpha: float | Tensor = 1.0,
@@ -74,38 +84,25 @@ def explain(
     *,
     dropout_p: float = 0.0,
     backend: str = "auto",
-) -> dispatch.Explanation:
-    """Which backend `lora_linear` takes for these operands (or this Problem), and one reason for each it does not.
+) -> Plan:
+    """The plan of `lora_linear` for these operands (or this Problem): its backend, and why it takes no other.
 
     Print it, or read `.backend`, `.rejected` (name -> reason) and `.plan`. Raises what the call itself would raise.
     """
     if isinstance(x, Problem):
-        return dispatch.explain(x, backend)
+        return plan.explain(x, backend)
     if weight is None or A is None or B is None:
         raise TypeError("explain needs a Problem, or x, weight, A and B")
     half = _autocast_to(x)
     check_operands(x, weight, A, B, alpha, bias, autocast=half is not None)
     check_dropout("dropout_p", dropout_p)
-    dtype = half or x.dtype
-    keeps_adapters = A.dtype == torch.float32 and dtype in _HALF
-    problem = Problem(
-        M=math.prod(x.shape[:-1]),
-        N=weight.shape[0],
-        K=weight.shape[1],
-        R=A.shape[1],
-        dtype=str(dtype).removeprefix("torch."),
-        adapter_dtype="float32" if keeps_adapters else str(dtype).removeprefix("torch."),
-        device=x.device.type,
-        bias=bias is not None,
-        dropout=dropout_p > 0,
-        w_k_major=weight.stride(1) == 1,
-    )
-    return dispatch.explain(problem, backend)
+    problem = problem_of(x, weight, A, bias, dropout=dropout_p > 0, dtype=half)
+    return plan.explain(problem, backend)
 
 
 def check_operands(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     A: Tensor,
     B: Tensor,
     alpha: float | Tensor,
@@ -121,13 +118,13 @@ def check_operands(
     for name, t in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)):
         if t is None and name == "bias":
             continue
-        if not isinstance(t, Tensor):
+        if not isinstance(t, Tensor) and not (name == "weight" and isinstance(t, QuantizedWeight)):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
         if t.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.device != device:
             raise ValueError(f"{name} must be on x's device, {device}, got {t.device}")
-    if weight.ndim != 2:
+    if len(weight.shape) != 2:
         raise ValueError(f"weight must be [N, K], 2-D, got {_shape(weight)}")
     N, K = weight.shape
     if x.ndim < 1 or x.shape[-1] != K:
@@ -160,7 +157,7 @@ def check_operands(
 
 def alpha_tensor(alpha: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """alpha as the 0-d tensor that traced code reads, as exact as sums of `dtype`."""
-    return torch.scalar_tensor(alpha, dtype=formulas.accumulated(dtype), device=device)
+    return torch.scalar_tensor(alpha, dtype=accumulated(dtype), device=device)
 
 
 def check_dropout(name: str, p: float) -> None:
@@ -203,7 +200,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 def _apply(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     A: Tensor,
     B: Tensor,
     alpha: float | Tensor,
@@ -213,39 +210,41 @@ def _apply(
     backend: str,
 ) -> Tensor:
     """The product on checked operands: adapters cast where they must be, x flattened, op or Function called."""
-    if A.dtype != x.dtype and not (A.dtype == torch.float32 and x.dtype in _HALF):
-        A, B = A.to(x.dtype), B.to(x.dtype)
+    A, B = adapters_as_used(A, B, x.dtype)
     if not isinstance(alpha, (int, float, Tensor, torch.SymFloat, torch.SymInt)):
         alpha = float(alpha)  # numpy's numbers, fractions
     seed = _seed(seed, x.device) if dropout_p else None
+    quantised = isinstance(weight, QuantizedWeight)
     traced = (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or not _EAGER_TYPES.issuperset(map(type, (x, weight, A, B)))
+        or not _EAGER_TYPES.issuperset(map(type, (x, A, B) if quantised else (x, weight, A, B)))
     )
-    chosen = None
+    call = Call(backend, dropout_p)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
     usual = not traced and _has_usual_derivatives(x, weight, A, B, alpha, bias)
     if usual and (x.is_cpu or not needs_grad):
-        chosen = dispatch.resolve(backend, x, weight, A, B, bias, seed is not None)
-        if chosen.whole_layer is not None:
-            return chosen.whole_layer(x, weight, A, B, bias, alpha, as_dropout(dropout_p, seed))
+        chosen = call.planned(x, weight, A, bias)
+        adapter = Adapter(A, B, alpha, as_dropout(dropout_p, seed))
+        if chosen.products.layer is not None and isinstance(weight, Tensor):
+            return chosen.products.layer(x, weight, adapter, bias)
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
     if traced:
         if not isinstance(alpha, Tensor):
             alpha = alpha_tensor(alpha, x.dtype, x.device)
-        y, _ = ops.lora_linear(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
-    elif chosen and not needs_grad:
-        dropout = as_dropout(dropout_p, seed)
-        y, _ = formulas.forward(chosen, rows, weight, A, B, bias, alpha, dropout)
+        w = weight if isinstance(weight, Tensor) else weight.dense()
+        y, _ = ops.lora_linear(rows, w, A, B, bias, alpha, dropout_p, seed, backend)
+    elif call.plan is not None and not needs_grad:
+        weight = chosen.readable(weight)
+        y, _ = formulas.forward(chosen.products, rows, weight, adapter, bias)
     else:
-        y, _ = LoRALinear.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
+        y, _ = LoRALinear.apply(rows, weight, A, B, bias, alpha, seed, call)
     return y if x.ndim == 2 else y.reshape(*lead, weight.shape[0])
 
 
 def _has_usual_derivatives(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, alpha: float | Tensor, bias: Tensor | None
+    x: Tensor, weight: Weight, A: Tensor, B: Tensor, alpha: float | Tensor, bias: Tensor | None
 ) -> bool:
     """Whether only backward may be asked for, of both adapters or none over a frozen base, and no transform looks on."""
     return not (
@@ -253,7 +252,7 @@ def _has_usual_derivatives(
         or (
             torch.is_grad_enabled()
             and (
-                weight.requires_grad
+                (isinstance(weight, Tensor) and weight.requires_grad)
                 or A.requires_grad != B.requires_grad
                 or (bias is not None and bias.requires_grad)
             )
@@ -273,5 +272,5 @@ def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def _shape(t: Tensor) -> list[int]:
+def _shape(t: Weight) -> list[int]:
     return list(t.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+DENSE = "dense"  # the format of a weight that is a plain tensor
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Problem:
 
     `dtype` is that of x, W, bias and y; `adapter_dtype` that of A and B. `device` is a torch device type: "cpu", "cuda".
     `w_k_major` says that consecutive k are adjacent in memory: true in forward (nn.Linear stores [N, K]). `backward`: x is
-    dy, y is dx, and dA and dB are computed beside them.
+    dy, y is dx, and dA and dB are computed beside them. `weight_format`: "dense", or the name of a quantised format.
     """
 
     M: int
@@ -31,6 +32,7 @@ class Problem:
     dropout: bool = False
     w_k_major: bool = True
     backward: bool = False
+    weight_format: str = DENSE
 
     @property
     def itemsize(self) -> int:
@@ -78,6 +80,6 @@ class Problem:
 
     def __str__(self) -> str:
         adapters = "" if self.adapter_dtype == self.dtype else f", {self.adapter_dtype} adapters"
-        return (
-            f"M={self.M} N={self.N} K={self.K} R={self.R} {self.dtype}{adapters} on {self.device}"
-        )
+        weight = "" if self.weight_format == DENSE else f", {self.weight_format} weight"
+        sizes = f"M={self.M} N={self.N} K={self.K} R={self.R}"
+        return f"{sizes} {self.dtype}{adapters}{weight} on {self.device}"

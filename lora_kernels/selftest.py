@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from lora_kernels import env, formulas
-from lora_kernels.backends.base import Backend
-from lora_kernels.backends.composite import BACKEND as COMPOSITE
+from lora_kernels.backends.base import Backend, Products, fastest
+from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
+from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.formulas import Needs
+from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
 
 _EVERY = Needs(True, False, True, True, False)
@@ -55,7 +57,7 @@ class Result:
 
 
 def run(backend: Backend, device: torch.device | str) -> list[Result]:
-    """y, dx, dA and dB of every self-test problem that `backend` does not decline, on `device`.
+    """y, dx, dA and dB of every self-test problem that `backend` does not refuse, on `device`.
 
     Allowed is twice what eager PyTorch is off in the same types, plus two roundings of the largest number.
     """
@@ -114,7 +116,7 @@ def _failure(backend: Backend, device: torch.device) -> str | None:
     failed = [result for result in results if not result.passed]
     if failed:
         return f"its self-test failed {len(failed)} of {len(results)} checks; {failed[0]}"
-    return None if results else "it declines every problem of its self-test"
+    return None if results else "it refuses every problem of its self-test"
 
 
 def _fingerprint(name: str, index: int) -> str:
@@ -170,7 +172,9 @@ def _problems(device: torch.device) -> Iterator[Problem]:
 
 
 def _check(backend: Backend, problem: Problem, device: torch.device) -> Iterator[Result]:
-    if backend.declines(problem) is not None:
+    target = current_target(device) if device.type == "cuda" else None
+    own = [fastest(backend.candidates(each, target)) for each in (problem, problem.adjoint())]
+    if None in own:
         return
     dtype, adapter_dtype = getattr(torch, problem.dtype), getattr(torch, problem.adapter_dtype)
     generator = torch.Generator().manual_seed(problem.M)
@@ -186,8 +190,11 @@ def _check(backend: Backend, problem: Problem, device: torch.device) -> Iterator
     dy = normal(M, N, 1, dtype)
     dropout = Dropout(0.25, torch.tensor(2024, device=device)) if problem.dropout else None
     operands = (x, weight, A, B, bias, dy)
-    actual = _products(backend, operands, dropout)
-    exact = _products(COMPOSITE, tuple(t if t is None else t.double() for t in operands), dropout)
+    forward, backward = (candidate.products for candidate in own if candidate is not None)
+    assert forward is not None and backward is not None
+    actual = _results(forward, backward, operands, dropout)
+    wide = tuple(t if t is None else t.double() for t in operands)
+    exact = _results(COMPOSITE, COMPOSITE, wide, dropout)
     eager = _naive(operands, dropout)
     for name, value in exact.items():
         eps = torch.finfo(eager[name].dtype).eps
@@ -195,16 +202,20 @@ def _check(backend: Backend, problem: Problem, device: torch.device) -> Iterator
         yield Result(problem, name, _distance(actual[name], value), allowed)
 
 
-def _products(
-    backend: Backend, operands: tuple[Tensor | None, ...], dropout: Dropout | None
+def _results(
+    forward: Products,
+    backward: Products,
+    operands: tuple[Tensor | None, ...],
+    dropout: Dropout | None,
 ) -> dict[str, Tensor]:
     x, weight, A, B, bias, dy = operands
     assert (
         x is not None and weight is not None and A is not None and B is not None and dy is not None
     )
-    y, s = formulas.forward(backend, x, weight, A, B, bias, 0.75, dropout)
+    adapter = Adapter(A, B, 0.75, dropout)
+    y, s = formulas.forward(forward, x, weight, adapter, bias)
     saved = formulas.keep(_EVERY, x, weight, A, B, s)
-    dx, _, dA, dB, _ = formulas.backward(backend, dy, saved, _EVERY, 0.75, dropout, A.dtype)
+    dx, _, dA, dB, _ = formulas.backward(backward, dy, saved, _EVERY, adapter, A.dtype)
     assert dx is not None and dA is not None and dB is not None
     return {"y": y, "dx": dx, "dA": dA, "dB": dB}
 

@@ -28,9 +28,9 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(params=["eager", "cpu"])
 def backend(request):
     """The name of each backend that computes on CPU tensors here."""
-    from lora_kernels import dispatch
+    from lora_kernels import plan
 
-    reason = dispatch.get(request.param).unavailable()
+    reason = plan.get(request.param).unavailable()
     if reason is not None:
         pytest.skip(f"{request.param} backend: {reason}")
     return request.param

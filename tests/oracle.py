@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels.backends.base import Backend
+from lora_kernels.backends.base import Products
 from lora_kernels.dropout import Dropout, scaled_mask
+from lora_kernels.operands import Adapter
 
 
 def reference(x, weight, A, B, alpha, bias=None, mask=None) -> Tensor:
@@ -115,6 +116,10 @@ class Operands:
     case: Case
 
     @property
+    def adapter(self) -> Adapter:
+        return Adapter(self.a, self.b, self.case.alpha, self.dropout)
+
+    @property
     def dropout(self) -> Dropout | None:
         if not self.case.dropout:
             return None
@@ -147,8 +152,9 @@ class Operands:
         }
 
 
-def check_backend(backend: Backend, case: Case) -> None:
-    """Every product of `backend` on `case`, forward and backward, is within budget; equal calls give equal bits."""
+def check_products(products: Products, case: Case, adjoint: Products | None = None) -> None:
+    """Every product on `case`, forward and (by `adjoint`) backward, is within budget; equal calls give equal bits."""
+    back = adjoint or products
     o = case.operands()
     eager, exact = o.results(None), o.results(torch.float64)
     skinny = torch.float64 if case.dtype == torch.float64 else torch.float32
@@ -157,32 +163,26 @@ def check_backend(backend: Backend, case: Case) -> None:
         assert actual.is_contiguous(), f"{name} is not contiguous"
         assert_budget(actual, eager[name].to(dtype), exact[name], f"{name} of {case}")
 
-    y, s = backend.expand(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
+    y, s = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
     check("y", y, case.dtype)
     check("s", s, skinny)
-    y2, s2 = backend.expand(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
+    y2, s2 = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
     assert torch.equal(y.nan_to_num(), y2.nan_to_num()) and torch.equal(
         s.nan_to_num(), s2.nan_to_num()
     )
-    check("s", backend.shrink(o.x, o.a, case.alpha, o.dropout), skinny)
+    check("s", products.shrink(o.x, o.adapter), skinny)
+    check("y", products.expand(o.x, o.w, s, o.adapter, o.bias), case.dtype)
 
-    q, dB = backend.shrink_wgrad(o.dy, o.b.t(), case.alpha, s, o.b.dtype)
+    q, dB = back.shrink_wgrad(o.dy, o.adapter.t(), s, o.b.dtype)
     check("q", q, skinny)
     check("dB", dB, o.b.dtype)
-    dx, _ = backend.expand(o.dy, o.w.t(), o.b.t(), o.a.t(), case.alpha, s=q, dropout_out=o.dropout)
+    check("dx", back.expand(o.dy, o.w.t(), q, o.adapter.t()), case.dtype)
+    scale = torch.tensor(case.alpha, dtype=torch.float64)
+    dx, q2 = back.shrink_expand(o.dy, o.w.t(), o.adapter.t()._replace(scale=scale))
     check("dx", dx, case.dtype)
-    unshared, q2 = backend.expand(
-        o.dy,
-        o.w.t(),
-        o.b.t(),
-        o.a.t(),
-        torch.tensor(case.alpha, dtype=torch.float64),
-        dropout_out=o.dropout,
-    )
-    check("dx", unshared, case.dtype)
     check("q", q2, skinny)
-    check("dA", backend.wgrad(o.x, q, o.a.dtype, o.dropout), o.a.dtype)
-    check("dB", backend.wgrad(s, o.dy, o.b.dtype), o.b.dtype)
+    check("dA", back.wgrad(o.x, q, o.a.dtype, o.dropout), o.a.dtype)
+    check("dB", back.wgrad(s, o.dy, o.b.dtype), o.b.dtype)
 
 
 def _strided(layout: str, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:

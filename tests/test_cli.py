@@ -9,12 +9,12 @@ import sys
 
 import pytest
 import torch
+from lora_kernels.tuning.select import everyone, select
 
-from lora_kernels import dispatch, selftest
+from lora_kernels import plan, selftest
 from lora_kernels.__main__ import COMMANDS, main
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost
-from lora_kernels.tuning.select import everyone, select
 from lora_kernels.tuning.targets import TARGETS
 
 
@@ -27,14 +27,14 @@ def told(capsys, *command):
 def test_info_says_what_dispatch_does(capsys):
     code, found = told(capsys, "info")
     assert code == 0 and found["versions"]["torch"] == torch.__version__
-    assert set(found["backends"]["cpu"]) == set(dispatch.BACKENDS)
+    assert set(found["backends"]["cpu"]) == set(plan.BACKENDS)
     for name, reason in found["backends"]["cpu"].items():
         problem = Problem(256, 256, 256, 8, "float32", "float32", "cpu")
         if reason is None:
-            assert dispatch.explain(problem, name).backend == name
+            assert plan.explain(problem, name).backend == name
         else:
             with pytest.raises(RuntimeError) as refused:
-                dispatch.explain(problem, name)
+                plan.explain(problem, name)
             assert reason in str(refused.value) and "asked for" not in reason
 
 
@@ -73,7 +73,7 @@ def test_explain_is_dispatchs_word_for_both_directions(capsys):
     problem = Problem(512, 3072, 768, 16, "float32", "float32", "cpu", bias=True)
     assert code == 0
     for name, each in {"forward": problem, "backward": problem.adjoint()}.items():
-        explanation = dispatch.explain(each)
+        explanation = plan.explain(each)
         assert Problem(**found[name].pop("problem")) == each
         assert found[name].pop("chosen").partition(",")[0] == explanation.backend
         assert found[name] == explanation.rejected
@@ -119,7 +119,7 @@ def test_bad_input_is_refused_in_words(command, message, capsys, monkeypatch):
 
 def test_selftest_passes_here(capsys):
     code, found = told(capsys, "selftest", "--device", "cpu")
-    usable = [name for name in ("eager", "cpu") if dispatch.get(name).unavailable() is None]
+    usable = [name for name in ("eager", "cpu") if plan.get(name).unavailable() is None]
     assert code == 0 and found["passed"]
     ran = [each for each in found["backends"] if each["skipped"] is None]
     assert [each["backend"] for each in ran] == usable
@@ -127,7 +127,7 @@ def test_selftest_passes_here(capsys):
 
 
 def test_selftest_fails_where_a_product_is_wrong(capsys, monkeypatch):
-    eager = dispatch.get("eager")
+    eager = plan.get("eager")
     right = type(eager).wgrad
 
     def wrong(self, left, right_operand, dtype, dropout=None):

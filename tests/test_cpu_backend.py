@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import dispatch
+from lora_kernels import plan
 from lora_kernels.backends.cpu import BACKEND
 from lora_kernels.dropout import Dropout, keep_mask, scaled_mask
 from lora_kernels.functional import explain, lora_linear
@@ -132,7 +132,7 @@ def test_every_subset_of_gradients(needed):
     def plain(x, weight, A, B, bias):
         return reference(x, weight, A, B, 0.5, bias)
 
-    with dispatch.use_backend("cpu"):
+    with plan.use_backend("cpu"):
         actual = gradients(lambda *o: lora_linear(*o[:4], 0.5, o[4]), torch.float32)
     eager, exact = gradients(plain, torch.float32), gradients(plain, torch.float64)
     for ours, theirs, right in zip(actual, eager, exact, strict=True):
@@ -198,7 +198,7 @@ def test_what_it_cannot_do_is_said():
     double = Problem(8, 8, 8, 2, "float64", "float64")
     assert "float64" in explain(double).rejected["cpu"]
     with pytest.raises(RuntimeError, match="float64"):
-        dispatch.explain(double, "cpu")
+        plan.explain(double, "cpu")
     x = torch.randn(2, 8, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="asked for"):
         lora_linear(x, x.new_ones(4, 8), x.new_ones(8, 2), x.new_ones(2, 4), 1.0, backend="cpu")

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from lora_kernels import Problem, dispatch, explain, lora_linear, use_backend
+from lora_kernels import Problem, explain, lora_linear, plan, use_backend
 from lora_kernels.backends.eager import EagerBackend
 from tests.test_functional import operands
 
@@ -39,13 +39,13 @@ class Fake(EagerBackend):
 @pytest.fixture
 def install(monkeypatch):
     """install(fake): `fake` is the backend of its name within the test."""
-    real = dispatch.get
+    real = plan.get
     fakes = {}
     monkeypatch.setattr(dispatch, "get", lambda name: fakes.get(name) or real(name))
     monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
-    dispatch._backend.cache_clear()
+    plan.forget()
     yield lambda fake: fakes.setdefault(fake.name, fake)
-    dispatch._backend.cache_clear()
+    plan.forget()
 
 
 def call(**options):
@@ -187,7 +187,7 @@ class TestGPU:
         from lora_kernels import selftest
 
         monkeypatch.setattr(selftest, "trusted", lambda backend, device: "dA is off by 3.0")
-        dispatch._backend.cache_clear()
+        plan.forget()
         told = explain(self.problem)
         assert told.backend == "eager" and told.rejected["triton"] == "dA is off by 3.0"
         with pytest.raises(RuntimeError, match="dA is off"):
@@ -232,7 +232,7 @@ class TestGPU:
         gpu._says = (None, "too old", None)
         told = explain(self.problem)
         assert told.backend == "eager" and told.rejected["triton"] == "too old"
-        dispatch._backend.cache_clear()
+        plan.forget()
         gpu._says = (None, None, None)
         explain(self.problem)
         assert gpu.usable == ("triton", "eager")
@@ -240,13 +240,13 @@ class TestGPU:
     def test_a_gpu_problem_without_a_gpu(self, monkeypatch):
         """`explain` answers on any machine."""
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        dispatch._backend.cache_clear()
+        plan.forget()
         told = explain(self.problem)
         assert told.backend == "eager" and told.rejected["triton"] in (
             "PyTorch finds no GPU",
             "triton is not installed",
         )
-        dispatch._backend.cache_clear()
+        plan.forget()
 
 
 class TestTritonOrCUDA:
@@ -256,9 +256,10 @@ class TestTritonOrCUDA:
 
     @pytest.fixture(autouse=True)
     def gpu(self, monkeypatch, tmp_path):
+        from lora_kernels.tuning.select import _select
+
         from lora_kernels import selftest
         from lora_kernels.backends import cuda, triton
-        from lora_kernels.tuning.select import _select
         from lora_kernels.tuning.targets import TARGETS
 
         monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))

@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels.backends.composite import BACKEND as COMPOSITE
-from lora_kernels.backends.eager import BACKEND as EAGER
-from tests.oracle import AWKWARD, FLOAT64, Case, check_backend
+from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
+from lora_kernels.backends.eager import PRODUCTS as EAGER
+from tests.oracle import AWKWARD, FLOAT64, Case, check_products
 
 
 @pytest.mark.parametrize("case", AWKWARD + FLOAT64, ids=str)
 def test_eager_products(case):
-    check_backend(EAGER, case)
+    check_products(EAGER, case)
 
 
 @pytest.mark.parametrize("case", AWKWARD + FLOAT64, ids=str)
 def test_composite_products(case):
-    check_backend(COMPOSITE, case)
+    check_products(COMPOSITE, case)
 
 
 class _Largest(TorchDispatchMode):
@@ -43,7 +43,7 @@ def test_no_full_width_float32_copy(dtype):
     case = Case(4096, 512, 1024, 8, dtype=dtype, adapter_dtype=torch.float32, bias=False)
     o = case.operands()
     with _Largest() as made:
-        EAGER.expand(o.x, o.w, o.a, o.b, case.alpha)
+        EAGER.shrink_expand(o.x, o.w, o.adapter)
     y_bytes = case.M * case.N * dtype.itemsize
     wide = [size for size in made.sizes if size > 1 << 20]
     assert wide == [y_bytes], wide

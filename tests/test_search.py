@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_kernels.tuning.select import narrow
 
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost, tables
 from lora_kernels.tuning import select as selection
 from lora_kernels.tuning.config import fits
 from lora_kernels.tuning.search import search, search_narrow
-from lora_kernels.tuning.select import narrow
 from lora_kernels.tuning.targets import TARGETS
 
 PROBLEMS = [

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_kernels import dispatch, selftest
+from lora_kernels import plan, selftest
 from lora_kernels.backends.eager import EagerBackend
 
 
 def test_every_backend_passes_here(backend):
-    results = selftest.run(dispatch.get(backend), "cpu")
+    results = selftest.run(plan.get(backend), "cpu")
     assert {r.tensor for r in results} == {"y", "dx", "dA", "dB"}
     assert len(results) >= 16
     failed = [str(r) for r in results if not r.passed]

@@ -1,85 +1,40 @@
-"""What a backend must compute: three products, out of which forward and backward are made (see `formulas`)."""
+"""What a backend offers: candidates, each with the products of which a LoRA linear is made (see `formulas`)."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dropout import Dropout
-from lora_kernels.problem import Problem
-
-Scale = (
-    float | Tensor
-)  # a number, or a 0-d tensor on the operands' device or the CPU, read when the product is computed
+from lora_kernels.operands import Adapter, Weight
+from lora_kernels.problem import DENSE, Problem
+from lora_kernels.tuning.targets import Target
 
 
-def accumulated(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums of `dtype` run in, and that skinny results and alpha have: float32, or float64 for itself."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def left_is_wide(left: Tensor, right: Tensor, dropout: Dropout | None = None) -> bool:
-    """Which operand of `wgrad` has the base's width: a masked left, the one that is no float32, or the wider."""
-    return dropout is not None or (
-        right.dtype == torch.float32
-        and (left.dtype != torch.float32 or left.shape[1] >= right.shape[1])
-    )
-
-
-class Backend(ABC):
+class Products(ABC):
     """Products on 2-D operands of any strides. Sizes may be zero. Results are new, contiguous tensors, fully written.
 
-    x and w share one dtype; a and b share one dtype: x's, or float32 when x is bfloat16 or float16. Accumulation is at
+    x and w share one dtype; A and B share one dtype: x's, or float32 when x is bfloat16 or float16. Accumulation is at
     least float32; the skinny results s and q are float32 (float64 for float64 operands). Equal input gives equal bits.
     """
 
-    name: str
-    # (x, weight, A, B, bias, alpha, dropout) -> y with derivatives, where the backend has the layer as one operator: for
-    # a frozen weight and bias, A and B both trained or both not, alpha a number.
-    whole_layer: Callable[..., Tensor] | None = None
+    # (x [..., K], weight [N, K], adapter, bias) -> y with derivatives, where the layer is one operator: for a frozen
+    # weight and bias, A and B both trained or both not, a number as scale.
+    layer: Callable[[Tensor, Tensor, Adapter, Tensor | None], Tensor] | None = None
 
     @abstractmethod
-    def unavailable(self) -> str | None:
-        """Why this backend cannot run on this machine at all, or None."""
-
-    @abstractmethod
-    def declines(self, problem: Problem) -> str | None:
-        """Why it cannot compute `problem`, or None."""
-
-    def slower(self, problem: Problem, usable: tuple[str, ...] = ()) -> str | None:
-        """Why another is expected to be faster for `problem`: plain ATen, or one of the `usable` backends. None if none is.
-
-        Heeded only when the backend is not forced.
-        """
-        return None
-
-    def plan(self, problem: Problem) -> str:
-        """How it would compute `problem`, in a few words for `explain`; "" where there is one way only."""
-        return ""
-
-    @abstractmethod
-    def shrink(self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None) -> Tensor:
-        """s = alpha·(mask∘x)·a: x [M, K], a [K, R] -> s [M, R] float32; `dropout` masks and rescales x [M, K]."""
+    def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
+        """s = scale·(mask_in∘x)·A: x [M, K] -> s [M, R] float32."""
 
     @abstractmethod
     def expand(
-        self,
-        x: Tensor,  # [M, K]
-        w: Tensor,  # [K, N]
-        a: Tensor,  # [K, R]
-        b: Tensor,  # [R, N]
-        alpha: Scale,
-        bias: Tensor | None = None,  # [N]
-        *,
-        s: Tensor
-        | None = None,  # [M, R] float32: given, it is used instead of being computed from x and a
-        dropout_in: Dropout | None = None,  # masks x in s
-        dropout_out: Dropout | None = None,  # masks s·b, an [M, N] product
-    ) -> tuple[Tensor, Tensor]:
-        """y = x·w + bias + mask_out∘(s·b), s = alpha·(mask_in∘x)·a -> (y [M, N] in x's dtype, s [M, R] float32)."""
+        self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
+    ) -> Tensor:
+        """y = x·w + bias + mask_out∘(s·B): x [M, K], w [K, N], s [M, R] float32, bias [N] -> y [M, N] in x's dtype."""
 
     @abstractmethod
     def wgrad(
@@ -90,11 +45,80 @@ class Backend(ABC):
         The other operand has the base's dtype. `dropout` masks left. Sums run in an order that sizes alone decide.
         """
 
-    def shrink_wgrad(
-        self, dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: torch.dtype
+    def shrink_expand(
+        self, x: Tensor, w: Weight, adapter: Adapter, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """q = alpha·dy·b_t and dB = sᵀ·dy: dy [M, N], b_t [N, R], s [M, R] -> (q [M, R] float32, dB [R, N] in `dtype`).
+        """(y, s) of `shrink` and `expand`, in one launch where the products have one."""
+        s = self.shrink(x, adapter)
+        return self.expand(x, w, s, adapter, bias), s
 
-        A backend that can computes both from one reading of dy.
+    def shrink_wgrad(
+        self, dy: Tensor, adapter: Adapter, s: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """(q, dB) = (scale·dy·A, sᵀ·dy), from one reading of dy where the products have that.
+
+        dy [M, N], s [M, R]; `adapter` is the transposed one, A [N, R] -> q [M, R] float32, dB [R, N] in `dtype`.
         """
-        return self.shrink(dy, b_t, alpha), self.wgrad(s, dy, dtype)
+        return self.shrink(dy, adapter), self.wgrad(s, dy, dtype)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a problem, or the reason why it is not one.
+
+    `name`: the algorithm. `refusal`: why it cannot compute the problem. `slower`: why another is expected to be faster,
+    heeded where nobody asked for this backend. `measured_us`, `predicted_us`: the time of the product, where it is known.
+    `how`: in a few words for `explain`.
+    """
+
+    name: str
+    products: Products | None = None
+    refusal: str | None = None
+    slower: str | None = None
+    measured_us: float | None = None
+    predicted_us: float | None = None
+    how: str = ""
+
+
+class Backend(ABC):
+    """A family of kernels: where it runs, which weights it reads, and its candidates for a problem."""
+
+    name: str
+    devices: tuple[str, ...] = ()  # device types; empty for all
+    formats: tuple[str, ...] = (DENSE,)  # of weights that its products read; see QuantizedWeight
+    needs_target: bool = (
+        False  # whether its kernels are made for the GPU architectures of tuning/targets.py
+    )
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run on this machine at all, or None."""
+
+    @abstractmethod
+    def candidates(self, problem: Problem, target: Target | None) -> list[Candidate]:
+        """Every algorithm of this backend for `problem`, at least one; `target` is the GPU's, None on other devices."""
+
+
+def fastest(candidates: Iterable[Candidate]) -> Candidate | None:
+    """The one to take: the least measured time, else the least predicted one; None where all refuse.
+
+    Where some times are measured, algorithms without a measured time do not count: `tune` leaves out what was wrong.
+    A candidate that has no time at all goes before all others, unless it says that it is slower.
+    """
+    able = [c for c in candidates if c.refusal is None]
+    measured = any(c.measured_us is not None for c in able)
+
+    def cost(candidate: Candidate) -> tuple[bool, float]:
+        us = candidate.measured_us if measured else candidate.predicted_us
+        unknown = candidate.measured_us is candidate.predicted_us is None
+        return candidate.slower is not None, 0.0 if unknown else float("inf") if us is None else us
+
+    return min(able, key=cost, default=None)
+
+
+def left_is_wide(left: Tensor, right: Tensor, dropout: Dropout | None = None) -> bool:
+    """Which operand of `wgrad` has the base's width: a masked left, the one that is no float32, or the wider."""
+    return dropout is not None or (
+        right.dtype == torch.float32
+        and (left.dtype != torch.float32 or left.shape[1] >= right.shape[1])
+    )

@@ -10,86 +10,78 @@ import torch
 from torch import Tensor
 
 from lora_kernels import env, formulas
-from lora_kernels.backends.base import Backend, Scale
-from lora_kernels.backends.composite import BACKEND as COMPOSITE
+from lora_kernels.backends.base import Backend, Candidate, Products
+from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.dropout import Dropout, threshold
+from lora_kernels.operands import Adapter, Weight
 from lora_kernels.problem import Problem
+from lora_kernels.tuning.targets import Target
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 
 
-class CpuBackend(Backend):
+class CpuProducts(Products):
     """Products by the extension's own kernels: float32, bfloat16 and float16, float32 adapters on a half base."""
 
-    name = "cpu"
-
-    def unavailable(self) -> str | None:
-        return _load()
-
-    def declines(self, problem: Problem) -> str | None:
-        if problem.dtype == "float64":
-            return "its kernels have no float64"
-        return None
-
-    def slower(self, problem: Problem, usable: tuple[str, ...] = ()) -> str | None:
-        # Measured on AMD Zen 4, 2026-11: nowhere slower than the eager backend by more than 5 % (480 cases, M 1 to 2048, R 8
-        # to 64, float32 and bfloat16); 2 to 32 times as fast in float16, and in bfloat16 with ATen held to AVX2. Processors
-        # with AMX multiply halves several times faster than that.
-        if problem.dtype in ("bfloat16", "float16") and _has_amx():
-            return f"ATen multiplies {problem.dtype} by AMX on this processor, these kernels do not"
-        return None
-
-    def plan(self, problem: Problem) -> str:
-        isa = torch.ops.lora_kernels_cpu.isa()
-        halves = problem.dtype == "bfloat16" and isa == "avx512_bf16"
-        arithmetic = f"{isa} kernels" + ("" if problem.itemsize == 4 or halves else " in float32")
-        if problem.w_k_major and problem.M <= 16:
-            return f"{arithmetic}, dot products with the rows of W"
-        if not problem.w_k_major and problem.M <= 4:
-            return f"{arithmetic}, sums of the rows of W"
-        return f"{arithmetic}, packed panels of W"
-
-    def shrink(self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None) -> Tensor:
-        return torch.ops.lora_kernels_cpu.shrink(x, a, float(alpha), *_mask(dropout))
+    def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
+        mask = _mask(adapter.dropout_in)
+        return torch.ops.lora_kernels_cpu.shrink(x, adapter.A, float(adapter.scale), *mask)
 
     def expand(
-        self,
-        x: Tensor,
-        w: Tensor,
-        a: Tensor,
-        b: Tensor,
-        alpha: Scale,
-        bias: Tensor | None = None,
-        *,
-        s: Tensor | None = None,
-        dropout_in: Dropout | None = None,
-        dropout_out: Dropout | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        if s is None:
-            s = self.shrink(x, a, alpha, dropout_in)
-        return torch.ops.lora_kernels_cpu.expand(x, w, s, b, bias, *_mask(dropout_out)), s
+        self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
+    ) -> Tensor:
+        mask = _mask(adapter.dropout_out)
+        return torch.ops.lora_kernels_cpu.expand(x, w, s, adapter.B, bias, *mask)
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
         return torch.ops.lora_kernels_cpu.wgrad(left, right, dtype, *_mask(dropout))
 
-    def whole_layer(
-        self,
-        x: Tensor,  # [..., K]
-        weight: Tensor,  # [N, K]
-        A: Tensor,
-        B: Tensor,
-        bias: Tensor | None,
-        alpha: float,
-        dropout: Dropout | None,
+    def layer(  # type: ignore[override]
+        self, x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None
     ) -> Tensor:
         """y [..., N]: forward and backward are one call each, which is what a small layer's time depends on."""
+        A, B, scale, dropout, _ = adapter
         limit, seed, _ = _mask(dropout)
         p = 0.0 if dropout is None else dropout.p
         return torch.ops.lora_kernels_cpu.lora_linear.default(
-            x, weight, A, B, bias, alpha, p, limit, seed
+            x, weight, A, B, bias, scale, p, limit, seed
         )
+
+
+class CpuBackend(Backend):
+    """The extension's kernels, on processors with AVX2 and FMA."""
+
+    name = "cpu"
+    devices = ("cpu",)
+
+    def unavailable(self) -> str | None:
+        return _load()
+
+    def candidates(self, problem: Problem, target: Target | None) -> list[Candidate]:
+        if problem.dtype == "float64":
+            return [Candidate("cpu", refusal="its kernels have no float64")]
+        # Measured on AMD Zen 4, 2026-11: nowhere slower than the eager backend by more than 5 % (480 cases, M 1 to 2048, R 8
+        # to 64, float32 and bfloat16); 2 to 32 times as fast in float16, and in bfloat16 with ATen held to AVX2. Processors
+        # with AMX multiply halves several times faster than that.
+        slower = None
+        if problem.dtype in ("bfloat16", "float16") and _has_amx():
+            slower = (
+                f"ATen multiplies {problem.dtype} by AMX on this processor, these kernels do not"
+            )
+        return [Candidate("cpu", PRODUCTS, slower=slower, how=_how(problem))]
+
+
+def _how(problem: Problem) -> str:
+    isa = torch.ops.lora_kernels_cpu.isa()
+    halves = problem.dtype == "bfloat16" and isa == "avx512_bf16"
+    arithmetic = f"{isa} kernels" + ("" if problem.itemsize == 4 or halves else " in float32")
+    if problem.w_k_major and problem.M <= 16:
+        return f"{arithmetic}, dot products with the rows of W"
+    if not problem.w_k_major and problem.M <= 4:
+        return f"{arithmetic}, sums of the rows of W"
+    return f"{arithmetic}, packed panels of W"
 
 
 def _differentiable_backward(
@@ -103,16 +95,17 @@ def _differentiable_backward(
     seed: int,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB) of `whole_layer` that can be differentiated themselves; empty where x or weight was not kept."""
+    """(dx, dA, dB) of `CpuProducts.layer` that can be differentiated themselves; empty where x or weight was not kept."""
     dropout = Dropout(p, torch.tensor(seed)) if p else None
     (K, _), N = A.shape, B.shape[1]
     M = math.prod(dy.shape[:-1])
     rows = None if x is None else x.reshape(M, K)
-    s = None if rows is None else COMPOSITE.shrink(rows, A, alpha, dropout)
+    adapter = Adapter(A, B, alpha, dropout)
+    s = None if rows is None else COMPOSITE.shrink(rows, adapter)
     needs = formulas.Needs(needs_x, False, x is not None, x is not None, False)
     saved = formulas.Saved(rows, weight, A, B, s)
     dx, _, dA, dB, _ = formulas.backward(
-        COMPOSITE, dy.reshape(M, N), saved, needs, alpha, dropout, A.dtype
+        COMPOSITE, dy.reshape(M, N), saved, needs, adapter, A.dtype
     )
     dx = None if dx is None else dx.reshape(*dy.shape[:-1], K)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB))  # type: ignore[return-value]
@@ -155,4 +148,5 @@ def _mask(dropout: Dropout | None) -> tuple[int, int, float]:
     return threshold(dropout.p), int(dropout.seed), 1.0 / (1.0 - dropout.p)
 
 
+PRODUCTS = CpuProducts()
 BACKEND = CpuBackend()

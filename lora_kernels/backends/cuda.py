@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.base import Backend, Scale, left_is_wide
-from lora_kernels.backends.device import current_target
+from lora_kernels.backends.base import Backend, Candidate, Products, left_is_wide
 from lora_kernels.dropout import Dropout
+from lora_kernels.operands import HALF, Adapter, Scale, Weight
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import (
     CUDA_DECODE_COLUMNS,
@@ -19,91 +19,61 @@ from lora_kernels.tuning.config import (
     cuda_decode_blocks,
     cuda_decode_fuses,
 )
-from lora_kernels.tuning.cost import predict_us
-from lora_kernels.tuning.select import TRITON, select
+from lora_kernels.tuning.tables import times_of
+from lora_kernels.tuning.targets import Target
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_cuda.so"
 WARPS = 4
-_HALF = (torch.float16, torch.bfloat16)
 _arrived: dict[
     tuple[int, int], Tensor
 ] = {}  # by (device, stream): counters that every launch leaves at zero
 
 
-class CudaBackend(Backend):
+class CudaProducts(Products):
     """Streams W once with 16-byte loads; float32 products are exact, half ones use tensor cores. Forward and backward."""
 
-    name = "cuda"
-
-    def unavailable(self) -> str | None:
-        if torch.version.cuda is None:
-            return "this PyTorch was built without CUDA"
-        if not LIBRARY.exists():
-            return "its extension is not built (install where nvcc is, or see LORA_KERNELS_BUILD)"
-        return _load()
-
-    def declines(self, problem: Problem) -> str | None:
-        if problem.M > CUDA_DECODE_ROWS:
-            return f"it takes at most {CUDA_DECODE_ROWS} rows, got {problem.M}"
-        if problem.dtype == "float64":
-            return "float64 is computed by ATen"
-        if problem.dropout:
-            return "it has no dropout"
-        if problem.adapter_dtype not in (problem.dtype, "float32"):
-            return f"{problem.adapter_dtype} adapters need a base of their own type"
-        try:
-            current_target()
-        except ValueError as error:
-            return str(error)
-        return None
-
-    def slower(self, problem: Problem, usable: tuple[str, ...] = ()) -> str | None:
-        others = (*TRITON, "aten") if "triton" in usable else ("aten",)
-        choice = select(problem, current_target(), among=("cuda_decode", *others))
-        return None if choice.algorithm == "cuda_decode" else choice.over("cuda_decode")
-
-    def plan(self, problem: Problem) -> str:
-        target = current_target()
-        choice = select(problem, target, among=("cuda_decode", *TRITON, "aten"))
-        return (
-            f"one pass over W, {choice.told()}; "
-            f"predicted for the frozen layer on {target.chip}: {predict_us('frozen', problem, target):.1f} us"
-        )
-
-    def shrink(self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None) -> Tensor:
+    def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
+        a = adapter.A
         s = x.new_empty((x.shape[0], a.shape[1]), dtype=torch.float32)
         if s.numel():
-            _decode(x, a, a, a, alpha, None, s, s, fused_rank=0, skinny=True)
+            _decode(x, a, a, a, adapter.scale, None, s, s, fused_rank=0, skinny=True)
         return s
 
     def expand(
+        self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
+    ) -> Tensor:
+        return self._product(x, w, s.contiguous(), adapter, bias, fused_rank=0)
+
+    def shrink_expand(
+        self, x: Tensor, w: Weight, adapter: Adapter, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        assert isinstance(w, Tensor)
+        R = adapter.A.shape[1]
+        one_half_type = adapter.A.dtype == x.dtype in HALF
+        if not (R and x.shape[0] and w.shape[1]) or not cuda_decode_fuses(
+            R, one_half_type, _k_major(w)
+        ):
+            return super().shrink_expand(x, w, adapter, bias)
+        s = x.new_empty((x.shape[0], R), dtype=torch.float32)
+        return self._product(x, w, s, adapter, bias, fused_rank=R), s
+
+    def _product(
         self,
         x: Tensor,
-        w: Tensor,
-        a: Tensor,
-        b: Tensor,
-        alpha: Scale,
-        bias: Tensor | None = None,
-        *,
-        s: Tensor | None = None,
-        dropout_in: Dropout | None = None,
-        dropout_out: Dropout | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        (M, _K), N, R = x.shape, w.shape[1], b.shape[0]
-        y = x.new_empty((M, N))
-        fuses = (
-            s is None
-            and R > 0
-            and cuda_decode_fuses(R, a.dtype == x.dtype in _HALF, _k_major(w))
-            and y.numel() > 0
-        )
-        if s is None and not fuses:
-            s = self.shrink(x, a, alpha)
-        results = x.new_empty((M, R), dtype=torch.float32) if s is None else s.contiguous()
+        w: Weight,
+        s: Tensor,
+        adapter: Adapter,
+        bias: Tensor | None,
+        fused_rank: int,
+    ) -> Tensor:
+        """y [M, N]; with `fused_rank` s is computed in the same launch, else read."""
+        assert isinstance(w, Tensor)
+        y = x.new_empty((x.shape[0], w.shape[1]))
         if y.numel():
             bias = None if bias is None else bias.contiguous()
-            _decode(x, w, a, b, alpha, bias, y, results, fused_rank=R if fuses else 0, skinny=False)
-        return y, results if s is None else s
+            A, B, scale = adapter.A, adapter.B, adapter.scale
+            _decode(x, w, A, B, scale, bias, y, s, fused_rank=fused_rank, skinny=False)
+        return y
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
@@ -117,6 +87,43 @@ class CudaBackend(Backend):
                 left = left.contiguous()
             torch.ops.lora_kernels_cuda.wgrad(left, right, out, wide_first)
         return out
+
+
+class CudaBackend(Backend):
+    """The extension's kernels, for few rows."""
+
+    name = "cuda"
+    devices = ("cuda",)
+    needs_target = True
+
+    def unavailable(self) -> str | None:
+        if torch.version.cuda is None:
+            return "this PyTorch was built without CUDA"
+        if not LIBRARY.exists():
+            return "its extension is not built (install where nvcc is, or see LORA_KERNELS_BUILD)"
+        return _load()
+
+    def candidates(self, problem: Problem, target: Target | None) -> list[Candidate]:
+        assert target is not None
+        refusal = _refusal(problem, target)
+        if refusal is not None:
+            return [Candidate("cuda_decode", refusal=refusal)]
+        times = times_of("cuda_decode", problem, target)
+        return [Candidate("cuda_decode", PRODUCTS, None, None, *times, "one pass over W")]
+
+
+def _refusal(problem: Problem, target: Target) -> str | None:
+    if not target.name.startswith("sm_"):
+        return f"it is for NVIDIA GPUs, not for {target.name}"
+    if problem.M > CUDA_DECODE_ROWS:
+        return f"it takes at most {CUDA_DECODE_ROWS} rows, got {problem.M}"
+    if problem.dtype == "float64":
+        return "float64 is computed by ATen"
+    if problem.dropout:
+        return "it has no dropout"
+    if problem.adapter_dtype not in (problem.dtype, "float32"):
+        return f"{problem.adapter_dtype} adapters need a base of their own type"
+    return None
 
 
 def _decode(
@@ -208,4 +215,5 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+PRODUCTS = CudaProducts()
 BACKEND = CudaBackend()

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.base import Backend, Scale, accumulated
+from lora_kernels.backends.base import Backend, Candidate, Products
 from lora_kernels.dropout import Dropout, scaled_mask
+from lora_kernels.operands import Adapter, Weight, accumulated
 from lora_kernels.problem import Problem
+from lora_kernels.tuning.tables import times_of
+from lora_kernels.tuning.targets import Target
 
 _BLOCK_BYTES = {
     "cpu": 1 << 20,
@@ -22,53 +25,36 @@ _BLOCK_BYTES = {
 }  # a block stays in L2 on a CPU; on a GPU launches count, not caches
 
 
-class EagerBackend(Backend):
+class EagerProducts(Products):
     """Products by `torch.mm` and `addmm_`; float16 and bfloat16 accumulate in float32, as their operands allow."""
 
-    name = "eager"
-
-    def unavailable(self) -> str | None:
-        return None
-
-    def declines(self, problem: Problem) -> str | None:
-        return None
-
-    def shrink(self, x: Tensor, a: Tensor, alpha: Scale, dropout: Dropout | None = None) -> Tensor:
+    def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
+        a, scale, dropout = adapter.A, adapter.scale, adapter.dropout_in
         wide = accumulated(x.dtype)
         if x.is_cuda and dropout is None and x.dtype == a.dtype != wide:
-            return torch.mm(x, a, out_dtype=wide).mul_(alpha)
+            return torch.mm(x, a, out_dtype=wide).mul_(scale)
         s = x.new_empty((x.shape[0], a.shape[1]), dtype=wide)
         a = a.to(wide)
         for rows in _row_blocks(x, convert=dropout is not None or x.dtype != wide):
             torch.mm(_masked(x[rows].to(wide), dropout, rows), a, out=s[rows])
-        return s.mul_(alpha)
+        return s.mul_(scale)
 
     def expand(
-        self,
-        x: Tensor,
-        w: Tensor,
-        a: Tensor,
-        b: Tensor,
-        alpha: Scale,
-        bias: Tensor | None = None,
-        *,
-        s: Tensor | None = None,
-        dropout_in: Dropout | None = None,
-        dropout_out: Dropout | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        if s is None:
-            s = self.shrink(x, a, alpha, dropout_in)
+        self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
+    ) -> Tensor:
+        assert isinstance(w, Tensor)  # the plan gives these products dense weights
+        b, dropout = adapter.B, adapter.dropout_out
         # On a GPU a half product of s and b is many times faster than a float32 one, at eager's own precision.
         tail_dtype = x.dtype if x.is_cuda and b.dtype == x.dtype else accumulated(x.dtype)
         y = x.new_empty((x.shape[0], w.shape[1]))
         b = b.to(tail_dtype)
-        if dropout_out is None and x.dtype == tail_dtype:
+        if dropout is None and x.dtype == tail_dtype:
             _product(s.to(tail_dtype), b, bias, out=y)
         else:
             for rows in _row_blocks(y, convert=True):
-                tail = _masked(torch.mm(s[rows].to(tail_dtype), b), dropout_out, rows)
+                tail = _masked(torch.mm(s[rows].to(tail_dtype), b), dropout, rows)
                 y[rows] = tail if bias is None else tail.add_(bias)
-        return y.addmm_(x, w), s
+        return y.addmm_(x, w)
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
@@ -81,6 +67,19 @@ class EagerBackend(Backend):
         for rows in _row_blocks(left if left.shape[1] >= right.shape[1] else right, convert):
             total.addmm_(_masked(left[rows].to(wide), dropout, rows).t(), right[rows].to(wide))
         return total.to(dtype)
+
+
+class EagerBackend(Backend):
+    """Plain ATen on every device, for every problem."""
+
+    name = "eager"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def candidates(self, problem: Problem, target: Target | None) -> list[Candidate]:
+        times = (None, None) if target is None else times_of("eager", problem, target)
+        return [Candidate("eager", PRODUCTS, None, None, *times)]
 
 
 def _product(s: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -111,4 +110,5 @@ def _row_blocks(t: Tensor, convert: bool) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, max(size, 1)))
 
 
+PRODUCTS = EagerProducts()
 BACKEND = EagerBackend()

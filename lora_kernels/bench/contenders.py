@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels import dispatch, formulas
-from lora_kernels.backends.base import Backend
-from lora_kernels.formulas import Needs, Saved
+from lora_kernels import plan
+from lora_kernels.autograd import Call, LoRALinear
 from lora_kernels.functional import lora_linear
+from lora_kernels.operands import problem_of
 from lora_kernels.problem import Problem
 
 Function = Callable[[Tensor], Tensor]
-OURS = tuple(f"ours[{name}]" for name in dispatch.BACKENDS)
+OURS = tuple(f"ours[{name}]" for name in plan.BACKENDS)
 RIVALS = ("frozen", "reference", "compiled", "addmm", "expand_first", "peft", "two_kernel")
 NAMES = RIVALS + OURS
 
@@ -96,18 +96,20 @@ def build(name: str, layer: Layer) -> Built:
 
 def left_out(name: str, problem: Problem) -> str | None:
     """Why a contender cannot be measured on this problem here, or None."""
-    if name in OURS:
-        try:
-            dispatch.explain(problem, name.removeprefix("ours[").removesuffix("]"))
-        except RuntimeError as error:
-            return str(error).rpartition(": ")[2]
     if name == "peft" and importlib.util.find_spec("peft") is None:
         return "peft is not installed"
     if name == "compiled" and problem.device == "cpu" and shutil.which("c++") is None:
         return "torch.compile needs a C++ compiler"
     if name in ("two_kernel", "expand_first") and problem.device != "cuda":
         return "measured on cuda only" + ("; on a CPU it is ours[eager]" * (name != "two_kernel"))
-    return _get_two_kernel(problem) if name == "two_kernel" else None
+    try:
+        if name in OURS:
+            plan.explain(problem, name.removeprefix("ours[").removesuffix("]"))
+        elif name == "two_kernel":
+            plan.explain(problem, "triton", name)
+    except RuntimeError as error:
+        return str(error).rpartition(": ")[2]
+    return None
 
 
 def reference(x: Tensor, layer: Layer) -> Tensor:
@@ -187,51 +189,15 @@ def _peft(layer: Layer) -> Built:
 
 
 def _two_kernel(layer: Layer) -> Built:
-    from lora_kernels.backends.triton import TritonBackend
-
-    backend = TritonBackend("two_kernel")
-
     def function(x: Tensor) -> Tensor:
-        y: Tensor = _OnBackend.apply(  # type: ignore
-            x, layer.weight, layer.A, layer.B, layer.bias, layer.alpha, backend
+        problem = problem_of(x, layer.weight, layer.A, layer.bias, dropout=False)
+        call = Call("triton", 0.0, plan.explain(problem, "triton", "two_kernel"))
+        y, _ = LoRALinear.apply(
+            x, layer.weight, layer.A, layer.B, layer.bias, layer.alpha, None, call
         )
         return y
 
     return Built(function, (layer.A, layer.B))
-
-
-class _OnBackend(torch.autograd.Function):
-    """`formulas` on a backend object that dispatch does not know."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        A: Tensor,
-        B: Tensor,
-        bias: Tensor | None,
-        alpha: float,
-        backend: Backend,
-    ) -> Tensor:
-        ctx.needs = Needs(*ctx.needs_input_grad[:5])
-        ctx.alpha, ctx.backend, ctx.adapter_dtype = alpha, backend, A.dtype
-        y, s = formulas.forward(backend, x, weight, A, B, bias, alpha, None)
-        ctx.save_for_backward(*formulas.keep(ctx.needs, x, weight, A, B, s))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        saved = Saved(*ctx.saved_tensors)
-        grads = formulas.backward(
-            ctx.backend, dy, saved, ctx.needs, ctx.alpha, None, ctx.adapter_dtype
-        )
-        return (*grads, None, None)
-
-
-def _get_two_kernel(problem: Problem) -> str | None:
-    backend = dispatch.get("triton")
-    return backend.unavailable() or backend.declines(problem)
 
 
 _BUILDERS: dict[str, Callable[[Layer], Built]] = {

@@ -15,6 +15,8 @@ dy·Bᵀ) and two more skinny products, dA and dB. Nothing is fitted to the rows
 
 from __future__ import annotations
 
+from lora_kernels import plan
+from lora_kernels.backends.base import fastest
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost
 from lora_kernels.tuning.targets import target_of
@@ -23,10 +25,10 @@ CACHE_BYTES = 1 << 21
 PASSES = {"frozen": 0.0, "reference": 6.0, "addmm": 2.0, "ours[eager]": 1.0, "ours[cpu]": 0.0}
 _ON_GPU = {
     "frozen": "frozen",
-    "reference": "naive",
+    "reference": "reference",
     "addmm": "addmm",
-    "expand_first": "aten",
-    "ours[eager]": "aten",
+    "expand_first": "eager",
+    "ours[eager]": "eager",
     "two_kernel": "two_kernel",
 }
 
@@ -75,10 +77,9 @@ def predict_gpu_us(contender: str, problem: Problem, mode: str, architecture: st
         return None
     algorithm = _ON_GPU.get(contender)
     if contender == "ours[triton]":
-        from lora_kernels.tuning.select import select
-
-        chosen = select(problem, target).algorithm
-        algorithm = "two_kernel" if chosen == "aten" else chosen
+        own = plan.get("triton").candidates(problem, target)
+        best = fastest(own)
+        algorithm = None if best is None else best.name
     if algorithm is None:
         return None
     forward = cost.predict_us(algorithm, problem, target)

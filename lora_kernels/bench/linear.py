@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels import dispatch
+from lora_kernels import plan
 from lora_kernels.bench import contenders, cost_model
 from lora_kernels.bench.check import Oracle, Wrong
 from lora_kernels.bench.clock import Call, clock_for, interleaved
@@ -89,7 +89,7 @@ def measure(
             notes[name] = reason
     taken = interleaved(calls, clock, seconds=effort.seconds, rounds=effort.rounds)
     best = roofline_us(problem, case.mode, ceilings)
-    chosen = f"ours[{dispatch.explain(problem).backend}]"
+    chosen = f"ours[{plan.explain(problem).backend}]"
     return [
         row(
             case,

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 import lora_kernels
-from lora_kernels import dispatch
+from lora_kernels import plan
 from lora_kernels.bench.clock import clock_for
+from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
 
 _PACKAGES = ("triton", "peft", "transformers")
@@ -107,14 +108,13 @@ def _product_gflops(device: str, dtype: str, seconds: float) -> dict[str, float]
         return problem.flops / (1e3 * _best_us(call, device, seconds))
 
     rates = {"aten": rate(lambda: torch.mm(x, w.t()))}
-    for name in dispatch.BACKENDS:
+    for name in plan.BACKENDS:
         try:
-            dispatch.explain(problem, name)
+            product = plan.explain(problem, name).products.shrink_expand
         except RuntimeError:
             continue
         if name != "eager":
-            matmul = dispatch.get(name).expand
-            own = rate(lambda matmul=matmul: matmul(x, w.t(), a, b, 1.0))  # type: ignore
+            own = rate(lambda product=product: product(x, w.t(), Adapter(a, b, 1.0)))  # type: ignore
             rates["ours"] = max(rates.get("ours", 0.0), own)
     return rates
 

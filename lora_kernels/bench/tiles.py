@@ -9,16 +9,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_kernels import dispatch
-from lora_kernels.backends.base import Backend
-from lora_kernels.backends.composite import BACKEND as COMPOSITE
+from lora_kernels import plan
+from lora_kernels.backends.base import Products, fastest
+from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
+from lora_kernels.backends.device import current_target
+from lora_kernels.backends.eager import PRODUCTS as EAGER
+from lora_kernels.backends.triton.configs import ALGORITHMS
+from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.bench import contenders
 from lora_kernels.bench.clock import Call, Clock, clock_for, interleaved
 from lora_kernels.bench.linear import Effort
 from lora_kernels.bench.statistics import summary
+from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.select import Choice, narrow
-from lora_kernels.tuning.targets import Target
+from lora_kernels.tuning.search import Choice
+from lora_kernels.tuning.tables import narrow
 
 ALPHA = 0.5
 Results = tuple[Tensor, ...]
@@ -77,13 +82,20 @@ class Product(Measured):
         w = layer.weight.t() if problem.w_k_major else layer.weight.t().contiguous()
         self.operands = tuple(t.detach() for t in (x, w, layer.A, layer.B))
         exact = _y(COMPOSITE, *(t.double() for t in self.operands))
-        self._expected = exact, _y(dispatch.get("eager"), *self.operands)
+        self._expected = exact, _y(EAGER, *self.operands)
 
     def call(self, choice: Choice) -> Callable[[], Results]:
-        others = {"aten": "eager", "cuda_decode": "cuda"}
-        name = others.get(choice.algorithm)
-        backend = _fixed(choice) if name is None else dispatch.get(name)
-        return lambda: _y(backend, *self.operands)
+        products = self._products(choice)
+        return lambda: _y(products, *self.operands)
+
+    def _products(self, choice: Choice) -> Products:
+        """The products that `choice` asks for: Triton's with its tiles, or those of a backend without tiles."""
+        if choice.algorithm in ALGORITHMS:
+            return TritonProducts(choice.algorithm, self.problem, current_target(), choice.tiles)
+        backend = {"eager": "eager", "cuda_decode": "cuda"}[choice.algorithm]
+        found = fastest(plan.get(backend).candidates(self.problem, current_target()))
+        assert found is not None and found.products is not None
+        return found.products
 
     def expected(self, algorithm: str) -> tuple[Results, Results]:
         return self._expected
@@ -100,7 +112,7 @@ class Narrow(Measured):
 
     def call(self, choice: Choice) -> Callable[[], Results]:
         x, a, s = self.operands
-        (config,) = choice.configs
+        (config,) = choice.tiles.configs
         if choice.algorithm == "shrink":
             from lora_kernels.backends.triton.shrink import shrink
 
@@ -119,32 +131,22 @@ class Narrow(Measured):
         wide = tuple(t.double() for t in self.operands)
         return (
             _skinny(COMPOSITE, algorithm, *wide),
-            _skinny(dispatch.get("eager"), algorithm, *self.operands),
+            _skinny(EAGER, algorithm, *self.operands),
         )
 
 
-def _y(backend: Backend, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Results:
-    return (backend.expand(x, w, a, b, ALPHA)[0],)
+def _y(products: Products, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Results:
+    return (products.shrink_expand(x, w, Adapter(a, b, ALPHA))[0],)
 
 
-def _skinny(backend: Backend, kernel: str, x: Tensor, a: Tensor, s: Tensor) -> Results:
-    if kernel == "shrink":
-        return (backend.shrink(x, a, ALPHA),)
+def _skinny(products: Products, kernel: str, x: Tensor, a: Tensor, s: Tensor) -> Results:
     if kernel == "wgrad":
-        return (backend.wgrad(x, s, a.dtype),)
-    return backend.shrink_wgrad(x, a, ALPHA, s, a.dtype)
+        return (products.wgrad(x, s, a.dtype),)
+    adapter = Adapter(a, a.t(), ALPHA)
+    if kernel == "shrink":
+        return (products.shrink(x, adapter),)
+    return products.shrink_wgrad(x, adapter, s, a.dtype)
 
 
 def _distance(t: Tensor, exact: Tensor) -> float:
     return (t.double() - exact).abs().max().item()
-
-
-def _fixed(choice: Choice) -> Backend:
-    """The Triton backend, made to take `choice` for every product."""
-    from lora_kernels.backends.triton import TritonBackend
-
-    class Fixed(TritonBackend):
-        def _choice(self, problem: Problem, target: Target) -> Choice:
-            return choice
-
-    return Fixed()

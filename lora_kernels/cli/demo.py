@@ -136,7 +136,7 @@ def _same(yes: bool) -> str:
 
 def _backend(model: torch.nn.Module, words: Any) -> str:
     """The backend that a training batch's largest layer takes."""
-    from lora_kernels import Problem, demo, dispatch, modules
+    from lora_kernels import Problem, demo, modules, plan
 
     layer = max((layer for _, layer in modules.lora_layers(model)), key=lambda m: m.weight.numel())
     problem = Problem(
@@ -148,7 +148,7 @@ def _backend(model: torch.nn.Module, words: Any) -> str:
         adapter_dtype="float32",
         bias=layer.bias is not None,
     )
-    return dispatch.explain(problem).backend
+    return plan.explain(problem).backend
 
 
 def _plot(runs: list[Any], file: Path) -> None:

@@ -59,20 +59,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _here(problem: Problem, backend: str) -> dict[str, Any]:
     """Who computes it on this machine, and why nobody else does."""
-    from lora_kernels import dispatch
+    from lora_kernels import plan
 
-    explanation = dispatch.explain(problem, backend)
+    explanation = plan.explain(problem, backend)
     chosen = explanation.backend + (f", {explanation.plan}" if explanation.plan else "")
     return {"problem": asdict(problem), "chosen": chosen, **explanation.rejected}
 
 
 def _on_this_cpu(problem: Problem, backend: str) -> dict[str, Any]:
     """Times that this machine's measured rates predict, against the frozen layer and against the roofline."""
-    from lora_kernels import dispatch
+    from lora_kernels import plan
     from lora_kernels.bench import cost_model, linear, machine
 
     rates = machine.ceilings("cpu", [problem.dtype])
-    ours = f"ours[{dispatch.explain(problem, backend).backend}]"
+    ours = f"ours[{plan.explain(problem, backend).backend}]"
     names = ("frozen", "reference", "addmm", ours)
     times = {name: cost_model.predict_cpu_us(name, problem, "step", rates) for name in names}
     times["roofline"] = linear.roofline_us(problem, "step", rates)
@@ -86,8 +86,9 @@ def _on_this_cpu(problem: Problem, backend: str) -> dict[str, Any]:
 
 def _predicted(problem: Problem, name: str) -> dict[str, Any]:
     """What the cost model chooses on a target, and every algorithm's predicted time against the frozen layer's."""
+    from lora_kernels.backends.base import fastest
+    from lora_kernels.plan import predict
     from lora_kernels.tuning import cost
-    from lora_kernels.tuning.select import everyone, select
 
     if problem.empty or problem.dtype == "float64":
         return {
@@ -95,18 +96,20 @@ def _predicted(problem: Problem, name: str) -> dict[str, Any]:
             "chosen": "eager: empty and float64 problems are ATen's",
         }
     target = TARGETS[name]
-    choice = select(problem, target, among=everyone(problem, target))
-    kernel = {"two_kernel": "expand"}.get(choice.algorithm, choice.algorithm)
-    tile = f", {choice.config(kernel)}" if choice.has(kernel) else ""
+    candidates = predict(problem, target)
+    chosen = fastest(candidates)
+    assert chosen is not None
+    source = "tuned" if chosen.measured_us is not None else "cost model"
     frozen = cost.frozen_us(problem, target)
     found: dict[str, Any] = {
         "problem": asdict(problem),
-        "chosen": f"{choice.algorithm} ({choice.source}){tile} on {target.chip}",
+        "chosen": ", ".join(filter(None, (f"{chosen.name} ({source})", chosen.how)))
+        + f" on {target.chip}",
         "frozen layer": f"predicted {frozen:.1f} us",
     }
-    for algorithm in (*choice.times, "addmm", "naive"):
-        kernel = {"two_kernel": "expand"}.get(algorithm, algorithm)
-        config = choice.config(kernel) if choice.has(kernel) else None
-        us = cost.predict_us(algorithm, problem, target, config)
-        found[algorithm] = f"predicted {us:.1f} us, {us / frozen:.2f} of the frozen layer"
+    times = {candidate.name: candidate.predicted_us for candidate in candidates}
+    times |= {name: cost.predict_us(name, problem, target) for name in ("addmm", "reference")}
+    for name, us in times.items():
+        assert us is not None
+        found[name] = f"predicted {us:.1f} us, {us / frozen:.2f} of the frozen layer"
     return found

@@ -59,18 +59,18 @@ def collect() -> dict[str, Any]:
 
 def why_not(device: str) -> dict[str, str | None]:
     """Every backend's reason against itself on `device`, or None; on a GPU this runs the self-test if nobody has."""
-    from lora_kernels import dispatch
+    from lora_kernels import plan
 
-    return {name: refusal(name, device) for name in dispatch.BACKENDS}
+    return {name: refusal(name, device) for name in plan.BACKENDS}
 
 
 def refusal(name: str, device: str) -> str | None:
     """Why a call on `device` with this `backend` raises, or None."""
-    from lora_kernels import Problem, dispatch
+    from lora_kernels import Problem, plan
 
     problem = Problem(**_SIZES, dtype="float32", adapter_dtype="float32", device=device)  # type: ignore
     try:
-        dispatch.explain(problem, name)
+        plan.explain(problem, name)
     except (RuntimeError, ValueError) as error:
         return str(error).partition(f"{problem}: ")[2] or str(error)
     return None

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from lora_kernels.dispatch import BACKENDS
+from lora_kernels.plan import BACKENDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +44,9 @@ def _backends_of(device: str) -> tuple[str, ...]:
 
 def _one(name: str, device: str) -> dict[str, Any]:
     """The checks of a backend on a device; those that failed in words."""
-    from lora_kernels import dispatch, selftest
+    from lora_kernels import plan, selftest
 
-    backend = dispatch.get(name)
+    backend = plan.get(name)
     if name not in _backends_of(device):
         skipped: str | None = f"does not run on {device}"
     else:

@@ -43,10 +43,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--seconds must be positive, got {args.seconds}")
     if not torch.cuda.is_available():
         raise RuntimeError("tune needs a GPU that PyTorch can use, and there is none")
+    from lora_kernels import plan
     from lora_kernels.backends.device import current_target
-    from lora_kernels.backends.triton import BACKEND
 
-    reason = BACKEND.unavailable()
+    reason = plan.get("triton").unavailable()
     if reason is not None:
         raise RuntimeError(f"tune times Triton kernels: {reason}")
     target = current_target()
@@ -83,10 +83,11 @@ def tune(
 
     `keep` gets the first two after each problem, in case it is the last.
     """
+    from lora_kernels.backends.triton.configs import tiles_of
     from lora_kernels.bench.linear import Effort
     from lora_kernels.bench.tiles import Measured, Narrow, Product
     from lora_kernels.tuning.search import search, search_narrow
-    from lora_kernels.tuning.select import narrow
+    from lora_kernels.tuning.tables import narrow
 
     effort = Effort(seconds)
     entries, told, failures = [], [], []
@@ -96,9 +97,9 @@ def tune(
         measured: Measured = Narrow(problem, device) if alone else Product(problem, device)
         measure = functools.partial(measured.measure, effort=effort, clock=clock)
         if alone:
-            entry, done = search_narrow(problem, target, measure)
+            entry, done = search_narrow(problem, target, measure, tiles_of)
         else:
-            entry, done = search(problem, target, measure, _untiled(problem))
+            entry, done = search(problem, target, measure, tiles_of, _untiled(problem, target))
         if entry is not None:
             entries.append(entry)
         layout = "x·A, xᵀ·q" if alone else "x·W" if problem.w_k_major else "dy·Wᵀ"
@@ -112,7 +113,7 @@ def tune(
                 {
                     "problem": asdict(problem),
                     "algorithm": timed.choice.algorithm,
-                    "configs": [config.to_json() for config in timed.choice.configs],
+                    "configs": [config.to_json() for config in timed.choice.tiles.configs],
                     "us": timed.us,
                     "failure": timed.failure,
                 }
@@ -121,18 +122,19 @@ def tune(
     return entries, told, failures
 
 
-def _untiled(problem: Problem) -> tuple[str, ...]:
-    """ATen, and the CUDA C++ kernel where it can compute `problem` here."""
-    from lora_kernels.backends.cuda import BACKEND
+def _untiled(problem: Problem, target: Any) -> tuple[str, ...]:
+    """The algorithms without tiles that can compute `problem` here."""
+    from lora_kernels import plan
 
-    usable = BACKEND.unavailable() is None and BACKEND.declines(problem) is None
-    return ("cuda_decode", "aten") if usable else ("aten",)
+    backends = [plan.get(name) for name in ("cuda", "eager")]
+    usable = (b.candidates(problem, target) for b in backends if b.unavailable() is None)
+    return tuple(c.name for candidates in usable for c in candidates if c.refusal is None)
 
 
 def _problems(args: argparse.Namespace) -> list[Problem]:
     """Each layer's forward product and that of its backward, whose W lies the other way; M taken to its bucket."""
     from lora_kernels.bench.presets import MODELS
-    from lora_kernels.tuning.select import bucket
+    from lora_kernels.tuning.tables import bucket
 
     presets = args.preset or ([] if args.shape else ["llama-3-8b"])
     shapes = [tuple(shape) for shape in args.shape or ()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lora_kernels.problem import ITEMSIZE, Problem
@@ -60,6 +61,26 @@ class TileConfig:
             f" split {self.split}" if self.split > 1 else ""
         )
         return text + (" tma" if self.tma else "")
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A tile for each kernel that can compute a problem, and the times of narrow kernels that `tune` measured."""
+
+    configs: tuple[TileConfig, ...]
+    measured: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    def has(self, kernel: str) -> bool:
+        """Whether `kernel` can compute the problem."""
+        return any(c.kernel == kernel for c in self.configs)
+
+    def config(self, kernel: str) -> TileConfig:
+        """The tile of `kernel`; ValueError where it cannot compute the problem."""
+        for config in self.configs:
+            if config.kernel == kernel:
+                return config
+        able = tuple(config.kernel for config in self.configs)
+        raise ValueError(f"kernel must be one of {able}, got {kernel!r}")
 
 
 def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:

@@ -1,4 +1,4 @@
-"""Predicted time of one LoRA linear on a GPU, by algorithm: what `select` compares and `explain` prints.
+"""Predicted time of one LoRA linear on a GPU, by algorithm: what a plan compares and `explain` prints.
 
 With P the achievable rate, W the achievable bandwidth and e an element's bytes:
 
@@ -9,9 +9,9 @@ lorafusion  product + shrink + gap                              LoRAFusion's str
 one_pass    product, x·a in its loop
 decode      (bytes + re-read a) / 0.92·W
 cuda_decode the same by the CUDA C++ kernel, + 0.5 us; x·a is a launch of its own where the kernel does not fuse it
-aten        frozen + shrink + 1.25 passes over y + 2 gaps       y = s·b + bias, then y += x·w by the vendor's library
+eager       frozen + shrink + 1.25 passes over y + 2 gaps       y = s·b + bias, then y += x·w by the vendor's library
 addmm       frozen + shrink + 2 passes over y + 2 gaps          the usual hand-written form: y = x·w, then y += s·b
-naive       frozen + shrink + 6 passes over y + 4 gaps          one PyTorch operation after the other: s·b is written, read
+reference   frozen + shrink + 6 passes over y + 4 gaps          one PyTorch operation after the other: s·b is written, read
                                                                 and written by alpha·, two are read and one written by +
 
 A product by one of these kernels takes the cycles that were counted from its compiled code (counted.py), for the busiest
@@ -21,9 +21,9 @@ with a sum that it may split and these kernels do not.
 
 A backward's problem (x is dy, y is dx) adds dA, one reading of its other side, to every algorithm, and dB, a second reading
 of dy, to all but two_kernel and lorafusion, which get q and dB from one. addmm computes x·a again, another reading of the
-other side. naive has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 4 passes over dx.
+other side. reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 4 passes over dx.
 
-These are predictions: of the algorithm's own costs, not of a device's mood.
+These are predictions of the algorithm's own costs: a device's clocks, heat and other work are not in them.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from lora_kernels.tuning.config import (
 from lora_kernels.tuning.counted import Cycles, Tile, cycles, flops_per_clock, tiles
 from lora_kernels.tuning.targets import Target
 
-ALGORITHMS = ("two_kernel", "one_pass", "decode", "cuda_decode", "aten")
-OTHERS = ("frozen", "addmm", "naive", "lorafusion")  # predicted for comparison
+ALGORITHMS = ("two_kernel", "one_pass", "decode", "cuda_decode", "eager")
+OTHERS = ("frozen", "addmm", "reference", "lorafusion")  # predicted for comparison
 MIN_KERNEL_US = 2.0
 _STREAMED = 0.92  # of the copy bandwidth, by a product that is bound by reading W
 # What a loop that is bound by its matrix pipe reaches of the vendor library: published times of whole Triton products, less
@@ -61,9 +61,9 @@ _EFFICIENCY = {
 _LIBRARY_SPLITS = (1, 2, 4, 8)
 # (passes over x, passes over y, further launches) beside the library's product, forward and backward.
 _PASSES = {
-    "aten": ((0.0, 1.25, 2), (0.0, 1.25, 2)),
+    "eager": ((0.0, 1.25, 2), (0.0, 1.25, 2)),
     "addmm": ((0.0, 2.0, 2), (0.0, 2.0 + 1 / 0.9, 3)),
-    "naive": ((0.0, 6.0, 4), (2.0, 4.0, 4)),
+    "reference": ((0.0, 6.0, 4), (2.0, 4.0, 4)),
 }
 _HIDDEN = {
     "sm_90": 0.5,

@@ -8,16 +8,27 @@ are timed alone: the tile, then its split.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import NARROW_KERNELS, TileConfig, fits
-from lora_kernels.tuning.select import Choice, bucket, candidates, narrow
-from lora_kernels.tuning.tables import Entry
+from lora_kernels.tuning.config import NARROW_KERNELS, TileConfig, Tiles, fits
+from lora_kernels.tuning.tables import Entry, bucketed, narrow
 from lora_kernels.tuning.targets import Target
 
 SPLITS = (1, 2, 4, 8, 16)
 PRODUCT_KERNELS = ("shrink", "expand", "one_pass", "decode")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An algorithm, or a narrow kernel, with the tiles that it is to take."""
+
+    algorithm: str
+    tiles: Tiles = field(default_factory=lambda: Tiles(()))
+
+    @classmethod
+    def of(cls, algorithm: str, *configs: TileConfig) -> Choice:
+        return cls(algorithm, Tiles(configs))
 
 
 @dataclass(frozen=True)
@@ -29,54 +40,59 @@ class Timed:
     failure: str = ""
 
     def __str__(self) -> str:
-        tiles = ", ".join(map(str, self.choice.configs)) or "no tile"
-        told = f"{self.us:.1f} us" if self.us is not None else f"not counted: {self.failure}"
-        return f"{self.choice.algorithm}: {told} ({tiles})"
+        tiles = ", ".join(map(str, self.choice.tiles.configs)) or "no tile"
+        found = f"{self.us:.1f} us" if self.us is not None else f"not counted: {self.failure}"
+        return f"{self.choice.algorithm}: {found} ({tiles})"
 
 
 # Measures choices in turns; for each the microseconds, or the reason why it does not count.
 Measure = Callable[[list[Choice]], list["float | str"]]
+# The tiles of a kernel that are worth timing for a problem on a target.
+TilesOf = Callable[[str, Problem, Target], list[TileConfig]]
 
 
 def search(
     problem: Problem,
     target: Target,
     measure: Measure,
-    untiled: tuple[str, ...] = ("cuda_decode", "aten"),
+    tiles_of: TilesOf,
+    untiled: tuple[str, ...] = ("cuda_decode", "eager"),
 ) -> tuple[Entry | None, list[Timed]]:
     """The table's entry for `problem`, and everything that was measured; None where nothing worked.
 
     `untiled`: the algorithms beside Triton's that can compute it. M is taken to its bucket.
     """
-    problem = replace(problem, M=bucket(problem.M))
-    kept = {kernel: candidates(kernel, problem, target) for kernel in PRODUCT_KERNELS}
+    problem = bucketed(problem)
+    kept = {kernel: tiles_of(kernel, problem, target) for kernel in PRODUCT_KERNELS}
     done: list[Timed] = []
     if kept["expand"] and kept["shrink"]:
         shrink = kept["shrink"][0]
-        pairs = [Choice("two_kernel", "search", (shrink, c)) for c in kept["expand"]]
+        pairs = [Choice.of("two_kernel", shrink, c) for c in kept["expand"]]
         best = _fastest(_timed(pairs, measure, done))
         if best is not None:
-            matmul = best.choice.config("expand")
+            matmul = best.choice.tiles.config("expand")
             others = [c for c in _splits([shrink], problem, target) if c != shrink]
-            _timed([Choice("two_kernel", "search", (c, matmul)) for c in others], measure, done)
-    single = [Choice("one_pass", "search", (c,)) for c in kept["one_pass"]]
-    single += [Choice("decode", "search", (c,)) for c in _splits(kept["decode"], problem, target)]
-    _timed([*single, *(Choice(name, "search", ()) for name in untiled)], measure, done)
+            _timed([Choice.of("two_kernel", c, matmul) for c in others], measure, done)
+    single = [Choice.of("one_pass", c) for c in kept["one_pass"]]
+    single += [Choice.of("decode", c) for c in _splits(kept["decode"], problem, target)]
+    _timed([*single, *(Choice(name) for name in untiled)], measure, done)
     return _entry(problem, done), done
 
 
 def search_narrow(
-    problem: Problem, target: Target, measure: Measure
+    problem: Problem, target: Target, measure: Measure, tiles_of: TilesOf
 ) -> tuple[Entry | None, list[Timed]]:
     """The same for the kernels that read x and no weight, each alone; `algorithm` of their choices is the kernel's name."""
-    problem = narrow(replace(problem, M=bucket(problem.M)))
+    problem = narrow(bucketed(problem))
     done: list[Timed] = []
     for kernel in NARROW_KERNELS:
-        tiles = candidates(kernel, problem, target)
-        best = _fastest(_timed([Choice(kernel, "search", (c,)) for c in tiles], measure, done))
+        tiles = tiles_of(kernel, problem, target)
+        best = _fastest(_timed([Choice.of(kernel, c) for c in tiles], measure, done))
         if best is not None:
-            others = [c for c in _splits(best.choice.configs, problem, target) if c not in tiles]
-            _timed([Choice(kernel, "search", (c,)) for c in others], measure, done)
+            others = [
+                c for c in _splits(best.choice.tiles.configs, problem, target) if c not in tiles
+            ]
+            _timed([Choice.of(kernel, c) for c in others], measure, done)
     return _entry(problem, done), done
 
 
@@ -87,7 +103,7 @@ def _entry(problem: Problem, done: list[Timed]) -> Entry | None:
     for timed in sorted(done, key=lambda timed: timed.us or 0.0):
         if timed.us is not None:
             times.setdefault(timed.choice.algorithm, timed.us)
-            for config in timed.choice.configs:
+            for config in timed.choice.tiles.configs:
                 configs.setdefault(config.kernel, config)
     return Entry(problem, times, tuple(configs.values())) if times else None
 

@@ -10,17 +10,28 @@ import functools
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lora_kernels import env
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import NARROW_KERNELS, TileConfig, fits
-from lora_kernels.tuning.cost import ALGORITHMS
+from lora_kernels.tuning.cost import ALGORITHMS, predict_us
 from lora_kernels.tuning.targets import Target
 
-VERSION = 2
+VERSION = 3
+BUCKETS = (
+    16,
+    32,
+    64,
+    256,
+    512,
+    1024,
+    2048,
+    4096,
+    8192,
+)  # of M; larger problems are like the largest
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Entry:
     """
 
     problem: Problem
-    times: dict[str, float]
+    times: dict[str, float] = field(hash=False)
     configs: tuple[TileConfig, ...]
 
 
@@ -40,9 +51,31 @@ def path(target: Target) -> Path:
     return env.cache_dir() / f"tuned-{target.name}-v{VERSION}.json"
 
 
+def bucket(M: int) -> int:
+    """The smallest bucket that holds M, or the largest bucket."""
+    return next((b for b in BUCKETS if b >= M), BUCKETS[-1])
+
+
+def bucketed(problem: Problem) -> Problem:
+    """The problem that stands for all of the same bucket: a bias changes no choice."""
+    return replace(problem, M=bucket(problem.M), bias=False)
+
+
+def narrow(problem: Problem) -> Problem:
+    """The problem of the kernels that read the problem's x and no weight, which `tune` times without dropout."""
+    return replace(problem, N=0, bias=False, dropout=False, w_k_major=True, backward=False)
+
+
 def lookup(problem: Problem, target: Target) -> Entry | None:
-    """The entry of exactly this problem, or None."""
-    return load(path(target), target).get(_key(problem))
+    """The entry of the problem's bucket, or None."""
+    return load(path(target), target).get(_key(bucketed(problem)))
+
+
+def times_of(algorithm: str, problem: Problem, target: Target) -> tuple[float | None, float]:
+    """(measured, predicted) microseconds of an algorithm that has no tile."""
+    entry = lookup(problem, target)
+    measured_us = None if entry is None else entry.times.get(algorithm)
+    return measured_us, predict_us(algorithm, bucketed(problem), target)
 
 
 def load(file: Path, target: Target) -> dict[Problem, Entry]:

@@ -10,11 +10,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from lora_kernels.tuning.select import candidates, shipped
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
-from lora_kernels.tuning.select import candidates, shipped
 from lora_kernels.tuning.targets import TARGETS
 from tests.compiled.recorder import recording
 from tests.compiled.sass import Code, inspect

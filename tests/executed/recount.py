@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 import torch
+from lora_kernels.tuning.select import candidates
 from torch import Tensor
 
 from lora_kernels.backends.triton.expand import expand
@@ -22,7 +23,6 @@ from lora_kernels.tuning.counted import (
     Tile,
     flops_per_clock,
 )
-from lora_kernels.tuning.select import candidates
 from lora_kernels.tuning.targets import TARGETS
 from tests.ptx.counters import Counters
 from tests.ptx.launch import emulate

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from lora_kernels.tuning.select import candidates
 
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.shrink import shrink
@@ -13,7 +14,6 @@ from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
-from lora_kernels.tuning.select import candidates
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.test_executed import EXECUTED
 from tests.oracle import assert_budget

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from lora_kernels.tuning.select import select, shipped
 
-from lora_kernels import dispatch, lora_linear, use_backend
+from lora_kernels import lora_linear, plan, use_backend
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton import expand as product_module
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
-from lora_kernels.tuning.select import select, shipped
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.shipped import execute
 from tests.oracle import assert_budget, reference
@@ -58,10 +58,10 @@ def on(monkeypatch):
         monkeypatch.setattr(backend_module, "current_target", lambda *device: TARGETS[target])
         monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton", "eager")})
         monkeypatch.setattr(backend_module, "BACKEND", backend_module.TritonBackend("two_kernel"))
-        dispatch._backend.cache_clear()
+        plan.forget()
 
     yield use
-    dispatch._backend.cache_clear()
+    plan.forget()
 
 
 @pytest.mark.parametrize(

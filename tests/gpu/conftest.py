@@ -7,7 +7,7 @@ import zlib
 import pytest
 import torch
 
-from lora_kernels import dispatch
+from lora_kernels import plan
 
 DEVICE = "cuda"
 
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(params=["triton", "cuda"])
 def gpu_backend(request):
     """A backend that computes on GPU tensors here, without asking for its self-test's verdict."""
-    backend = dispatch.get(request.param)
+    backend = plan.get(request.param)
     reason = backend.unavailable()
     if reason is not None:
         pytest.skip(f"{request.param} backend: {reason}")

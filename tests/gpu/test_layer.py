@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lora_kernels
-from lora_kernels import LinearWithLoRA, dispatch, lora_linear, use_backend
+from lora_kernels import LinearWithLoRA, lora_linear, plan, use_backend
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.reference import LinearWithLoRA as Reference
 from tests.gpu.conftest import DEVICE
@@ -19,7 +19,7 @@ BACKENDS = ["auto", "eager", "triton", "cuda"]
 
 def named(name):
     """The backend's name; skipped where it is not available."""
-    if name != "auto" and (reason := dispatch.get(name).unavailable()) is not None:
+    if name != "auto" and (reason := plan.get(name).unavailable()) is not None:
         pytest.skip(reason)
     return name
 

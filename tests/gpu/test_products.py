@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lora_kernels.tuning.select import Choice
 
-from lora_kernels import dispatch, selftest
+from lora_kernels import plan, selftest
 from lora_kernels.bench.tiles import Narrow, Product
 from lora_kernels.dropout import Dropout, keep_mask
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import KERNELS, NARROW_KERNELS
-from lora_kernels.tuning.select import Choice
 from tests.gpu.conftest import DEVICE
 from tests.oracle import AWKWARD, Case, check_backend
 
@@ -50,7 +50,7 @@ def test_selftest_passes(gpu_backend):
 
 @pytest.fixture
 def triton_backend():
-    backend = dispatch.get("triton")
+    backend = plan.get("triton")
     if (reason := backend.unavailable()) is not None:
         pytest.skip(reason)
     return backend
@@ -59,8 +59,9 @@ def triton_backend():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_shipped_configuration_is_right(kernel, triton_backend):
     """What the compiled lane compiles for this architecture, on a problem that it was chosen for, but without dropout."""
-    from lora_kernels.backends.device import current_target
     from lora_kernels.tuning.select import select, shipped
+
+    from lora_kernels.backends.device import current_target
 
     target, failures, product = current_target(), [], None
     for problem, config in shipped(target):
@@ -83,8 +84,9 @@ def test_every_shipped_configuration_is_right(kernel, triton_backend):
 @pytest.mark.parametrize("kernel", ["shrink", "expand", "one_pass", "wgrad"])
 def test_every_shipped_configuration_with_dropout(kernel, triton_backend):
     """On a small ragged problem: what is chosen for dropout, with a mask."""
-    from lora_kernels.backends.device import current_target
     from lora_kernels.tuning.select import candidates, shipped
+
+    from lora_kernels.backends.device import current_target
     from tests.executed.shipped import compare, launch, small
 
     target, checked = current_target(), 0

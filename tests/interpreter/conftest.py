@@ -12,12 +12,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lora_kernels.tuning.select import Choice
 
-from lora_kernels import dispatch
+from lora_kernels import plan
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import DECODE_ROWS, FUSED_RANK, TileConfig
-from lora_kernels.tuning.select import Choice
 from lora_kernels.tuning.targets import TARGETS, Target
 
 if importlib.util.find_spec("triton") is None:  # an optional dependency
@@ -85,7 +85,7 @@ def triton_backend(monkeypatch):
         return made
 
     yield make
-    dispatch._backend.cache_clear()
+    plan.forget()
 
 
 def on_target(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
@@ -94,4 +94,4 @@ def on_target(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton", "eager")})
     # A question of bytes, not of results, which small tiles always answer with no.
     monkeypatch.setattr(backend_module, "one_reading_pays", lambda itemsize, R, *rest: R <= 40)
-    dispatch._backend.cache_clear()
+    plan.forget()

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from lora_kernels import LinearWithLoRA, dispatch, explain, lora_linear, use_backend
+from lora_kernels import LinearWithLoRA, explain, lora_linear, plan, use_backend
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.problem import Problem
@@ -172,7 +172,7 @@ def test_explain_and_refusals(monkeypatch):
     with pytest.raises(RuntimeError, match="float64 is computed by ATen"):
         explain(wide, backend="triton")
     assert explain(wide).backend == "eager"
-    dispatch._backend.cache_clear()
+    plan.forget()
 
     def too_old(*device):
         raise ValueError("architecture must be sm_80 or newer, got 'sm_75'")
@@ -180,7 +180,7 @@ def test_explain_and_refusals(monkeypatch):
     monkeypatch.setattr(backend_module, "current_target", too_old)
     with pytest.raises(RuntimeError, match="sm_80 or newer"):
         explain(problem, backend="triton")
-    dispatch._backend.cache_clear()
+    plan.forget()
 
 
 def test_without_triton(monkeypatch):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lora_kernels.tuning.select import select
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends import device as device_module
@@ -22,7 +23,6 @@ from lora_kernels.backends.triton import (
 )
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
-from lora_kernels.tuning.select import select
 from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter import strict
 from tests.interpreter.conftest import VARIANTS, on_target

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lora_kernels.tuning.select import Choice, narrow
 
-from lora_kernels import dispatch
+from lora_kernels import plan
 from lora_kernels.backends import cuda
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton import expand as kernel
@@ -20,7 +21,6 @@ from lora_kernels.problem import Problem
 from lora_kernels.tuning import select as selection
 from lora_kernels.tuning import tables
 from lora_kernels.tuning.config import NARROW_KERNELS, TileConfig
-from lora_kernels.tuning.select import Choice, narrow
 from lora_kernels.tuning.tables import Entry
 from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter.conftest import on_target
@@ -144,7 +144,7 @@ def test_a_wrong_narrow_kernel_does_not_count(monkeypatch):
 def test_the_cuda_kernel_is_timed_where_it_is_usable(monkeypatch):
     monkeypatch.setattr(cuda.CudaBackend, "unavailable", lambda self: None)
     monkeypatch.setattr(cuda, "current_target", lambda: TARGETS["sm_80"])
-    eager = dispatch.get("eager")
+    eager = plan.get("eager")
     monkeypatch.setattr(cuda.CudaBackend, "expand", lambda self, *o: eager.expand(*o))
     problems = [PROBLEM, replace(PROBLEM, M=64)]
     entries, _, failures = command.tune(

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.backends.base import Scale
 from lora_kernels.backends.triton.launch import (
     base_precision,
     cdiv,
@@ -24,6 +23,7 @@ from lora_kernels.backends.triton.launch import (
     shrink_precision,
 )
 from lora_kernels.backends.triton.tiles import scale_value, widen
+from lora_kernels.operands import Scale
 from lora_kernels.tuning.config import TileConfig, rank_block
 
 

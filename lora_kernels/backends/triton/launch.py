@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.base import Scale
 from lora_kernels.dropout import Dropout, threshold
+from lora_kernels.operands import Scale
 from lora_kernels.tuning.config import TileConfig
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.backends.base import Scale
 from lora_kernels.backends.triton.launch import cdiv, launch, scale_argument
 from lora_kernels.backends.triton.tiles import scale_value
+from lora_kernels.operands import Scale
 from lora_kernels.tuning.config import TileConfig
 
 _BLOCK = 1024

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.backends.base import Scale
 from lora_kernels.backends.triton.launch import (
     Mask,
     cdiv,
@@ -21,6 +20,7 @@ from lora_kernels.backends.triton.launch import (
 from lora_kernels.backends.triton.partials import sum_partials
 from lora_kernels.backends.triton.tiles import keep_tile, scale_value, widen
 from lora_kernels.dropout import Dropout
+from lora_kernels.operands import Scale
 from lora_kernels.tuning.config import TileConfig, rank_block
 
 

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.backends.base import Scale
 from lora_kernels.backends.triton.launch import (
     base_precision,
     cdiv,
@@ -21,6 +20,7 @@ from lora_kernels.backends.triton.launch import (
 )
 from lora_kernels.backends.triton.partials import sum_partials
 from lora_kernels.backends.triton.tiles import widen
+from lora_kernels.operands import Scale
 from lora_kernels.tuning.config import TileConfig, rank_block
 
 

@@ -1,0 +1,218 @@
+"""The tiles of every Triton kernel for a problem: of the device's tuned table, else by the cost model.
+
+Nothing here asks a device or measures: the same problem gets the same answer, within a CUDA graph too. M counts only by
+its bucket, a power of two, so that a new sequence length compiles nothing new.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import replace
+
+from lora_kernels.problem import Problem
+from lora_kernels.tuning import tables
+from lora_kernels.tuning.config import (
+    DECODE_ROWS,
+    FUSED_RANK,
+    KERNELS,
+    NARROW_KERNELS,
+    TileConfig,
+    Tiles,
+    fits,
+    rank_block,
+)
+from lora_kernels.tuning.cost import predict_us
+from lora_kernels.tuning.targets import Target
+
+_HALF = ("float16", "bfloat16")
+# The kernel with the main loop of each algorithm.
+MAIN_KERNEL = {"two_kernel": "expand", "one_pass": "one_pass", "decode": "decode"}
+ALGORITHMS = tuple(MAIN_KERNEL)
+# N, K that get every kernel somewhere with and somewhere without a split
+_SHIPPED_SHAPES = ((512, 4096), (4096, 4096), (4096, 512), (32768, 128))
+
+# (block_m, block_n, block_k, num_warps, num_stages) of the tiled product, large tiles first.
+_MATMUL_HALF = {
+    "sm_80": [(128, 128, 32, 4, 4), (64, 128, 64, 4, 3)],
+    "sm_86": [(128, 128, 32, 4, 3), (64, 64, 64, 4, 3)],
+    "sm_89": [(128, 128, 32, 4, 3), (64, 64, 64, 4, 3)],
+    "sm_90": [(128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 3)],
+    "sm_100": [(128, 256, 64, 8, 3), (128, 128, 64, 4, 3)],
+    "sm_120": [(128, 128, 32, 4, 3), (64, 64, 64, 4, 3)],
+    "gfx942": [(128, 128, 32, 8, 2), (64, 64, 32, 4, 2)],
+    "gfx1100": [(64, 64, 32, 4, 2)],
+}
+_MATMUL_FLOAT32 = [(64, 64, 32, 4, 3)]
+_ONE_PASS_HALF = {
+    "sm_80": [(64, 128, 32, 4, 3)],
+    "sm_90": [(128, 128, 64, 8, 3)],
+    "sm_100": [(128, 128, 64, 8, 3)],
+}
+_ONE_PASS_OTHER = [(64, 64, 32, 4, 2)]
+_ONE_PASS_FLOAT32 = [(32, 32, 32, 4, 2)]
+
+
+def tiles_for(problem: Problem, target: Target) -> Tiles:
+    """A tile for each kernel that can compute `problem`: of the device's tuned table, else by the cost model."""
+    return _tiles(tables.bucketed(problem), target, tables.lookup(problem, target))
+
+
+def refusal(algorithm: str, problem: Problem, target: Target) -> str | None:
+    """The rule that no tile of an algorithm's main kernel keeps for `problem`, or None where one keeps them all."""
+    return fits(_best(MAIN_KERNEL[algorithm], problem, target), problem, target)
+
+
+def narrow_tiles(problem: Problem, target: Target) -> Tiles:
+    """The tiles of the kernels that read the problem's x and no weight."""
+    return tiles_for(replace(problem, N=0, w_k_major=True, backward=False), target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiles(problem: Problem, target: Target, tuned: tables.Entry | None) -> Tiles:
+    configs = (_best(kernel, problem, target) for kernel in KERNELS)
+    possible = {c.kernel: c for c in configs if fits(c, problem, target) is None}
+    if tuned is not None:
+        possible |= {config.kernel: config for config in tuned.configs}
+    return Tiles(tuple(possible.values()), {} if tuned is None else tuned.times)
+
+
+def tiles_of(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    """The tiles of `kernel` that this package ships for `target` and that fit `problem`: what `tune` times."""
+    made = _shipped_tiles(kernel, problem, target)
+    return [config for config in made if fits(config, problem, target) is None]
+
+
+def shipped(target: Target) -> list[tuple[Problem, TileConfig]]:
+    """Every tile that `algorithms` and `tune` can take on `target`, with a problem that may get it.
+
+    Configurations that compile to the same code count once: the split is a run-time number but for being 1, and float16
+    takes bfloat16's code with another instruction. Ranks take the code of their block, of which each configuration has its
+    narrowest and its widest here.
+    """
+    found: dict[tuple[TileConfig, str, str], dict[int, tuple[Problem, TileConfig]]] = {}
+    for dtype, adapter_dtype in (
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("float32", "float32"),
+    ):
+        sizes = itertools.product((16, 32, 64), tables.BUCKETS, _SHIPPED_SHAPES)
+        for dropout, (R, M, (N, K)) in itertools.product((False, True), sizes):
+            problem = Problem(M, N, K, R, dtype, adapter_dtype, device="cuda", dropout=dropout)
+            tiles = (tiles_of(kernel, problem, target) for kernel in KERNELS)
+            for config in itertools.chain(*tiles):
+                code = replace(config, split=min(config.split, 2)), dtype, adapter_dtype
+                ranks = rank_block(R, config.rank_chunk)
+                if not dropout or ranks not in found.get(code, {}):
+                    found.setdefault(code, {})[ranks] = (problem, config)
+    ends = ({min(ranks), max(ranks)} for ranks in found.values())
+    return [
+        ranks[end] for ranks, both in zip(found.values(), ends, strict=True) for end in sorted(both)
+    ]
+
+
+def _best(kernel: str, problem: Problem, target: Target) -> TileConfig:
+    """The best shipped tile of `kernel` by the cost model; where none fits, the best of those that do not."""
+    made = _shipped_tiles(kernel, problem, target)
+    fitting = [c for c in made if fits(c, problem, target) is None] or made
+    if kernel in NARROW_KERNELS:
+        return fitting[0]
+    algorithm = next(name for name, main in MAIN_KERNEL.items() if main == kernel)
+    return min(fitting, key=lambda config: predict_us(algorithm, problem, target, config))
+
+
+def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
+    half = problem.dtype in _HALF
+    # The tail's operands are float32: where they pass through registers, 64 columns of them do not fit.
+    chunk = 64 if half and target.tma else 16 if target.name == "gfx1100" else 32
+    if kernel == "expand":
+        tiles = _MATMUL_HALF[target.name] if half else _MATMUL_FLOAT32
+        return [
+            TileConfig(kernel, *tile, tma=target.tma and half, rank_chunk=chunk) for tile in tiles
+        ]
+    if kernel == "one_pass":
+        tiles = _ONE_PASS_HALF.get(target.name, _ONE_PASS_OTHER) if half else _ONE_PASS_FLOAT32
+        return [TileConfig(kernel, *tile, rank_chunk=32 if target.tma else 16) for tile in tiles]
+    return {
+        "decode": _decode,
+        "shrink": _shrink,
+        "wgrad": _wgrad,
+        "shrink_wgrad": _shrink_wgrad,
+    }[kernel](problem, target)
+
+
+def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
+    block_m, block_k = (64, 64) if _all_half(problem) else (32, 32)
+    if target.name == "sm_120" and (problem.R > 16 or not _all_half(problem)):
+        block_m //= 2  # its compiler keeps to 96 registers
+    if problem.dropout and problem.R > 32:  # the mask takes registers of its own
+        block_m //= 1 if _all_half(problem) else 2
+        block_k //= 2 if _all_half(problem) and target.name in ("sm_100", "gfx1100") else 1
+    programs = max(1, problem.M // block_m)
+    split = _split(target.multiprocessors // programs, problem.K // (4 * block_k))
+    return [TileConfig("shrink", block_m, 1, block_k, 4, 3, split=split)]
+
+
+def _decode(problem: Problem, target: Target) -> list[TileConfig]:
+    block_n, block_k = (64, 64) if _all_half(problem) else (32, 32)
+    programs = max(1, problem.N // block_n)
+    split = _split(2 * target.multiprocessors // programs, problem.K // (4 * block_k))
+    block_m = 16 if problem.M <= 16 else DECODE_ROWS
+    return [TileConfig("decode", block_m, block_n, block_k, 4, 3, split=split)]
+
+
+def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
+    tiles = [(32, 64, 4, 2)]
+    # The larger one has no registers for a float32 result, and on gfx1100 for none.
+    if _all_half(problem) and target.name != "gfx1100":
+        tiles.append((64, 128, 8, 3))
+    return [
+        TileConfig(
+            "wgrad",
+            block_m,
+            block_n,
+            16,
+            warps,
+            stages,
+            split=_row_split(problem, target, block_n),
+        )
+        for block_m, block_n, warps, stages in tiles
+    ]
+
+
+def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
+    # Both accumulators stay in registers; the wider the block, the fewer partial results of q.
+    if problem.R <= 32:
+        tiles = [(32, 256, 8)] if _all_half(problem) else [(32, 64, 4)]
+    else:
+        tiles = [(32, 32, 4)] if _all_half(problem) else [(16, 32, 4)]
+    if problem.R <= 16 and _all_half(problem):
+        tiles.append((64, 256, 8))
+    return [
+        TileConfig(
+            "shrink_wgrad",
+            block_m,
+            block_n,
+            16,
+            warps,
+            2,
+            split=_row_split(problem, target, block_n),
+            rank_chunk=FUSED_RANK,
+        )
+        for block_m, block_n, warps in tiles
+    ]
+
+
+def _row_split(problem: Problem, target: Target, block_n: int) -> int:
+    """Parts of M, for about two blocks of x's columns and rows on each multiprocessor."""
+    return _split(2 * target.multiprocessors // max(1, problem.K // block_n), problem.M // 128)
+
+
+def _all_half(problem: Problem) -> bool:
+    return problem.dtype in _HALF and problem.adapter_dtype in _HALF
+
+
+def _split(wanted: int, most: int) -> int:
+    """The largest power of two that is at most `wanted`, `most` and 16; at least 1. Sizes alone decide it."""
+    limit = max(1, min(wanted, most, 16))
+    return 1 << (limit.bit_length() - 1)

@@ -1,0 +1,143 @@
+"""The Triton kernels of one algorithm as products, each with its tile. Triton is imported when the first one is launched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends.base import Products, left_is_wide
+from lora_kernels.backends.triton.configs import narrow_tiles
+from lora_kernels.dropout import Dropout
+from lora_kernels.operands import Adapter, Weight
+from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import TileConfig, Tiles
+from lora_kernels.tuning.cost import copy_of_b_pays
+from lora_kernels.tuning.targets import Target
+
+
+class TritonProducts(Products):
+    """Fused products in float32, bfloat16 and float16 for one problem on one target.
+
+    `algorithm` is "two_kernel", "one_pass" or "decode"; `tiles` has a tile for each kernel that it launches.
+    """
+
+    def __init__(self, algorithm: str, problem: Problem, target: Target, tiles: Tiles) -> None:
+        self.algorithm, self.problem, self.target, self.tiles = algorithm, problem, target, tiles
+        self._by_width: dict[tuple[int, bool], Tiles] = {}
+
+    def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
+        M, R = x.shape[0], adapter.A.shape[1]
+        if 0 in (M, R):
+            return x.new_zeros((M, R), dtype=torch.float32)
+        from lora_kernels.backends.triton.shrink import shrink
+
+        config = self._narrow(x.shape[1], adapter.dropout_in is not None).config("shrink")
+        return shrink(x, adapter.A, adapter.scale, config, adapter.dropout_in)
+
+    def expand(
+        self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
+    ) -> Tensor:
+        return self._expand(x, w, s, adapter, bias)
+
+    def shrink_expand(
+        self, x: Tensor, w: Weight, adapter: Adapter, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        assert isinstance(w, Tensor)
+        A, B, scale, dropout_in, dropout_out = adapter
+        if 0 in (x.shape[0], w.shape[1], A.shape[1]):
+            return super().shrink_expand(x, w, adapter, bias)
+        if self.algorithm == "decode" and dropout_in is dropout_out is None:
+            from lora_kernels.backends.triton.decode import decode
+
+            return decode(x, w, A, B, scale, bias, self.tiles.config("decode"))
+        if self.algorithm == "one_pass" and dropout_out is None:
+            from lora_kernels.backends.triton.one_pass import one_pass
+
+            return one_pass(x, w, A, B, scale, bias, self.tiles.config("one_pass"), dropout_in)
+        from lora_kernels.backends.triton.shrink import shrink
+
+        # Between the two kernels the second waits by itself, where the hardware lets it start early.
+        config = self.tiles.config("shrink")
+        overlap = self.target.tma and config.split == 1
+        B = self._along_the_rank(B, x.shape[0])  # a copy is launched before, not between them
+        s = shrink(x, A, scale, config, dropout_in, release=overlap)
+        return self._expand(x, w, s, adapter._replace(B=B), bias, late_wait=overlap), s
+
+    def wgrad(
+        self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
+    ) -> Tensor:
+        (M, C), D = left.shape, right.shape[1]
+        if 0 in (M, C, D):
+            return left.new_zeros((C, D), dtype=dtype)
+        from lora_kernels.backends.triton.wgrad import wgrad
+
+        wide = left if left_is_wide(left, right, dropout) else right
+        return wgrad(left, right, dtype, self._narrow(wide.shape[1]).config("wgrad"), dropout)
+
+    def shrink_wgrad(
+        self, dy: Tensor, adapter: Adapter, s: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        R = s.shape[1]
+        tiles = self._narrow(dy.shape[1])
+        if 0 in (*dy.shape, R) or not tiles.has("shrink_wgrad"):
+            return super().shrink_wgrad(dy, adapter, s, dtype)
+        config = tiles.config("shrink_wgrad")
+        if not one_reading_pays(dy.itemsize, R, config, tiles.measured):
+            return super().shrink_wgrad(dy, adapter, s, dtype)
+        from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
+
+        return shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config)
+
+    def _expand(
+        self,
+        x: Tensor,
+        w: Weight,
+        s: Tensor,
+        adapter: Adapter,
+        bias: Tensor | None,
+        late_wait: bool = False,
+    ) -> Tensor:
+        assert isinstance(w, Tensor)
+        if 0 in (x.shape[0], w.shape[1]):
+            return x.new_empty((x.shape[0], w.shape[1]))
+        from lora_kernels.backends.triton.expand import expand
+
+        b = self._along_the_rank(adapter.B, x.shape[0])
+        config = self.tiles.config("expand")
+        return expand(x, w, s, b, bias, config, adapter.dropout_out, late_wait=late_wait)
+
+    def _along_the_rank(self, b: Tensor, M: int) -> Tensor:
+        """b [R, N], copied to lie column after column where that is faster."""
+        R, N = b.shape
+        config = self.tiles.config("expand")
+        if R > 0 and b.stride(0) != 1 and copy_of_b_pays(config, M, N, self.target):
+            return b.t().contiguous().t()
+        return b
+
+    def _narrow(self, width: int, dropout: bool = False) -> Tiles:
+        """The tiles of the kernels that read an operand [M, width] and no weight."""
+        key = width, dropout
+        if key not in self._by_width:
+            problem = replace(self.problem, K=width, dropout=dropout)
+            self._by_width[key] = narrow_tiles(problem, self.target)
+        return self._by_width[key]
+
+
+def one_reading_pays(
+    itemsize: int, R: int, config: TileConfig, measured: Mapping[str, float]
+) -> bool:
+    """Whether `shrink_wgrad` is faster than the two kernels that it replaces: as measured, else by bytes.
+
+    A row of dy has 8·R bytes of partial results of q, float32 there and back, for each block of columns; they must be
+    fewer than the second reading of dy that they save. A kernel that `tune` found wrong has no time and does not pay.
+    """
+    fused, shrink, outer = (
+        measured.get(kernel, math.inf) for kernel in ("shrink_wgrad", "shrink", "wgrad")
+    )
+    if min(fused, shrink, outer) < math.inf:
+        return fused < shrink + outer
+    return itemsize * config.block_n > 8 * R

@@ -1,0 +1,146 @@
+"""The operands of a LoRA linear as values: a frozen weight, dense or quantised, and the adapter that is added to it.
+
+Nothing here belongs to a device or a backend. A new weight format is a subclass of `QuantizedWeight`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dropout import Dropout
+from lora_kernels.problem import DENSE, Problem
+
+HALF = (torch.float16, torch.bfloat16)
+Scale = (
+    float | Tensor
+)  # a number, or a 0-d tensor on the operands' device or the CPU, read when the product is computed
+
+
+class QuantizedWeight(ABC):
+    """A frozen weight in a packed format: a matrix of `shape` whose elements are computed from a few plain tensors.
+
+    `format` names the format in problems and explanations. A backend that has a decoder of it lists the name in its
+    `formats`; every other backend is given `dense()`. A weight has no gradient.
+    """
+
+    format: str
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix; [N, K] as nn.Linear stores it, or its transpose after `t`."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype of `dense()`: the one that x must have."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The packed tensors, in an order of the format's own: what is saved for the backward."""
+
+    @abstractmethod
+    def with_tensors(self, tensors: Sequence[Tensor]) -> QuantizedWeight:
+        """The same weight over these tensors, which stand in the order of `tensors`."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> QuantizedWeight:
+        """The same weight with a `dense()` of another dtype, over the same tensors."""
+
+    @abstractmethod
+    def t(self) -> QuantizedWeight:
+        """The transposed matrix over the same tensors."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The matrix as a new tensor of `shape` and `dtype`."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed tensors take."""
+        return sum(t.numel() * t.itemsize for t in self.tensors)
+
+
+Weight = Tensor | QuantizedWeight
+
+
+class Adapter(NamedTuple):
+    """The low-rank branch scale·(mask∘x)·A·B of one layer.
+
+    `dropout_in` masks the branch's input [M, K], `dropout_out` its output [M, N]: an adapter has the first, its transpose
+    the second.
+    """
+
+    A: Tensor  # [K, R]
+    B: Tensor  # [R, N]
+    scale: Scale
+    dropout_in: Dropout | None = None
+    dropout_out: Dropout | None = None
+
+    def t(self) -> Adapter:
+        """The adapter of dx = dy·Wᵀ + mask∘(scale·dy·Bᵀ·Aᵀ). An A or B that was not saved stays None."""
+        A, B = (None if t is None else t.t() for t in (self.A, self.B))
+        return Adapter(B, A, self.scale, self.dropout_out, self.dropout_in)  # type: ignore[arg-type]
+
+
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums of `dtype` run in, and that s, q and alpha have: float32, or float64 for itself."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def adapters_as_used(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B as products over an x of `dtype` read them: float32 ones stay so beside a half x, others get x's dtype."""
+    if A.dtype == dtype or (A.dtype == torch.float32 and dtype in HALF):
+        return A, B
+    return A.to(dtype), B.to(dtype)
+
+
+def problem_of(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    bias: Tensor | None,
+    *,
+    dropout: bool,
+    dtype: torch.dtype | None = None,
+) -> Problem:
+    """The `Problem` of a call on x [..., K], weight [N, K] and A [K, R]; `dtype`: what autocast makes of x and weight."""
+    dtype = dtype or x.dtype
+    N, K = weight.shape
+    w_k_major, weight_format = layout_of(weight)
+    return Problem(
+        M=math.prod(x.shape[:-1]),
+        N=N,
+        K=K,
+        R=A.shape[1],
+        dtype=name_of(dtype),
+        adapter_dtype=name_of(A.dtype if A.dtype == torch.float32 and dtype in HALF else dtype),
+        device=x.device.type,
+        bias=bias is not None,
+        dropout=dropout,
+        w_k_major=w_k_major,
+        weight_format=weight_format,
+    )
+
+
+def layout_of(weight: Weight) -> tuple[bool, str]:
+    """(whether consecutive k of weight [N, K] are adjacent in memory, its format): how a Problem describes a weight."""
+    if isinstance(weight, Tensor):
+        return weight.stride(1) == 1, DENSE
+    return True, weight.format
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name by which a Problem calls a dtype: "float32"."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,354 @@
+"""The plan of a call: what computes it, with which tiles, and one reason for each backend that does not.
+
+Backends give candidates, and this file compares them. "auto" takes the fastest candidate of what can run, by the rule of
+`backends.base.fastest`, in the order of BACKENDS where no times are known. An explicit name never falls back: it computes
+or raises. A plan is made from numbers, when the product runs; no device is asked before a tensor on it arrives.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lora_kernels import env
+from lora_kernels.backends.base import Backend, Candidate, Products, fastest
+from lora_kernels.backends.device import current_target
+from lora_kernels.operands import Weight, layout_of, name_of
+from lora_kernels.problem import Problem
+from lora_kernels.tuning.targets import Target
+
+# The registry: a backend's name and module, which has it as BACKEND and is imported when it is first asked. The first that
+# can compute a problem is taken where candidates have no times.
+BACKENDS = {
+    "cuda": "lora_kernels.backends.cuda",
+    "triton": "lora_kernels.backends.triton",
+    "cpu": "lora_kernels.backends.cpu",
+    "eager": "lora_kernels.backends.eager",
+}
+_MOST_PLANS = 4096
+_plans: dict[tuple, Plan] = {}
+_requested: tuple[str, bool] | None = None  # (name, strict) of the innermost use_backend
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What computes `problem` on `device`, with one reason for each backend that does not.
+
+    `candidate` is the chosen algorithm with its products, `compared` are all algorithms that could have been taken.
+    `dequantises`: the products read no weight of this format and get a dense copy. `settled`: false where a backend could
+    not be tested yet, so that a later call may get another plan.
+    """
+
+    problem: Problem
+    device: torch.device
+    asked: tuple[str, bool]
+    backend: str
+    candidate: Candidate
+    compared: tuple[Candidate, ...]
+    rejected: dict[str, str]
+    algorithm: str | None = None  # that was asked for
+    dequantises: bool = False
+    settled: bool = True
+
+    @property
+    def products(self) -> Products:
+        """The products that compute the problem."""
+        assert self.candidate.products is not None
+        return self.candidate.products
+
+    @functools.cached_property
+    def adjoint(self) -> Plan:
+        """The plan of the backward: of dx, and of dA and dB beside it."""
+        return make_plan(self.problem.adjoint(), self.device, self.asked, self.algorithm)
+
+    def readable(self, weight: Weight) -> Weight:
+        """`weight` as the products read it: itself, or a dense copy of a format that they do not read."""
+        return weight.dense() if self.dequantises else weight  # type: ignore[union-attr]
+
+    @property
+    def plan(self) -> str:
+        """How the chosen backend computes the problem, in a few words; "" where there is one way only."""
+        chosen = self.candidate
+        steps = [chosen.how] if chosen.how else []
+        if self.dequantises:
+            steps.insert(0, f"a dense copy of the {self.problem.weight_format} weight")
+        if self.compared:
+            name = "" if chosen.name in (self.backend, "eager") else chosen.name
+            steps = [part for part in (name, *steps, _times(self.compared)) if part]
+        return ", ".join(steps)
+
+    def __str__(self) -> str:
+        """The problem, the choice, and a line for each backend that is not chosen."""
+        chosen = f"{self.backend}: chosen" + (f", {self.plan}" if self.plan else "")
+        others = (f"{name}: {why}" for name, why in self.rejected.items())
+        return "\n".join([str(self.problem), chosen, *others])
+
+
+@contextmanager
+def use_backend(name: str, *, strict: bool = False) -> Iterator[None]:
+    """Within the block every call that says backend="auto" uses `name`, in every thread of the process.
+
+    `strict` with name "auto" raises RuntimeError where auto would fall back to eager because no faster backend can
+    compute the problem. ValueError for an unknown name. Enter it outside of compiled functions.
+    """
+    global _requested
+    check_name(name)
+    before, _requested = _requested, (name, strict)
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def check_name(name: str) -> None:
+    """ValueError unless `name` is "auto" or a backend's name."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
+
+
+def get(name: str) -> Backend:
+    """The backend called `name`; its module is imported on first use."""
+    return importlib.import_module(BACKENDS[name]).BACKEND
+
+
+def plan_call(
+    backend: str, x: Tensor, weight: Weight, A: Tensor, bias: Tensor | None, dropout: bool
+) -> Plan:
+    """The plan of a forward call on x [..., K], weight [N, K] and A [K, R], remembered by plain facts.
+
+    RuntimeError where an explicit or strict choice cannot compute it.
+    """
+    (N, K), R = weight.shape, A.shape[1]
+    M = x.numel() // K if K else x.shape[:-1].numel()
+    w_k_major, weight_format = layout_of(weight)
+    has_bias = bias is not None
+    asked = _asked(backend)
+    key = (
+        asked,
+        x.device,
+        M,
+        N,
+        K,
+        R,
+        x.dtype,
+        A.dtype,
+        has_bias,
+        dropout,
+        w_k_major,
+        weight_format,
+    )
+    known = _plans.get(key)
+    if known is not None:
+        return known
+    problem = Problem(
+        M,
+        N,
+        K,
+        R,
+        name_of(x.dtype),
+        name_of(A.dtype),
+        x.device.type,
+        has_bias,
+        dropout,
+        w_k_major,
+        weight_format=weight_format,
+    )
+    return _remember(key, make_plan(problem, x.device, asked))
+
+
+def plan_backward(backend: str, problem: Problem, device: torch.device) -> Plan:
+    """The plan of a backward whose forward's plan is not at hand: a registered operator's."""
+    key = (_asked(backend), device, problem)
+    known = _plans.get(key)
+    return known or _remember(key, make_plan(problem, device, key[0]))
+
+
+def forget() -> None:
+    """Forget every plan: the next call of each kind makes a new one."""
+    _plans.clear()
+
+
+def explain(problem: Problem, backend: str = "auto", algorithm: str | None = None) -> Plan:
+    """The plan of `problem` on its device; `algorithm` leaves one algorithm of the backend to choose from.
+
+    ValueError for an unknown name of a backend, RuntimeError where a choice cannot compute the problem.
+    """
+    check_name(backend)
+    return make_plan(problem, torch.device(problem.device), _asked(backend), algorithm)
+
+
+def predict(problem: Problem, target: Target) -> list[Candidate]:
+    """The candidates that a machine with this GPU and every GPU backend would compare."""
+    on_gpu = (get(name) for name in BACKENDS if _runs_on(get(name), torch.device("cuda")))
+    offered = [each for backend in on_gpu for each in backend.candidates(problem, target)]
+    return [candidate for candidate in offered if candidate.refusal is None]
+
+
+def make_plan(
+    problem: Problem, device: torch.device, asked: tuple[str, bool], algorithm: str | None = None
+) -> Plan:
+    """The plan, made anew: every backend's candidates on the operands' own device, compared."""
+    indexed = device.type == "cuda" and device.index is not None
+    with torch.cuda.device(device) if indexed else nullcontext():
+        return _plan(problem, device, asked, algorithm)
+
+
+def _plan(
+    problem: Problem, device: torch.device, asked: tuple[str, bool], algorithm: str | None
+) -> Plan:
+    name, strict = asked
+    refused: dict[str, str] = {}
+    offered: dict[str, list[Candidate]] = {}
+    settled = True
+    target = _target(device)
+    for each in BACKENDS if name == "auto" else (name,):
+        reason, candidates, tested = _offers(get(each), problem, device, target, algorithm)
+        settled = settled and tested
+        if reason is None:
+            offered[each] = candidates
+        else:
+            refused[each] = reason
+    if name != "auto" and not offered:
+        raise RuntimeError(
+            f"backend {name!r} was asked for and cannot compute {problem}: {refused[name]}"
+        )
+    elsewhere = {each for each in refused if not _runs_on(get(each), device)}
+    if strict and name == "auto" and offered.keys() == {"eager"} and refused.keys() - elsewhere:
+        reasons = [
+            f"{each} cannot compute {problem}: {why}"
+            for each, why in refused.items()
+            if each not in elsewhere
+        ]
+        raise RuntimeError(f"strict: {'; '.join(reasons)}")
+    compared = [candidate for candidates in offered.values() for candidate in candidates]
+    chosen = fastest(compared)
+    assert chosen is not None  # each list of `offered` has one that can
+    backend = next(each for each, candidates in offered.items() if chosen in candidates)
+    rejected = refused | {
+        each: _why_not(candidates, chosen, backend)
+        for each, candidates in offered.items()
+        if each != backend
+    }
+    if name != "auto":
+        rejected = {each: f"{name} was asked for" for each in BACKENDS if each != name}
+    return Plan(
+        problem,
+        device,
+        asked,
+        backend,
+        chosen,
+        tuple(candidate for candidate in compared if candidate.refusal is None),
+        {each: rejected[each] for each in BACKENDS if each in rejected},
+        algorithm=algorithm,
+        dequantises=problem.weight_format not in get(backend).formats,
+        settled=settled,
+    )
+
+
+def _offers(
+    backend: Backend,
+    problem: Problem,
+    device: torch.device,
+    target: Target | str,
+    algorithm: str | None,
+) -> tuple[str | None, list[Candidate], bool]:
+    """(why the backend cannot compute `problem` here or None, its candidates, whether that will stay so)."""
+    if not _runs_on(backend, device):
+        where = " and ".join(backend.devices)
+        return f"runs on {where} tensors only, not on {device.type}", [], True
+    reason = backend.unavailable()
+    if reason is not None:
+        return reason, [], True
+    known = None if isinstance(target, str) else target
+    if backend.needs_target and known is None:
+        return str(target), [], True
+    candidates = backend.candidates(problem, known)
+    if algorithm is not None:
+        candidates = [c for c in candidates if c.name == algorithm]
+    if not candidates:
+        return f"it has no algorithm {algorithm!r} for this problem", [], True
+    if fastest(candidates) is None:
+        return candidates[0].refusal, [], True
+    if device.type == "cuda" and backend.name != "eager":
+        from lora_kernels import selftest  # needed on a GPU only
+
+        reason = selftest.trusted(backend, device)
+        if reason is not None:
+            return reason, [], reason != selftest.NOT_NOW
+    if problem.weight_format not in backend.formats:
+        candidates = [_after_dequantising(candidate, problem, known) for candidate in candidates]
+    return None, candidates, True
+
+
+def _after_dequantising(candidate: Candidate, problem: Problem, target: Target | None) -> Candidate:
+    """The candidate with the time of making a dense copy of the weight added, where times are known."""
+    if candidate.predicted_us is None or target is None:
+        return candidate
+    # A quarter as many bytes are read as are written, for a format of four bits beside a half type.
+    copied = 1.25 * problem.N * problem.K * problem.itemsize
+    us = copied / (target.bandwidth_gbs * 1e3)
+    measured = None if candidate.measured_us is None else candidate.measured_us + us
+    return replace(candidate, measured_us=measured, predicted_us=candidate.predicted_us + us)
+
+
+def _target(device: torch.device) -> Target | str:
+    """The target of the current GPU, or why there is none."""
+    if device.type != "cuda":
+        return f"it needs a GPU, got {device.type}"
+    try:
+        return current_target()
+    except ValueError as error:
+        return str(error)
+
+
+def _runs_on(backend: Backend, device: torch.device) -> bool:
+    return not backend.devices or device.type in backend.devices
+
+
+def _why_not(candidates: list[Candidate], chosen: Candidate, backend: str) -> str:
+    """Why the best of `candidates`, which could compute the problem, is not chosen."""
+    best = fastest(candidates)
+    assert best is not None
+    if best.slower is not None:
+        return best.slower
+    for kind in ("measured", "predicted"):
+        time, least = getattr(best, f"{kind}_us"), getattr(chosen, f"{kind}_us")
+        if least is not None:
+            rival = "it has no such time" if time is None else f"not {time:.1f} us"
+            return f"{chosen.name} is {kind} faster: {least:.1f} us, {rival}"
+    return f"{backend} comes first"
+
+
+def _times(candidates: tuple[Candidate, ...]) -> str:
+    """What was compared, in words; "" where no times are known."""
+    for kind in ("measured", "predicted"):
+        times = [(getattr(c, f"{kind}_us"), c.name) for c in candidates]
+        known = sorted(each for each in times if each[0] is not None)
+        if known:
+            return f"{kind}: " + ", ".join(f"{name} {us:.1f} us" for us, name in known)
+    return ""
+
+
+def _asked(name: str) -> tuple[str, bool]:
+    """(name, strict) that a call's backend argument means now: its own, else use_backend's, else the environment's."""
+    if name != "auto":
+        return name, False
+    if _requested is not None and _requested != ("auto", False):
+        return _requested
+    name = env.backend()
+    check_name(name)
+    return name, False
+
+
+def _remember(key: tuple, plan: Plan) -> Plan:
+    if plan.settled:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
