@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from lora_kernels import plan
-from lora_kernels.backends.cpu import BACKEND
+from lora_kernels.backends.cpu import BACKEND, PRODUCTS
 from lora_kernels.dropout import Dropout, keep_mask, scaled_mask
 from lora_kernels.functional import explain, lora_linear
+from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
-from tests.oracle import AWKWARD, Case, assert_budget, check_backend, reference
+from tests.oracle import AWKWARD, Case, assert_budget, check_products, reference
 
 if (_why_not := BACKEND.unavailable()) is not None:
     pytest.skip(f"cpu backend: {_why_not}", allow_module_level=True)
@@ -66,7 +67,7 @@ def poisoned():
 
 @pytest.mark.parametrize("case", AWKWARD + BLOCKED, ids=str)
 def test_products(case, isa, poisoned):
-    check_backend(BACKEND, case)
+    check_products(PRODUCTS, case)
 
 
 @pytest.mark.parametrize("case", BLOCKED, ids=str)
@@ -74,10 +75,10 @@ def test_any_number_of_threads_gives_the_same_bits(case):
     o = case.operands()
 
     def results():
-        y, s = BACKEND.expand(o.x, o.w, o.a, o.b, 0.5, o.bias, dropout_in=o.dropout)
-        dx, q = BACKEND.expand(o.dy, o.w.t(), o.b.t(), o.a.t(), 0.5, dropout_out=o.dropout)
-        dA = BACKEND.wgrad(o.x, q, o.a.dtype, o.dropout)
-        return y, s, dx, q, dA, BACKEND.wgrad(s, o.dy, o.b.dtype)
+        y, s = PRODUCTS.shrink_expand(o.x, o.w, o.adapter, o.bias)
+        dx, q = PRODUCTS.shrink_expand(o.dy, o.w.t(), o.adapter.t())
+        dA = PRODUCTS.wgrad(o.x, q, o.a.dtype, o.dropout)
+        return y, s, dx, q, dA, PRODUCTS.wgrad(s, o.dy, o.b.dtype)
 
     before = torch.get_num_threads()
     try:
@@ -95,7 +96,7 @@ def test_python_threads_do_not_disturb_one_another():
     operands = [case.operands() for case in cases]
 
     def product(o):
-        return BACKEND.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)[0]
+        return PRODUCTS.shrink_expand(o.x, o.w, o.adapter, o.bias)[0]
 
     expected = [product(o) for o in operands]
     wrong = []
@@ -146,18 +147,15 @@ def test_dropout_mask_is_bit_for_bit_the_shared_one(isa, cols, p, seed):
     for rows in (3, 20):  # row dots and panels
         expected = scaled_mask(dropout, rows, cols, torch.float32)
         ones = torch.ones(rows, cols)
-        assert torch.equal(BACKEND.shrink(ones, torch.eye(cols), 1.0, dropout), expected)
-        masked, _ = BACKEND.expand(
+        assert torch.equal(PRODUCTS.shrink(ones, Adapter(torch.eye(cols), None, 1.0, dropout)), expected)
+        masked = PRODUCTS.expand(
             torch.ones(rows, 2),
             torch.zeros(2, cols),
-            torch.zeros(2, 1),
-            torch.ones(1, cols),
-            1.0,
-            s=torch.ones(rows, 1),
-            dropout_out=dropout,
+            torch.ones(rows, 1),
+            Adapter(None, torch.ones(1, cols), 1.0, dropout_out=dropout),
         )
         assert torch.equal(masked, expected)
-        gathered = BACKEND.wgrad(ones, torch.eye(rows), torch.float32, dropout)
+        gathered = PRODUCTS.wgrad(ones, torch.eye(rows), torch.float32, dropout)
         assert torch.equal(gathered, expected.t())
     assert keep_mask(dropout, 20, cols).sum() < 20 * cols or p < 0.1 or cols < 3
 
@@ -166,11 +164,12 @@ def test_rows_two_gigabytes_apart():
     far = torch.empty(2**31 + 16, dtype=bf16).as_strided((3, 16), (2**30, 1))
     far.copy_(torch.randn(3, 16))
     w, s, b = torch.randn(16, 24).to(bf16), torch.randn(3, 4), torch.randn(4, 24).to(bf16)
-    near, _ = BACKEND.expand(far.contiguous(), w, w[:, :4], b, 1.0, s=s)
-    assert torch.equal(BACKEND.expand(far, w, w[:, :4], b, 1.0, s=s)[0], near)
+    adapter = Adapter(w[:, :4], b, 1.0)
+    near = PRODUCTS.expand(far.contiguous(), w, s, adapter)
+    assert torch.equal(PRODUCTS.expand(far, w, s, adapter), near)
     assert torch.equal(
-        BACKEND.wgrad(far, s, torch.float32),
-        BACKEND.wgrad(far.contiguous(), s, torch.float32),
+        PRODUCTS.wgrad(far, s, torch.float32),
+        PRODUCTS.wgrad(far.contiguous(), s, torch.float32),
     )
 
 
@@ -214,17 +213,19 @@ def test_what_it_cannot_do_is_said():
     ],
 )
 def test_explain_tells_the_plan(isa, problem, words):
-    assert words in BACKEND.plan(problem) and isa in BACKEND.plan(problem)
-    assert "in float32" not in BACKEND.plan(problem) or problem.dtype == "float16"
+    how = plan.explain(problem, "cpu").plan
+    assert words in how and isa in how
+    assert "in float32" not in how or problem.dtype == "float16"
 
 
 def test_halves_are_left_to_aten_where_it_has_amx(monkeypatch):
     halves = Problem(64, 64, 64, 4, "bfloat16", "bfloat16")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert "AMX" in BACKEND.slower(halves)
-    assert BACKEND.slower(Problem(64, 64, 64, 4, "float32", "float32")) is None
+    assert "AMX" in plan.explain(halves).rejected["cpu"]
+    assert plan.explain(halves, "cpu").backend == "cpu"
+    assert plan.explain(Problem(64, 64, 64, 4, "float32", "float32")).backend == "cpu"
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert BACKEND.slower(halves) is None
+    assert plan.explain(halves).backend == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -248,6 +249,7 @@ import sys, torch
 from pathlib import Path
 import lora_kernels.backends.cpu as cpu
 from lora_kernels.functional import explain, lora_linear
+from lora_kernels.operands import Adapter
 cpu.LIBRARY = Path(sys.argv[1])
 x, weight, A, B = torch.randn(4, 8), torch.randn(6, 8), torch.randn(8, 2), torch.randn(2, 6)
 for _ in range(3):

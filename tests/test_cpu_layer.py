@@ -10,8 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import lora_linear
-from lora_kernels.autograd import LoRALinear
-from lora_kernels.backends.cpu import BACKEND
+from lora_kernels.autograd import Call, LoRALinear
+from lora_kernels.backends.cpu import BACKEND, PRODUCTS
 from tests.oracle import AWKWARD
 from tests.test_functional import NAMES, operands
 
@@ -27,11 +27,11 @@ def calls(monkeypatch):
     """The calls that the operator gets: what a test says of it would otherwise hold of another path."""
     seen = []
 
-    def whole_layer(*args):
+    def layer(*args):
         seen.append(args)
-        return type(BACKEND).whole_layer(BACKEND, *args)
+        return type(PRODUCTS).layer(PRODUCTS, *args)
 
-    monkeypatch.setattr(BACKEND, "whole_layer", whole_layer)
+    monkeypatch.setattr(PRODUCTS, "layer", layer)
     return seen
 
 
@@ -51,7 +51,7 @@ def by_function(x, weight, A, B, bias, dropout_p=0.0, seed=None):
     """The same by the autograd Function in Python and the backend's products."""
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     seed = None if seed is None else torch.tensor(seed)
-    y, _ = LoRALinear.apply(rows, weight, A, B, bias, 0.75, dropout_p, seed, "cpu")
+    y, _ = LoRALinear.apply(rows, weight, A, B, bias, 0.75, seed, Call("cpu", dropout_p))
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

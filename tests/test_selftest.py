@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lora_kernels import plan, selftest
-from lora_kernels.backends.eager import EagerBackend
+from lora_kernels.backends.base import Candidate
+from lora_kernels.backends.eager import EagerBackend, EagerProducts
 
 
 def test_every_backend_passes_here(backend):
@@ -21,25 +22,37 @@ def test_every_backend_passes_here(backend):
     assert not failed, "\n".join(failed)
 
 
-class Broken(EagerBackend):
+class BrokenProducts(EagerProducts):
     """Wrong in one product only."""
 
     def __init__(self, product):
         self.product = product
 
-    def shrink(self, x, a, alpha, dropout=None):
-        s = super().shrink(x, a, alpha, dropout)
+    def shrink(self, x, adapter):
+        s = super().shrink(x, adapter)
         return s * 1.01 if self.product == "shrink" else s
 
-    def expand(self, *args, **kwargs):
-        y, s = super().expand(*args, **kwargs)
+    def expand(self, *args):
+        y = super().expand(*args)
         if self.product == "nan":
             y[-1, -1] = float("nan")
-        return (y * 1.02 if self.product == "expand" else y), s
+        if self.product == "raises":
+            raise RuntimeError("an illegal memory access was encountered\nmore")
+        return y * 1.02 if self.product == "expand" else y
 
-    def wgrad(self, *args, **kwargs):
-        out = super().wgrad(*args, **kwargs)
+    def wgrad(self, *args):
+        out = super().wgrad(*args)
         return out * 1.02 if self.product == "wgrad" else out
+
+
+class Broken(EagerBackend):
+    """A backend whose products are wrong in one of them."""
+
+    def __init__(self, product):
+        self.products = BrokenProducts(product)
+
+    def candidates(self, problem, target):
+        return [Candidate("broken", self.products)]
 
 
 @pytest.mark.parametrize("product", ["shrink", "expand", "wgrad", "nan"])
@@ -84,11 +97,7 @@ class TestVerdict:
         assert len(caplog.records) == 1 and len(self.runs) == 1
 
     def test_a_backend_that_raises_is_refused(self, device):
-        class Raises(EagerBackend):
-            def expand(self, *args, **kwargs):
-                raise RuntimeError("an illegal memory access was encountered\nmore")
-
-        reason = selftest.trusted(Raises(), device)
+        reason = selftest.trusted(Broken("raises"), device)
         assert (
             reason == "its self-test raised RuntimeError: an illegal memory access was encountered"
         )
