@@ -344,7 +344,7 @@ BAD = {
         {"dropout_p": 0.5, "seed": 2**63},
     ),
     "seed must be 0-d int64": (ValueError, {"dropout_p": 0.5, "seed": torch.tensor([1])}),
-    "backend must be one of ('auto', 'eager', 'cpu', 'cuda', 'triton'), got 'cublas'": (
+    "backend must be one of ('auto', 'cuda', 'triton', 'cpu', 'eager'), got 'cublas'": (
         ValueError,
         {"backend": "cublas"},
     ),
