@@ -1,7 +1,7 @@
 """What the interpreter's tests share: the Triton backend on CPU tensors, with tiles so small that small problems need many.
 
-Nothing in the package lets Triton compute on the CPU. Here two of its seams are replaced for a test: `current_target`, which
-asks a GPU what it is, and the list of backends that dispatch offers to CPU tensors.
+Nothing in the package lets Triton compute on the CPU. Here two of its seams are replaced for a test: the target, which
+asks a GPU what it is, and the devices that the backend runs on.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lora_kernels.tuning.select import Choice
 
 from lora_kernels import plan
 from lora_kernels.backends import triton as backend_module
+from lora_kernels.backends.triton import configs, products
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import DECODE_ROWS, FUSED_RANK, TileConfig
+from lora_kernels.tuning.config import DECODE_ROWS, FUSED_RANK, KERNELS, TileConfig, Tiles
 from lora_kernels.tuning.targets import TARGETS, Target
+from tests.planned import Planned
 
 if importlib.util.find_spec("triton") is None:  # an optional dependency
     collect_ignore_glob = ["test_*.py"]
@@ -39,23 +40,19 @@ _TILES = (
 )
 
 
-def small_tiles(changes: dict[str, dict] | None = None) -> Callable[..., Choice]:
-    """A stand-in for `select` with tiles of 16 and 32, changed as told."""
+def small_tiles(changes: dict[str, dict] | None = None) -> Callable[..., Tiles]:
+    """A stand-in for `tiles_for` with tiles of 16 and 32, with `changes` by kernel."""
     configs = tuple(replace(c, **(changes or {}).get(c.kernel, {})) for c in _TILES)
 
-    def select(
-        problem: Problem, target: Target, algorithm: str | None = None, among: tuple[str, ...] = ()
-    ) -> Choice:
-        if algorithm == "decode" and (
-            problem.M > DECODE_ROWS or problem.R > FUSED_RANK or problem.dropout
-        ):
-            raise ValueError("decode cannot")
+    def tiles_for(problem: Problem, target: Target) -> Tiles:
+        able = set(KERNELS)
         if problem.R > FUSED_RANK:
-            fitting = tuple(c for c in configs if c.kernel not in ("decode", "shrink_wgrad"))
-            return Choice("two_kernel", "test", fitting)
-        return Choice(algorithm or "two_kernel", "test", configs)
+            able -= {"one_pass", "decode", "shrink_wgrad"}
+        if problem.M > DECODE_ROWS or problem.dropout:
+            able -= {"decode"}
+        return Tiles(tuple(config for config in configs if config.kernel in able))
 
-    return select
+    return tiles_for
 
 
 @pytest.fixture(autouse=True)
@@ -73,25 +70,25 @@ def _lane():
 
 
 @pytest.fixture
-def triton_backend(monkeypatch):
-    """Makes the backend of a variant: `triton_backend("tma")`; CPU tensors may ask for "triton" by name from then on."""
+def triton_products(monkeypatch):
+    """Makes the products of a variant, as `triton_products("tma")`; "triton" then takes its algorithm on CPU tensors."""
 
-    def make(variant: str, **changes: dict) -> backend_module.TritonBackend:
+    def make(variant: str, **changes: dict) -> Planned:
         algorithm, target, own = VARIANTS[variant]
-        on_target(monkeypatch, target)
-        monkeypatch.setattr(backend_module, "select", small_tiles({**own, **changes}))
-        made = backend_module.TritonBackend(algorithm)
-        monkeypatch.setattr(backend_module, "BACKEND", made)
-        return made
+        on_target(monkeypatch, target, algorithm)
+        monkeypatch.setattr(configs, "tiles_for", small_tiles({**own, **changes}))
+        return Planned(backend_module.BACKEND, TARGETS[target], algorithm)
 
     yield make
     plan.forget()
 
 
-def on_target(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
-    """The GPU is `target`, and CPU tensors count as being on it."""
-    monkeypatch.setattr(backend_module, "current_target", lambda *device: TARGETS[target])
-    monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton", "eager")})
+def on_target(monkeypatch: pytest.MonkeyPatch, target: str, algorithm: str | None = None) -> None:
+    """The GPU is `target`, CPU tensors count as being on it, and `algorithm` as the fastest one."""
+    monkeypatch.setattr(plan, "_target", lambda device: TARGETS[target])
+    monkeypatch.setattr(backend_module.TritonBackend, "devices", ("cpu",))
+    if algorithm is not None:
+        monkeypatch.setattr(backend_module, "predict_us", lambda name, *_: name != algorithm)
     # A question of bytes, not of results, which small tiles always answer with no.
-    monkeypatch.setattr(backend_module, "one_reading_pays", lambda itemsize, R, *rest: R <= 40)
+    monkeypatch.setattr(products, "one_reading_pays", lambda itemsize, R, *rest: R <= 40)
     plan.forget()

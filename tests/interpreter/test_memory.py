@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lora_kernels.tuning.select import select
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends import device as device_module
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton import (
+    configs,
     decode,
     expand,
     launch,
@@ -21,45 +21,48 @@ from lora_kernels.backends.triton import (
     shrink_wgrad,
     wgrad,
 )
+from lora_kernels.backends.triton import products as products_module
+from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter import strict
 from tests.interpreter.conftest import VARIANTS, on_target
 from tests.oracle import Case, assert_budget
+from tests.planned import Planned
 
 ALIGNED = Case(64, 96, 128, 16, dtype=torch.bfloat16)
 
 
-def every_product(backend, case: Case) -> dict[str, torch.Tensor]:
+def every_product(products, case: Case) -> dict[str, torch.Tensor]:
     o = case.operands()
-    y, s = backend.expand(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
-    q, dB = backend.shrink_wgrad(o.dy, o.b.t(), case.alpha, s, o.b.dtype)
-    dx, _ = backend.expand(o.dy, o.w.t(), o.b.t(), o.a.t(), case.alpha, s=q, dropout_out=o.dropout)
-    dA = backend.wgrad(o.x, q, o.a.dtype, o.dropout)
+    y, s = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
+    q, dB = products.shrink_wgrad(o.dy, o.adapter.t(), s, o.b.dtype)
+    dx, _ = products.expand(o.dy, o.w.t(), q, o.adapter.t())
+    dA = products.wgrad(o.x, q, o.a.dtype, o.dropout)
     return {"y": y, "s": s, "q": q, "dx": dx, "dA": dA, "dB": dB}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_program_order_changes_no_bit(variant, dropout, triton_backend):
-    backend = triton_backend(variant)
+def test_program_order_changes_no_bit(variant, dropout, triton_products):
+    products = triton_products(variant)
     case = Case(45, 50, 56, 20, dtype=torch.bfloat16, dropout=dropout)
-    ascending = every_product(backend, case)
+    ascending = every_product(products, case)
     for order in ("descending", "shuffled"):
         with strict.program_order(order):
-            for name, result in every_product(backend, case).items():
+            for name, result in every_product(products, case).items():
                 assert torch.equal(result, ascending[name]), f"{name} in {order} order"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_operands_are_left_alone_and_results_are_stored_once(variant, triton_backend):
-    backend = triton_backend(variant)
+def test_operands_are_left_alone_and_results_are_stored_once(variant, triton_products):
+    products = triton_products(variant)
     o, untouched = ALIGNED.operands(), ALIGNED.operands()
     with strict.recording() as launches:
-        y, s = backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
-        backend.shrink_wgrad(o.dy, o.b.t(), 0.5, s, o.b.dtype)
-        backend.wgrad(o.x, s, o.a.dtype)
+        y, s = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
+        products.shrink_wgrad(o.dy, o.adapter.t(), s, o.b.dtype)
+        products.wgrad(o.x, s, o.a.dtype)
     for name in ("x", "w", "a", "b", "bias", "dy"):
         assert torch.equal(getattr(o, name), getattr(untouched, name)), name
     stored = [launch.written["y_ptr"] for launch in launches if "y_ptr" in launch.written]
@@ -71,13 +74,13 @@ def test_operands_are_left_alone_and_results_are_stored_once(variant, triton_bac
 
 
 @pytest.mark.parametrize("variant", ["two_kernel", "tma"])
-def test_traffic_of_two_kernels_is_that_of_their_tiles(variant, triton_backend):
+def test_traffic_of_two_kernels_is_that_of_their_tiles(variant, triton_products):
     """x is read once for s and once a block of columns; w once a block of rows; s is the only intermediate."""
-    backend = triton_backend(variant, shrink={"split": 1, "rank_chunk": 16})
+    products = triton_products(variant, shrink={"split": 1, "rank_chunk": 16})
     o = ALIGNED.operands()
     M, N, K, R = ALIGNED.M, ALIGNED.N, ALIGNED.K, ALIGNED.R
     with strict.recording() as launches:
-        backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
+        products.shrink_expand(o.x, o.w, o.adapter, o.bias)
     first, second = launches
     assert first.kernel == "_shrink_kernel" and second.kernel == "_expand_kernel"
     assert dict(first.loads) == {"x_ptr": M * K, "a_ptr": M // 32 * K * R}
@@ -94,53 +97,53 @@ def test_traffic_of_two_kernels_is_that_of_their_tiles(variant, triton_backend):
     assert described == (variant == "tma")
 
 
-def test_dy_is_read_once_for_q_and_db(triton_backend):
-    backend = triton_backend("two_kernel")
+def test_dy_is_read_once_for_q_and_db(triton_products):
+    products = triton_products("two_kernel")
     o = ALIGNED.operands()
     s = torch.randn(ALIGNED.M, ALIGNED.R)
     with strict.recording() as launches:
-        backend.shrink_wgrad(o.dy, o.b.t(), 0.5, s, o.b.dtype)
+        products.shrink_wgrad(o.dy, o.adapter.t(), s, o.b.dtype)
     assert sum(launch.loads["dy_ptr"] for launch in launches) == o.dy.numel()
 
 
 def test_dy_is_read_once_only_where_that_moves_less(monkeypatch):
     """Counted, not predicted: with the shipped tiles the fused form moves less than two readings of dy, or is not taken."""
     for R, fused in ((16, True), (64, False)):
-        backend = backend_module.TritonBackend()
         o = Case(512, 512, 16, R, dtype=torch.bfloat16).operands()
         s = torch.randn(512, R)
         problem = Problem(512, 0, 512, R, "bfloat16", "bfloat16", device="cuda")
-        config = select(problem, TARGETS["sm_90"]).config("shrink_wgrad")
-        assert backend_module.one_reading_pays(2, R, config, {}) == fused
+        config = configs.tiles_for(problem, TARGETS["sm_90"]).config("shrink_wgrad")
+        assert products_module.one_reading_pays(2, R, config, {}) == fused
         on_target(monkeypatch, "sm_90")
-        monkeypatch.setattr(backend_module, "one_reading_pays", lambda *args: True)
+        monkeypatch.setattr(products_module, "one_reading_pays", lambda *args: True)
+        products = Planned(backend_module.BACKEND, TARGETS["sm_90"])
         with strict.recording() as launches:
-            backend.shrink_wgrad(o.dy, o.b.t(), 0.5, s, o.b.dtype)
+            products.shrink_wgrad(o.dy, o.adapter.t(), s, o.b.dtype)
         monkeypatch.undo()
         parts = 4 * (launches[0].stores["q_ptr"] + launches[1].loads["partials_ptr"])
         assert (parts < o.dy.numel() * o.dy.itemsize) == fused
 
 
-def test_decode_is_one_launch_and_reads_w_once(triton_backend):
-    backend = triton_backend("decode")
+def test_decode_is_one_launch_and_reads_w_once(triton_products):
+    products = triton_products("decode")
     o = ALIGNED.operands()
     with strict.recording() as launches:
-        backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
+        products.shrink_expand(o.x, o.w, o.adapter, o.bias)
     (only,) = launches
     assert only.kernel == "_decode_kernel" and only.loads["w_ptr"] == o.w.numel()
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "shuffled"])
-def test_decode_leaves_its_counters_zero(order, triton_backend, monkeypatch):
+def test_decode_leaves_its_counters_zero(order, triton_products, monkeypatch):
     """So that the next call can count with them: two calls on one set of counters give equal bits."""
-    backend = triton_backend("decode", decode={"split": 4})
+    products = triton_products("decode", decode={"split": 4})
     shared = torch.zeros(8, dtype=torch.int32)
     monkeypatch.setattr(decode, "counters", lambda device, count: shared)
     o = ALIGNED.operands()
     with strict.program_order(order):
-        first = backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
+        first = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
         assert shared.eq(0).all()
-        again = backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
+        again = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
     assert all(map(torch.equal, first, again))
 
 
@@ -205,66 +208,65 @@ def test_offsets_past_32_bits(kernel, monkeypatch):
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_descriptors_only_where_the_hardware_takes_them(offset, triton_backend):
+def test_descriptors_only_where_the_hardware_takes_them(offset, triton_products):
     """A base or a row that is not a multiple of 16 bytes: the pointer form, with the same result."""
-    backend = triton_backend("tma")
+    products = triton_products("tma")
     o = ALIGNED.operands()
     storage = torch.zeros(o.x.numel() + offset, dtype=o.x.dtype)
     x = storage[offset:].view(o.x.shape).copy_(o.x)
     with strict.recording() as launches:
-        y, _ = backend.expand(x, o.w, o.a, o.b, 0.5, o.bias)
+        y, _ = products.shrink_expand(x, o.w, o.adapter, o.bias)
     described = isinstance(launches[-1].arguments["x"], TensorDescriptor)
     assert described == (offset == 0)
-    assert torch.equal(y, backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)[0])
+    assert torch.equal(y, products.shrink_expand(o.x, o.w, o.adapter, o.bias)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["linear", "plain"])
-def test_descriptors_at_edges(dtype, layout, triton_backend):
+def test_descriptors_at_edges(dtype, layout, triton_products):
     """Blocks that stick out on every side; w by rows of k and by rows of n."""
-    backend = triton_backend("tma")
+    products = triton_products("tma")
     case = Case(37, 72, 40, 20, dtype=dtype, layout=layout)
     o = case.operands()
     with strict.recording() as launches:
-        y, _ = backend.expand(o.x, o.w, o.a, o.b, case.alpha, o.bias)
+        y, _ = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
     assert isinstance(launches[-1].arguments["w"], TensorDescriptor)
     assert_budget(y, o.results(None)["y"], o.results(torch.float64)["y"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("sizes", [(0, 8, 8, 4), (5, 0, 8, 4)], ids=str)
-def test_nothing_to_compute_launches_nothing(variant, sizes, triton_backend, monkeypatch):
-    backend = triton_backend(variant)
+def test_nothing_to_compute_launches_nothing(variant, sizes, triton_products, monkeypatch):
+    products = triton_products(variant)
     M, N, K, R = sizes
-    operands = torch.ones(M, K), torch.ones(K, N), torch.ones(K, R), torch.ones(R, N)
+    adapter = Adapter(torch.ones(K, R), torch.ones(R, N), 0.5)
     with strict.recording() as launches:
-        y, s = backend.expand(*operands, 0.5)
+        y, s = products.shrink_expand(torch.ones(M, K), torch.ones(K, N), adapter)
     assert y.shape == (M, N) and s.shape == (M, R)
     assert not any(launch.stores["y_ptr"] for launch in launches)
     assert M or not launches
     with strict.recording() as launches:
-        backend.shrink(torch.ones(0, K), torch.ones(K, R), 0.5)
-        backend.shrink(torch.ones(5, K), torch.ones(K, 0), 0.5)
+        products.shrink(torch.ones(0, K), adapter)
+        products.shrink(torch.ones(5, K), adapter._replace(A=torch.ones(K, 0)))
         for left, right in (((0, 4), (0, 3)), ((5, 0), (5, 3)), ((5, 4), (5, 0))):
-            backend.wgrad(torch.ones(left), torch.ones(right), torch.float32)
+            products.wgrad(torch.ones(left), torch.ones(right), torch.float32)
     assert launches == []
 
 
-def test_sums_over_nothing_are_zero(triton_backend):
-    backend = triton_backend("two_kernel")
+def test_sums_over_nothing_are_zero(triton_products):
+    products = triton_products("two_kernel")
     assert torch.equal(
-        backend.wgrad(torch.ones(0, 4), torch.ones(0, 3), torch.float32), torch.zeros(4, 3)
+        products.wgrad(torch.ones(0, 4), torch.ones(0, 3), torch.float32), torch.zeros(4, 3)
     )
-    q, dB = backend.shrink_wgrad(
-        torch.ones(0, 4), torch.ones(4, 3), 1.0, torch.ones(0, 3), torch.float32
-    )
+    adjoint = Adapter(torch.ones(4, 3), torch.ones(3, 4), 1.0)
+    q, dB = products.shrink_wgrad(torch.ones(0, 4), adjoint, torch.ones(0, 3), torch.float32)
     assert q.shape == (0, 3) and torch.equal(dB, torch.zeros(3, 4))
 
 
-def test_grids_are_one_dimensional(triton_backend):
+def test_grids_are_one_dimensional(triton_products):
     """The second and third axis end at 65535, the first at 2³¹ - 1."""
     with strict.recording() as launches:
-        every_product(triton_backend("two_kernel"), Case(70, 70, 70, 40))
+        every_product(triton_products("two_kernel"), Case(70, 70, 70, 40))
     assert launches and all(len(launch.grid) == 1 for launch in launches)
 
 

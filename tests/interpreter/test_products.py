@@ -5,26 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.oracle import AWKWARD, Case, assert_budget, check_backend
+from tests.oracle import AWKWARD, Case, assert_budget, check_products
 
 
 @pytest.mark.parametrize("case", AWKWARD, ids=str)
-def test_all_products(case, triton_backend):
-    check_backend(triton_backend("two_kernel"), case)
+def test_all_products(case, triton_products):
+    check_products(triton_products("two_kernel"), case)
 
 
 @pytest.mark.parametrize("variant", ["tma", "one_pass", "decode"])
 @pytest.mark.parametrize("case", AWKWARD, ids=str)
-def test_both_directions(case, variant, triton_backend):
+def test_both_directions(case, variant, triton_products):
     """The products in which the algorithms differ: y with s, and dx with q."""
-    check_directions(triton_backend(variant), case)
+    check_directions(triton_products(variant), case)
 
 
-def check_directions(backend, case: Case) -> None:
+def check_directions(products, case: Case) -> None:
     o = case.operands()
     eager, exact = o.results(None), o.results(torch.float64)
-    y, s = backend.expand(o.x, o.w, o.a, o.b, case.alpha, o.bias, dropout_in=o.dropout)
-    dx, q = backend.expand(o.dy, o.w.t(), o.b.t(), o.a.t(), case.alpha, dropout_out=o.dropout)
+    y, s = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
+    dx, q = products.shrink_expand(o.dy, o.w.t(), o.adapter.t())
     for name, actual in (("y", y), ("s", s), ("dx", dx), ("q", q)):
         dtype = torch.float32 if name in ("s", "q") else case.dtype
         assert_budget(actual, eager[name].to(dtype), exact[name], f"{name} of {case}")

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from lora_kernels.tuning.select import Choice, narrow
 
 from lora_kernels import plan
 from lora_kernels.backends import cuda
 from lora_kernels.backends import triton as backend_module
+from lora_kernels.backends.triton import configs
 from lora_kernels.backends.triton import expand as kernel
+from lora_kernels.backends.triton import products as products_module
 from lora_kernels.backends.triton import shrink as shrink_module
 from lora_kernels.backends.triton import shrink_wgrad as shrink_wgrad_module
 from lora_kernels.backends.triton import wgrad as wgrad_module
+from lora_kernels.bench import tiles as tiles_module
 from lora_kernels.bench.tiles import Product
 from lora_kernels.cli import tune as command
+from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
-from lora_kernels.tuning import select as selection
 from lora_kernels.tuning import tables
 from lora_kernels.tuning.config import NARROW_KERNELS, TileConfig
-from lora_kernels.tuning.tables import Entry
+from lora_kernels.tuning.search import Choice
+from lora_kernels.tuning.tables import Entry, narrow
 from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter.conftest import on_target
+from tests.planned import Planned
 
-ONE_READING_PAYS = backend_module.one_reading_pays
+ONE_READING_PAYS = products_module.one_reading_pays
 PROBLEM = Problem(16, 40, 72, 5, "float32", "float32", "cuda")
 
 
@@ -40,9 +45,9 @@ class StoppedClock:
 def _target(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
     on_target(monkeypatch, "sm_80")
-    selection._select.cache_clear()
+    monkeypatch.setattr(tiles_module, "current_target", lambda: TARGETS["sm_80"])
     yield
-    selection._select.cache_clear()
+    plan.forget()
 
 
 def test_candidates_are_right_and_become_the_table():
@@ -59,17 +64,19 @@ def test_candidates_are_right_and_become_the_table():
     assert [count for count, _ in kept] == [1, 2, 3, 4] and kept[-1][1] == len(told)
     assert failures == [] and {each["us"] for each in told} == {1.0}
     assert [entry.problem for entry in entries] == [*problems, *map(narrow, problems)]
-    assert {each["algorithm"] for each in told} == {*selection.TRITON, *NARROW_KERNELS, "aten"}
+    assert {each["algorithm"] for each in told} == {*configs.ALGORITHMS, *NARROW_KERNELS, "eager"}
     tables.save(entries, TARGETS["sm_80"])
     x, w, a, b = torch.randn(9, 72), torch.randn(40, 72).t(), torch.randn(72, 5), torch.randn(5, 40)
-    y, _ = backend_module.BACKEND.expand(x, w, a, b, 0.5)
+    products = Planned(backend_module.BACKEND, TARGETS["sm_80"])
+    y, _ = products.shrink_expand(x, w, Adapter(a, b, 0.5))
     torch.testing.assert_close(y, x @ w + 0.5 * (x @ a @ b))
-    assert selection.select(PROBLEM, TARGETS["sm_80"]).source == "tuned"
+    for candidate in backend_module.BACKEND.candidates(PROBLEM, TARGETS["sm_80"]):
+        assert candidate.measured_us == 1.0
 
 
 def test_a_wrong_candidate_does_not_count(monkeypatch):
     right = kernel.expand
-    broken = selection.candidates("expand", PROBLEM, TARGETS["sm_80"])[0]
+    broken = configs.tiles_of("expand", PROBLEM, TARGETS["sm_80"])[0]
 
     def expand(x, w, s, b, bias, config, *rest, **more):
         y = right(x, w, s, b, bias, config, *rest, **more)
@@ -77,10 +84,10 @@ def test_a_wrong_candidate_does_not_count(monkeypatch):
 
     monkeypatch.setattr(kernel, "expand", expand)
     product = Product(PROBLEM, "cpu")
-    assert product.wrong(Choice("aten", "search", ())) is None
-    shrink = selection.candidates("shrink", PROBLEM, TARGETS["sm_80"])[0]
+    assert product.wrong(Choice("eager")) is None
+    shrink = configs.tiles_of("shrink", PROBLEM, TARGETS["sm_80"])[0]
     found = product.measure(
-        [Choice("two_kernel", "search", (shrink, broken)), Choice("aten", "search", ())],
+        [Choice.of("two_kernel", shrink, broken), Choice("eager")],
         _effort(),
         StoppedClock(),
     )
@@ -91,7 +98,7 @@ def test_the_backward_takes_the_narrow_kernels_that_were_found(monkeypatch):
     """Its launchers get the table's tiles, and both products of dy come from one reading where that was faster."""
     problem = Problem(512, 64, 256, 5, "float32", "float32", "cuda")
     target = TARGETS["sm_80"]
-    tiles = {k: selection.candidates(k, narrow(problem), target)[0] for k in NARROW_KERNELS}
+    tiles = {k: configs.tiles_of(k, narrow(problem), target)[0] for k in NARROW_KERNELS}
     wanted = {k: replace(tiles[k], split=s) for k, s in zip(NARROW_KERNELS, (4, 2, 8), strict=True)}
     assert not any(wanted[kernel] == tiles[kernel] for kernel in NARROW_KERNELS)
     seen = {}
@@ -107,7 +114,7 @@ def test_the_backward_takes_the_narrow_kernels_that_were_found(monkeypatch):
     for module in (shrink_module, wgrad_module, shrink_wgrad_module):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
-    monkeypatch.setattr(backend_module, "one_reading_pays", ONE_READING_PAYS)
+    monkeypatch.setattr(products_module, "one_reading_pays", ONE_READING_PAYS)
     x, dy = torch.randn(400, 256), torch.randn(400, 256)
     b, s = torch.randn(5, 256), torch.randn(400, 5)
     two = {"shrink": 2.0, "wgrad": 2.0}
@@ -118,13 +125,13 @@ def test_the_backward_takes_the_narrow_kernels_that_were_found(monkeypatch):
         ({"shrink_wgrad": 5.0}, {"shrink_wgrad"}),
     ):
         tables.save([Entry(narrow(problem), times, tuple(wanted.values()))], target)
-        selection._select.cache_clear()
         seen.clear()
-        q, dB = backend_module.BACKEND.shrink_wgrad(dy, b.t(), 0.5, s, torch.float32)
+        products = Planned(backend_module.BACKEND, target)
+        q, dB = products.shrink_wgrad(dy, Adapter(b.t(), b, 0.5), s, torch.float32)
         assert seen == {kernel: wanted[kernel] for kernel in kernels}
         torch.testing.assert_close(q, 0.5 * dy @ b.t())
         torch.testing.assert_close(dB, s.t() @ dy, rtol=1e-5, atol=1e-4)
-        dA = backend_module.BACKEND.wgrad(x, q, torch.float32)
+        dA = products.wgrad(x, q, torch.float32)
         assert seen["wgrad"] == wanted["wgrad"]
         torch.testing.assert_close(dA, x.t() @ q, rtol=1e-5, atol=1e-3)
 
@@ -143,16 +150,16 @@ def test_a_wrong_narrow_kernel_does_not_count(monkeypatch):
 
 def test_the_cuda_kernel_is_timed_where_it_is_usable(monkeypatch):
     monkeypatch.setattr(cuda.CudaBackend, "unavailable", lambda self: None)
-    monkeypatch.setattr(cuda, "current_target", lambda: TARGETS["sm_80"])
-    eager = plan.get("eager")
-    monkeypatch.setattr(cuda.CudaBackend, "expand", lambda self, *o: eager.expand(*o))
+    eager = plan.get("eager").candidates(PROBLEM, None)[0].products
+    monkeypatch.setattr(cuda, "PRODUCTS", eager)
     problems = [PROBLEM, replace(PROBLEM, M=64)]
     entries, _, failures = command.tune(
         problems, TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
     )
     assert not failures
     assert ["cuda_decode" in entry.times for entry in entries[:2]] == [True, False]
-    monkeypatch.setattr(cuda.CudaBackend, "expand", lambda self, *o: (o[0] @ o[1] + 0.01, None))
+    wrong = SimpleNamespace(shrink_expand=lambda x, w, adapter: (x @ w + 0.01, None))
+    monkeypatch.setattr(cuda, "PRODUCTS", wrong)
     entries, _, failures = command.tune(
         [PROBLEM], TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
     )

@@ -8,14 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_kernels.backends import triton as backend_module
-from lora_kernels.backends.triton import decode, one_pass, partials, shrink
+from lora_kernels.backends.base import fastest
+from lora_kernels.backends.triton import configs, decode, one_pass, partials, shrink
 from lora_kernels.dropout import Dropout, _philox, keep_mask, scaled_mask
+from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter.conftest import VARIANTS, on_target, small_tiles
 from tests.interpreter.test_products import check_directions
-from tests.oracle import Case, assert_budget, check_backend
+from tests.oracle import Case, assert_budget, check_products
+from tests.planned import Planned
 
 SEEDS = [0, 0x1234_5678_9ABC_DEF0, -1, 2**63 - 1]
 
@@ -23,39 +26,33 @@ SEEDS = [0, 0x1234_5678_9ABC_DEF0, -1, 2**63 - 1]
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("p", [0.3, 1e-9, 0.999])
 @pytest.mark.parametrize("cols", [64, 41])
-def test_dropout_mask_bit_for_bit(seed, p, cols, triton_backend):
+def test_dropout_mask_bit_for_bit(seed, p, cols, triton_products):
     """Operands of ones and unit matrices make each of the four masked products its mask."""
     dropout = Dropout(p, torch.tensor(seed))
     rows = 37
     expected = keep_mask(dropout, rows, cols)
     ones, unit = torch.ones(rows, cols), torch.eye(cols)
-    two_kernel = triton_backend("two_kernel")
-    s = two_kernel.shrink(ones, unit, 1.0, dropout)
-    none = torch.zeros(rows, 1), torch.zeros(1, cols), torch.zeros(1, 1)
-    tail, _ = two_kernel.expand(
-        *none, torch.ones(1, cols), 1.0, s=torch.ones(rows, 1), dropout_out=dropout
-    )
+    two_kernel = triton_products("two_kernel")
+    s = two_kernel.shrink(ones, Adapter(unit, unit, 1.0, dropout))
+    none = torch.zeros(rows, 1), torch.zeros(1, cols), torch.ones(rows, 1)
+    output = Adapter(torch.zeros(1, 1), torch.ones(1, cols), 1.0, dropout_out=dropout)
+    tail = two_kernel.expand(*none, output)
     reduced = two_kernel.wgrad(ones, torch.eye(rows), torch.float32, dropout).t()
-    _, s_one = triton_backend("one_pass").expand(
-        ones, torch.ones(cols, 4), unit, torch.ones(cols, 4), 1.0, dropout_in=dropout
-    )
+    adapter = Adapter(unit, torch.ones(cols, 4), 1.0, dropout)
+    _, s_one = triton_products("one_pass").shrink_expand(ones, torch.ones(cols, 4), adapter)
     for result in (s, tail, reduced, s_one):
         assert torch.equal(result != 0, expected)
         assert torch.allclose(result[expected], torch.tensor(1 / (1 - p)))
 
 
-def test_a_word_that_is_the_threshold_is_kept(triton_backend):
+def test_a_word_that_is_the_threshold_is_kept(triton_products):
     """p such that the first element's word is round(p·2³²) exactly: the mask keeps words that are not below it."""
     seed = torch.tensor(99)
     word = _philox(seed, torch.zeros(1, dtype=torch.int64))[0, 0].item()
-    s = triton_backend("two_kernel").shrink(
-        torch.ones(1, 1), torch.ones(1, 1), 1.0, Dropout(word / 2**32, seed)
-    )
-    assert s.item() > 0
-    s = triton_backend("two_kernel").shrink(
-        torch.ones(1, 1), torch.ones(1, 1), 1.0, Dropout((word + 1) / 2**32, seed)
-    )
-    assert s.item() == 0
+    products, one = triton_products("two_kernel"), torch.ones(1, 1)
+    for limit, kept in ((word, True), (word + 1, False)):
+        s = products.shrink(one, Adapter(one, one, 1.0, Dropout(limit / 2**32, seed)))
+        assert (s.item() > 0) == kept
 
 
 @pytest.mark.parametrize("split", [1, 3])
@@ -88,59 +85,59 @@ def test_matrices_that_share_no_k_are_refused():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_infinity_stays_an_infinity_beside_padded_ranks(variant, dtype, triton_backend):
+def test_infinity_stays_an_infinity_beside_padded_ranks(variant, dtype, triton_products):
     """R = 5 of a block of 16: an infinite x times a padded rank's zeros is NaN, which y must not see."""
-    backend = triton_backend(variant)
+    products = triton_products(variant)
     x, w, a, b = (
         torch.rand(size).to(dtype) + 0.5 for size in ((9, 40), (40, 24), (40, 5), (5, 24))
     )
     x[3, 7] = float("inf")
-    y, s = backend.expand(x, w, a, b, 0.5)
+    y, s = products.shrink_expand(x, w, Adapter(a, b, 0.5))
     assert y[3].isinf().all() and s[3].isinf().all()
     others = torch.arange(9) != 3
     assert y[others].isfinite().all() and s[others].isfinite().all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_nan_in_x_reaches_its_row_only(variant, triton_backend):
+def test_a_nan_in_x_reaches_its_row_only(variant, triton_products):
     x, w, a, b = torch.ones(9, 40), torch.ones(40, 24), torch.ones(40, 5), torch.ones(5, 24)
     x[8, 39] = float("nan")
-    y, s = triton_backend(variant).expand(x, w, a, b, 0.5)
+    y, s = triton_products(variant).shrink_expand(x, w, Adapter(a, b, 0.5))
     assert y[8].isnan().all() and s[8].isnan().all()
     assert y[:8].isfinite().all() and s[:8].isfinite().all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_s_beyond_float16_does_not_overflow(variant, triton_backend):
+def test_s_beyond_float16_does_not_overflow(variant, triton_products):
     """x·A passes float16's 65504; s is float32, so y is right where step-by-step float16 has infinities."""
-    backend = triton_backend(variant)
+    products = triton_products(variant)
     x, a = torch.full((3, 64), 64.0).half(), torch.full((64, 4), 64.0).half()
     b = torch.full((4, 32), 2.0**-12).half()
-    y, s = backend.expand(x, torch.zeros(64, 32).half(), a, b, 2.0**-10)
+    adapter = Adapter(a, b, 2.0**-10)
+    y, s = products.shrink_expand(x, torch.zeros(64, 32).half(), adapter)
     assert torch.equal(s, torch.full((3, 4), 256.0))
     assert torch.equal(y, torch.full((3, 32), 0.25).half())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("variant", ["two_kernel", "tma", "one_pass", "decode"])
-def test_alpha_in_memory(variant, dtype, triton_backend, monkeypatch):
+def test_alpha_in_memory(variant, dtype, triton_products, monkeypatch):
     """On a GPU a 0-d alpha is read by the kernel; here the launchers are told that a CPU tensor is one."""
-    backend = triton_backend(variant)
+    products = triton_products(variant)
     o = Case(20, 33, 70, 5).operands()
-    as_number = backend.expand(o.x, o.w, o.a, o.b, 0.75, o.bias)
+    as_number = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
     for module in (shrink, one_pass, decode, partials):
         monkeypatch.setattr(module, "scale_argument", lambda a: (a, isinstance(a, torch.Tensor)))
-    alpha = torch.tensor(0.75, dtype=dtype)
-    for expected, result in zip(
-        as_number, backend.expand(o.x, o.w, o.a, o.b, alpha, o.bias), strict=True
-    ):
+    adapter = o.adapter._replace(scale=torch.tensor(0.75, dtype=dtype))
+    in_memory = products.shrink_expand(o.x, o.w, adapter, o.bias)
+    for expected, result in zip(as_number, in_memory, strict=True):
         assert torch.equal(expected, result)
 
 
-def test_decode_leaves_to_two_kernels_what_it_cannot_do(triton_backend):
-    backend = triton_backend("decode")
+def test_decode_leaves_to_two_kernels_what_it_cannot_do(triton_products):
+    products = triton_products("decode")
     for case in (Case(65, 24, 40, 4), Case(9, 24, 40, 65), Case(9, 24, 40, 4, dropout=0.5)):
-        check_directions(backend, case)
+        check_directions(products, case)
 
 
 _SHIPPED = [
@@ -154,15 +151,14 @@ _SHIPPED = [
 @pytest.mark.parametrize("case", _SHIPPED, ids=str)
 def test_tiles_that_select_picks(case, target, monkeypatch):
     on_target(monkeypatch, target)
-    check_backend(backend_module.TritonBackend(), case)
+    check_products(Planned(backend_module.BACKEND, TARGETS[target]), case)
 
 
 @pytest.mark.parametrize("algorithm", ["two_kernel", "one_pass", "decode"])
 def test_forced_algorithms_with_the_tiles_that_select_picks(algorithm, monkeypatch):
     on_target(monkeypatch, "sm_90")
-    check_directions(
-        backend_module.TritonBackend(algorithm), Case(40, 136, 264, 16, dtype=torch.bfloat16)
-    )
+    products = Planned(backend_module.BACKEND, TARGETS["sm_90"], algorithm)
+    check_directions(products, Case(40, 136, 264, 16, dtype=torch.bfloat16))
 
 
 _DTYPES = st.sampled_from(
@@ -187,9 +183,9 @@ def test_any_problem(sizes, dtypes, variant, dropout, layout):
     algorithm, target, changes = VARIANTS[variant]
     with pytest.MonkeyPatch.context() as patch:
         on_target(patch, target)
-        patch.setattr(backend_module, "select", small_tiles(changes))
-        check_backend(
-            backend_module.TritonBackend(algorithm),
+        patch.setattr(configs, "tiles_for", small_tiles(changes))
+        check_products(
+            Planned(backend_module.BACKEND, TARGETS[target], algorithm),
             Case(*sizes, *dtypes, dropout=dropout, layout=layout),
         )
 
@@ -197,12 +193,12 @@ def test_any_problem(sizes, dtypes, variant, dropout, layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_smallest_problem_on_every_target(target, dtype, monkeypatch):
-    """Each target computes it in bfloat16; what it declines in float32 it says beforehand."""
+    """Each target computes it in bfloat16; what it refuses in float32 it says beforehand."""
     on_target(monkeypatch, target)
-    backend = backend_module.TritonBackend()
     name = str(dtype).removeprefix("torch.")
-    reason = backend.declines(Problem(1, 1, 1, 1, name, name, device="cuda"))
-    if reason is None:
-        check_directions(backend, Case(1, 1, 1, 1, dtype=dtype))
+    problem = Problem(1, 1, 1, 1, name, name, device="cuda")
+    if fastest(backend_module.BACKEND.candidates(problem, TARGETS[target])) is not None:
+        products = Planned(backend_module.BACKEND, TARGETS[target])
+        check_directions(products, Case(1, 1, 1, 1, dtype=dtype))
     else:
         assert dtype == torch.float32 and target == "gfx1100"

@@ -1,0 +1,62 @@
+"""A backend's products for the operands of each call, for tests that hold operands and no plan."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_kernels.backends.base import Backend, Products, fastest
+from lora_kernels.dropout import Dropout
+from lora_kernels.operands import Adapter, name_of
+from lora_kernels.problem import Problem
+from lora_kernels.tuning.targets import Target
+
+
+class Planned(Products):
+    """The products of `algorithm` where it can compute the call, else of the backend's fastest candidate."""
+
+    def __init__(self, backend: Backend, target: Target, algorithm: str | None = None) -> None:
+        self.backend, self.target, self.algorithm = backend, target, algorithm
+
+    def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
+        return self._of(x, adapter.A.dtype, adapter.A.shape[1], adapter).shrink(x, adapter)
+
+    def expand(self, x, w, s, adapter, bias=None):
+        return self._of(x, adapter.B.dtype, s.shape[1], adapter, w).expand(x, w, s, adapter, bias)
+
+    def wgrad(self, left, right, dtype, dropout: Dropout | None = None):
+        wide, thin = (left, right) if right.dtype == torch.float32 else (right, left)
+        return self._of(wide, dtype, thin.shape[1]).wgrad(left, right, dtype, dropout)
+
+    def shrink_expand(self, x, w, adapter, bias=None):
+        products = self._of(x, adapter.A.dtype, adapter.A.shape[1], adapter, w)
+        return products.shrink_expand(x, w, adapter, bias)
+
+    def shrink_wgrad(self, dy, adapter, s, dtype):
+        return self._of(dy, dtype, s.shape[1]).shrink_wgrad(dy, adapter, s, dtype)
+
+    def _of(
+        self,
+        x: Tensor,
+        adapter_dtype: torch.dtype,
+        R: int,
+        adapter: Adapter | None = None,
+        w: Tensor | None = None,
+    ) -> Products:
+        masks = () if adapter is None else (adapter.dropout_in, adapter.dropout_out)
+        problem = Problem(
+            M=x.shape[0],
+            N=0 if w is None else w.shape[1],
+            K=x.shape[1],
+            R=R,
+            dtype=name_of(x.dtype),
+            adapter_dtype=name_of(adapter_dtype),
+            device="cuda",
+            dropout=any(mask is not None for mask in masks),
+            w_k_major=w is None or w.stride(0) == 1,
+        )
+        able = [c for c in self.backend.candidates(problem, self.target) if c.refusal is None]
+        named = [c for c in able if c.name == self.algorithm]
+        chosen = fastest(named or able)
+        assert chosen is not None and chosen.products is not None, problem
+        return chosen.products
