@@ -10,9 +10,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from lora_kernels.tuning.select import candidates, shipped
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_kernels.backends.triton.configs import shipped, tiles_of
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS
@@ -50,7 +50,7 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
     for dtype, adapter_dtype in TYPES[: 1 if once else None]:
         masked = Problem(4096, 4096, 4096, 64, dtype, adapter_dtype, device="cuda", dropout=True)
         for kernel in ("shrink", "expand", "one_pass", "wgrad"):
-            for config in candidates(kernel, masked, TARGETS[target]):
+            for config in tiles_of(kernel, masked, TARGETS[target]):
                 yield masked, config, kernel != "expand", False
 
 
@@ -180,7 +180,7 @@ def test_the_main_loop_is_the_plain_products(target, form, record_property):
     """The rank tail adds no matrix instruction to the loop and at most 10 % others, nor any shared memory."""
     problem = Problem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
     forward, copied_b = form != "backward", form == "forward, b copied"
-    for config in candidates("expand", problem, TARGETS[target]):
+    for config in tiles_of("expand", problem, TARGETS[target]):
         if copied_b and not config.tma:
             continue
         plain = plain_product(target, config, problem, forward)

@@ -6,9 +6,9 @@ import itertools
 from dataclasses import replace
 
 import torch
-from lora_kernels.tuning.select import candidates
 from torch import Tensor
 
+from lora_kernels.backends.triton.configs import tiles_of
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.problem import Problem
@@ -37,7 +37,7 @@ def counted_tiles() -> dict[Tile, tuple[TileConfig, Problem]]:
     for name, types, kernel in itertools.product(COUNTED, TYPES, ("expand", "one_pass")):
         forward = Problem(4096, 4096, 4096, 16, *types, device="cuda")
         for problem in (forward, forward.adjoint()):
-            for config in candidates(kernel, problem, TARGETS[name]):
+            for config in tiles_of(kernel, problem, TARGETS[name]):
                 for way in (config, replace(config, tma=False)):
                     found.setdefault(Tile.of(way, problem, name), (way, problem))
     return found

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from lora_kernels.tuning.select import candidates
 
+from lora_kernels.backends.triton.configs import tiles_of
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
@@ -41,7 +41,7 @@ def target(request):
 
 def tile(target: str) -> TileConfig:
     problem = Problem(256, 256, 256, 16, "bfloat16", "bfloat16", device="cuda")
-    return candidates("expand", problem, TARGETS[target])[-1]
+    return tiles_of("expand", problem, TARGETS[target])[-1]
 
 
 def test_bytes_of_the_product(target):
@@ -92,7 +92,7 @@ def test_what_units_move_in_shared_memory(target):
 
 def test_exact_float32_is_counted_in_the_fma_pipe(target):
     problem = Problem(256, 256, 256, 16, "float32", "float32", device="cuda")
-    (config,) = candidates("expand", problem, TARGETS[target])
+    (config,) = tiles_of("expand", problem, TARGETS[target])
     M, N, K = config.block_m, config.block_n, 2 * config.block_k
     with emulate(target) as executed:
         expand(

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from lora_kernels.tuning.select import select, shipped
 
 from lora_kernels import lora_linear, plan, use_backend
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton import expand as product_module
+from lora_kernels.backends.triton import products as products_module
+from lora_kernels.backends.triton.configs import shipped, tiles_for
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
@@ -52,12 +53,12 @@ def test_every_shipped_configuration(target, pool):
 
 @pytest.fixture
 def on(monkeypatch):
-    """on(target): CPU tensors may ask for the Triton backend, which takes them to be on that GPU."""
+    """on(target): CPU tensors may ask for the Triton backend, which takes `algorithm` as if they were on that GPU."""
 
-    def use(target: str) -> None:
-        monkeypatch.setattr(backend_module, "current_target", lambda *device: TARGETS[target])
-        monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton", "eager")})
-        monkeypatch.setattr(backend_module, "BACKEND", backend_module.TritonBackend("two_kernel"))
+    def use(target: str, algorithm: str = "two_kernel") -> None:
+        monkeypatch.setattr(plan, "_target", lambda device: TARGETS[target])
+        monkeypatch.setattr(backend_module.TritonBackend, "devices", ("cpu",))
+        monkeypatch.setattr(backend_module, "predict_us", lambda name, *_: name != algorithm)
         plan.forget()
 
     yield use
@@ -79,7 +80,7 @@ def test_a_layers_forward_and_every_gradient(
 ):
     """Through `lora_linear`: the launches, their order and the dependent one are those of a training step."""
     on(target)
-    monkeypatch.setattr(backend_module, "copy_of_b_pays", lambda *rule: b_copied)
+    monkeypatch.setattr(products_module, "copy_of_b_pays", lambda *rule: b_copied)
     along_the_rank = []
 
     def seen(x, w, s, b, *rest, **options):
@@ -128,7 +129,7 @@ def test_a_result_does_not_depend_on_the_order_of_warps_and_blocks(target):
 
     from lora_kernels.backends.triton.decode import decode
 
-    config = replace(select(problem, TARGETS[target], "decode").config("decode"), split=4)
+    config = replace(tiles_for(problem, TARGETS[target]).config("decode"), split=4)
     results = []
     for schedule in (None, 1, 2, 3):
         with emulate(target, schedule):
@@ -138,8 +139,7 @@ def test_a_result_does_not_depend_on_the_order_of_warps_and_blocks(target):
 
 @pytest.mark.parametrize("target", EXECUTED)
 def test_small_batches_take_one_launch(on, target, monkeypatch):
-    on(target)
-    monkeypatch.setattr(backend_module, "BACKEND", backend_module.TritonBackend("decode"))
+    on(target, "decode")
     x, w = torch.randn(5, 72).bfloat16(), torch.randn(40, 72).bfloat16()
     a, b = torch.randn(72, 8).bfloat16(), torch.randn(8, 40).bfloat16()
     with emulate(target) as executed, use_backend("triton"):

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from lora_kernels import plan
+from lora_kernels.backends.device import current_target
+from tests.planned import Planned
 
 DEVICE = "cuda"
 
@@ -28,12 +30,18 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(params=["triton", "cuda"])
 def gpu_backend(request):
-    """A backend that computes on GPU tensors here, without asking for its self-test's verdict."""
+    """A backend that computes on GPU tensors here."""
     backend = plan.get(request.param)
     reason = backend.unavailable()
     if reason is not None:
         pytest.skip(f"{request.param} backend: {reason}")
     return backend
+
+
+@pytest.fixture
+def gpu_products(gpu_backend):
+    """Its products, without asking for its self-test's verdict."""
+    return Planned(gpu_backend, current_target())
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lora_kernels.tuning.select import Choice
 
 from lora_kernels import plan, selftest
 from lora_kernels.bench.tiles import Narrow, Product
 from lora_kernels.dropout import Dropout, keep_mask
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import KERNELS, NARROW_KERNELS
+from lora_kernels.tuning.search import Choice
 from tests.gpu.conftest import DEVICE
 from tests.oracle import AWKWARD, Case, check_backend
 
@@ -59,9 +59,8 @@ def triton_backend():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_shipped_configuration_is_right(kernel, triton_backend):
     """What the compiled lane compiles for this architecture, on a problem that it was chosen for, but without dropout."""
-    from lora_kernels.tuning.select import select, shipped
-
     from lora_kernels.backends.device import current_target
+    from lora_kernels.backends.triton.configs import shipped
 
     target, failures, product = current_target(), [], None
     for problem, config in shipped(target):
@@ -84,15 +83,14 @@ def test_every_shipped_configuration_is_right(kernel, triton_backend):
 @pytest.mark.parametrize("kernel", ["shrink", "expand", "one_pass", "wgrad"])
 def test_every_shipped_configuration_with_dropout(kernel, triton_backend):
     """On a small ragged problem: what is chosen for dropout, with a mask."""
-    from lora_kernels.tuning.select import candidates, shipped
-
     from lora_kernels.backends.device import current_target
+    from lora_kernels.backends.triton.configs import shipped, tiles_of
     from tests.executed.shipped import compare, launch, small
 
     target, checked = current_target(), 0
     for problem, config in shipped(target):
         masked = replace(problem, dropout=True)
-        if config.kernel == kernel and config in candidates(kernel, masked, target):
+        if config.kernel == kernel and config in tiles_of(kernel, masked, target):
             o = replace(small(problem, config), dropout=0.25, device=DEVICE).operands()
             found = launch(replace(config, split=min(config.split, 2)), o)
             compare(found, o, f"{config} for {masked}")

@@ -38,7 +38,7 @@ def every_product(products, case: Case) -> dict[str, torch.Tensor]:
     o = case.operands()
     y, s = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
     q, dB = products.shrink_wgrad(o.dy, o.adapter.t(), s, o.b.dtype)
-    dx, _ = products.expand(o.dy, o.w.t(), q, o.adapter.t())
+    dx = products.expand(o.dy, o.w.t(), q, o.adapter.t())
     dA = products.wgrad(o.x, q, o.a.dtype, o.dropout)
     return {"y": y, "s": s, "q": q, "dx": dx, "dA": dA, "dB": dB}
 
