@@ -1,7 +1,7 @@
 """Writes docs/performance/gpu-predicted.md and its plot: what the cost model and the compiled code say about GPUs.
 
 Nothing in it is measured on a device. `python benchmarks/predicted.py` takes a minute; `--no-code` keeps to the model, and
-`--count` writes the cycles of lora_kernels/tuning/counted.py anew.
+`--count` writes the cycles of lora_kernels/tuning/cycles.json anew.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lora_kernels.plan import predict  # noqa: E402
 from lora_kernels.problem import Problem  # noqa: E402
 from lora_kernels.tuning.config import CUDA_DECODE_COLUMNS, cuda_decode_blocks  # noqa: E402
 from lora_kernels.tuning.cost import full_rate, predict_us  # noqa: E402
-from lora_kernels.tuning.counted import RANKS, TABLE  # noqa: E402
+from lora_kernels.tuning.cycles import RANKS, TABLE  # noqa: E402
 from lora_kernels.tuning.targets import TARGETS, Target  # noqa: E402
 
 FOLDER = ROOT / "docs" / "performance"
@@ -164,43 +164,35 @@ def pipes() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     problem = problem_of((4096, 4096, 4096, 16))
     for tile, ((step, rest), (_, rest_wide)) in TABLE.items():
-        if tile.types != "bfloat16" or tile.kernel != "expand":
+        if tile.types != "bfloat16" or tile.config.kernel != "expand":
             continue
-        name = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
+        name = str(tile.config).removeprefix("expand ")
         cells = (", ".join(f"{c:.0f}" for c in pipe) for pipe in (step, rest, rest_wide))
         shares = (full_rate(tile, replace(problem, R=R), TARGETS[tile.target]) for R in RANKS)
         yield (
-            f"| {tile.target} | {name}{' tma' if tile.tma else ''} | {'forward' if tile.forward else 'dx'} | "
+            f"| {tile.target} | {name} | {'forward' if tile.forward else 'dx'} | "
             f"{' | '.join(cells)} | {' | '.join(f'{share:.2f}' for share in shares)} |"
         )
 
 
 def count() -> None:
-    """Writes the table of lora_kernels/tuning/counted.py anew."""
+    """Writes the table of lora_kernels/tuning/cycles.json anew."""
     import triton
 
-    from lora_kernels.tuning import counted
+    from lora_kernels.tuning import cycles
     from tests.executed.recount import counted_tiles, recount
 
-    def text(cycles: tuple[float, ...]) -> str:
-        return f"({', '.join(repr(c).removesuffix('.0') for c in cycles)})"
-
-    rows = []
-    for tile, (config, problem) in counted_tiles().items():
-        name = ", ".join(f'"{v}"' if isinstance(v, str) else str(v) for v in tile)
-        both = recount(config, problem, tile.target)
-        lines = (f"        ({text(step)}, {text(rest)}),\n" for step, rest in both)
-        rows.append(f"    Tile({name}): (\n{''.join(lines)}    ),\n")
-    file = Path(counted.__file__)
-    text_before = re.sub('TRITON = ".*"', f'TRITON = "{triton.__version__}"', file.read_text())
-    before, start, _ = text_before.partition("TABLE: dict[Tile, Row] = {\n")
-    file.write_text(f"{before}{start}{''.join(rows)}}}\n")
-    print(f"wrote {len(rows)} tiles into {file}")
+    rows = {
+        tile: recount(config, problem, tile.target)
+        for tile, (config, problem) in counted_tiles().items()
+    }
+    cycles.write(cycles.FILE, triton.__version__, rows)
+    print(f"wrote {len(rows)} tiles into {cycles.FILE}")
 
 
 def decode_table() -> Iterator[str]:
     """The CUDA C++ kernel against the time that reading W alone takes."""
-    yield "| chip | M, K, N, R | reading W alone, us | CUDA decode | Triton decode | expand first (ATen) | eager |"
+    yield "| chip | M, K, N, R | reading W alone, us | CUDA decode | Triton decode | eager (ours, ATen) | reference |"
     yield "|---|---|---|---|---|---|---|"
     for name in ("sm_80", "sm_90"):
         target = TARGETS[name]
@@ -213,7 +205,7 @@ def decode_table() -> Iterator[str]:
             problem = problem_of(shape)
             found = times(problem, target)
             floor = 2 * problem.K * problem.N / (target.bandwidth_gbs * 1e3)
-            row = (found[form] for form in ("cuda_decode", "decode", "aten", "naive"))
+            row = (found[form] for form in ("cuda_decode", "decode", "eager", "reference"))
             cells = " | ".join(f"{us:.1f}" for us in row)
             yield f"| {target.chip} | {', '.join(map(str, shape))} | {floor:.1f} | {cells} |"
 
@@ -273,7 +265,7 @@ def main() -> None:
         "## Cycles of one block by pipe, counted from the compiled code",
         "",
         "Counted in the emulator, and divided by the pipe's rate per multiprocessor and clock, as in",
-        "[counted.py](../../lora_kernels/tuning/counted.py): for a step of block_k terms, and once for start, rank tail and",
+        "[cycles.py](../../lora_kernels/tuning/cycles.json): for a step of block_k terms, and once for start, rank tail and",
         "stores. The matrix share is that of the product's own cycles in those of the busiest pipe, with K = 4096; of two",
         "blocks that share a multiprocessor (at most 128x128) one's end runs beside the other's loop.",
         "",

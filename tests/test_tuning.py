@@ -16,7 +16,7 @@ from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost, tables
 from lora_kernels.tuning.config import TileConfig, fits, rank_block
 from lora_kernels.tuning.cost import frozen_us, full_rate, predict_us, product_us, rate
-from lora_kernels.tuning.counted import Cycles, cycles, tiles
+from lora_kernels.tuning.cycles import Cycles, cycles, tiles
 from lora_kernels.tuning.tables import Entry
 from lora_kernels.tuning.targets import TARGETS, target_of
 

@@ -14,7 +14,7 @@ addmm       frozen + shrink + 2 passes over y + 2 gaps          the usual hand-w
 reference   frozen + shrink + 6 passes over y + 4 gaps          one PyTorch operation after the other: s·b is written, read
                                                                 and written by alpha·, two are read and one written by +
 
-A product by one of these kernels takes the cycles that were counted from its compiled code (counted.py), for the busiest
+A product by one of these kernels takes the cycles that were counted from its compiled code (cycles.py), for the busiest
 multiprocessor, over those that its share of 2·M·N·K takes the matrix pipe, and over _EFFICIENCY. The library's product is
 given that no pipe but the matrix unit holds it up; last waves that are not full hit it like the best of the counted tiles,
 with a sum that it may split and these kernels do not.
@@ -29,6 +29,7 @@ These are predictions of the algorithm's own costs: a device's clocks, heat and 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import (
@@ -38,7 +39,7 @@ from lora_kernels.tuning.config import (
     cuda_decode_fuses,
     smem_bytes,
 )
-from lora_kernels.tuning.counted import Cycles, Tile, cycles, flops_per_clock, tiles
+from lora_kernels.tuning.cycles import Cycles, Tile, cycles, flops_per_clock, tiles
 from lora_kernels.tuning.targets import Target
 
 ALGORITHMS = ("two_kernel", "one_pass", "decode", "cuda_decode", "eager")
@@ -46,7 +47,7 @@ OTHERS = ("frozen", "addmm", "reference", "lorafusion")  # predicted for compari
 MIN_KERNEL_US = 2.0
 _STREAMED = 0.92  # of the copy bandwidth, by a product that is bound by reading W
 # What a loop that is bound by its matrix pipe reaches of the vendor library: published times of whole Triton products, less
-# what counted.py says that their other pipes and their ends cost. A100 0.89 to 0.99 from 2500 (triton #6523, #7085); H100
+# what cycles.py says that their other pipes and their ends cost. A100 0.89 to 0.99 from 2500 (triton #6523, #7085); H100
 # 0.95 at 4096 with a tail (lorafusion #8); B200 0.54 at 4096, 0.65 at 8192 (tilelang #1787). The others are estimates.
 _EFFICIENCY = {
     "sm_80": 0.95,
@@ -147,7 +148,7 @@ def product_us(
         return frozen
     own = [Tile.of(config, problem, target.name)] if config else tiles(kernel, problem, target.name)
     if pointers:
-        own = list({tile._replace(tma=False) for tile in own})
+        own = list({t._replace(config=replace(t.config, tma=False)) for t in own})
     ours = min(_tile_us(tile, problem, target) for tile in own)
     return frozen * max(1.0, ours / max(_library_us(problem, target), frozen))
 
@@ -168,7 +169,7 @@ def copy_of_b_pays(config: TileConfig, M: int, N: int, target: Target) -> bool:
     """Whether to copy b [R, N], stored row after row, into column after column before a product with tensor descriptors.
 
     The rank tail wants b along the rank. Given it across, each block sorts its part out in shared memory, in 4000 cycles at
-    rank 16 and 15000 at 64 (counted.py, forward against dx). A copy is one more launch: shorter once a multiprocessor has a
+    rank 16 and 15000 at 64 (cycles.py, forward against dx). A copy is one more launch: shorter once a multiprocessor has a
     second block.
     """
     blocks = math.ceil(M / config.block_m) * math.ceil(N / config.block_n)
@@ -176,9 +177,8 @@ def copy_of_b_pays(config: TileConfig, M: int, N: int, target: Target) -> bool:
 
 
 def _copies(tile: Tile, problem: Problem, target: Target) -> bool:
-    config = TileConfig(tile.kernel, *tile[4:9], tma=tile.tma)
-    forward = tile.kernel == "expand" and tile.forward
-    return forward and copy_of_b_pays(config, problem.M, problem.N, target)
+    forward = tile.config.kernel == "expand" and tile.forward
+    return forward and copy_of_b_pays(tile.config, problem.M, problem.N, target)
 
 
 def _cycles(tile: Tile, problem: Problem, target: Target) -> Cycles:
@@ -208,26 +208,27 @@ def rate(tile: Tile, problem: Problem, target: Target, split: int = 1) -> float:
 
     `split`: so many blocks share the terms of a sum.
     """
-    blocks = math.ceil(problem.M / tile.block_m) * math.ceil(problem.N / tile.block_n) * split
+    own = tile.config
+    blocks = math.ceil(problem.M / own.block_m) * math.ceil(problem.N / own.block_n) * split
     each = math.ceil(blocks / target.multiprocessors)
-    steps = math.ceil(math.ceil(problem.K / tile.block_k) / split)
+    steps = math.ceil(math.ceil(problem.K / own.block_k) / split)
     matrix = problem.flops / target.multiprocessors / flops_per_clock(target.name, problem.dtype)
     return matrix / each / _block_cycles(tile, problem, target, steps, each)
 
 
 def full_rate(tile: Tile, problem: Problem, target: Target) -> float:
     """`rate` where every multiprocessor has whole tiles at all times."""
-    steps = math.ceil(problem.K / tile.block_k)
-    matrix = (
-        2 * tile.block_m * tile.block_n * problem.K / flops_per_clock(target.name, problem.dtype)
-    )
+    own = tile.config
+    steps = math.ceil(problem.K / own.block_k)
+    per_clock = flops_per_clock(target.name, problem.dtype)
+    matrix = 2 * own.block_m * own.block_n * problem.K / per_clock
     return matrix / _block_cycles(tile, problem, target, steps, 2)
 
 
 def _block_cycles(tile: Tile, problem: Problem, target: Target, steps: int, each: int) -> float:
     """Of one block of `tile`, of which a multiprocessor computes `each`, two at a time where they fit."""
-    config = TileConfig(tile.kernel, *tile[4:9], tma=tile.tma)
-    pair = each > 1 and 2 * smem_bytes(config, problem) <= target.smem_bytes
+    own = tile.config
+    pair = each > 1 and 2 * smem_bytes(own, problem) <= target.smem_bytes
     # A multiprocessor has registers for the accumulators of two 128x128 tiles.
-    pair = pair and tile.block_m * tile.block_n <= 128 * 128
+    pair = pair and own.block_m * own.block_n <= 128 * 128
     return _cycles(tile, problem, target).block(steps, overlapped=pair)

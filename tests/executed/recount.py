@@ -1,4 +1,4 @@
-"""Counts the cycles of `lora_kernels.tuning.counted` again: one block of a tile, executed in the emulator at two depths."""
+"""Counts the cycles of `lora_kernels.tuning.cycles` again: one block of a tile, executed in the emulator at two depths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
-from lora_kernels.tuning.counted import (
+from lora_kernels.tuning.cycles import (
     COUNTED,
     INSTRUCTIONS,
     L2_BYTES,

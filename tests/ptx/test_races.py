@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import triton
 
-from lora_kernels.tuning.counted import TRITON
+from lora_kernels.tuning.cycles import TRITON
 from tests.ptx.kernels import Compiled, Product
 from tests.ptx.launch import prepare
 from tests.ptx.races import DataRace

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import triton
 
-from lora_kernels.tuning.counted import COUNTED, TABLE, TRITON, Row
+from lora_kernels.tuning.cycles import COUNTED, TABLE, TRITON, Row
 from tests.executed.recount import counted_tiles, recount
 
 
