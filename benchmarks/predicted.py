@@ -7,7 +7,6 @@ Nothing in it is measured on a device. `python benchmarks/predicted.py` takes a 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import textwrap
 from collections.abc import Iterator
