@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +81,7 @@ def resolve(
 ) -> Backend:
     """The backend for a forward call on x [..., K]; RuntimeError where an explicit or strict choice cannot compute it."""
     (N, K), R = weight.shape, A.shape[1]
-    return _remembered(
+    return _backend(
         *_asked(name),
         x.device,
         torch.get_num_threads(),
@@ -105,7 +104,7 @@ def resolve_backward(
     """The backend for the backward of a call; sizes that no saved tensor tells do not matter to it and count as one."""
     skinny = saved.s if saved.s is not None else (saved.B.t() if saved.B is not None else None)
     wide = saved.weight if saved.weight is not None else saved.x
-    return _remembered(
+    return _backend(
         *_asked(name),
         dy.device,
         torch.get_num_threads(),
@@ -138,21 +137,6 @@ def _asked(name: str) -> tuple[str, bool]:
     name = env.backend()
     check_name(name)
     return name, False
-
-
-def _remembered(*facts: Any) -> Backend:
-    try:
-        return _backend(*facts)
-    except _ForNow as choice:
-        return choice.backend
-
-
-class _ForNow(Exception):
-    """A choice that is not to be remembered: a backend could not be tested yet."""
-
-    def __init__(self, backend: Backend) -> None:
-        super().__init__(backend.name)
-        self.backend = backend
 
 
 @functools.lru_cache(maxsize=4096)
@@ -189,13 +173,7 @@ def _backend(
         w_k_major,
         backward,
     )
-    explanation = _choose(name, strict, problem, device)
-    if device.type == "cuda":
-        from lora_kernels.selftest import NOT_NOW
-
-        if NOT_NOW in explanation.rejected.values():
-            raise _ForNow(get(explanation.backend))
-    return get(explanation.backend)
+    return get(_choose(name, strict, problem, device).backend)
 
 
 def _choose(name: str, strict: bool, problem: Problem, device: torch.device) -> Explanation:

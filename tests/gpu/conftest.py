@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from lora_kernels import dispatch
+from lora_kernels.backends.device import current_target
+from lora_kernels.tuning.config import CUDA_DECODE_ROWS
 
 DEVICE = "cuda"
 
 
 def pytest_addoption(parser):
+    parser.addoption("--require", default="", help="backends that must be there, as triton,cuda")
     parser.addoption("--part", default="1/1", help="I/N: the I-th of N parts of the device's tests")
 
 
@@ -26,14 +29,36 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 
 
+@pytest.fixture
+def usable(request):
+    """Gives the backend of a name; where it is not available the test is skipped, or fails if --require names it."""
+
+    def get(name):
+        backend = dispatch.get(name)
+        reason = backend.unavailable()
+        if reason is not None:
+            required = name in request.config.getoption("--require").split(",")
+            (pytest.fail if required else pytest.skip)(f"{name} backend: {reason}")
+        return backend
+
+    return get
+
+
 @pytest.fixture(params=["triton", "cuda"])
-def gpu_backend(request):
+def gpu_backend(request, usable):
     """A backend that computes on GPU tensors here, without asking for its self-test's verdict."""
-    backend = dispatch.get(request.param)
-    reason = backend.unavailable()
-    if reason is not None:
-        pytest.skip(f"{request.param} backend: {reason}")
-    return backend
+    return usable(request.param)
+
+
+def declined(backend, problem):
+    """Why `backend` declines `problem`, or None: exactly where its limits say so."""
+    reason = backend.declines(problem)
+    if backend.name == "cuda":
+        limited = problem.M > CUDA_DECODE_ROWS or problem.dropout
+    else:
+        limited = problem.dtype == "float32" and current_target().name == "gfx1100"
+    assert (reason is not None) == limited, f"{backend.name} for {problem}: {reason}"
+    return reason
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import dispatch, selftest
+from lora_kernels import selftest
 from lora_kernels.bench.tiles import Narrow, Product
 from lora_kernels.dropout import Dropout, keep_mask
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import KERNELS, NARROW_KERNELS
 from lora_kernels.tuning.select import Choice
-from tests.gpu.conftest import DEVICE
+from tests.gpu.conftest import DEVICE, declined
 from tests.oracle import AWKWARD, Case, check_backend
 
 LARGE = [  # many tiles, splits, a second wave; sizes that no tile divides
@@ -35,8 +35,7 @@ def problem_of(case: Case) -> Problem:
 
 @pytest.mark.parametrize("case", [*AWKWARD, *LARGE], ids=str)
 def test_products(case, gpu_backend):
-    reason = gpu_backend.declines(problem_of(case))
-    if reason is not None:
+    if reason := declined(gpu_backend, problem_of(case)):
         pytest.skip(reason)
     check_backend(gpu_backend, replace(case, device=DEVICE))
 
@@ -49,11 +48,8 @@ def test_selftest_passes(gpu_backend):
 
 
 @pytest.fixture
-def triton_backend():
-    backend = dispatch.get("triton")
-    if (reason := backend.unavailable()) is not None:
-        pytest.skip(reason)
-    return backend
+def triton_backend(usable):
+    return usable("triton")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -132,7 +128,7 @@ def test_dropout_masks_are_eagers_bit_for_bit(seed, triton_backend):
 def test_many_equal_calls_give_equal_bits(gpu_backend):
     """Programs run in another order every time: sums must not."""
     case = Case(512, 768, 1024, 16, dtype=torch.bfloat16, device=DEVICE)
-    if gpu_backend.declines(problem_of(case)) is not None:
+    if declined(gpu_backend, problem_of(case)):
         case = replace(case, M=8)
     o = case.operands()
     first = gpu_backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
@@ -150,8 +146,8 @@ def test_offsets_pass_two_to_the_31(gpu_backend):
     M = 2**31 // K + 64
     if torch.cuda.mem_get_info()[0] < 3 * 2 * M * K:
         pytest.skip("needs 13 GB of free memory")
-    if gpu_backend.declines(Problem(M, N, K, R, "bfloat16", "bfloat16", DEVICE)) is not None:
-        pytest.skip("declined")
+    if reason := declined(gpu_backend, Problem(M, N, K, R, "bfloat16", "bfloat16", DEVICE)):
+        pytest.skip(reason)
     x = torch.zeros(M, K, dtype=torch.bfloat16, device=DEVICE)
     x[-64:] = torch.randn(64, K, device=DEVICE).bfloat16()
     w, a, b = (
