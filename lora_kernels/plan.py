@@ -41,8 +41,7 @@ class Plan:
     """What computes `problem` on `device`, with one reason for each backend that does not.
 
     `candidate` is the chosen algorithm with its products, `compared` are all algorithms that could have been taken.
-    `dequantises`: the products read no weight of this format and get a dense copy. `settled`: false where a backend could
-    not be tested yet, so that a later call may get another plan.
+    `dequantises`: the products read no weight of this format and get a dense copy.
     """
 
     problem: Problem
@@ -54,7 +53,6 @@ class Plan:
     rejected: dict[str, str]
     algorithm: str | None = None  # that was asked for
     dequantises: bool = False
-    settled: bool = True
 
     @property
     def products(self) -> Products:
@@ -205,11 +203,9 @@ def _plan(
     name, strict = asked
     refused: dict[str, str] = {}
     offered: dict[str, list[Candidate]] = {}
-    settled = True
     target = _target(device)
     for each in BACKENDS if name == "auto" else (name,):
-        reason, candidates, tested = _offers(get(each), problem, device, target, algorithm)
-        settled = settled and tested
+        reason, candidates = _offers(get(each), problem, device, target, algorithm)
         if reason is None:
             offered[each] = candidates
         else:
@@ -247,7 +243,6 @@ def _plan(
         {each: rejected[each] for each in BACKENDS if each in rejected},
         algorithm=algorithm,
         dequantises=problem.weight_format not in get(backend).formats,
-        settled=settled,
     )
 
 
@@ -257,33 +252,33 @@ def _offers(
     device: torch.device,
     target: Target | str,
     algorithm: str | None,
-) -> tuple[str | None, list[Candidate], bool]:
-    """(why the backend cannot compute `problem` here or None, its candidates, whether that will stay so)."""
+) -> tuple[str | None, list[Candidate]]:
+    """(why the backend cannot compute `problem` here, or None, and its candidates)."""
     if not _runs_on(backend, device):
         where = " and ".join(backend.devices)
-        return f"runs on {where} tensors only, not on {device.type}", [], True
+        return f"runs on {where} tensors only, not on {device.type}", []
     reason = backend.unavailable()
     if reason is not None:
-        return reason, [], True
+        return reason, []
     known = None if isinstance(target, str) else target
     if backend.needs_target and known is None:
-        return str(target), [], True
+        return str(target), []
     candidates = backend.candidates(problem, known)
     if algorithm is not None:
         candidates = [c for c in candidates if c.name == algorithm]
     if not candidates:
-        return f"it has no algorithm {algorithm!r} for this problem", [], True
+        return f"it has no algorithm {algorithm!r} for this problem", []
     if fastest(candidates) is None:
-        return candidates[0].refusal, [], True
+        return candidates[0].refusal, []
     if device.type == "cuda" and backend.name != "eager":
         from lora_kernels import selftest  # needed on a GPU only
 
         reason = selftest.trusted(backend, device)
         if reason is not None:
-            return reason, [], reason != selftest.NOT_NOW
+            return reason, []
     if problem.weight_format not in backend.formats:
         candidates = [_after_dequantising(candidate, problem, known) for candidate in candidates]
-    return None, candidates, True
+    return None, candidates
 
 
 def _after_dequantising(candidate: Candidate, problem: Problem, target: Target | None) -> Candidate:
@@ -347,8 +342,7 @@ def _asked(name: str) -> tuple[str, bool]:
 
 
 def _remember(key: tuple, plan: Plan) -> Plan:
-    if plan.settled:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
     return plan

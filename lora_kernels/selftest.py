@@ -1,7 +1,10 @@
 """A backend proves itself on the device it is to run on: a few small problems, forward and every gradient, against float64.
 
 On a GPU this happens before a backend's first use on a new device, driver, Triton or package version; the verdict is kept
-in the cache folder. A backend that fails is not used there, and `explain` says why.
+in the cache folder. A backend that fails is not used there, and `explain` says why. The test has a process of its own: an
+illegal access makes every later call of its process fail, and a kernel may never end. Where no such process can be started,
+or it cannot open the device (which this process may have for itself), there is no verdict: the backend is not used.
+`python -m lora_kernels selftest`, run while the device is free, keeps one, or a new one after a failure.
 """
 
 from __future__ import annotations
@@ -11,9 +14,15 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import signal
+import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.spawn import get_executable
 from pathlib import Path
 
 import torch
@@ -65,54 +74,170 @@ def run(backend: Backend, device: torch.device | str) -> list[Result]:
     return [result for problem in _problems(device) for result in _check(backend, problem, device)]
 
 
-NOT_NOW = "its self-test cannot run while a CUDA graph is captured: call it once before"
+LIMIT = 600.0  # seconds for a backend's test, most of which its kernels are compiled
+_FIRST = threading.Lock()  # threads that make their first call together wait for one test
+_MARK = "lora_kernels self-test: "  # before the answers of a process, which may print more
+_BEGINS = "begins"
+_PROGRAM = """
+import sys
+sys.path[:] = [folder for folder in sys.path if folder]
+import json
+sys.path[:], name, index, uuid = json.loads(sys.argv[1])
+from lora_kernels import selftest
+selftest.answer(name, index, uuid)
+"""
+
+
+class NoVerdictError(RuntimeError):
+    """The backend could not be tested, which says nothing about it."""
 
 
 def trusted(backend: Backend, device: torch.device) -> str | None:
     """None when `backend` passed its self-test on this device, else why it must not be used; runs it when nobody has."""
     index = device.index if device.index is not None else torch.cuda.current_device()
-    try:
+    with _FIRST:
         return _verdict(backend, _fingerprint(backend.name, index), index)
-    except _CapturingError:
-        return NOT_NOW
-
-
-class _CapturingError(RuntimeError):
-    """There is no verdict, and now is no time for a test."""
 
 
 @functools.lru_cache(maxsize=64)
 def _verdict(backend: Backend, fingerprint: str, index: int) -> str | None:
-    file = (
-        env.cache_dir()
-        / "selftest"
-        / (hashlib.sha256(fingerprint.encode()).hexdigest()[:20] + ".json")
-    )
+    file = _file(fingerprint)
     try:
         known = json.loads(file.read_text())
         if known["fingerprint"] == fingerprint:
             return known["failure"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    if torch.cuda.is_current_stream_capturing():
-        raise _CapturingError
-    # What an earlier kernel broke is raised here, and is no verdict on this backend.
-    torch.cuda.synchronize(index)
-    failure = _failure(backend, torch.device("cuda", index))
+    try:
+        failure = _failure_elsewhere(backend.name, index)
+    except NoVerdictError as error:
+        failure = (
+            f"its self-test needs a process of its own, and {error}; "
+            "run `python -m lora_kernels selftest` once, while the device is free"
+        )
+    else:
+        _write(file, fingerprint, failure)
     if failure is not None:
         env.logger().warning("the %s backend is not used on this device: %s", backend.name, failure)
-    _write(file, {"fingerprint": fingerprint, "failure": failure})
     return failure
 
 
+def keep(backend: Backend, index: int, failure: str | None) -> None:
+    """Keep what a self-test in this process found, for the processes to come."""
+    fingerprint = _fingerprint(backend.name, index)
+    _write(_file(fingerprint), fingerprint, failure)
+
+
+def _failure_elsewhere(name: str, index: int) -> str | None:
+    """What the self-test found wrong in a new process, or None. NoVerdictError where it could not be made."""
+    python = os.fsdecode(get_executable() or "")  # what multiprocessing.set_executable can change
+    if not python or (getattr(sys, "frozen", False) and python == sys.executable):
+        raise NoVerdictError("this program has no Python interpreter to start")
+    asked = json.dumps([list(map(str, sys.path)), name, index, _uuid(index)])
+    env.logger().info("the %s backend is tested on device %d, for the first time", name, index)
+    try:
+        code, said, complained = _run_apart([python, "-c", _PROGRAM, asked], LIMIT)
+    except OSError as error:
+        raise NoVerdictError(f"none could be started: {error}") from error
+    answers = [line.removeprefix(_MARK) for line in said.splitlines() if line.startswith(_MARK)]
+    last = (complained.strip().splitlines() or ["it said nothing"])[-1]
+    ended = f"did not end within {LIMIT:g} s" if code is None else f"ended with {_told(code)}"
+    if not answers:
+        raise NoVerdictError(f"one {ended} before the test began: {last}")
+    if code != 0 or answers[-1] == _BEGINS:
+        return f"its self-test {ended}: {last}"
+    verdict = json.loads(answers[-1])
+    if verdict["unable"] is not None:
+        raise NoVerdictError(f"one cannot use the device: {verdict['unable']}")
+    return verdict["failure"]
+
+
+def _run_apart(command: list[str], limit: float) -> tuple[int | None, str, str]:
+    """(exit code, stdout, stderr) of `command`; the code is None where it did not end within `limit` seconds."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        # In a session of its own, so that compilers it has started end with it.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+        )
+        code: int | None = None
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(limit)
+        finally:
+            if code is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(10)  # a driver may hold it: then it is left behind
+        texts = []
+        for stream in (out, err):
+            stream.seek(0)
+            texts.append(stream.read().decode(errors="replace"))
+        return code, texts[0], texts[1]
+
+
+def _told(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def answer(name: str, index: int, uuid: str | None) -> None:
+    """Test the backend `name` on the device with this `uuid`, probably `index`, and print the answer: in its own process."""
+    from lora_kernels import plan
+
+    failure = unable = None
+    try:
+        device = torch.device("cuda", _index_of(uuid, index))
+        torch.zeros(1, device=device).item()
+    except Exception as error:
+        unable = _first_line(error)
+    else:
+        print(f"\n{_MARK}{_BEGINS}", flush=True)
+        try:
+            backend = plan.get(name)
+            unable = backend.unavailable()
+            failure = None if unable else _failure(backend, device)
+        except torch.OutOfMemoryError as error:
+            unable = _first_line(error)
+    print(f"\n{_MARK}{json.dumps({'failure': failure, 'unable': unable})}", flush=True)
+
+
+def _uuid(index: int) -> str | None:
+    """What names a device whatever CUDA_VISIBLE_DEVICES was when its process began."""
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    return None if uuid is None else str(uuid)
+
+
+def _index_of(uuid: str | None, index: int) -> int:
+    """The device called `uuid`, probably `index`; RuntimeError if this process sees none."""
+    count = torch.cuda.device_count()
+    for candidate in (index, *range(count)):
+        if candidate < count and _uuid(candidate) == uuid:
+            return candidate
+    raise RuntimeError(f"there is no device {index} with uuid {uuid} among {count}")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
 def _failure(backend: Backend, device: torch.device) -> str | None:
-    """What the self-test found wrong, or None."""
+    """What the self-test found wrong, or None. OutOfMemoryError is raised: it says nothing about the backend."""
     try:
         results = run(backend, device)
-    except (
-        Exception
-    ) as error:  # whatever a kernel does on an unknown device, eager still works there
-        return f"its self-test raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a kernel on an unknown device may fail in any way
+        return f"its self-test raised {_first_line(error)}"
+    return failure_of(results)
+
+
+def failure_of(results: list[Result]) -> str | None:
+    """What is wrong with a self-test's results, or None."""
     failed = [result for result in results if not result.passed]
     if failed:
         return f"its self-test failed {len(failed)} of {len(results)} checks; {failed[0]}"
@@ -143,13 +268,18 @@ def _fingerprint(name: str, index: int) -> str:
     return "|".join(map(str, parts))
 
 
-def _write(file: Path, verdict: dict[str, str | None]) -> None:
+def _file(fingerprint: str) -> Path:
+    digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:20]
+    return env.cache_dir() / "selftest" / f"{digest}.json"
+
+
+def _write(file: Path, fingerprint: str, failure: str | None) -> None:
     """Keep a verdict; a cache that cannot be written costs another self-test and nothing else."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(dir=file.parent)
         with os.fdopen(handle, "w") as out:
-            json.dump(verdict, out)
+            json.dump({"fingerprint": fingerprint, "failure": failure}, out)
         os.replace(scratch, file)
     except OSError:
         env.logger().info("%s cannot be written", file)

@@ -6,11 +6,16 @@ NaN and infinities must stand where eager's stand, except that a kernel may be f
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lora_kernels.backends.base import Products
 from lora_kernels.dropout import Dropout, scaled_mask
@@ -97,6 +102,8 @@ class Case:
         a = normal(self.K, self.R, adapter_dtype, max(self.K, 1) ** -0.5)
         b = normal(self.R, self.N, adapter_dtype, max(self.R, 1) ** -0.5)
         bias = normal(1, self.N, self.dtype, 1.0)[0] if self.bias else None
+        if bias is not None and self.layout == "sliced":
+            bias = _sliced(bias[None])[0]
         dy = normal(self.M, self.N, self.dtype, 1.0)
         return Operands(
             *_strided(self.layout, x, w, a, b), bias, _strided_grad(self.layout, dy), self
@@ -185,18 +192,33 @@ def check_products(products: Products, case: Case, adjoint: Products | None = No
     check("dB", back.wgrad(s, o.dy, o.b.dtype), o.b.dtype)
 
 
+@contextmanager
+def made_inside() -> Iterator[Callable[[], list[tuple[int, ...]]]]:
+    """Gives a function that lists the shapes of the tensors made inside and still held by somebody."""
+    made: list[weakref.ref[Tensor]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            made.extend(weakref.ref(t) for t in tree_leaves(result) if isinstance(t, Tensor))
+            return result
+
+    with Watch():
+        yield lambda: [tuple(t.shape) for ref in made if (t := ref()) is not None]
+
+
+def _sliced(t: Tensor) -> Tensor:
+    """Strides (2·cols + 2, 2), offset 1, NaN in between."""
+    rows, cols = t.shape
+    buffer = torch.full((rows, cols + 1, 2), float("nan"), dtype=t.dtype, device=t.device)
+    return buffer[:, :cols, 1].copy_(t)
+
+
 def _strided(layout: str, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     """The same values in another memory layout. w is [K, N]; "linear" keeps w, a, b as nn.Linear and the book store them."""
 
     def transposed(t: Tensor) -> Tensor:
         return t.t().contiguous().t()
-
-    def sliced(t: Tensor) -> Tensor:  # strides (2·cols + 2, 2), offset 1
-        rows, cols = t.shape
-        buffer = torch.full((rows, cols + 1, 2), float("nan"), dtype=t.dtype, device=t.device)
-        view = buffer[:, :cols, 1]
-        view.copy_(t)
-        return view
 
     if layout == "linear":
         return x, transposed(w), a, b
@@ -207,7 +229,7 @@ def _strided(layout: str, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> tuple[T
     if layout == "transposed":
         return tuple(map(transposed, (x, w, a, b)))
     if layout == "sliced":
-        return tuple(map(sliced, (x, w, a, b)))
+        return tuple(map(_sliced, (x, w, a, b)))
     if layout == "broadcast":  # every row of x is the first, stride 0
         return x[:1].expand(x.shape) if x.shape[0] else x, transposed(w), a, b
     raise ValueError(f"layout must be a name _strided knows, got {layout!r}")
@@ -254,6 +276,10 @@ AWKWARD: list[Case] = (
         for layout in ("plain", "peft", "transposed", "sliced", "broadcast")
     ]
     + [Case(31, 37, 42, 5, dtype=d, dropout=0.3) for d in (torch.float32, torch.bfloat16)]
+    + [
+        Case(33, 17, 5, 12, dropout=0.3),  # the masked operand is the narrower one
+        Case(9, 80, 112, 4, dtype=torch.bfloat16),  # multiples of 16 and of no larger tile
+    ]
     + [
         Case(
             33,

@@ -190,3 +190,17 @@ def test_a_reader_that_has_seen_enough_is_no_error(unbuffered):
     process.stdout.close()
     assert process.wait(60) == 0 and process.stderr.read() == b""
     process.stderr.close()
+
+
+def test_selftest_on_a_gpu_keeps_its_verdict(capsys, monkeypatch):
+    """On a pretended one; for processes that cannot start another to test."""
+    run, kept = selftest.run, []
+    backend = type(plan.get("eager"))()
+    backend.name = "triton"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(plan, "get", lambda name: backend)
+    monkeypatch.setattr(selftest, "run", lambda backend, device: run(backend, "cpu"))
+    monkeypatch.setattr(selftest, "keep", lambda *what: kept.append(what))
+    assert main(["selftest", "--backend", "triton", "--device", "cuda"]) == 0
+    assert kept == [(backend, 0, None)]

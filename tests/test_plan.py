@@ -193,17 +193,6 @@ class TestGPU:
         with pytest.raises(RuntimeError, match="dA is off"):
             explain(self.problem, backend="triton")
 
-    def test_a_choice_made_while_a_graph_is_captured_is_not_remembered(self, gpu, monkeypatch):
-        """A backend that could not be tested then is tested and taken later."""
-        from lora_kernels import selftest
-
-        facts = ("auto", False, torch.device("cuda"), 1, 8, 8, 8, 2, torch.float32, torch.float32)
-        facts += (False, False, True, False)
-        monkeypatch.setattr(selftest, "trusted", lambda backend, device: selftest.NOT_NOW)
-        assert dispatch._remembered(*facts).name == "eager"
-        monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
-        assert dispatch._remembered(*facts) is gpu
-
     def test_the_choice_is_made_on_the_tensors_device(self, gpu, monkeypatch):
         """A backend asks the current device what it is: while it is asked, that is the operands' one."""
         current = [0]

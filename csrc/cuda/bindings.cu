@@ -176,6 +176,7 @@ void wgrad(Tensor left, Tensor right, Tensor out, bool left_is_wide) {
              *skinny_name = left_is_wide ? "right" : "left";
   check(wide.size(0) == skinny.size(0) && wide.size(0) <= OUTER_TOKENS, "left and right",
         "must have the same, at most 32, rows");
+  check(wide.size(1) <= INT32_MAX, wide_name, "must have fewer than 2^31 columns");
   check_buffer(skinny, skinny_name, ScalarType::Float);
   check(out.size(0) == left.size(1) && out.size(1) == right.size(1) && out.is_contiguous(), "out",
         "must be [C, D], contiguous");

@@ -25,7 +25,7 @@ struct Decode {
   void* y;                // [M, N]
   float* s;               // [M, R], written if a is multiplied
   float* partials;        // [tiles, splits, M, ROWS + RANKS], ranks in a block's first tile
-  int* arrived;           // [tiles], zero before and after
+  int* arrived;           // [tiles], zero before
   float alpha;
   int k, rank, chunk;  // chunk: the k that a split takes, a multiple of the tile's STEP
   bool b_float, y_float;
@@ -91,10 +91,7 @@ __device__ bool combine_splits(const Decode& p, float* sums, int tile) {
   __shared__ bool last;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(p.arrived + tile, 1) == splits - 1;
-    if (last) p.arrived[tile] = 0;
-  }
+  if (threadIdx.x == 0) last = atomicAdd(p.arrived + tile, 1) == splits - 1;
   __syncthreads();
   if (!last) return false;
   __threadfence();

@@ -24,9 +24,6 @@ from lora_kernels.tuning.targets import Target
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_cuda.so"
 WARPS = 4
-_arrived: dict[
-    tuple[int, int], Tensor
-] = {}  # by (device, stream): counters that every launch leaves at zero
 
 
 class CudaProducts(Products):
@@ -158,7 +155,8 @@ def _decode(
         y,
         s,
         x.new_empty(parts, dtype=torch.float32),
-        _counters(x.device, tiles if splits > 1 else 1),
+        # Each call has its own: kept ones would be a CUDA graph's memory, or be counted in by two calls at once.
+        (x.new_zeros if splits > 1 else x.new_empty)(tiles, dtype=torch.int32),
         None if at_run_time is None else at_run_time.float(),
         0.0 if at_run_time is not None else float(alpha),
         fused_rank,
@@ -188,17 +186,6 @@ def _k_major(w: Tensor) -> bool:
 
 def _with_unit_stride(t: Tensor) -> Tensor:
     return t if 1 in t.stride() or 1 in t.shape else t.contiguous()
-
-
-def _counters(device: torch.device, tiles: int) -> Tensor:
-    """Zeroed int32 counters of this device and stream, made once; within a graph's capture they belong to the graph."""
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(tiles, dtype=torch.int32, device=device)
-    key = (device.index or 0, torch.cuda.current_stream(device).cuda_stream)
-    known = _arrived.get(key)
-    if known is None or known.numel() < tiles:
-        known = _arrived[key] = torch.zeros(max(1024, tiles), dtype=torch.int32, device=device)
-    return known
 
 
 @functools.lru_cache(maxsize=1)

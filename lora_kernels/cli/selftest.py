@@ -44,6 +44,8 @@ def _backends_of(device: str) -> tuple[str, ...]:
 
 def _one(name: str, device: str) -> dict[str, Any]:
     """The checks of a backend on a device; those that failed in words."""
+    import torch
+
     from lora_kernels import plan, selftest
 
     backend = plan.get(name)
@@ -60,10 +62,12 @@ def _one(name: str, device: str) -> dict[str, Any]:
         results = selftest.run(backend, device)
     except Exception as error:  # a kernel on an unknown device may fail in any way
         return {**each, "failed": [f"raised {type(error).__name__}: {error}"]}
+    if device == "cuda" and name != "eager":
+        selftest.keep(backend, torch.cuda.current_device(), selftest.failure_of(results))
     each["checks"] = len(results)
     each["failed"] = [str(result) for result in results if not result.passed]
     if not results:
-        each["failed"] = ["it declines every problem of the self-test"]
+        each["failed"] = ["it refuses every problem of the self-test"]
     else:
         each["closest"] = max(result.error / result.allowed for result in results)
     return each

@@ -165,6 +165,8 @@ def test_sizes_that_an_int_cannot_hold_are_refused(operators):
     x, w = (torch.zeros(1, 1, dtype=HALF).expand(shape) for shape in ((M, long), (long, N)))
     arguments = decode_arguments(w=w, chunk=long, splits=1, fused_rank=0)
     refused(operators.decode, arguments, "x", x, "must have fewer than 2^31 rows and columns")
+    left = torch.zeros(M, 1, dtype=HALF).expand(M, long)
+    refused(operators.wgrad, outer_arguments(), "left", left, "must have fewer than 2^31 columns")
 
 
 def test_rules_of_two_arguments(operators):

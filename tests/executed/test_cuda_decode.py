@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lora_kernels import Problem
 from lora_kernels.backends import cuda
+from lora_kernels.operands import Adapter
 from lora_kernels.tuning.config import CUDA_DECODE_ROWS, cuda_decode_blocks
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.cuda_operators import EmulatedOperators
-from tests.oracle import AWKWARD, Case, assert_budget, check_products
+from tests.oracle import AWKWARD, Case, assert_budget, check_products, made_inside
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 # Exact float32 products take a hundred times the instructions of a matrix unit's: of those cases the smaller ones.
@@ -31,7 +32,6 @@ def products(monkeypatch, library):
     made = cuda.CudaProducts()
     made.operators = EmulatedOperators(library)
     monkeypatch.setattr(torch.ops, "lora_kernels_cuda", made.operators, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 4)
     return made
 
@@ -84,15 +84,59 @@ def test_more_tiles_than_blocks_without_a_split(products):
     check_products(products, Case(11, 333, 70, 5, dtype=torch.float16))
 
 
-def test_counters_serve_the_next_launch(products, monkeypatch):
-    """Outside of a graph's capture the counters are made once, so every launch must leave them at zero."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(cuda, "_arrived", {})
-    case = Case(6, 130, 1030, 12, dtype=torch.bfloat16)
-    check_products(products, case)
-    (counters,) = cuda._arrived.values()
-    assert not counters.any()
+def test_no_memory_outlives_a_call(products):
+    """Kept memory may be a CUDA graph's, which others use again; here K is split, and blocks are counted."""
+    o = Case(6, 130, 1030, 12, dtype=torch.bfloat16).operands()
+    with made_inside() as alive:
+        results = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
+        assert "partials" in products.operators.counters[0].tensors and alive()
+        del results
+    products.operators.pointed = {}  # the arguments of the last launch
+    gc.collect()
+    assert alive() == []
+
+
+def test_a_result_past_32_bits(products):
+    """y has more than 2³¹ elements, its operands have few: their columns are one column again and again."""
+    N, products.operators.last_block_alone = 2**26 + 64, True
+    x, w, b = torch.randn(32, 32).half(), torch.randn(32, 1).half(), torch.randn(3, 1).half()
+    s = torch.randn(32, 3)
+
+    def call(N):
+        adapter = Adapter(x[:, :3], b.expand(3, N), 0.5)
+        return products.expand(x, w.expand(32, N), s, adapter)
+
+    assert torch.equal(call(N)[:, -64:], call(64))
+
+
+@pytest.mark.parametrize("operand", ["x", "w", "a", "b"])
+def test_an_operand_past_32_bits(products, operand):
+    """Its rows, or of w and a its columns, lie 2³⁰ elements apart, the fourth past 2³¹."""
+    near = dict(zip("xwab", (torch.randn(4, 4).half() for _ in range(4)), strict=True))
+    near["w"], near["a"] = near["w"].t(), near["a"].t()
+    far = torch.empty(3 * 2**30 + 4, dtype=torch.float16).as_strided((4, 4), (2**30, 1))
+    far = (far.t() if operand in "wa" else far).copy_(near[operand])
+    results = []
+    for x, w, a, b in (near.values(), {**near, operand: far}.values()):
+        results.append(products.shrink_expand(x, w, Adapter(a, b, 0.5)))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("wide_first", [True, False])
+def test_wgrad_past_32_bits(products, wide_first):
+    C, products.operators.last_block_alone = 2**27 + 128, True
+    wide, skinny = torch.randn(4, 1).half(), torch.randn(4, 16)
+
+    def call(C):
+        pair = (wide.expand(4, C), skinny) if wide_first else (skinny, wide.expand(4, C))
+        out = products.wgrad(*pair, torch.float16)
+        return out[-128:, 8:] if wide_first else out[8:, -128:]
+
+    # The zeros that wgrad starts from would touch all of it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_zeros", torch.Tensor.new_empty)
+        far = call(C)
+    assert torch.equal(far, call(128))
 
 
 def test_bits_do_not_depend_on_the_order_of_blocks_and_warps(products):

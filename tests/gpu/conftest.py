@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from lora_kernels import plan
+from lora_kernels.backends.base import fastest
 from lora_kernels.backends.device import current_target
+from lora_kernels.tuning.config import CUDA_DECODE_ROWS
 from tests.planned import Planned
 
 DEVICE = "cuda"
 
 
 def pytest_addoption(parser):
+    parser.addoption("--require", default="", help="backends that must be there, as triton,cuda")
     parser.addoption("--part", default="1/1", help="I/N: the I-th of N parts of the device's tests")
 
 
@@ -28,14 +31,37 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 
 
+@pytest.fixture
+def usable(request):
+    """Gives the backend of a name; where it is not available the test is skipped, or fails if --require names it."""
+
+    def get(name):
+        backend = plan.get(name)
+        reason = backend.unavailable()
+        if reason is not None:
+            required = name in request.config.getoption("--require").split(",")
+            (pytest.fail if required else pytest.skip)(f"{name} backend: {reason}")
+        return backend
+
+    return get
+
+
 @pytest.fixture(params=["triton", "cuda"])
-def gpu_backend(request):
-    """A backend that computes on GPU tensors here."""
-    backend = plan.get(request.param)
-    reason = backend.unavailable()
-    if reason is not None:
-        pytest.skip(f"{request.param} backend: {reason}")
-    return backend
+def gpu_backend(request, usable):
+    """A backend that computes on GPU tensors here, without asking for its self-test's verdict."""
+    return usable(request.param)
+
+
+def declined(backend, problem):
+    """Why `backend` refuses `problem`, or None: exactly where its limits say so."""
+    offered = backend.candidates(problem, current_target())
+    reason = None if fastest(offered) is not None else offered[0].refusal
+    if backend.name == "cuda":
+        limited = problem.M > CUDA_DECODE_ROWS or problem.dropout
+    else:
+        limited = problem.dtype == "float32" and current_target().name == "gfx1100"
+    assert (reason is not None) == limited, f"{backend.name} for {problem}: {reason}"
+    return reason
 
 
 @pytest.fixture

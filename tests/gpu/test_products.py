@@ -7,14 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import plan, selftest
+from lora_kernels import selftest
+from lora_kernels.backends.device import current_target
+from lora_kernels.backends.triton.configs import shipped, tiles_for, tiles_of
 from lora_kernels.bench.tiles import Narrow, Product
 from lora_kernels.dropout import Dropout, keep_mask
+from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import KERNELS, NARROW_KERNELS
 from lora_kernels.tuning.search import Choice
-from tests.gpu.conftest import DEVICE
-from tests.oracle import AWKWARD, Case, check_backend
+from tests.gpu.conftest import DEVICE, declined
+from tests.oracle import AWKWARD, Case, check_products
+from tests.planned import Planned
 
 LARGE = [  # many tiles, splits, a second wave; sizes that no tile divides
     Case(513, 1025, 2049, 16, dtype=torch.bfloat16),
@@ -34,11 +38,10 @@ def problem_of(case: Case) -> Problem:
 
 
 @pytest.mark.parametrize("case", [*AWKWARD, *LARGE], ids=str)
-def test_products(case, gpu_backend):
-    reason = gpu_backend.declines(problem_of(case))
-    if reason is not None:
+def test_products(case, gpu_backend, gpu_products):
+    if reason := declined(gpu_backend, problem_of(case)):
         pytest.skip(reason)
-    check_backend(gpu_backend, replace(case, device=DEVICE))
+    check_products(gpu_products, replace(case, device=DEVICE))
 
 
 def test_selftest_passes(gpu_backend):
@@ -49,33 +52,27 @@ def test_selftest_passes(gpu_backend):
 
 
 @pytest.fixture
-def triton_backend():
-    backend = plan.get("triton")
-    if (reason := backend.unavailable()) is not None:
-        pytest.skip(reason)
-    return backend
+def triton_backend(usable):
+    return usable("triton")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_shipped_configuration_is_right(kernel, triton_backend):
     """What the compiled lane compiles for this architecture, on a problem that it was chosen for, but without dropout."""
-    from lora_kernels.backends.device import current_target
-    from lora_kernels.backends.triton.configs import shipped
-
     target, failures, product = current_target(), [], None
     for problem, config in shipped(target):
         if config.kernel != kernel:
             continue
         problem = replace(problem, dropout=False)
         if kernel in NARROW_KERNELS:
-            wrong = Narrow(problem, DEVICE).wrong(Choice(config.kernel, "test", (config,)))
+            wrong = Narrow(problem, DEVICE).wrong(Choice.of(config.kernel, config))
             failures += [f"{config} for {problem}: {wrong}"] if wrong else []
             continue
         algorithm = {"expand": "two_kernel"}.get(config.kernel, config.kernel)
-        shrink = select(problem, target, "two_kernel").config("shrink")
+        shrink = tiles_for(problem, target).config("shrink")
         if product is None or product.problem != problem:
             product = Product(problem, DEVICE)
-        wrong = product.wrong(Choice(algorithm, "test", (shrink, config)))
+        wrong = product.wrong(Choice.of(algorithm, shrink, config))
         failures += [f"{config} for {problem}: {wrong}"] if wrong else []
     assert not failures, failures
 
@@ -83,8 +80,6 @@ def test_every_shipped_configuration_is_right(kernel, triton_backend):
 @pytest.mark.parametrize("kernel", ["shrink", "expand", "one_pass", "wgrad"])
 def test_every_shipped_configuration_with_dropout(kernel, triton_backend):
     """On a small ragged problem: what is chosen for dropout, with a mask."""
-    from lora_kernels.backends.device import current_target
-    from lora_kernels.backends.triton.configs import shipped, tiles_of
     from tests.executed.shipped import compare, launch, small
 
     target, checked = current_target(), 0
@@ -104,23 +99,18 @@ def test_dropout_masks_are_eagers_bit_for_bit(seed, triton_backend):
     p, rows, cols, few = 0.3, 300, 521, 32  # one_pass takes no more ranks with a mask
     dropout = Dropout(p, torch.tensor(seed, device=DEVICE))
     ones, unit = torch.ones(rows, cols, device=DEVICE), torch.eye(cols, device=DEVICE)
-    none = [torch.zeros(size, device=DEVICE) for size in ((rows, 1), (1, cols), (1, 1))]
-    tail, _ = triton_backend.expand(
-        *none, ones[:1], 1.0, s=ones[:, :1].contiguous(), dropout_out=dropout
-    )
-    reduced = triton_backend.wgrad(ones, torch.eye(rows, device=DEVICE), torch.float32, dropout)
-    one_pass = type(triton_backend)("one_pass")
-    _, s = one_pass.expand(
-        ones[:, :few].contiguous(),
-        ones[:few, :96],
-        unit[:few, :few],
-        ones[:few, :96],
-        1.0,
-        dropout_in=dropout,
-    )
+    target = current_target()
+    products = Planned(triton_backend, target)
+    none = [torch.zeros(size, device=DEVICE) for size in ((rows, 1), (1, cols))]
+    output = Adapter(unit[:1, :1], ones[:1], 1.0, dropout_out=dropout)
+    tail = products.expand(*none, ones[:, :1].contiguous(), output)
+    reduced = products.wgrad(ones, torch.eye(rows, device=DEVICE), torch.float32, dropout)
+    one_pass = Planned(triton_backend, target, "one_pass")
+    narrow = Adapter(unit[:few, :few], ones[:few, :96], 1.0, dropout)
+    _, s = one_pass.shrink_expand(ones[:, :few].contiguous(), ones[:few, :96], narrow)
     wide = keep_mask(dropout, rows, cols)
     for result, expected in (
-        (triton_backend.shrink(ones, unit, 1.0, dropout), wide),
+        (products.shrink(ones, Adapter(unit, unit, 1.0, dropout)), wide),
         (tail, wide),
         (reduced.t(), wide),
         (s, keep_mask(dropout, rows, few)),
@@ -129,36 +119,36 @@ def test_dropout_masks_are_eagers_bit_for_bit(seed, triton_backend):
         torch.testing.assert_close(result[expected], torch.full_like(result[expected], 1 / (1 - p)))
 
 
-def test_many_equal_calls_give_equal_bits(gpu_backend):
+def test_many_equal_calls_give_equal_bits(gpu_backend, gpu_products):
     """Programs run in another order every time: sums must not."""
     case = Case(512, 768, 1024, 16, dtype=torch.bfloat16, device=DEVICE)
-    if gpu_backend.declines(problem_of(case)) is not None:
+    if declined(gpu_backend, problem_of(case)):
         case = replace(case, M=8)
     o = case.operands()
-    first = gpu_backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
-    outer = gpu_backend.shrink_wgrad(o.dy, o.b.t(), 0.5, first[1], o.b.dtype)
+    first = gpu_products.shrink_expand(o.x, o.w, o.adapter, o.bias)
+    outer = gpu_products.shrink_wgrad(o.dy, o.adapter.t(), first[1], o.b.dtype)
     for _ in range(50):
-        again = gpu_backend.expand(o.x, o.w, o.a, o.b, 0.5, o.bias)
+        again = gpu_products.shrink_expand(o.x, o.w, o.adapter, o.bias)
         assert all(map(torch.equal, first, again))
-        again = gpu_backend.shrink_wgrad(o.dy, o.b.t(), 0.5, first[1], o.b.dtype)
+        again = gpu_products.shrink_wgrad(o.dy, o.adapter.t(), first[1], o.b.dtype)
         assert all(map(torch.equal, outer, again))
 
 
-def test_offsets_pass_two_to_the_31(gpu_backend):
+def test_offsets_pass_two_to_the_31(gpu_backend, gpu_products):
     """x of more than 2^31 elements; its last rows are compared with those of a small product."""
     K, N, R = 4096, 8, 4
     M = 2**31 // K + 64
     if torch.cuda.mem_get_info()[0] < 3 * 2 * M * K:
         pytest.skip("needs 13 GB of free memory")
-    if gpu_backend.declines(Problem(M, N, K, R, "bfloat16", "bfloat16", DEVICE)) is not None:
-        pytest.skip("declined")
+    if reason := declined(gpu_backend, Problem(M, N, K, R, "bfloat16", "bfloat16", DEVICE)):
+        pytest.skip(reason)
     x = torch.zeros(M, K, dtype=torch.bfloat16, device=DEVICE)
     x[-64:] = torch.randn(64, K, device=DEVICE).bfloat16()
     w, a, b = (
         torch.randn(size, device=DEVICE).mul(0.05).bfloat16() for size in ((K, N), (K, R), (R, N))
     )
-    y, s = gpu_backend.expand(x, w, a, b, 0.5)
-    small, small_s = gpu_backend.expand(x[-128:], w, a, b, 0.5)
+    y, s = gpu_products.shrink_expand(x, w, Adapter(a, b, 0.5))
+    small, small_s = gpu_products.shrink_expand(x[-128:], w, Adapter(a, b, 0.5))
     torch.testing.assert_close(y[-128:], small)
     torch.testing.assert_close(s[-128:], small_s)
     assert not y[:-64].any()

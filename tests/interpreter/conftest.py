@@ -31,7 +31,7 @@ VARIANTS = {  # name -> (algorithm, target, changes to the small tiles by kernel
     "decode": ("decode", "sm_80", {}),
 }
 _TILES = (
-    TileConfig("shrink", 32, 1, 16, 4, 2, split=3, rank_chunk=32),
+    TileConfig("shrink", 32, 1, 32, 4, 2, split=3, rank_chunk=32),
     TileConfig("expand", 32, 32, 32, 4, 2, group_m=2, rank_chunk=16),
     TileConfig("one_pass", 32, 32, 32, 4, 2, group_m=2, rank_chunk=32),
     TileConfig("decode", DECODE_ROWS, 32, 32, 4, 2, split=2, rank_chunk=FUSED_RANK),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,6 +106,10 @@ class State:
     waited: bool = True
     written_before: frozenset[int] = frozenset()  # storages that the launch before stored to
     order: str = "ascending"
+    chosen: dict[str, Sequence[int]] = field(
+        default_factory=dict
+    )  # by kernel: the programs that run
+    mapped: Sequence[int] | None = None  # those of the launch that runs
     recorded: list[Launch] | None = None
 
 
@@ -130,6 +134,16 @@ def program_order(order: str) -> Iterator[None]:
         yield
     finally:
         state.order = before
+
+
+@contextmanager
+def programs(**chosen: Sequence[int]) -> Iterator[None]:
+    """Of the kernels named run only the programs with these numbers; a negative one counts from the grid's end."""
+    before, state.chosen = state.chosen, chosen
+    try:
+        yield
+    finally:
+        state.chosen = before
 
 
 def _view_of(pointers: TensorHandle) -> View:
@@ -246,6 +260,10 @@ def _run(stock):
                 raise ValueError(f"a grid of {grid} cannot be launched")
         state.launch = Launch(self.fn.__name__, self, tuple(grid), args, kwargs)
         state.dependent = bool(kwargs.get("launch_pdl"))
+        state.mapped = state.chosen.get(self.fn.__name__)
+        if state.mapped is not None:
+            state.mapped = [number % grid[0] for number in state.mapped]
+            grid = (len(state.mapped),)
         stock(self, *args, grid=grid, warmup=warmup, **kwargs)
         stored = state.launch.stores
         state.written_before = frozenset(
@@ -266,6 +284,8 @@ def _set_grid_idx(stock):
             x = int(np.random.default_rng(count).permutation(count)[x])
         state.waited = False
         stock(self, x, y, z)
+        if state.mapped is not None:
+            self.grid_idx = (state.mapped[x], y, z)
 
     return set_grid_idx
 

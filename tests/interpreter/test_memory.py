@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from types import SimpleNamespace
+import gc
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,13 +23,15 @@ from lora_kernels.backends.triton import (
     wgrad,
 )
 from lora_kernels.backends.triton import products as products_module
+from lora_kernels.backends.triton.partials import sum_partials
+from lora_kernels.dropout import Dropout, _philox
 from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter import strict
 from tests.interpreter.conftest import VARIANTS, on_target
-from tests.oracle import Case, assert_budget
+from tests.oracle import Case, assert_budget, made_inside
 from tests.planned import Planned
 
 ALIGNED = Case(64, 96, 128, 16, dtype=torch.bfloat16)
@@ -133,44 +136,37 @@ def test_decode_is_one_launch_and_reads_w_once(triton_products):
     assert only.kernel == "_decode_kernel" and only.loads["w_ptr"] == o.w.numel()
 
 
-@pytest.mark.parametrize("order", ["ascending", "descending", "shuffled"])
-def test_decode_leaves_its_counters_zero(order, triton_products, monkeypatch):
-    """So that the next call can count with them: two calls on one set of counters give equal bits."""
-    products = triton_products("decode", decode={"split": 4})
-    shared = torch.zeros(8, dtype=torch.int32)
-    monkeypatch.setattr(decode, "counters", lambda device, count: shared)
-    o = ALIGNED.operands()
-    with strict.program_order(order):
-        first = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
-        assert shared.eq(0).all()
-        again = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
-    assert all(map(torch.equal, first, again))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_memory_outlives_a_call(variant, triton_products):
+    """Kept memory may be a CUDA graph's, which others use again."""
+    products = triton_products(variant, decode={"split": 4})
+    with made_inside() as alive:
+        results = every_product(products, ALIGNED)
+        assert alive()
+        del results
+    strict.state.launch = None  # it holds the arguments of the last launch
+    gc.collect()
+    assert alive() == []
 
 
-def test_decode_counters_belong_to_a_device_and_a_stream(monkeypatch):
-    stream, capturing = SimpleNamespace(cuda_stream=11), False
-    real_zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda n, device, **kind: real_zeros(n, **kind))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(decode, "_counters", {})
-    device = torch.device("cuda", 0)
-    held = decode.counters(device, 5)
-    assert decode.counters(device, 5) is held and decode.counters(device, 3) is held
-    assert decode.counters(torch.device("cuda", 1), 5) is not held
-    larger = decode.counters(device, 9)
-    assert larger.numel() == 9 and decode.counters(device, 5) is larger
-    stream = SimpleNamespace(cuda_stream=12)
-    assert decode.counters(device, 5) is not larger
-    capturing = True
-    assert decode.counters(device, 5) is not decode.counters(device, 5)
+@pytest.mark.parametrize(("last", "wide"), [(2**31 - 1, False), (2**31, True)])
+def test_32_bits_hold_offsets_below_two_to_the_31(last, wide):
+    t = torch.empty(1, device="meta").as_strided((2, 1), (last, 1))
+    assert launch.needs_int64(None, torch.empty(3), t) == wide
+
+
+@contextmanager
+def reserved():
+    """New memory is reserved and not touched."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def apart(rows: int, cols: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     """A tensor whose rows lie 2³⁰ elements apart: memory that is reserved and, but for the rows, never touched."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    buffer = torch.empty((rows - 1) * 2**30 + cols, dtype=dtype)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    with reserved():
+        buffer = torch.empty((rows - 1) * 2**30 + cols, dtype=dtype)
     view = buffer.as_strided((rows, cols), (2**30, 1))
     return view.copy_(torch.randn(rows, cols))
 
@@ -207,17 +203,140 @@ def test_offsets_past_32_bits(kernel, monkeypatch):
         call(x, w, t)
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-def test_descriptors_only_where_the_hardware_takes_them(offset, triton_products):
+@pytest.mark.parametrize("kernel", ["expand", "one_pass", "decode"])
+def test_a_bias_past_32_bits(kernel, monkeypatch):
+    x, w, a = (torch.randn(4, 4).half() for _ in range(3))
+    bias = apart(4, 1)[:, 0]
+    calls = {
+        "expand": lambda t: expand.expand(x, w, a.float(), a, t, CONFIG),
+        "one_pass": lambda t: one_pass.one_pass(x, w, a, a, 0.5, t, CONFIG)[0],
+        "decode": lambda t: decode.decode(x, w, a, a, 0.5, t, CONFIG)[0],
+    }
+    assert torch.equal(calls[kernel](bias), calls[kernel](bias.contiguous()))
+    monkeypatch.setattr(globals()[kernel], "needs_int64", lambda *operands: False)
+    with pytest.raises(Exception, match="does not have"):
+        calls[kernel](bias)
+
+
+FAR = 2**25 + 64  # columns: the last of 64 rows ends past 2³¹
+
+
+@pytest.mark.parametrize("kernel", ["expand", "one_pass", "decode"])
+def test_a_result_past_32_bits(kernel):
+    """y has more than 2³¹ elements, its operands have few: their columns are one column again and again."""
+    x, w, a, b = (torch.randn(size).half() for size in ((64, 16), (16, 1), (16, 16), (16, 1)))
+    s, bias = torch.randn(64, 16), torch.randn(1).half()
+    config = replace(CONFIG, block_m=64 if kernel == "decode" else 16)
+
+    def call(N):
+        wide = w.expand(16, N), b.expand(16, N), bias.expand(N)
+        if kernel == "expand":
+            return expand.expand(x, wide[0], s, *wide[1:], config)
+        module = globals()[kernel]
+        return getattr(module, kernel)(x, wide[0], a, *wide[1:2], 0.5, wide[2], config)[0]
+
+    with reserved(), strict.programs(**{f"_{kernel}_kernel": [-1]}), strict.recording() as launches:
+        y = call(FAR)
+    assert launches[0].arguments["WIDE"]
+    assert torch.equal(y[-16:, -16:], call(16)[-16:])
+
+
+def test_an_s_past_32_bits():
+    """s has more than 2³¹ elements, y and its operands have few."""
+    M, x, w = 2**27 + 16, torch.randn(1, 16).half(), torch.randn(16, 1).half()
+    with reserved(), strict.programs(_expand_kernel=[-1]), strict.recording() as launches:
+        s = torch.empty(M, 16)
+        s[-16:] = torch.randn(16, 16)
+        y = expand.expand(x.expand(M, 16), w, s, w, None, CONFIG)
+    assert launches[0].arguments["WIDE"]
+    near = expand.expand(x.expand(16, 16), w, s[-16:], w, None, CONFIG)
+    assert torch.equal(y[-16:], near)
+
+
+def test_decodes_partial_results_past_32_bits():
+    N = FAR // 2
+    x, w, a, b = (torch.randn(size).half() for size in ((64, 48), (48, 1), (48, 16), (16, 1)))
+    config = replace(CONFIG, block_m=64, split=3)
+
+    def call(N):
+        return decode.decode(x, w.expand(48, N), a, b.expand(16, N), 0.5, None, config)[0]
+
+    with reserved(), strict.programs(_decode_kernel=[-3, -2, -1]):
+        y = call(N)
+    assert torch.equal(y[:, -16:], call(16))
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_shrinks_result_past_32_bits(split):
+    """[split, M, 16] has more than 2³¹ elements."""
+    M, config = 2**27 // split + 16, replace(CONFIG, split=split)
+    x, a = torch.randn(1, 16 * split).half(), torch.randn(16 * split, 16).half()
+    last = {"_shrink_kernel": range(-split, 0), "_sum_partials_kernel": [-1]}
+    with reserved(), strict.programs(**last):
+        s = shrink.shrink(x.expand(M, -1), a, 0.5, config)
+    assert torch.equal(s[-16:], shrink.shrink(x.expand(16, -1), a, 0.5, config))
+
+
+@pytest.mark.parametrize("split", [1, 3])
+def test_wgrads_result_past_32_bits(split):
+    """[split, C, 16] has more than 2³¹ elements."""
+    C, config = (2**27 if split == 1 else 2**26) + 16, replace(CONFIG, split=split)
+    x, q = torch.randn(16 * split, 1).half(), torch.randn(16 * split, 16)
+    last = {"_wgrad_kernel": range(-split, 0), "_sum_partials_kernel": [-1]}
+    with reserved(), strict.programs(**last):
+        out = wgrad.wgrad(x.expand(-1, C), q, torch.float16, config)
+    near = wgrad.wgrad(x.expand(-1, 16), q, torch.float16, config)
+    assert torch.equal(out[-16:], near)
+
+
+@pytest.mark.parametrize(("R", "N", "split"), [(64, 34_100_000, 1), (16, 2**26 + 16, 3)])
+def test_shrink_wgrads_partial_results_past_32_bits(R, N, split, monkeypatch):
+    """q [blocks of columns, M, R] and dB [split, R, N], both of more than 2³¹ elements."""
+    monkeypatch.setattr(shrink_wgrad, "sum_partials", lambda partials, *rest: partials)
+    M, config = 16 * split, replace(CONFIG, split=split, rank_chunk=R)
+    dy, b_t, s = torch.randn(M, 1).half(), torch.randn(1, R).half(), torch.randn(M, R)
+
+    def call(N):
+        wide = dy.expand(M, N), b_t.expand(N, R)
+        return shrink_wgrad.shrink_wgrad(*wide, 0.5, s, torch.float16, config)
+
+    with reserved(), strict.programs(_shrink_wgrad_kernel=range(-split, 0)):
+        q, dB = call(N)
+    assert q.numel() > 2**31 and dB.numel() > 2**31
+    near_q, near_dB = call(16)
+    assert torch.equal(q[-1], near_q[-1]) and torch.equal(dB[..., -16:], near_dB)
+
+
+def test_sums_past_32_bits():
+    with reserved(), strict.programs(_sum_partials_kernel=[-1]):
+        partials, out = torch.empty(1, 2**31 + 8), torch.empty(2**31 + 8, dtype=torch.float16)
+        partials[:, -8:] = torch.arange(8.0)
+        sum_partials(partials, out, CONFIG, 0.5)
+    assert torch.equal(out[-8:], torch.arange(8).half() / 2)
+
+
+@pytest.mark.parametrize("rows", [2**29, 2**30], ids=["past 31 bits", "past 32 bits"])
+def test_the_mask_of_elements_past_32_bits(rows):
+    """Row M - 1 of x of ones times powers of two is that row's mask; Philox counts four elements at a time."""
+    M, dropout = rows + 16, Dropout(0.5, torch.tensor(7))
+    powers = 2.0 ** torch.arange(16)
+    with reserved(), strict.programs(_shrink_kernel=[-1]):
+        s = shrink.shrink(torch.ones(1, 16).expand(M, 16), powers[:, None], 0.5, CONFIG, dropout)
+    words = _philox(dropout.seed, torch.arange(4 * (M - 16), 4 * M)).view(16, 16)
+    assert torch.equal(s[-16:, 0].double(), (words >= 2**31).double() @ powers.double())
+
+
+@pytest.mark.parametrize(("offset", "gap"), [(0, 0), (1, 0), (4, 0), (0, 4), (8, 8)])
+def test_descriptors_only_where_the_hardware_takes_them(offset, gap, triton_products):
     """A base or a row that is not a multiple of 16 bytes: the pointer form, with the same result."""
     products = triton_products("tma")
     o = ALIGNED.operands()
-    storage = torch.zeros(o.x.numel() + offset, dtype=o.x.dtype)
-    x = storage[offset:].view(o.x.shape).copy_(o.x)
+    (M, K), row = o.x.shape, o.x.shape[1] + gap
+    x = torch.zeros(M * row + offset, dtype=o.x.dtype)[offset:].view(M, row)[:, :K].copy_(o.x)
     with strict.recording() as launches:
         y, _ = products.shrink_expand(x, o.w, o.adapter, o.bias)
     described = isinstance(launches[-1].arguments["x"], TensorDescriptor)
-    assert described == (offset == 0)
+    assert described == (offset % 8 == 0 and gap % 8 == 0)
     assert torch.equal(y, products.shrink_expand(o.x, o.w, o.adapter, o.bias)[0])
 
 

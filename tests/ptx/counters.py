@@ -95,7 +95,7 @@ class TensorTraffic:
     store_sectors: int = 0
     fewest_store_sectors: int = 0
     atomics: int = 0
-    stores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    stores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def load(self, addresses: np.ndarray, warps: np.ndarray, size: int) -> None:
         touched, fewest = _SECTORS.cost(count_sectors, SECTOR, addresses, warps, size)

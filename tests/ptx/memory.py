@@ -46,7 +46,7 @@ class Binding:
         length = -(-(self.start + self.extent - self.origin) // GRANULE) * GRANULE
         window = (ctypes.c_uint8 * max(length, GRANULE)).from_address(self.origin)
         self.raw = np.frombuffer(window, np.uint8)
-        self.traffic = TensorTraffic(stores=np.zeros(self.extent // self.itemsize, np.int64))
+        self.traffic = TensorTraffic(stores=np.zeros(self.extent // self.itemsize, np.int32))
 
     def contains(self, addresses: np.ndarray, size: int) -> np.ndarray:
         """Whether each access lies in elements of this view: not before, after, or in a gap."""

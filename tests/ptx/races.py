@@ -62,7 +62,7 @@ class Races(Clocks):
         self.reads = np.full((cells, self.warps), NEVER, np.int64)
         self.stores: dict[
             str, tuple[np.ndarray, np.ndarray]
-        ] = {}  # of each stored tensor by element: row, stamp
+        ] = {}  # of each stored tensor by element: row, stamp - NEVER
 
     def shared(self, start: np.ndarray, size: int) -> np.ndarray:
         """Cells [n, k] of n accesses of `size` bytes at byte indices into the batch's shared memory."""
@@ -106,9 +106,11 @@ class Races(Clocks):
             chosen, elements = binding.elements(addresses, size)
             if len(chosen):
                 n = binding.extent // binding.itemsize
-                empty = np.zeros(n, np.int16), np.full(n, NEVER, np.int64)
+                # Zeros, which take no memory until they are touched: a tensor may have 2³¹ elements.
+                empty = np.zeros(n, np.int16), np.zeros(n, np.int64)
                 writer, written = self.stores.setdefault(binding.name, empty)
-                writer[elements], written[elements] = rows[chosen, None], stamps[chosen, None]
+                writer[elements] = rows[chosen, None]
+                written[elements] = stamps[chosen, None] - NEVER
 
     def loaded(self, strand: Strand, instr: Instr, lanes, addresses: np.ndarray, size: int) -> None:
         """The threads `lanes` load from global memory: what this launch has stored there must be over."""
@@ -117,6 +119,7 @@ class Races(Clocks):
                 continue
             chosen, elements = binding.elements(addresses, size)
             writer, written = (each[elements] for each in self.stores[binding.name])
+            written = written + NEVER
             rows = strand.row[lanes[chosen]]
             late = written >= self.known[OVER][rows[:, None], self.world + writer]
             for n, k in np.argwhere(late)[:1]:

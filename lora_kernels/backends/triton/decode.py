@@ -3,7 +3,7 @@
 Weights are the tall operand of the matrix instruction, so that a tile of w is not repeated in every warp. The sum over K is
 split, because N alone gives too few programs; each part adds its own s·b, as the product is linear. The program that
 arrives last at a block of columns, told by an integer counter, adds the parts in index order: which one it is does not
-change a bit of the result.
+change a bit of the result. Each call makes and clears its own counters, which is one more, tiny, launch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _decode_kernel(
     s_ptr,  # [M, R] float32, contiguous
     y_parts_ptr,  # [split, M, N] float32
     s_parts_ptr,  # [split, M, R] float32
-    arrived_ptr,  # int32 [blocks of columns], zero before and after; None where K is whole
+    arrived_ptr,  # int32 [blocks of columns], zero before; None where K is whole
     alpha,
     split,
     M,
@@ -114,7 +114,6 @@ def _decode_kernel(
         tl.debug_barrier()  # every thread's parts are written before one of them announces this program
         last = tl.atomic_add(arrived_ptr + pid_n, 1, sem="acq_rel") == split - 1
         if last:
-            tl.store(arrived_ptr + pid_n, 0)
             acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             s = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
             y_part = y_parts_ptr + y_offs
@@ -127,28 +126,11 @@ def _decode_kernel(
                     s_part += M * R
     if last:
         if HAS_BIAS:
-            bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
+            bias = tl.load(bias_ptr + col * stride_bias, mask=mask_n, other=0.0)
             acc += bias.to(tl.float32)[:, None]
         tl.store(y_ptr + y_offs, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
         if pid_n == 0:
             tl.store(s_ptr + s_offs, s, mask=mask_s)
-
-
-_counters: dict[tuple[int, int], Tensor] = {}  # by device and stream
-
-
-def counters(device: torch.device, count: int) -> Tensor:
-    """int32 [>= count], all zero. A call leaves it zero, so the calls of a stream share one and none has to clear it.
-
-    A captured graph gets its own, cleared by the graph: it may be replayed on any stream, beside others.
-    """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    held = _counters.get(key)
-    if held is None or held.numel() < count:
-        held = _counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
-    return held
 
 
 def decode(
@@ -171,7 +153,8 @@ def decode(
     s = x.new_empty((M, R), dtype=torch.float32)
     y_parts = x.new_empty((split, M, N) if split > 1 else 0, dtype=torch.float32)
     s_parts = x.new_empty((split, M, R) if split > 1 else 0, dtype=torch.float32)
-    arrived = counters(x.device, blocks) if split > 1 else None
+    # Each call has its own: kept ones would be a CUDA graph's memory, or be counted in by two calls at once.
+    arrived = x.new_zeros(blocks, dtype=torch.int32) if split > 1 else None
     scale, alpha_is_ptr = scale_argument(alpha)
     launch(
         _decode_kernel,
@@ -209,6 +192,6 @@ def decode(
         TAIL_PRECISION=mixed_precision(x.dtype, x.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
         HAS_BIAS=bias is not None,
-        WIDE=needs_int64(x, w, a, b, y_parts),
+        WIDE=needs_int64(x, w, a, b, bias, y),
     )
     return y, s

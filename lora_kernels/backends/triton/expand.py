@@ -77,7 +77,7 @@ def _store(
     offs_n = start + tl.arange(0, acc.shape[1])
     mask_n = offs_n < N
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
+        bias = tl.load(bias_ptr + widen(offs_n, WIDE) * stride_bias, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     y_ptrs = y_ptr + widen(offs_m, WIDE)[:, None] * N + widen(offs_n, WIDE)[None, :]
     mask = (offs_m < M)[:, None] & mask_n[None, :]
@@ -246,7 +246,7 @@ def expand(
         TAIL_PRECISION=mixed_precision(x.dtype, x.dtype),
         HAS_BIAS=bias is not None,
         DROPOUT=dropout is not None,
-        WIDE=needs_int64(x, w, s, b, y),
+        WIDE=needs_int64(x, w, s, b, bias, y),
         TMA=tma,
         W_K_MAJOR=w_k_major,
         PDL=late_wait,

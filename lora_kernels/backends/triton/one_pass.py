@@ -121,9 +121,7 @@ def _one_pass_kernel(
             tl.store(s_ptrs, scaled, mask=mask_m[:, None] & mask_r[None, :])
 
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[
-            None, :
-        ]
+        acc += tl.load(bias_ptr + col * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + row[:, None] * N + col[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
@@ -180,6 +178,6 @@ def one_pass(
         ALPHA_IS_PTR=alpha_is_ptr,
         HAS_BIAS=bias is not None,
         DROPOUT=dropout is not None,
-        WIDE=needs_int64(x, w, a, b, y),
+        WIDE=needs_int64(x, w, a, b, bias, y),
     )
     return y, s
