@@ -80,6 +80,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dW, dA, dB, dbias), each None where it is not needed; `ds` is a gradient that s itself received."""
     x, weight, A, B, s = cast(tuple[Tensor, ...], saved)  # `keep` kept what is needed
+    if dy.is_sparse:  # of an embedding or a gather that was told to make one
+        dy = dy.to_dense()
     dx = dW = dA = dB = q = None
     if needs.B and (needs.x or needs.A):
         q, dB = backend.shrink_wgrad(dy, B.t(), alpha, s, adapter_dtype)

@@ -6,7 +6,6 @@ in the cache folder. A backend that fails is not used there, and `explain` says 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +23,7 @@ from lora_kernels.backends.base import Backend
 from lora_kernels.backends.composite import BACKEND as COMPOSITE
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.formulas import Needs
+from lora_kernels.once import once
 from lora_kernels.problem import Problem
 
 _EVERY = Needs(True, False, True, True, False)
@@ -79,7 +79,7 @@ class _CapturingError(RuntimeError):
     """There is no verdict, and now is no time for a test."""
 
 
-@functools.lru_cache(maxsize=64)
+@once
 def _verdict(backend: Backend, fingerprint: str, index: int) -> str | None:
     file = (
         env.cache_dir()

@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_kernels.backends.base import Backend, Scale, left_is_wide
 from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout
+from lora_kernels.once import once
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import (
     CUDA_DECODE_COLUMNS,
@@ -194,7 +195,7 @@ def _counters(device: torch.device, tiles: int) -> Tensor:
     return known
 
 
-@functools.lru_cache(maxsize=1)
+@once
 def _load() -> str | None:
     try:
         torch.ops.load_library(str(LIBRARY))
