@@ -52,6 +52,9 @@ class Build(build_ext):
 
     def run(self):
         names, must = requested(os.environ.get("LORA_KERNELS_BUILD", "auto"))
+        # What an earlier wheel left in the build folder is no part of this one.
+        for name in () if self.inplace else NAMES:
+            self.destination(name).unlink(missing_ok=True)
         left_out = []
         for name in names:
             reason = missing(name, auto=not must)

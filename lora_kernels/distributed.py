@@ -12,7 +12,6 @@ so the products are those of one device on smaller operands.
 
 from __future__ import annotations
 
-import functools
 from functools import partial
 from typing import Any
 
@@ -31,6 +30,7 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from lora_kernels.modules import LinearWithLoRA
+from lora_kernels.once import once
 
 _WHOLE, _SUM = Replicate(), Partial()
 _ROWS, _COLUMNS = Shard(0), Shard(1)
@@ -72,7 +72,7 @@ class RowwiseLoRA(RowwiseParallel):
         return _shard(self, module, device_mesh, "row", Shard(-1))
 
 
-@functools.cache
+@once
 def register() -> None:
     """Tell DTensor how the registered operators act on shards; `ColwiseLoRA` and `RowwiseLoRA` call it."""
     operators = torch.ops.lora_kernels

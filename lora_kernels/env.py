@@ -9,11 +9,12 @@ LORA_KERNELS_BUILD    read by setup.py: which extensions to build ("auto", "none
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import warnings
 from pathlib import Path
+
+from lora_kernels.once import once
 
 
 def backend() -> str:
@@ -53,6 +54,6 @@ def logger() -> logging.Logger:
     return log
 
 
-@functools.cache
+@once
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)

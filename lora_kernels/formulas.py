@@ -74,6 +74,8 @@ def backward(
     `adapter` is the forward's, with A and B of `saved`; `ds` is a gradient that s itself received.
     """
     x, weight, s = cast(tuple[Tensor, Tensor, Tensor], (saved.x, saved.weight, saved.s))
+    if dy.is_sparse:  # of an embedding or a gather that was told to make one
+        dy = dy.to_dense()
     adjoint = adapter.t()
     dx = dW = dA = dB = q = None
     if needs.B and (needs.x or needs.A):

@@ -24,7 +24,7 @@ from lora_kernels.plan import Plan
 from lora_kernels.problem import Problem
 
 # Other types (fake and distributed tensors) intercept operators, so they must see a registered one.
-_EAGER_TYPES = frozenset({Tensor, torch.nn.Parameter})
+_EAGER_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
 DTYPES = (*HALF, torch.float32, torch.float64)
 
 
@@ -124,6 +124,8 @@ def check_operands(
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.device != device:
             raise ValueError(f"{name} must be on x's device, {device}, got {t.device}")
+    if x.is_nested:
+        raise TypeError("x must be a dense tensor, got a nested one: give its values or pad it")
     if len(weight.shape) != 2:
         raise ValueError(f"weight must be [N, K], 2-D, got {_shape(weight)}")
     N, K = weight.shape
@@ -218,7 +220,9 @@ def _apply(
     traced = (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or not _EAGER_TYPES.issuperset(map(type, (x, A, B) if quantised else (x, weight, A, B)))
+        or not _EAGER_TYPES.issuperset(
+            map(type, (x, A, B, bias) if quantised else (x, weight, A, B, bias))
+        )
     )
     call = Call(backend, dropout_p)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)

@@ -9,7 +9,6 @@ or it cannot open the device (which this process may have for itself), there is 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -18,7 +17,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.formulas import Needs
+from lora_kernels.once import once
 from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
 
@@ -75,7 +74,6 @@ def run(backend: Backend, device: torch.device | str) -> list[Result]:
 
 
 LIMIT = 600.0  # seconds for a backend's test, most of which its kernels are compiled
-_FIRST = threading.Lock()  # threads that make their first call together wait for one test
 _MARK = "lora_kernels self-test: "  # before the answers of a process, which may print more
 _BEGINS = "begins"
 _PROGRAM = """
@@ -95,11 +93,10 @@ class NoVerdictError(RuntimeError):
 def trusted(backend: Backend, device: torch.device) -> str | None:
     """None when `backend` passed its self-test on this device, else why it must not be used; runs it when nobody has."""
     index = device.index if device.index is not None else torch.cuda.current_device()
-    with _FIRST:
-        return _verdict(backend, _fingerprint(backend.name, index), index)
+    return _verdict(backend, _fingerprint(backend.name, index), index)
 
 
-@functools.lru_cache(maxsize=64)
+@once
 def _verdict(backend: Backend, fingerprint: str, index: int) -> str | None:
     file = _file(fingerprint)
     try:

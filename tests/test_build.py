@@ -1,11 +1,15 @@
-"""Installing: which extensions LORA_KERNELS_BUILD builds, and what happens where there is no compiler."""
+"""Installing: what LORA_KERNELS_BUILD builds, what packages hold, and what happens where there is no compiler."""
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -69,3 +73,108 @@ def test_a_compiler_that_fails(build, value):
         assert done.returncode == 0 and "cpu: its build failed" in done.stderr
     else:
         assert done.returncode != 0
+
+
+OLD, NEW = "an earlier library", "a new library"
+COMPILER = f"""#!/bin/sh
+while [ $# -gt 1 ]; do
+    if [ "$1" = -o ]; then echo "{NEW}" > "$2"; fi
+    shift
+done
+"""
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """Build packages of a copy of the sources in which libraries of earlier builds lie wherever they may."""
+    root, tools = tmp_path / "root", tmp_path / "tools"
+    for folder in ("csrc", "lora_kernels"):
+        left_out = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / folder, root / folder, ignore=left_out)
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, root)
+    tools.mkdir()
+    build_lib = root / "older" / "lib"
+    for folder in (root, build_lib):
+        (folder / "lora_kernels").mkdir(parents=True, exist_ok=True)
+        for name in ("_cpu.so", "_cuda.so"):
+            (folder / "lora_kernels" / name).write_text(OLD)
+    (root / "lora_kernels.egg-info").mkdir()
+    listed = "setup.py\nlora_kernels/_cpu.so\nlora_kernels/_cuda.so\n"
+    (root / "lora_kernels.egg-info" / "SOURCES.txt").write_text(listed)
+
+    def run(value: str, *command: str) -> Path:
+        if value == "cpu":  # a compiler that is quick
+            for name in ("c++", "cc", "gcc", "g++"):
+                (tools / name).write_text(COMPILER)
+                (tools / name).chmod(0o755)
+        kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC", "CUDA_HOME")}
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=root,
+            env=kept | {"PATH": str(tools), "LORA_KERNELS_BUILD": value},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return root
+
+    return run
+
+
+def wheel_of(root: Path) -> dict[str, str]:
+    """The wheel's files of the package, and what its libraries hold."""
+    (wheel,) = (root / "dist").glob("*.whl")
+    assert wheel.name.endswith(".whl") and "-none-any" not in wheel.name
+    with zipfile.ZipFile(wheel) as file:
+        names = [name for name in file.namelist() if name.startswith("lora_kernels/")]
+        return {n: file.read(n).decode().strip() if n.endswith(".so") else "" for n in names}
+
+
+WHEEL = ("setup.py", "-q", "build", "--build-base=older", "--build-lib=older/lib", "bdist_wheel")
+
+
+def files_of(root: Path, folder: str) -> set[str]:
+    """The sources in `folder`."""
+    found = (path for path in (root / folder).rglob("*") if path.suffix in (".py", ".typed"))
+    return {str(path.relative_to(root)) for path in found}
+
+
+@pytest.mark.parametrize("value", ["none", "auto"])
+def test_a_wheel_holds_no_library_that_its_build_did_not_make(packages, value):
+    root = packages(value, *WHEEL)
+    assert set(wheel_of(root)) == files_of(root, "lora_kernels")
+
+
+def test_a_wheel_holds_the_library_that_its_build_made(packages):
+    root = packages("cpu", *WHEEL)
+    made = wheel_of(root)
+    assert {name: text for name, text in made.items() if text} == {"lora_kernels/_cpu.so": NEW}
+    assert (root / "lora_kernels/_cpu.so").read_text() == OLD
+
+
+def test_an_editable_installation_finds_its_library_in_the_sources(packages):
+    code = "from setuptools import build_meta; build_meta.build_editable('.')"
+    root = packages("cpu", "-c", code)
+    assert (root / "lora_kernels/_cpu.so").read_text().strip() == NEW
+    assert (root / "lora_kernels/_cuda.so").read_text() == OLD  # not this build's to take away
+
+
+def test_a_source_distribution_holds_every_source_and_no_library(packages):
+    root = packages("none", "setup.py", "-q", "sdist")
+    (archive,) = (root / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    assert not [name for name in names if name.endswith(".so")]
+    sources = {str(path.relative_to(root)) for path in (root / "csrc").rglob("*.*")}
+    wanted = {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
+    assert len(sources) > 20 and names >= sources | files_of(root, "lora_kernels") | wanted
+
+
+def test_the_readme_installs_what_the_build_needs():
+    """Without build isolation, pip leaves that to the user."""
+    required = re.search(r"^requires = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.M)
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (at,) = (i for i, line in enumerate(lines) if line.startswith("pip install --no-build-iso"))
+    named = lines[at - 1].partition("#")[0].replace('"', "").split()
+    assert named == ["pip", "install", *ast.literal_eval(required[1])]

@@ -274,6 +274,45 @@ def test_without_its_library_eager_computes_and_says_so_once(tmp_path, broken, w
     assert run.stderr.count("The cpu backend is off") == 1, run.stderr
 
 
+_TOGETHER = """
+import sys, threading, time, torch
+from lora_kernels.functional import explain, lora_linear
+load, loads = torch.ops.load_library, []
+def slow(path):
+    loads.append(path)
+    time.sleep(0.1)  # as long as it takes the others to ask as well
+    load(path)
+torch.ops.load_library = slow
+THREADS = 4
+x, weight, A, B = torch.randn(4, 8), torch.randn(6, 8), torch.randn(8, 2), torch.randn(2, 6)
+expected, wrong, start = x @ weight.t() + 0.5 * (x @ A @ B), [], threading.Barrier(THREADS)
+def work():
+    start.wait()
+    a, b = A.clone().requires_grad_(), B.clone().requires_grad_()
+    y = lora_linear(x, weight, a, b, 0.5)
+    (first,) = torch.autograd.grad(y.square().sum(), a, create_graph=True)
+    first.square().sum().backward()
+    if not torch.allclose(y, expected, atol=1e-5) or a.grad is None:
+        wrong.append(y)
+threads = [threading.Thread(target=work) for _ in range(THREADS)]
+for t in threads:
+    t.start()
+for t in threads:
+    t.join()
+assert not wrong and len(loads) == 1, (wrong, loads)
+import lora_kernels.backends.cpu as cpu
+cpu._load.cache_clear()  # what is registered already is left as it is
+assert explain(x, weight, A, B).backend == "cpu" and cpu._load() is None
+"""
+
+
+def test_threads_that_make_their_first_call_together():
+    """One of them loads and registers, the others wait; afterwards the backend is there, for all of them."""
+    run = subprocess.run([sys.executable, "-c", _TOGETHER], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == run.stderr == ""
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_calls_within_a_parallel_region(tmp_path):
     """A call there has one thread to itself; beside others of its kind it computes what it computes alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def by_function(x, weight, A, B, bias, dropout_p=0.0, seed=None):
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     seed = None if seed is None else torch.tensor(seed)
     y, _ = LoRALinear.apply(rows, weight, A, B, bias, 0.75, seed, Call("cpu", dropout_p))
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 @trained
@@ -259,18 +260,171 @@ def test_the_result_may_be_changed_in_place(lead, calls):
         assert torch.equal(mine, theirs)
 
 
-def test_lazily_negated_operands_and_gradients(calls):
-    """The imaginary part of a conjugate is a view with a bit that says minus."""
-    negated = torch.view_as_complex(torch.randn(9, 6, 2)).conj().imag
-    assert negated.is_neg()
-    tensors = frozen(("A", "B"))
-    expected = called(negated.clone(), *tensors[1:])
-    y = called(negated, *tensors[1:])
-    assert torch.equal(y, expected)
-    dy = torch.view_as_complex(torch.randn(9, 7, 2)).conj().imag
-    mine = torch.autograd.grad(y, tensors[2:4], dy)
-    theirs = torch.autograd.grad(expected, tensors[2:4], dy.clone())
-    assert all(map(torch.equal, mine, theirs)) and len(calls) == 2
+def negated(t):
+    """t as the imaginary part of a conjugate: a view with a bit that says minus."""
+    made = torch.view_as_complex(torch.stack([t, -t], -1)).conj().imag
+    assert made.is_neg()
+    return made
+
+
+def zero(t):
+    """Zeros without memory, as the backward of `torch.sgn` makes them."""
+    return torch._efficientzerotensor(t.shape)
+
+
+LAZY = {"negated": negated, "zero": zero, "negated zero": lambda t: zero(t)._neg_view()}
+lazy = pytest.mark.parametrize("kind", LAZY.values(), ids=LAZY)
+
+
+def in_memory(t):
+    return torch.zeros(t.shape).copy_(t)
+
+
+@lazy
+@pytest.mark.parametrize("which", NAMES)
+@trained
+def test_a_lazy_operand_is_what_it_stands_for(kind, which, needed, calls):
+    results = []
+    for make in (lambda t: t, in_memory):
+        tensors = frozen(needed)
+        i = NAMES.index(which)
+        tensors[i] = make(kind(tensors[i].detach())).requires_grad_(which in needed)
+        y = called(*tensors)
+        wanted = [t for t in tensors if t.requires_grad]
+        results.append([y, *(torch.autograd.grad(y.square().sum(), wanted) if wanted else ())])
+    assert len(calls) == 2
+    assert all(map(torch.equal, *results))
+
+
+def sparse(t):
+    return t.to_sparse()
+
+
+@pytest.mark.parametrize("function", [called, by_function])
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("lead", [(9,), (3, 3)], ids=str)
+@pytest.mark.parametrize("kind", [*LAZY.values(), sparse], ids=[*LAZY, "sparse"])
+def test_a_gradient_that_has_no_plain_memory(kind, lead, create_graph, function):
+    if kind is sparse and function is by_function and len(lead) > 1:
+        pytest.skip("torch itself cannot reshape it")
+    tensors = frozen(lead=lead)
+    wanted = [tensors[i] for i in (0, 2, 3)]
+    y = function(*tensors)
+    dy = kind(torch.randn(y.shape))
+    exact = dy.to_dense() if kind is sparse else in_memory(dy)
+    mine, theirs = (
+        torch.autograd.grad(y, wanted, g, retain_graph=True, create_graph=create_graph)
+        for g in (dy, exact)
+    )
+    assert all(map(torch.equal, mine, theirs))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda y, sparse: torch.sgn(y),
+        lambda y, sparse: torch.gather(y, 1, torch.tensor([[0], [3]]), sparse_grad=sparse) * 2.0,
+        lambda y, sparse: torch.nn.functional.embedding(torch.tensor([3, 0]), y, sparse=sparse),
+    ],
+    ids=["sgn", "gather", "embedding"],
+)
+def test_gradients_as_torch_makes_them(loss):
+    """Of `sgn`, zeros without memory; of a gather and an embedding that were told so, sparse ones."""
+    results = []
+    for sparse in (True, False):
+        tensors = frozen()
+        y = called(*tensors)
+        loss(y if sparse else y * 1.0, sparse).sum().backward()
+        results.append([tensors[i].grad for i in (0, 2, 3)])
+    assert all(map(torch.equal, *results))
+
+
+def freed(t):
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def cut_short(t):
+    t = t.clone()
+    t.untyped_storage().resize_(4 * t.numel() - 4)
+    return t
+
+
+class Wrapper(torch.Tensor):
+    """A tensor of a subclass that has no memory and answers every operator."""
+
+    @staticmethod
+    def __new__(cls, t):
+        return torch.Tensor._make_wrapper_subclass(cls, t.shape, dtype=t.dtype, device=t.device)
+
+    def __init__(self, t):
+        self.t = t
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda w: w.t, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+UNREADABLE = {
+    "sparse": sparse,
+    "mkldnn": torch.Tensor.to_mkldnn,
+    "functional": torch._to_functional_tensor,
+    "wrapper": Wrapper,
+    "freed": freed,
+    "cut short": cut_short,
+}
+
+
+@pytest.mark.parametrize("which", NAMES)
+@pytest.mark.parametrize("needed", [(), ("A", "B")], ids=["none", "A+B"])
+@pytest.mark.parametrize("kind", UNREADABLE.values(), ids=UNREADABLE)
+def test_an_operand_that_cannot_be_read_is_refused_by_name(kind, needed, which):
+    tensors = frozen(needed)
+    i = NAMES.index(which)
+    tensors[i] = kind(tensors[i].detach())
+    if which in needed:
+        tensors[5 - i].requires_grad_(False)  # of A and B both or none are trained
+    arguments = (*tensors, 0.75, 0.0, 0, 0)
+    rule = (
+        rf"\b({which}|{which[0].lower()}) must (be a dense|have memory)|out of bounds for storage"
+    )
+    with pytest.raises(RuntimeError, match=rule):
+        torch.ops.lora_kernels_cpu.lora_linear(*arguments)
+
+
+@pytest.mark.parametrize("which", NAMES)
+def test_a_subclass_in_any_place_is_asked(which):
+    """Its operators are called; memory it has none."""
+    tensors = frozen(())
+    expected = called(*tensors)
+    i = NAMES.index(which)
+    tensors[i] = Wrapper(tensors[i])
+    assert torch.equal(called(*tensors), expected)
+
+
+def test_a_nested_tensor_is_refused_by_name():
+    x, *others = frozen(())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nested = torch.nested.nested_tensor(list(x.unsqueeze(1)))
+    with pytest.raises(TypeError, match="x must be a dense tensor, got a nested one"):
+        called(nested, *others)
+
+
+@pytest.mark.parametrize("kind", [zero, negated, Wrapper])
+def test_saved_tensors_come_back_as_hooks_give_them(kind):
+    """A hook may give another kind of tensor; what it stands for counts."""
+    results = []
+    for unpack in (kind, lambda t: in_memory(kind(t)) if kind is not Wrapper else t):
+        tensors = frozen()
+        with saved_tensors_hooks(lambda t: t.detach(), unpack):
+            y = called(*tensors)
+            y.backward(torch.ones_like(y))
+        results.append([tensors[i].grad for i in (0, 2, 3)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_gradients_of_checkpointed_layers_by_autograd_grad(calls):

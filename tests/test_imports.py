@@ -120,7 +120,8 @@ def test_layers_import_downward_only():
     below = {
         "problem": set(),
         "dropout": set(),
-        "env": set(),
+        "once": set(),
+        "env": {"once"},
         "backends.base": {"problem", "dropout"},
         "formulas": {"backends.base", "dropout"},
         "dispatch": {"env", "formulas", "problem", "dropout", "backends.base", "selftest"},

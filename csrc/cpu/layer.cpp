@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "operators.h"
@@ -37,22 +38,23 @@ Tensor shaped_like(const Tensor& rows, const Tensor& like) {
 }
 
 // (y [..., N], s [M, R])
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& A,
-                                   const Tensor& B, const std::optional<Tensor>& bias, double alpha,
+std::tuple<Tensor, Tensor> forward(const Tensor& any_x, const Tensor& any_weight,
+                                   const Tensor& any_A, const Tensor& any_B,
+                                   const std::optional<Tensor>& bias, double alpha,
                                    const Dropout& dropout) {
-  TORCH_CHECK(x.dim() > 0 && weight.dim() == 2, "x must have a last dimension, weight two");
-  const Tensor rows = rows_of(x);
-  Tensor s = shrink(rows, A, alpha, dropout.threshold, dropout.seed, dropout.keep_scale());
-  return {shaped_like(expand(rows, weight.t(), s, B, bias, 0, 0, 1.0), x), s};
+  const auto x = in_memory(any_x, "x"), weight = in_memory(any_weight, "weight");
+  const auto A = in_memory(any_A, "A"), B = in_memory(any_B, "B");
+  TORCH_CHECK(x->dim() > 0 && weight->dim() == 2, "x must have a last dimension, weight two");
+  const Tensor rows = rows_of(*x);
+  Tensor s = shrink(rows, *A, alpha, dropout.threshold, dropout.seed, dropout.keep_scale());
+  return {shaped_like(expand(rows, weight->t(), s, *B, bias, 0, 0, 1.0), *x), s};
 }
 
-// Autograd sees through plain ATen, and so do function transforms.
-bool must_be_transparent(const Tensor& dy) {
-  constexpr c10::DispatchKeySet wrapped(
-      {c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
-       c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
-       c10::DispatchKey::Python});
-  return c10::GradMode::is_enabled() || dy.key_set().has_any(wrapped);
+// Autograd sees through plain ATen, and so does every kind of tensor that cannot be read here.
+bool must_be_transparent(const Tensor& dy, const variable_list& saved) {
+  const auto kept = [](const Tensor& t) { return !t.defined() || readable(t); };
+  return c10::GradMode::is_enabled() || !readable(dy) ||
+         !std::all_of(saved.begin(), saved.end(), kept);
 }
 
 std::tuple<Tensor, Tensor, Tensor> differentiable_backward(const Tensor& dy, const Tensor& x,
@@ -97,20 +99,21 @@ class Layer : public torch::autograd::Function<Layer> {
     // What was asked for now, which may be less than what requires a gradient.
     const bool needs_x = ctx->needs_input_grad(0);
     const bool needs_A = ctx->needs_input_grad(2), needs_B = ctx->needs_input_grad(3);
-    if (must_be_transparent(grads[0])) {
-      auto [dx, dA, dB] =
-          differentiable_backward(grads[0], x, weight, A, B, alpha, dropout, needs_x);
+    // A gather with sparse_grad gives a sparse gradient.
+    const Tensor grad = grads[0].is_sparse() ? grads[0].to_dense() : grads[0];
+    if (must_be_transparent(grad, saved)) {
+      auto [dx, dA, dB] = differentiable_backward(grad, x, weight, A, B, alpha, dropout, needs_x);
       if (needs_x) out[0] = dx;
       if (needs_A) out[2] = dA;
       if (needs_B) out[3] = dB;
       return out;
     }
-    const Tensor dy = rows_of(grads[0].resolve_neg());
+    const Tensor dy = rows_of(*in_memory(grad, "dy"));
     const Tensor q = needs_x || needs_A ? shrink(dy, B.t(), alpha, 0, 0, 1.0) : Tensor();
     if (needs_x)
       out[0] = shaped_like(expand(dy, weight, q, A.t(), std::nullopt, dropout.threshold,
                                   dropout.seed, dropout.keep_scale()),
-                           grads[0]);
+                           grad);
     if (needs_A)
       out[2] = wgrad(rows_of(x), q, A.scalar_type(), dropout.threshold, dropout.seed,
                      dropout.keep_scale());
@@ -119,13 +122,10 @@ class Layer : public torch::autograd::Function<Layer> {
   }
 };
 
-// The products read memory as it is: a lazily negated operand must be resolved before.
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
                    const std::optional<Tensor>& bias, double alpha, double dropout_p,
                    int64_t threshold, int64_t seed) {
-  const auto row = bias ? std::optional<Tensor>(bias->resolve_neg()) : std::nullopt;
-  return std::get<0>(forward(x.resolve_neg(), weight.resolve_neg(), A.resolve_neg(),
-                             B.resolve_neg(), row, alpha, {dropout_p, threshold, seed}));
+  return std::get<0>(forward(x, weight, A, B, bias, alpha, {dropout_p, threshold, seed}));
 }
 
 Tensor lora_linear_autograd(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
@@ -140,9 +140,7 @@ Tensor lora_linear_autograd(const Tensor& x, const Tensor& weight, const Tensor&
   TORCH_CHECK(!base && A.requires_grad() == B.requires_grad(),
               "this operator's derivatives are those of a frozen weight and bias, and of both or "
               "none of A and B");
-  const auto row = bias ? std::optional<Tensor>(bias->resolve_neg()) : std::nullopt;
-  return Layer::apply(x.resolve_neg(), weight.resolve_neg(), A.resolve_neg(), B.resolve_neg(), row,
-                      alpha, Dropout{dropout_p, threshold, seed});
+  return Layer::apply(x, weight, A, B, bias, alpha, Dropout{dropout_p, threshold, seed});
 }
 
 }  // namespace

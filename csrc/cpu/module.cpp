@@ -1,5 +1,6 @@
 // The operators of lora_kernels/backends/cpu.py: tensors checked and described, then computed.
 #include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <string>
@@ -18,16 +19,22 @@ Type type_of(at::ScalarType type) {
   return Type::F16;
 }
 
+// `t` is as `in_memory` gives it.
 Matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
   TORCH_CHECK(t.device().is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name,
               " must be a [", rows, ", ", cols, "] tensor on the CPU, got ", t.sizes(), " on ",
               t.device());
-  return {static_cast<const char*>(t.const_data_ptr()),
-          type_of(t.scalar_type()),
-          rows,
-          cols,
-          t.stride(0),
-          t.stride(1)};
+  const Type type = type_of(t.scalar_type());
+  const int64_t row_stride = t.stride(0), col_stride = t.stride(1);
+  const auto* data = static_cast<const char*>(t.const_data_ptr());
+  if (rows > 0 && cols > 0) {
+    const int64_t elements =
+        t.storage_offset() + (rows - 1) * row_stride + (cols - 1) * col_stride + 1;
+    const auto held = int64_t(t.storage().nbytes());
+    TORCH_CHECK(data != nullptr && elements * size_of(type) <= held, name, " must have memory for ",
+                elements, " elements, its storage holds ", held, " bytes");
+  }
+  return {data, type, rows, cols, row_stride, col_stride};
 }
 
 void check_usable() { TORCH_CHECK(kernels() != nullptr, "this processor has no AVX2 and FMA"); }
@@ -44,18 +51,40 @@ std::string isa() { return kernels() == nullptr ? "" : kernels()->name; }
 
 bool use_isa(const std::string& name) { return use_kernels(name.c_str()); }
 
+constexpr c10::DispatchKeySet DENSE({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                     c10::DispatchKey::ADInplaceOrView,
+                                     c10::DispatchKey::AutocastCPU});
+constexpr c10::DispatchKeySet LAZY({c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
+
+bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
+  return (keys.raw_repr() & ~allowed.raw_repr()) == 0;
+}
+
 }  // namespace
 
-Tensor shrink(const Tensor& x, const Tensor& a, double alpha, int64_t threshold, int64_t seed,
-              double keep_scale) {
+bool readable(const Tensor& t) { return within(t.key_set(), DENSE | LAZY); }
+
+c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name) {
+  if (within(t.key_set(), DENSE)) return c10::MaybeOwned<Tensor>::borrowed(t);
+  // A key that is switched off has been served: a subclass may hand its own memory on.
+  const auto keys = t.key_set() - c10::impl::tls_local_dispatch_key_set().excluded_;
+  TORCH_CHECK(within(keys, DENSE | LAZY), name, " must be a dense tensor on the CPU, got one of ",
+              t.key_set());
+  if (within(keys, DENSE)) return c10::MaybeOwned<Tensor>::borrowed(t);
+  return c10::MaybeOwned<Tensor>::owned(t.clone());
+}
+
+Tensor shrink(const Tensor& any_x, const Tensor& any_a, double alpha, int64_t threshold,
+              int64_t seed, double keep_scale) {
   check_usable();
-  TORCH_CHECK(x.dim() == 2 && a.dim() == 2, "x and a must be 2-D");
-  const int64_t M = x.size(0), K = x.size(1), R = a.size(1);
+  const auto x = in_memory(any_x, "x"), a = in_memory(any_a, "a");
+  TORCH_CHECK(x->dim() == 2 && a->dim() == 2, "x and a must be 2-D");
+  const int64_t M = x->size(0), K = x->size(1), R = a->size(1);
   const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, K);
-  Tensor s = at::empty({M, R}, x.options().dtype(at::kFloat));
-  const Matrix wide = matrix(x, "x", M, K), skinny = matrix(a, "a", K, R);
+  Tensor s = at::empty({M, R}, x->options().dtype(at::kFloat));
+  const Matrix wide = matrix(*x, "x", M, K), skinny = matrix(*a, "a", K, R);
   // A few columns are better computed as the rows of sᵀ = aᵀ·xᵀ, along x's memory.
-  const bool transpose = R <= MAX_DOT_ROWS && x.stride(1) == 1 && !mask;
+  const bool transpose = R <= MAX_DOT_ROWS && wide.col_stride == 1 && !mask;
   Product product{wide, skinny};
   if (transpose) product = {skinny.transposed(), wide.transposed()};
   product.transpose = transpose;
@@ -66,19 +95,23 @@ Tensor shrink(const Tensor& x, const Tensor& a, double alpha, int64_t threshold,
   return s;
 }
 
-Tensor expand(const Tensor& x, const Tensor& w, const Tensor& s, const Tensor& b,
-              const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
+Tensor expand(const Tensor& any_x, const Tensor& any_w, const Tensor& any_s, const Tensor& any_b,
+              const std::optional<Tensor>& any_bias, int64_t threshold, int64_t seed,
               double keep_scale) {
   check_usable();
-  TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && s.dim() == 2, "x, w and s must be 2-D");
-  TORCH_CHECK(s.scalar_type() == at::kFloat, "s must be float32, got ", s.scalar_type());
-  const int64_t M = x.size(0), K = x.size(1), N = w.size(1), R = s.size(1);
+  const auto x = in_memory(any_x, "x"), w = in_memory(any_w, "w");
+  const auto s = in_memory(any_s, "s"), b = in_memory(any_b, "b");
+  TORCH_CHECK(x->dim() == 2 && w->dim() == 2 && s->dim() == 2, "x, w and s must be 2-D");
+  TORCH_CHECK(s->scalar_type() == at::kFloat, "s must be float32, got ", s->scalar_type());
+  const int64_t M = x->size(0), K = x->size(1), N = w->size(1), R = s->size(1);
   const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, N);
-  const Matrix tail = matrix(s, "s", M, R), rows_b = matrix(b, "b", R, N);
-  Tensor y = at::empty({M, N}, x.options());
-  Product product{matrix(x, "x", M, K), matrix(w, "w", K, N), &tail, &rows_b};
+  const Matrix tail = matrix(*s, "s", M, R), rows_b = matrix(*b, "b", R, N);
+  Tensor y = at::empty({M, N}, x->options());
+  Product product{matrix(*x, "x", M, K), matrix(*w, "w", K, N), &tail, &rows_b};
+  c10::MaybeOwned<Tensor> bias;
   std::optional<Matrix> row;
-  if (bias) {
+  if (any_bias) {
+    bias = in_memory(*any_bias, "bias");
     TORCH_CHECK(bias->dim() == 1, "bias must be 1-D, got ", bias->sizes());
     row = matrix(bias->unsqueeze(0), "bias", 1, N);
     product.bias = &*row;
@@ -90,17 +123,18 @@ Tensor expand(const Tensor& x, const Tensor& w, const Tensor& s, const Tensor& b
   return y;
 }
 
-Tensor wgrad(const Tensor& left, const Tensor& right, at::ScalarType dtype, int64_t threshold,
-             int64_t seed, double keep_scale) {
+Tensor wgrad(const Tensor& any_left, const Tensor& any_right, at::ScalarType dtype,
+             int64_t threshold, int64_t seed, double keep_scale) {
   check_usable();
-  TORCH_CHECK(left.dim() == 2 && right.dim() == 2, "left and right must be 2-D");
-  const int64_t M = left.size(0), C = left.size(1), D = right.size(1);
+  const auto left = in_memory(any_left, "left"), right = in_memory(any_right, "right");
+  TORCH_CHECK(left->dim() == 2 && right->dim() == 2, "left and right must be 2-D");
+  const int64_t M = left->size(0), C = left->size(1), D = right->size(1);
   const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, C);
   const bool left_wide = mask || C >= D;  // a masked operand is packed as the wide one
-  Matrix wide = matrix(left, "left", M, C), skinny = matrix(right, "right", M, D);
+  Matrix wide = matrix(*left, "left", M, C), skinny = matrix(*right, "right", M, D);
   if (!left_wide) std::swap(wide, skinny);
-  Tensor out = at::empty({C, D}, left.options().dtype(dtype));
-  Tensor workspace = at::empty({wgrad_floats(M, skinny.cols)}, left.options().dtype(at::kFloat));
+  Tensor out = at::empty({C, D}, left->options().dtype(dtype));
+  Tensor workspace = at::empty({wgrad_floats(M, skinny.cols)}, left->options().dtype(at::kFloat));
   compute(Wgrad{wide, skinny, mask ? &*mask : nullptr, out.data_ptr(), type_of(dtype),
                 left_wide ? 1 : D, left_wide ? D : 1, workspace.mutable_data_ptr<float>()});
   return out;

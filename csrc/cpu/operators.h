@@ -3,12 +3,20 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/MaybeOwned.h>
 
 #include <optional>
 
 namespace lora_kernels {
 
 using at::Tensor;
+
+// Whether the elements of t are what its memory holds, perhaps negated or all zero. The products
+// read memory; other kinds (sparse, functional, batched, a subclass) are for the dispatcher alone.
+bool readable(const Tensor& t);
+
+// t with its elements in memory: t itself, a copy of a negated or zero tensor, or an error.
+c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name);
 
 // s = alpha·(mask∘x)·a [M, R] float32
 Tensor shrink(const Tensor& x, const Tensor& a, double alpha, int64_t threshold, int64_t seed,

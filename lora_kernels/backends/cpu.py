@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from lora_kernels import env, formulas
 from lora_kernels.backends.base import Backend, Candidate, Products
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.dropout import Dropout, threshold
+from lora_kernels.once import once
 from lora_kernels.operands import Adapter, Weight
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.targets import Target
@@ -115,7 +115,7 @@ def _has_amx() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
-@functools.cache
+@once
 def _load() -> str | None:
     """Load the extension; why it cannot be used here, said once, or None."""
     reason = None
@@ -127,11 +127,10 @@ def _load() -> str | None:
         try:
             torch.ops.load_library(str(LIBRARY))
             isa = torch.ops.lora_kernels_cpu.isa()
-            torch.library.impl(
-                "lora_kernels_cpu::differentiable_backward",
-                "CompositeImplicitAutograd",
-                _differentiable_backward,
-            )
+            operator, key = "lora_kernels_cpu::differentiable_backward", "CompositeImplicitAutograd"
+            # A second kernel is an error or a warning, by the version of torch.
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
+                torch.library.impl(operator, key, _differentiable_backward)
         except (OSError, RuntimeError, AttributeError) as error:
             reason = f"its extension does not load ({error.__cause__ or error}); build it again"
         else:

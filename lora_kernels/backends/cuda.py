@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_kernels.backends.base import Backend, Candidate, Products, left_is_wide
 from lora_kernels.dropout import Dropout
+from lora_kernels.once import once
 from lora_kernels.operands import HALF, Adapter, Scale, Weight
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import (
@@ -188,7 +189,7 @@ def _with_unit_stride(t: Tensor) -> Tensor:
     return t if 1 in t.stride() or 1 in t.shape else t.contiguous()
 
 
-@functools.lru_cache(maxsize=1)
+@once
 def _load() -> str | None:
     try:
         torch.ops.load_library(str(LIBRARY))

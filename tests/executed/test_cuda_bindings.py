@@ -248,13 +248,18 @@ def test_alpha_is_read_on_the_device(operators, alpha):
 
 
 @pytest.mark.parametrize("name", ["x", "w", "a"])
-@pytest.mark.parametrize("view", ["rows apart", "begins later"])
+@pytest.mark.parametrize("view", ["rows apart", "begins later", "ends earlier"])
 def test_alignment_is_that_of_the_view(operators, name, view):
-    """Rows of 80 bytes allow vectors of 16, unless the distance of rows or the first address does not."""
+    """Rows of 80 bytes allow vectors of 16, unless the distance of rows, the first address or their length does not."""
     arguments = decode_arguments()
+    if view == "ends earlier":
+        arguments |= {"x": arguments["x"][:, :-4].contiguous()}
+        arguments |= {n: arguments[n].t()[:, :-4].contiguous().t() for n in ("w", "a")}
     rows = arguments[name] if name == "x" else arguments[name].t()
     if view == "rows apart":
         moved = torch.zeros(len(rows), K + 4, dtype=HALF)[:, :K]
+    elif view == "ends earlier":
+        moved = torch.full((len(rows), K), torch.nan, dtype=HALF)[:, :-4]
     else:
         moved = torch.zeros(rows.numel() + 4, dtype=HALF)[4:].view(rows.shape)
     moved.copy_(rows)
