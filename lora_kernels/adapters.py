@@ -1,93 +1,39 @@
-"""Saving and loading adapters alone, in PEFT's file layout, in both directions.
-
-A folder holds `adapter_config.json` and `adapter_model.safetensors`; a layer P has the tensors
-`base_model.model.P.lora_A.weight` [rank, in] and `base_model.model.P.lora_B.weight` [out, rank]: our A and B, transposed.
-PEFT's scale is lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
-"""
+"""Saving a model's adapters and loading them again; `adapter_file` says what a file is."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
-import tempfile
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_kernels import adapter_file
+from lora_kernels.adapter_file import Adapter
 from lora_kernels.modules import (
-    SCALINGS,
     LinearWithLoRA,
+    LoRALayer,
+    Place,
+    check_model,
+    features,
     fits_float32,
+    has_lora,
+    is_linear,
     lora_layers,
-    replace_linear_with_lora,
+    put_wrappers,
 )
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
-_UNSUPPORTED = {  # fields of a PEFT configuration that change what a layer computes, with the value that does not
-    "use_dora": False,
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-    "use_bdlora": None,
-}
-# Values of init_lora_weights with which PEFT, when it loads, leaves the base as it is: not PiSSA, OLoRA, CorDA and LoftQ.
-_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "lora_ga", "mica")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and fits_float32(value)
-
-
-_SETTINGS: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {  # PEFT's default, the rule
-    "r": (8, "a positive integer", _is_rank),
-    "lora_alpha": (8, "a number within float32", _is_number),
-    "lora_dropout": (0.0, "a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1),
-    "use_rslora": (False, "true or false", lambda value: isinstance(value, bool)),
-}
-_PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """One layer's part of a file."""
-
-    A: Tensor  # [in, rank]
-    B: Tensor  # [rank, out]
-    scale: float
-    dropout: float
-    rslora: bool
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the adapters of `model` into the folder `path` and return it; PEFT's `PeftModel.from_pretrained` reads it.
 
-    Each file is written beside its place and moved there when it is complete, so that an interrupted call leaves a folder
-    that loads as it was or is recognised as mixed. The layout has one dropout for all layers: where theirs differ, the
-    commonest is saved, with a warning. ValueError when the model has no LoRA layer, or is itself one and so has no name
-    for it.
+    The files are written beside their places and moved there when both are complete, one save after the other, so that an
+    interrupted call leaves a folder that loads as it was or is recognised as mixed. The layout has one dropout for all
+    layers: where theirs differ, the commonest is saved, with a warning. ValueError, with nothing written, when the model
+    has no LoRA layer, is itself one and so has no name for it, or has one that the layout cannot say.
     """
     layers = dict(lora_layers(model))
     if not layers:
@@ -96,19 +42,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         raise ValueError(
             "model must contain named layers to save, but it is itself one: put it in a module"
         )
-    config = json.dumps(_peft_config(layers), indent=2, sort_keys=True) + "\n"
-    tensors = {}
-    for name, layer in layers.items():
-        for side, t in (("A", layer.lora.A), ("B", layer.lora.B)):
-            tensors[f"{_PREFIX}{name}.lora_{side}.weight"] = t.detach().t().contiguous().cpu()
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        weights_file, config_file = Path(scratch, WEIGHTS_FILE), Path(scratch, CONFIG_FILE)
-        save_file(tensors, weights_file, metadata={"format": "pt", "adapter_config": config})
-        config_file.write_text(config)
-        os.replace(weights_file, folder / WEIGHTS_FILE)
-        os.replace(config_file, folder / CONFIG_FILE)
+    folder = _folder(path)
+    adapter_file.write(folder, layers)
     return folder
 
 
@@ -116,212 +51,92 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     """Load the folder `path`, written by `save_adapter` or by PEFT, into `model`; returns the layers' names.
 
     A and B are copied into the `LinearWithLoRA` that each name belongs to, whose alpha is set so that the scale is the
-    file's; an `nn.Linear` of that name is wrapped first, wherever it stands, and keeps its mode. So a fresh model gets the
-    adapter's layers, and a model that has them already changes task. FileNotFoundError when a file is missing; ValueError,
-    with the model left as it was, for a damaged file and for one that does not fit the model: a layer too many or too few,
-    another rank or shape, a variant of LoRA (DoRA, trained biases, saved modules, a base that is
-    changed first, as by PiSSA) that these layers do not compute.
+    file's; an `nn.Linear` or Transformers' Conv1D of that name is wrapped first, in all its places, and keeps its mode. So
+    a fresh model gets the adapter's layers, and a model that has them already changes task. FileNotFoundError when a file
+    is missing; ValueError for a damaged file and for one that does not fit the model: a layer too many or too few, another
+    rank or shape, a layer without values (on the meta device) or with a parametrized A or B, a variant of LoRA (DoRA,
+    trained biases, saved modules, a base that is changed first, as by PiSSA) that these layers do not compute. After any
+    exception the model is as it was.
     """
-    adapters = _read(Path(path))
-    modules = dict(model.named_modules())
+    check_model(model)
+    adapters = adapter_file.read(_folder(path))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parents = defaultdict(list)
+    for parent in model.modules():
+        for child in parent.children():
+            parents[child].append(parent)
+    names: dict[nn.Module, str] = {}
     for name, adapter in adapters.items():
-        _check_fits(name, modules, adapter)
-    missing = sorted(name for name, _ in lora_layers(model) if name not in adapters)
+        module = modules.get(name)
+        if module is None:
+            raise ValueError(
+                f"the file's layer {name!r} must be a Linear of the model, which has no module"
+            )
+        _check_fits(name, module, parents[module], adapter)
+        if (first := names.setdefault(module, name)) != name:
+            raise ValueError(f"the file's layers {first!r} and {name!r} must not be one module")
+    missing = sorted(name for name, layer in lora_layers(model) if layer not in names)
     if missing:
         raise ValueError(f"{path} must hold every LoRA layer of the model, but lacks {missing}")
-    _wrap(model, {n: a for n, a in adapters.items() if isinstance(modules[n], nn.Linear)})
-    with torch.no_grad():
+
+    wrappers = {m: _wrapper(m, adapters[n]) for m, n in names.items() if is_linear(m)}
+    layers: dict[str, Any] = {n: wrappers.get(m, m).lora for m, n in names.items()}
+    alphas = {name: _alpha(name, lora, adapters[name].scale) for name, lora in layers.items()}
+    before = [
+        (layer.lora, layer.lora.A.detach().clone(), layer.lora.B.detach().clone(), layer.lora.alpha)
+        for _, layer in lora_layers(model)
+    ]
+    try:
         for name, adapter in adapters.items():
-            lora = cast(LinearWithLoRA, model.get_submodule(name)).lora
-            lora.A.copy_(adapter.A)
-            lora.B.copy_(adapter.B)
-            lora.alpha = _alpha_for(adapter.scale, lora.scaling, lora.rank)
+            _fill(layers[name], adapter.A, adapter.B, alphas[name])
+        put_wrappers(model, _places(model, wrappers))
+    except BaseException:
+        for old in before:
+            # A layer that cannot be written has its old values.
+            with suppress(Exception):
+                _fill(*old)
+        raise
     return list(adapters)
 
 
-def _peft_config(layers: dict[str, LinearWithLoRA]) -> dict[str, Any]:
-    """PEFT's configuration of these layers: the commonest rank and alpha as defaults, the others as patterns."""
-    rslora = all(layer.lora.scaling == "alpha/sqrt(rank)" for layer in layers.values())
-    ranks = {name: layer.lora.rank for name, layer in layers.items()}
-    convention = "alpha/sqrt(rank)" if rslora else "alpha/rank"
-    alphas = {
-        name: layer.lora.alpha
-        if layer.lora.scaling == convention
-        else _alpha_for(layer.lora.scale, convention, layer.lora.rank)
-        for name, layer in layers.items()
-    }
-    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
-    dropouts = [layer.lora.dropout for layer in layers.values()]
-    dropout = _commonest(dropouts)
-    if len(set(dropouts)) > 1:
-        warnings.warn(
-            f"PEFT's layout has one lora_dropout: {dropout} is saved, the layers have {sorted(set(dropouts))}",
-            stacklevel=3,
-        )
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": rslora,
-        "lora_dropout": dropout,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_dora": False,
-        "modules_to_save": None,
-        # Regular expressions that match these names whole: PEFT lets a plain name match the end of longer ones too.
-        "target_modules": "|".join(re.escape(name) for name in layers),
-        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != alpha},
-    }
-
-
-def _read(folder: Path) -> dict[str, _Adapter]:
-    """The adapters in a folder by layer name; ValueError for anything that is damaged or of another kind."""
-    config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} must exist: {folder} is not an adapter's folder")
-    config = _parse(config_file.read_bytes(), str(config_file))
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ValueError(f'{config_file} must have "peft_type": "LORA"')
-    for key, plain in _UNSUPPORTED.items():
-        if config.get(key, plain) not in (plain, [], None):
-            raise ValueError(f"{config_file}: {key} must be {plain!r}, got {config[key]!r}")
-    if (init := config.get("init_lora_weights")) not in _INITS:
-        raise ValueError(
-            f"{config_file}: init_lora_weights must be one of {_INITS}, which leave the base as it is, got {init!r}"
-        )
+def _folder(path: str | os.PathLike[str]) -> Path:
     try:
-        with safe_open(weights_file, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{weights_file} must be a safetensors file: {error}") from None
-    copy = metadata.get("adapter_config")
-    if (
-        copy is not None
-        and _parse(copy, f"{weights_file}: the copy of the configuration") != config
-    ):
+        return Path(path)
+    except TypeError:
+        raise TypeError(
+            f"path must be a string or os.PathLike, got {type(path).__name__}"
+        ) from None
+
+
+def _check_fits(name: str, module: nn.Module, parents: list[nn.Module], adapter: Adapter) -> None:
+    """ValueError unless `module` can take the adapter of this name."""
+    layer = module if isinstance(module, LinearWithLoRA) else None
+    linear = module if layer is None else layer.linear
+    if not is_linear(linear):
         raise ValueError(
-            f"{folder} must come from one save, but its two files are of different ones"
+            f"the file's layer {name!r} must be a Linear of the model, which has a {type(linear).__name__}"
         )
-    return _by_layer(_pairs(tensors, weights_file), _settings(config, config_file), weights_file)
-
-
-def _parse(text: str | bytes, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} must be JSON: {error}") from None
-
-
-def _settings(config: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The fields that this file reads, with PEFT's defaults; ValueError for a value that PEFT's field cannot have."""
-    settings = {}
-    for field, (default, rule, holds) in _SETTINGS.items():
-        settings[field] = config.get(field, default)
-        if not holds(settings[field]):
-            raise ValueError(f"{file}: {field} must be {rule}, got {settings[field]!r}")
-    for field, of in _PATTERNS.items():
-        patterns = config.get(field)
-        settings[field] = patterns = {} if patterns is None else patterns
-        if not isinstance(patterns, dict):
-            raise ValueError(f"{file}: {field} must be an object, got {patterns!r}")
-        _, rule, holds = _SETTINGS[of]
-        for pattern, value in patterns.items():
-            try:
-                _end_of_name(pattern)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(
-                    f"{file}: {field} must have regular expressions as keys, got {pattern!r}: {error}"
-                ) from None
-            if not holds(value):
-                raise ValueError(f"{file}: {field}[{pattern!r}] must be {rule}, got {value!r}")
-    return settings
-
-
-def _pairs(tensors: dict[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
-    """A and B of each layer."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(f"{file}: every tensor must be a LoRA A or B, got {key!r}")
-        if tensor.ndim != 2 or tensor.dtype not in _DTYPES:
+    for parent in parents:
+        if isinstance(parent, nn.MultiheadAttention) or has_lora(parent):
             raise ValueError(
-                f"{file}: {key!r} must be a matrix of one of {_DTYPES}, "
-                f"got {list(tensor.shape)} of {tensor.dtype}"
+                f"the file's layer {name!r} must be called as a module, but {type(parent).__name__} "
+                "reads its weight or has an adapter of its own"
             )
-        pair = pairs.setdefault(match["layer"], {})
-        if match["side"] in pair:
-            raise ValueError(
-                f"{file}: layer {match['layer']!r} must be there once, "
-                f"but is there with and without {_PREFIX!r}"
-            )
-        pair[match["side"]] = tensor.t()
-    if not pairs:
-        raise ValueError(f"{file} must hold at least one layer, but it is empty")
-    return pairs
-
-
-def _by_layer(
-    pairs: dict[str, dict[str, Tensor]], settings: dict[str, Any], file: Path
-) -> dict[str, _Adapter]:
-    rslora = settings["use_rslora"]
-    adapters = {}
-    for name, pair in pairs.items():
-        if set(pair) != {"A", "B"}:
-            raise ValueError(
-                f"{file}: layer {name!r} must have both A and B, has only {list(pair)}"
-            )
-        A, B = pair["A"], pair["B"]
-        rank, alpha = (
-            _setting(settings, "rank_pattern", name),
-            _setting(settings, "alpha_pattern", name),
-        )
-        if A.shape[1] != rank or B.shape[0] != rank:
-            raise ValueError(
-                f"{file}: layer {name!r} must have rank {rank} as its configuration says, "
-                f"got A {list(A.shape)} and B {list(B.shape)}"
-            )
-        scale = alpha / (math.sqrt(rank) if rslora else rank)
-        adapters[name] = _Adapter(A, B, scale, settings["lora_dropout"], rslora)
-    return adapters
-
-
-def _setting(settings: dict[str, Any], field: str, name: str) -> Any:
-    """PEFT's rule: the value of the first pattern that matches the name or its end after a dot, else the name's own."""
-    patterns = settings[field]
-    for pattern, value in patterns.items():
-        if _end_of_name(pattern).match(name):
-            return value
-    return patterns.get(name, settings[_PATTERNS[field]])
-
-
-def _end_of_name(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern})$")
-
-
-def _check_fits(name: str, modules: dict[str, nn.Module], adapter: _Adapter) -> None:
-    module, parent = modules.get(name), modules.get(name.rpartition(".")[0])
-    linear = module.linear if isinstance(module, LinearWithLoRA) else module
-    if not isinstance(linear, nn.Linear):
-        what = "no module" if linear is None else f"a {type(linear).__name__}"
-        raise ValueError(
-            f"the file's layer {name!r} must be a Linear of the model, which has {what}"
-        )
-    if isinstance(parent, (nn.MultiheadAttention, LinearWithLoRA)):
-        raise ValueError(
-            f"the file's layer {name!r} must be called as a module, but {type(parent).__name__} "
-            "reads its weight"
-        )
-    if isinstance(module, LinearWithLoRA) and module.merged:
+    if layer is not None and layer.merged:
         raise ValueError(f"layer {name!r} must not be merged: unmerge_lora(model) before loading")
-    rank = module.lora.rank if isinstance(module, LinearWithLoRA) else adapter.A.shape[1]
-    wanted = [[linear.in_features, rank], [rank, linear.out_features]]
+    owned = linear._parameters if layer is None else layer.lora._parameters
+    for key in () if layer is None else ("A", "B"):
+        if owned.get(key) is None:
+            raise ValueError(
+                f"layer {name!r} must have a plain parameter {key} to load into, but it is parametrized or pruned"
+            )
+    if any(t is not None and t.is_meta for t in owned.values()):
+        raise ValueError(
+            f"layer {name!r} must have values before loading, but is on the meta device: see to_empty"
+        )
+    ins, outs = features(linear)
+    rank = adapter.A.shape[1] if layer is None else layer.lora.rank
+    wanted = [[ins, rank], [rank, outs]]
     got = [list(adapter.A.shape), list(adapter.B.shape)]
     if got != wanted:
         raise ValueError(
@@ -330,36 +145,42 @@ def _check_fits(name: str, modules: dict[str, nn.Module], adapter: _Adapter) -> 
         )
 
 
-def _wrap(model: nn.Module, adapters: dict[str, _Adapter]) -> None:
-    """Put a LinearWithLoRA, in the mode of the Linear, in every place of each of these layers."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    modules = {name: model.get_submodule(name) for name in adapters}
-    alike: dict[tuple[int, str, float, torch.dtype | None], list[str]] = {}
-    for name, adapter in adapters.items():
-        scaling = "alpha/sqrt(rank)" if adapter.rslora else "alpha/rank"
-        dtype = torch.float32 if adapter.A.dtype == torch.float32 else None
-        kind = adapter.A.shape[1], scaling, adapter.dropout, dtype
-        alike.setdefault(kind, []).extend(names[modules[name]])
-    for (rank, scaling, dropout, dtype), places in alike.items():
-        replace_linear_with_lora(
-            model,
-            rank,
-            1.0,
-            scaling=scaling,
-            dropout=dropout,
-            dtype=dtype,
-            target_modules="|".join(map(re.escape, places)),
+def _wrapper(linear: nn.Module, adapter: Adapter) -> LinearWithLoRA:
+    """A layer over `linear` for this adapter; float32 on a half base unless the file has the base's dtype."""
+    stored, base = torch.promote_types(adapter.A.dtype, adapter.B.dtype), linear.weight.dtype
+    narrows = base in (torch.float16, torch.bfloat16) and stored != base
+    return LinearWithLoRA(
+        linear,
+        adapter.A.shape[1],
+        1.0,
+        scaling="alpha/sqrt(rank)" if adapter.rslora else "alpha/rank",
+        dropout=adapter.dropout,
+        dtype=torch.float32 if narrows else None,
+    )
+
+
+def _alpha(name: str, lora: LoRALayer, scale: float) -> float:
+    alpha = adapter_file.alpha_for(scale, lora.scaling, lora.rank)
+    if not fits_float32(alpha):
+        raise ValueError(
+            f"the file's layer {name!r} must have an alpha within float32 where the model's scale "
+            f"is {lora.scaling}, got {alpha}"
         )
+    return alpha
 
 
-def _alpha_for(scale: float, scaling: str, rank: int) -> float:
-    """The alpha whose scale is `scale` under a convention; an integer where it is one."""
-    alpha = scale / SCALINGS[scaling](1.0, rank)
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+def _fill(lora: LoRALayer, A: Tensor, B: Tensor, alpha: float) -> None:
+    with torch.no_grad():
+        lora.A.copy_(A)
+        lora.B.copy_(B)
+    lora.alpha = alpha
 
 
-def _commonest(values: Any) -> Any:
-    values = list(values)
-    return max(values, key=values.count)
+def _places(model: nn.Module, wrappers: dict[nn.Module, LinearWithLoRA]) -> list[Place]:
+    """Every place of every Linear that has a wrapper."""
+    return [
+        (f"{path}.{key}" if path else key, parent, key, wrappers[child])
+        for path, parent in model.named_modules()
+        for key, child in parent._modules.items()
+        if child in wrappers
+    ]

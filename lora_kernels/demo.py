@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels import adapters, modules, reference
+from lora_kernels.adapter_file import WEIGHTS_FILE
 
 RANK, ALPHA, LEARNING_RATE = 8, 2.0, 1e-3
 HELD_OUT, BATCH, SEED = 1000, 64, 0
@@ -167,7 +168,7 @@ def save(model: SentimentModel, folder: Path) -> int:
 
     adapters.save_adapter(model, folder)
     save_file(model.head.state_dict(), folder / HEAD_FILE)
-    return (folder / adapters.WEIGHTS_FILE).stat().st_size
+    return (folder / WEIGHTS_FILE).stat().st_size
 
 
 def reload(folder: Path) -> SentimentModel:

@@ -29,7 +29,7 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from lora_kernels.modules import LinearWithLoRA
+from lora_kernels.modules import LinearWithLoRA, is_conv1d
 from lora_kernels.once import once
 
 _WHOLE, _SUM = Replicate(), Partial()
@@ -108,6 +108,10 @@ def _shard(
     """Shard `module`'s parameters by `name`, and convert its input and output as PyTorch's `style` does."""
     if not isinstance(module, LinearWithLoRA):
         raise TypeError(f"module must be a LinearWithLoRA, got {type(module).__name__}")
+    if module.merged:
+        raise ValueError("module must not be merged: unmerge_lora(model) before sharding it")
+    if is_conv1d(module.linear):
+        raise TypeError("module must be a LinearWithLoRA over an nn.Linear, got one over a Conv1D")
     register()
     style.desired_input_layouts = (of_input,)
     _, (_, *placements), _, _ = _STYLES[name]
@@ -117,11 +121,14 @@ def _shard(
             return
         owners = [(module.linear, "weight"), (module.lora, "A"), (module.lora, "B")]
         owners += [(module.linear, "bias")]
+        made = []
         for (owner, key), placement in zip(owners, placements, strict=True):
             parameter = getattr(owner, key)
             if parameter is not None:
                 kept = Replicate() if isinstance(placement, Partial) else placement
-                owner.register_parameter(key, _distributed(parameter, mesh, kept, style))
+                made.append((owner, key, _distributed(parameter, mesh, kept, style)))
+        for owner, key, sharded in made:  # all or, where one cannot be made, none
+            owner.register_parameter(key, sharded)
 
     return distribute_module(
         module,

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from contextlib import nullcontext
+from collections import defaultdict
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.modules import LinearWithLoRA, is_plain, lora_layers
+from lora_kernels.functional import DTYPES
+from lora_kernels.modules import (
+    LinearWithLoRA,
+    Place,
+    is_conv1d,
+    is_plain,
+    lora_layers,
+    put,
+    rename_tied,
+)
 
 
 def merge_lora(model: nn.Module, *, unload: bool = False) -> list[str]:
@@ -20,71 +29,145 @@ def merge_lora(model: nn.Module, *, unload: bool = False) -> list[str]:
     `state_dict` goes on saving. `unload=True` puts the merged Linear in the place of each layer instead, for good, and
     keeps nothing.
 
-    Layers merged before stay as they are. ValueError, before anything is changed, for a weight that another module shares
-    (tied embeddings): merging would change both; for one that is no plain floating-point parameter (quantized, pruned,
-    parametrized); and where `linear` or `lora` has hooks or a forward of its own, which a merged weight cannot stand for.
+    Layers merged before stay as they are. ValueError, before anything is changed, for a weight that shares memory with
+    another tensor of `model` (tied embeddings): merging would change both; for one that is no plain floating-point
+    parameter (quantized, pruned, parametrized); and where `linear` or `lora` has hooks or a forward of its own, which a
+    merged weight cannot stand for. An exception on the way, the lack of memory or an interrupt, leaves every weight and
+    layer as it was.
     """
-    layers = [(name, layer) for name, layer in lora_layers(model)]
+    layers = list(lora_layers(model))
     if unload and any(layer is model for _, layer in layers):
         raise ValueError(
             "model must contain the layers to unload, but it is one: take model.linear"
         )
     fresh = [(name, layer) for name, layer in layers if not layer.merged]
     _check_mergeable(model, fresh)
-    with torch.no_grad():
-        sums = [merged_weight(layer) for _, layer in fresh]  # all computed before any is stored
-        for (_, layer), merged in zip(fresh, sums, strict=True):
-            layer.unmerged_weight = layer.linear.weight.detach().clone()
-            layer.linear.weight.copy_(merged)
-    if unload:
-        for parent in list(model.modules()):
-            for key, child in list(parent._modules.items()):
-                if isinstance(child, LinearWithLoRA):
-                    setattr(parent, key, child.linear)
+    try:
+        with torch.no_grad():
+            for _, layer in fresh:
+                layer.unmerged_weight = layer.linear.weight.detach().clone()
+                layer.linear.weight.copy_(merged_weight(layer))
+        if unload:
+            _unload(model)
+    except BaseException:
+        for _, layer in fresh:
+            # A weight that cannot be written has its old values.
+            with suppress(Exception):
+                _restore(layer)
+            layer.unmerged_weight = None
+        raise
     return [name for name, _ in fresh]
 
 
 def unmerge_lora(model: nn.Module) -> list[str]:
-    """Put back every base weight that `merge_lora` changed, the same bits; returns the names of the layers."""
+    """Put back every base weight that `merge_lora` changed, the same bits; returns the names of the layers.
+
+    After an exception on the way each layer is merged or not, as it says, and the call can be repeated.
+    """
     merged = [(name, layer) for name, layer in lora_layers(model) if layer.merged]
-    with torch.no_grad():
-        for _, layer in merged:
-            if layer.unmerged_weight is not None:
-                layer.linear.weight.copy_(layer.unmerged_weight)
-                layer.unmerged_weight = None
+    for _, layer in merged:
+        _restore(layer)
+        layer.unmerged_weight = None
     return [name for name, _ in merged]
+
+
+def merged_weight(layer: LinearWithLoRA) -> Tensor:
+    """W + (scale·A·B)ᵀ, laid out and rounded as the layer's base stores W, summed in float32 or better."""
+    weight, lora = layer.linear.weight, layer.lora
+    wide = torch.promote_types(torch.promote_types(weight.dtype, lora.A.dtype), torch.float32)
+    device = weight.device.type
+    has_autocast = torch.amp.is_autocast_available(device)  # "meta" has no autocast
+    with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
+        delta = torch.mm(lora.A.to(wide), lora.B.to(wide)).mul_(lora.scale)  # [in, out]
+    return (delta if is_conv1d(layer.linear) else delta.t()).add_(weight).to(weight.dtype)
+
+
+def _restore(layer: LinearWithLoRA) -> None:
+    """Copy the weight that is kept, if one is, back into the base."""
+    if layer.unmerged_weight is not None:
+        with torch.no_grad():
+            layer.linear.weight.copy_(layer.unmerged_weight)
+
+
+def _unload(model: nn.Module) -> None:
+    """Put the base of every LoRA layer in the layer's places."""
+    places: list[Place] = [
+        (f"{path}.{key}" if path else key, parent, key, child.linear)
+        for path, parent in model.named_modules()
+        for key, child in parent._modules.items()
+        if isinstance(child, LinearWithLoRA)
+    ]
+    put(places)
+    rename_tied(
+        model,
+        {f"{name}.linear.{p}": f"{name}.{p}" for name, *_ in places for p in ("weight", "bias")},
+    )
 
 
 def _check_mergeable(model: nn.Module, layers: list[tuple[str, LinearWithLoRA]]) -> None:
     """ValueError unless the weight of each of these layers of `model` is its own and all that its forward reads."""
-    held = [child for parent in model.modules() for child in parent._modules.values()]
-    owners = Counter(
-        id(parameter)
-        for module in (model, *filter(None, held))
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
+    shared = _shared_memory(model)
     for name, layer in layers:
+        what = f"{name}.linear" if name else "linear"
         linear, weight = layer.linear, layer.linear._parameters.get("weight")
         if weight is None or not is_plain(linear, layer.lora, weight):
             raise ValueError(
-                f"{name}.linear must be a plain Linear to merge into, beside a plain lora, but it is "
+                f"{what} must be a plain Linear to merge into, beside a plain lora, but it is "
                 "hooked, pruned, parametrized, quantized or has a forward of its own"
             )
-        if owners[id(weight)] > 1:
+        if other := shared.get(f"{what}.weight"):
             raise ValueError(
-                f"{name}.linear.weight must not be shared, but another module holds it"
+                f"{what}.weight must not be shared, but {other} has the same memory or a part of it"
             )
-        if not weight.is_floating_point():
-            raise ValueError(f"{name}.linear.weight must be floating point to merge into")
+        if weight.dtype not in DTYPES:
+            raise ValueError(
+                f"{what}.weight must be float32, bfloat16, float16 or float64 to merge into, got {weight.dtype}"
+            )
 
 
-def merged_weight(layer: LinearWithLoRA) -> Tensor:
-    """W + (scale·A·B)ᵀ [out_features, in_features] in W's dtype, summed in float32 or better."""
-    weight, lora = layer.linear.weight, layer.lora
-    wide = torch.promote_types(torch.promote_types(weight.dtype, lora.A.dtype), torch.float32)
-    device = weight.device.type
-    has_autocast = torch.amp.is_autocast_available(device)  # "meta" knows no autocast
-    with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
-        delta = torch.mm(lora.A.to(wide), lora.B.to(wide)).mul_(lora.scale)
-    return delta.t().add_(weight).to(weight.dtype)
+def _shared_memory(model: nn.Module) -> dict[str, str]:
+    """For each parameter or buffer of `model` whose memory another one overlaps, the name of such another.
+
+    A module that is held in several places counts in each of them, by its holder's first name.
+    """
+    spans: dict[object, list[tuple[int, int, str]]] = defaultdict(list)
+    for prefix, module in [("", model), *_children(model)]:
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                space, start, end = _span(tensor)
+                spans[space].append((start, end, prefix + key))
+    shared: dict[str, str] = {}
+    for in_one_space in spans.values():
+        reach, holder = -1, ""  # the furthest end so far, and whose it is
+        for start, end, name in sorted(in_one_space):
+            if start < reach:
+                shared[name] = holder
+                shared.setdefault(holder, name)
+            if end > reach:
+                reach, holder = end, name
+    return shared
+
+
+def _children(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(prefix of its tensors' names, child) of every child of every module in `model`."""
+    return [
+        (f"{path}.{key}." if path else f"{key}.", child)
+        for path, parent in model.named_modules()
+        for key, child in parent._modules.items()
+        if child is not None
+    ]
+
+
+def _span(tensor: Tensor) -> tuple[object, int, int]:
+    """(address space, first byte, byte after the last) of a tensor."""
+    try:
+        start, storage = tensor.data_ptr(), tensor.untyped_storage()
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        last = sum((int(n) - 1) * int(step) for n, step in steps)
+        size = (last + 1) * tensor.element_size() if tensor.numel() else 0
+    except RuntimeError:  # a kind without strides or memory is itself alone
+        return id(tensor), 0, 1
+    if start == 0:  # no memory here (meta and distributed tensors): offsets in the storage
+        start = int(tensor.storage_offset()) * tensor.element_size()
+        return storage._cdata, start, start + size
+    return tensor.device, start, start + size

@@ -16,8 +16,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from lora_kernels.functional import alpha_tensor, autocast_dtype, check_dropout, lora_linear
+from lora_kernels.functional import (
+    DTYPES,
+    alpha_tensor,
+    autocast_dtype,
+    check_dropout,
+    lora_linear,
+)
+
+Place = tuple[str, nn.Module, str, nn.Module]  # name, parent, key and child: `parent.key` is child
+
+_OWN = ("weight", "bias")  # names that LinearWithLoRA takes from its Linear
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "alpha": lambda alpha, rank: alpha,  # the book
@@ -130,15 +141,19 @@ class LoRALayer(nn.Module):
 class LinearWithLoRA(nn.Module):
     """`linear(x) + lora(x)` in one fused pass: y = x·Wᵀ + bias + scale·(dropout(x)·A)·B.
 
-    `linear` is kept as it is, the same object; `lora` is a `LoRALayer`, by default on `linear`'s device and in its dtype.
-    Nothing is frozen: gradients of W and bias are computed when they are required. Where `linear` or `lora` carries hooks,
-    a changed forward or a weight that is no plain tensor, the two are called one after the other instead, so that what was
-    attached to them still runs. `weight`, `bias`, `in_features` and `out_features` are those of `linear`.
+    `linear` is an nn.Linear or Transformers' Conv1D, which stores Wᵀ. It is kept as it is, the same object; `lora` is a
+    `LoRALayer`, by default on `linear`'s device and in its dtype. Nothing is frozen: gradients of W and bias are computed
+    when they are required. Where `linear` or `lora` carries hooks, a changed forward or a weight that is no plain tensor,
+    and while hooks on all modules are registered, the two are called one after the other instead, so that what was attached
+    to them still runs. `weight`, `bias`, `in_features` and `out_features` are those of `linear`.
     """
+
+    linear: Any  # nn.Linear or Conv1D
+    lora: LoRALayer
 
     def __init__(
         self,
-        linear: nn.Linear,
+        linear: nn.Module,
         rank: int,
         alpha: float,
         *,
@@ -148,22 +163,24 @@ class LinearWithLoRA(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        weight = linear.weight
+        if not is_linear(linear):
+            raise TypeError(
+                "linear must be a torch.nn.Linear or Transformers' Conv1D, "
+                f"got {type(linear).__name__}"
+            )
+        weight: Any = linear.weight
         if isinstance(weight, nn.parameter.UninitializedParameter):
             raise ValueError(
                 "linear must have its sizes: call the LazyLinear once before wrapping it"
             )
         self.linear = linear
         self.lora = LoRALayer(
-            linear.in_features,
-            linear.out_features,
+            *features(linear),
             rank,
             alpha,
             scaling=scaling,
             dropout=dropout,
-            dtype=dtype or (weight.dtype if weight.dtype.is_floating_point else None),
+            dtype=dtype or (weight.dtype if weight.dtype in DTYPES else None),
             device=device or weight.device,
         )
         self.train(linear.training)
@@ -175,7 +192,7 @@ class LinearWithLoRA(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base weight [out_features, in_features]."""
+        """The base weight as `linear` stores it: [out_features, in_features], or transposed in a Conv1D."""
         return self.linear.weight
 
     @property
@@ -185,11 +202,11 @@ class LinearWithLoRA(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.linear.in_features
+        return features(self.linear)[0]
 
     @property
     def out_features(self) -> int:
-        return self.linear.out_features
+        return features(self.linear)[1]
 
     @property
     def merged(self) -> bool:
@@ -198,7 +215,7 @@ class LinearWithLoRA(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`weight` and `bias` are those of `linear`: who ties weights assigns to the layer."""
-        if name in ("weight", "bias"):
+        if name in _OWN:
             setattr(self.linear, name, value)
         else:
             super().__setattr__(name, value)
@@ -215,11 +232,16 @@ class LinearWithLoRA(nn.Module):
             return self.linear(x)
         linear, lora = self.linear, self.lora
         weight = linear.weight
-        if x.is_nested or x.is_sparse or not is_plain(linear, lora, weight):
+        if (
+            x.is_nested
+            or x.is_sparse
+            or not is_plain(linear, lora, weight)
+            or _has_any_global_hook()
+        ):
             return linear(x) + lora(x)
         return lora_linear(
             x,
-            weight,
+            weight if isinstance(linear, nn.Linear) else weight.t(),
             lora.A,
             lora.B,
             lora.run_time_scale(),
@@ -239,20 +261,22 @@ def replace_linear_with_lora(
     device: torch.device | str | None = None,
     target_modules: str | Iterable[str] | None = None,
 ) -> list[str]:
-    """Put a `LinearWithLoRA` in the place of every `nn.Linear` below `model`, in place; returns their names in order.
+    """Put a `LinearWithLoRA` in the place of every Linear below `model`, in place; returns their names in order.
 
-    `target_modules`: a regular expression that must match the whole name, or an iterable of names or name suffixes
-    ("q_proj" takes every "….q_proj"); ValueError if nothing matches. A layer that is wrapped already stays as it is, a
-    module that occurs in several places is wrapped once, the projections of `nn.MultiheadAttention`, which does not call
+    A Linear is an `nn.Linear` or Transformers' Conv1D. `target_modules`: a regular expression that must match the whole
+    name, or an iterable of names or name suffixes ("q_proj" takes every "….q_proj"); ValueError if nothing matches. A layer
+    that is wrapped already, by this package, by PEFT or by a module with `linear` and `lora` of its own, stays as it is. A
+    module that occurs in several places is wrapped once. The projections of `nn.MultiheadAttention`, which does not call
     them as modules, are left alone with a warning, and so is a `model` that is itself a Linear and has no place to put
     the wrapper in. Bad arguments raise before anything is changed. Freeze with `freeze_base`, or before calling this.
     """
+    check_model(model)
     check_lora(rank, alpha, scaling, dropout, dtype)
     places = list(_linear_places(model, _name_filter(target_modules)))
     if not places:
         if target_modules is not None:
             raise ValueError(f"target_modules must name a Linear, got {target_modules!r}: no match")
-        if isinstance(model, nn.Linear):
+        if is_linear(model):
             warnings.warn(
                 "model is itself a Linear and cannot be replaced in place: use "
                 "LinearWithLoRA(model, rank, alpha)",
@@ -264,47 +288,101 @@ def replace_linear_with_lora(
             wrappers[linear] = LinearWithLoRA(
                 linear, rank, alpha, scaling=scaling, dropout=dropout, dtype=dtype, device=device
             )
-    for _, parent, key, linear in places:
-        setattr(parent, key, wrappers[linear])
-        _leave_fast_path(parent)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and wrappers:
-            module.use_nested_tensor = False
+    put_wrappers(model, [(n, parent, key, wrappers[old]) for n, parent, key, old in places])
     return [name for name, _, _, _ in places]
+
+
+def put_wrappers(model: nn.Module, places: list[Place]) -> None:
+    """Put each `LinearWithLoRA` in its place below `model`; all of them, or on an exception none."""
+    put(places)
+    for _, parent, _, _ in places:
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # Its inference path reads `linear1.weight` past the LoRA branch.
+            parent.activation_relu_or_gelu = 0
+    for module in model.modules() if places else ():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+    rename_tied(model, {f"{name}.{p}": f"{name}.linear.{p}" for name, *_ in places for p in _OWN})
+
+
+def put(places: list[Place]) -> None:
+    """Set `parent.key` to the child of each place; all of them, or on an exception none."""
+    before = [(parent, key, parent._modules[key]) for _, parent, key, _ in places]
+    try:
+        for _, parent, key, child in places:
+            setattr(parent, key, child)
+    except BaseException:
+        for parent, key, old in before:
+            parent._modules[key] = old
+        raise
+
+
+def rename_tied(model: nn.Module, names: dict[str, str]) -> None:
+    """Enter new parameter names in the lists of tied weights of Transformers' models, which tie and save by them."""
+    for path, module in model.named_modules():
+        prefix = path + "." if path else ""
+        new = {
+            old.removeprefix(prefix): name.removeprefix(prefix)
+            for old, name in names.items()
+            if old.startswith(prefix)
+        }
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            tied = getattr(module, attribute, None)
+            if isinstance(tied, dict) and not new.keys().isdisjoint((*tied, *tied.values())):
+                renamed = {new.get(key, key): new.get(of, of) for key, of in tied.items()}
+                setattr(module, attribute, renamed)
+            elif isinstance(tied, list) and not new.keys().isdisjoint(tied):
+                setattr(module, attribute, [new.get(key, key) for key in tied])
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LinearWithLoRA]]:
     """(name, layer) of every `LinearWithLoRA` in `model`, each once, `model` itself included."""
+    check_model(model)
     for name, module in model.named_modules():
         if isinstance(module, LinearWithLoRA):
             yield name, module
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Set `requires_grad` to False on every parameter that is not an adapter's A or B, and to True on those."""
+    """Set `requires_grad` to False on every parameter that is not an adapter's, and to True on those."""
     adapters = {id(p) for p in lora_parameters(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in adapters)
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """A and B of every LoRA layer in `model`, in the model's order: what an optimizer should get."""
+    """A and B of every LoRA layer in `model`, in the model's order: what an optimizer should get.
+
+    Where A or B is parametrized, the parameters that it is computed from.
+    """
+    check_model(model)
+    seen: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, LoRALayer):
-            yield module.A
-            yield module.B
+            for parameter in module.parameters():
+                if parameter not in seen:
+                    seen.add(parameter)
+                    yield parameter
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The entries of `model.state_dict()` that belong to adapters: "<layer>.lora.A" and "<layer>.lora.B"."""
-    ends = [
-        f"{name}.{end}" if name else end
+    """The entries of `model.state_dict()` that belong to adapters: "<layer>.lora.A" and "<layer>.lora.B".
+
+    Where A or B is parametrized, the entries of what it is computed from.
+    """
+    check_model(model)
+    owners = tuple(
+        f"{name}." if name else ""
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, LoRALayer)
-        for end in ("A", "B")
-    ]
-    state = model.state_dict()
-    return {key: state[key] for key in ends}
+    )
+    return {key: value for key, value in model.state_dict().items() if key.startswith(owners)}
+
+
+def check_model(model: nn.Module) -> None:
+    """TypeError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_lora(
@@ -318,8 +396,8 @@ def check_lora(
     check_alpha(alpha)
     check_scaling(scaling)
     check_dropout("dropout", dropout)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
 
 
 def check_alpha(alpha: float) -> None:
@@ -346,12 +424,31 @@ def _number(alpha: float) -> float:
     return alpha if type(alpha) in (int, float) else float(alpha)
 
 
-def is_plain(linear: nn.Linear, lora: LoRALayer, weight: Tensor) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` can be the base of a `LinearWithLoRA`."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is Transformers' Conv1D, a Linear that stores W [in, out]; by name, lest Transformers be imported."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def features(linear: Any) -> tuple[int, int]:
+    """(in, out) of an nn.Linear or a Conv1D."""
+    if is_conv1d(linear):
+        return linear.weight.shape[0], linear.weight.shape[1]
+    return linear.in_features, linear.out_features
+
+
+def is_plain(linear: nn.Module, lora: LoRALayer, weight: Tensor) -> bool:
     """Whether calling `linear`, which has `weight`, and `lora` would do nothing but the formula, so that it may be fused."""
     return (
-        type(linear).forward is nn.Linear.forward
+        (type(linear).forward is nn.Linear.forward or is_conv1d(linear))
         and type(lora).forward is LoRALayer.forward
         and "forward" not in linear.__dict__
+        and "forward" not in lora.__dict__
         and not has_hooks(linear)
         and not has_hooks(lora)
         and (is_plain_tensor(weight) or type(weight).__module__ == _SHARDED)
@@ -370,7 +467,7 @@ _SHARDED = "torch.distributed.tensor"
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` runs more than its forward."""
+    """Whether calling `module` runs more than its forward, hooks on all modules aside."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -390,24 +487,26 @@ def _name_filter(target_modules: str | Iterable[str] | None) -> Callable[[str], 
                 f"target_modules must be a regular expression, got {target_modules!r}: {error}"
             ) from None
         return lambda name: pattern.fullmatch(name) is not None
+    if not isinstance(target_modules, Iterable):
+        raise TypeError(
+            f"target_modules must be a string or strings, got {type(target_modules).__name__}"
+        )
     suffixes = tuple(target_modules)
     if not all(isinstance(suffix, str) for suffix in suffixes):
         raise TypeError(f"target_modules must be strings, got {suffixes!r}")
     return lambda name: any(name == end or name.endswith("." + end) for end in suffixes)
 
 
-def _linear_places(
-    model: nn.Module, wanted: Callable[[str], bool]
-) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
-    """(name, parent, key, Linear) of each place to replace, depth first in the order of `named_children`."""
+def _linear_places(model: nn.Module, wanted: Callable[[str], bool]) -> Iterator[Place]:
+    """Each place of a Linear to replace, depth first in the order of `named_children`."""
     seen: set[nn.Module] = {model}
 
-    def visit(parent: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
+    def visit(parent: nn.Module, prefix: str) -> Iterator[Place]:
         for key, child in parent._modules.items():
             name = prefix + key
-            if child is None or _has_lora(child):
+            if child is None or has_lora(child):
                 continue
-            if isinstance(child, nn.Linear):
+            if is_linear(child):
                 if isinstance(parent, nn.MultiheadAttention):
                     if wanted(name):
                         warnings.warn(
@@ -421,20 +520,17 @@ def _linear_places(
                 seen.add(child)
                 yield from visit(child, name + ".")
 
-    return iter(()) if _has_lora(model) else visit(model, "")
+    return iter(()) if has_lora(model) else visit(model, "")
 
 
-def _has_lora(module: nn.Module) -> bool:
-    """Whether `module` is wrapped already, by this package or by PEFT (known by name, lest it be imported)."""
-    return isinstance(module, LinearWithLoRA) or any(
-        cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__
+def has_lora(module: nn.Module) -> bool:
+    """Whether `module` is a Linear with an adapter: ours, PEFT's (by name, lest it be imported) or made as the book does."""
+    lora = module._modules.get("lora")
+    return (
+        isinstance(module, LinearWithLoRA)
+        or any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__)
+        or ("linear" in module._modules and hasattr(lora, "A") and hasattr(lora, "B"))
     )
-
-
-def _leave_fast_path(parent: nn.Module) -> None:
-    """Keep nn.TransformerEncoderLayer from its inference path, which reads `linear1.weight` past the LoRA branch."""
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0
 
 
 def _save_unmerged(

@@ -6,6 +6,11 @@ import copy
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import peft
 import pytest
@@ -13,18 +18,23 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lora_kernels import (
     LinearWithLoRA,
+    adapters,
     load_adapter,
     lora_state_dict,
     merge_lora,
+    reference,
     replace_linear_with_lora,
     save_adapter,
 )
-from lora_kernels.adapters import CONFIG_FILE, WEIGHTS_FILE
+from lora_kernels.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from lora_kernels.modules import lora_layers
 from tests.test_modules import Block
+
+ROOT = Path(__file__).parent.parent
 
 
 def block(fill=True, **options):
@@ -38,14 +48,18 @@ def block(fill=True, **options):
 
 
 def snapshot(model):
-    return {name: (type(m), getattr(m, "alpha", None)) for name, m in model.named_modules()}, {
-        key: value.clone() for key, value in model.state_dict().items()
+    """(classes and settings, the tensors themselves): a state dict would hide what is merged."""
+    settings = {
+        name: (type(m), *(getattr(m, setting, None) for setting in ("alpha", "merged")))
+        for name, m in model.named_modules()
     }
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return settings, {key: value.detach().clone() for key, value in tensors}
 
 
 def unchanged(model, before):
-    types, state = snapshot(model)
-    same = types == before[0] and list(state) == list(before[1])
+    settings, state = snapshot(model)
+    same = settings == before[0] and list(state) == list(before[1])
     return same and all(torch.equal(state[key], before[1][key]) for key in state)
 
 
@@ -111,6 +125,38 @@ class TestRoundTrip:
         assert modes == {"q_proj": False, "mlp.0": True, "mlp.2": True, "head": False}
         assert all(layer.linear.training == modes[name] for name, layer in lora_layers(model))
 
+    @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("side", ["lora_A", "lora_B", "lora_"])
+    def test_a_fresh_model_keeps_every_bit_of_the_file(self, tmp_path, base, stored, side):
+        """On a half base the adapters are float32 unless the file has the base's own dtype."""
+        save_adapter(block().to(base), tmp_path)
+
+        def one_side(tensors):
+            tensors.update({k: v.to(stored) for k, v in tensors.items() if side in k})
+
+        edit_weights(one_side)(tmp_path)
+        tensors = load_file(tmp_path / WEIGHTS_FILE)
+        model = Block().to(base)
+        load_adapter(model, tmp_path)
+        assert model.head.lora.A.dtype == (base if stored == base else torch.float32)
+        for name, layer in lora_layers(model):
+            for key, value in (("lora_A", layer.lora.A), ("lora_B", layer.lora.B)):
+                saved = tensors[f"base_model.model.{name}.{key}.weight"]
+                assert torch.equal(value.double(), saved.double().t())
+
+    @pytest.mark.parametrize("alpha", [16, 16.01, 1 / 3, -2.5, 1e-8])
+    @pytest.mark.parametrize("scaling", ["alpha", "alpha/rank", "alpha/sqrt(rank)"])
+    def test_any_alpha(self, tmp_path, alpha, scaling):
+        save_adapter(block(alpha=alpha, scaling=scaling, rank=3), tmp_path)
+        same = block(fill=False, scaling=scaling, rank=3)
+        for model in (same, Block()):
+            load_adapter(model, tmp_path)
+            scale = block(alpha=alpha, scaling=scaling, rank=3).head.lora.scale
+            assert model.head.lora.scale == pytest.approx(scale, rel=1e-13)
+            assert model.head.lora.scale_tensor.item() == pytest.approx(scale, rel=1e-7)
+        assert same.head.lora.alpha == pytest.approx(alpha, rel=1e-13)
+
     def test_a_linear_in_two_places(self, tmp_path):
         def tied():
             torch.manual_seed(3)
@@ -127,6 +173,19 @@ class TestRoundTrip:
         assert other[0] is other[1][1]
         x = torch.randn(3, 6)
         assert torch.equal(other(x), model(x))
+
+        edit_weights(renamed("model.0.", "model.1.1."))(tmp_path)
+        for again in (tied(), other):  # by its second name, into a Linear and into a layer
+            for _, layer in lora_layers(again):
+                nn.init.zeros_(layer.lora.B)
+            assert sorted(load_adapter(again, tmp_path)) == ["1.0", "1.1"]
+            assert again[0] is again[1][1] and torch.equal(again(x), model(x))
+
+        edit_weights(renamed("model.1.1.", "model.0.", keep=True))(tmp_path)
+        before = snapshot(other)
+        with pytest.raises(ValueError, match=r"layers '\S+' and '\S+' must not be one module"):
+            load_adapter(other, tmp_path)
+        assert unchanged(other, before)
 
     def test_a_layer_of_torchs_transformer_in_inference(self, tmp_path):
         """Its fast path, which reads the weights past the adapters, is left."""
@@ -151,8 +210,11 @@ class TestRoundTrip:
         """PEFT has one for all layers: the commonest is saved, and the others are named."""
         model = block(dropout=0.25)
         model.q_proj.lora.dropout = 0.5  # the first
-        with pytest.warns(UserWarning, match=r"0.25 is saved, the layers have \[0.25, 0.5\]"):
+        with pytest.warns(
+            UserWarning, match=r"0.25 is saved, the layers have \[0.25, 0.5\]"
+        ) as caught:
             save_adapter(model, tmp_path)
+        assert caught[0].filename == __file__
         fresh = Block()
         load_adapter(fresh, tmp_path)
         assert all(layer.lora.dropout == 0.25 for _, layer in lora_layers(fresh))
@@ -168,6 +230,7 @@ class TestRoundTrip:
     def test_the_file_holds_the_adapter_and_nothing_else(self, folder):
         tensors = load_file(folder / WEIGHTS_FILE)
         assert len(tensors) == 8
+        assert json.loads((folder / CONFIG_FILE).read_text())["fan_in_fan_out"] is False
         assert tensors["base_model.model.mlp.0.lora_A.weight"].shape == (4, 12)
         assert tensors["base_model.model.mlp.0.lora_B.weight"].shape == (20, 4)
         assert sorted(os.listdir(folder)) == [CONFIG_FILE, WEIGHTS_FILE]
@@ -219,7 +282,7 @@ class TestPeft:
 class Named(nn.ModuleDict):
     """One Linear for each path, whose names are parts of each other or no regular expressions; the sum of all."""
 
-    PATHS = ("proj", "a.proj", "b.proj", "0", "1.0", "a+b", "c(d")
+    PATHS = ("proj", "a.proj", "b.proj", "0", "1.0", "10", "a+b", "c(d", "line\nbreak")
 
     def __init__(self):
         super().__init__()
@@ -270,7 +333,9 @@ class TestNames:
             ({"a.proj": 1, "proj": 2}, {"proj": 2, "a.proj": 1, "b.proj": 2}),
             ({"^proj": 1}, {"proj": 1}),
             ({"[ab].proj": 1, "a+b": 2}, {"a.proj": 1, "b.proj": 1, "a+b": 2}),
-            ({"0|proj": 1, "1.0": 2}, {p: 1 for p in Named.PATHS if p[-1] in "0j"}),
+            ({"0|proj": 1, "1.0": 2}, {p: 1 for p in Named.PATHS if p[-1] in "0j" and p != "10"}),
+            ({"1": 1}, {}),
+            ({"pro": 1, "roj": 2, "0": 3}, {"0": 3, "1.0": 3}),
         ],
     )
     def test_patterns_as_peft_reads_them(self, tmp_path, patterns, wanted):
@@ -305,6 +370,16 @@ def edit_weights(change, **metadata):
         save_file({key: t.clone() for key, t in tensors.items()}, folder / WEIGHTS_FILE, metadata)
 
     return edit
+
+
+def renamed(old, new, keep=False):
+    """A change of weights: the tensors with `old` in their keys have `new` there, too or instead."""
+
+    def change(tensors):
+        for key in [key for key in tensors if old in key]:
+            tensors[key.replace(old, new)] = tensors[key] if keep else tensors.pop(key)
+
+    return change
 
 
 def truncate(folder):
@@ -396,6 +471,18 @@ BAD_VALUES = [
     (edit_config(rank_pattern={"c(d": 4}), CONFIG_FILE, "must have regular expressions as keys"),
     (edit_config(rank_pattern={"a{9999999999}": 4}), CONFIG_FILE, "regular expressions as keys"),
     (edit_config(rank_pattern={"no": 2.5}), CONFIG_FILE, r"\['no'\] must be a positive integer"),
+    *(
+        (
+            edit_config(**{field: {pattern: 4}}),
+            CONFIG_FILE,
+            f"{field} must have patterns .* 50000 ways",
+        )
+        for field in ("rank_pattern", "alpha_pattern")
+        for pattern in (
+            *("(a+)+$", "(?:a*)*", "(a|b|ab){2,}c", "(?x:( a + ) +)", "((((a)))+)", "(.|.)" * 30),
+            *(".*" * 4, "a?" * 30 + "b", r"\d+\d+\d+\d+", "[^!]{1,}" * 4, "[]]+[^]]+[\\]]+.+"),
+        )
+    ),
     (edit_config(alpha_pattern={"head": None}), CONFIG_FILE, r"\['head'\] must be a number"),
     *map(
         a_tensor,
@@ -439,6 +526,21 @@ def test_absent_fields_are_pefts_defaults(tmp_path):
     ours = Block()
     load_adapter(ours, tmp_path)
     assert ours.head.lora.scale == theirs.base_model.model.head.scaling["default"]
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_how_the_base_stores_its_weight_is_seen_and_not_read(tmp_path, value):
+    """PEFT asks the layer too, and only warns where the file says otherwise."""
+    theirs = peft.get_peft_model(
+        Block(), peft.LoraConfig(r=4, target_modules=["head"], init_lora_weights=False)
+    )
+    theirs.save_pretrained(tmp_path)
+    edit_config(fan_in_fan_out=value)(tmp_path)
+    base = Block()
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    load_adapter(base, tmp_path)
+    x = torch.randn(6, 12)
+    torch.testing.assert_close(base(x), theirs(x))
 
 
 @pytest.mark.parametrize("field, value", [("use_dora", True), ("lora_bias", True), ("bias", "all")])
@@ -502,6 +604,142 @@ def test_initial_values_that_change_the_base(tmp_path, init):
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(r"mlp\.\d", r"mlp\.(0|2)", ".*mlp.*", r"(.*\.)?mlp\.[02]{1}", r"mlp\.[(+*)|02]"),
+        *(
+            r"(?:mlp)\.[^]1]",
+            r"mlp\.0)|(mlp\.2",
+            "|".join([*("x" * n for n in range(1, 2000)), r"^mlp\.[0-9]+$"]),
+        ),
+    ],
+)
+def test_patterns_that_are_read(tmp_path, pattern):
+    """Those of everyday are far within the limit, and mean what they mean to PEFT."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "0", "2"], rank_pattern={pattern: 3})
+    theirs = peft.get_peft_model(Block(), config)
+    theirs.save_pretrained(tmp_path)
+    ours = Block()
+    load_adapter(ours, tmp_path)
+    ranks = {name: layer.lora.rank for name, layer in lora_layers(ours)}
+    assert ranks == {"q_proj": 4, "mlp.0": 3, "mlp.2": 3}
+
+
+@pytest.mark.parametrize("into", ["layers", "linears"])
+def test_a_model_without_values(folder, into):
+    """On the meta device there is nothing to copy into."""
+    with torch.device("meta"):
+        model = block(fill=False) if into == "layers" else Block()
+    before = snapshot(model)[0]
+    with pytest.raises(ValueError, match=r"layer 'head' must have values .* on the meta device"):
+        load_adapter(model, folder)
+    assert snapshot(model)[0] == before
+
+
+def test_saving_a_model_without_values(tmp_path):
+    with torch.device("meta"):
+        model = block(fill=False)
+    with pytest.raises(ValueError, match="layer 'q_proj' must have values to save"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_parametrized_adapter_is_saved_as_it_computes_and_not_loaded_into(folder, tmp_path):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model = block()
+    parametrize.register_parametrization(model.mlp[2].lora, "B", Doubled())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'mlp\.2' must have a plain parameter B"):
+        load_adapter(model, folder)
+    assert unchanged(model, before)
+    fresh = block(fill=False)
+    load_adapter(fresh, save_adapter(model, tmp_path))
+    assert torch.equal(fresh.mlp[2].lora.B, model.mlp[2].lora.B)
+
+
+def test_an_alpha_past_float32_in_the_models_scaling(tmp_path):
+    """The file's alpha is 3e38 and its rank 4, scaled by the root; the model divides by the rank."""
+    save_adapter(block(alpha=3e38, scaling="alpha/sqrt(rank)"), tmp_path)
+    model = block(alpha=7.0, scaling="alpha/rank")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layer 'head' must have an alpha within float32 where"):
+        load_adapter(model, tmp_path)
+    assert unchanged(model, before)
+
+
+def test_an_alpha_past_float32_in_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"layer 'q_proj' must have an alpha within float32"):
+        save_adapter(block(alpha=3e38, scaling="alpha"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("wrapped", [[], ["q_proj"], [".*"]], ids=len)
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_load_that_fails_in_the_middle(folder, monkeypatch, error, wrapped):
+    """Of four layers the third cannot be filled, be it the model's own or one to be put in."""
+    torch.manual_seed(8)
+    model = Block()
+    for target in wrapped:
+        replace_linear_with_lora(model, 4, 5.0, target_modules=target)
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora.B)
+    before = snapshot(model)
+    fill, calls = adapters._fill, []
+
+    def fails_at_the_third(lora, A, B, alpha):
+        calls.append(lora)
+        if len(calls) == 3:
+            fill(lora, A, torch.zeros_like(B), 1.0)
+            raise error
+        fill(lora, A, B, alpha)
+
+    monkeypatch.setattr(adapters, "_fill", fails_at_the_third)
+    with pytest.raises(error):
+        load_adapter(model, folder)
+    assert unchanged(model, before)
+
+
+def test_a_layer_that_cannot_be_written(folder):
+    """Its A is one row expanded; the layers before it are as they were, in values and in alpha."""
+    model = block(alpha=5.0)
+    model.q_proj.lora.A = nn.Parameter(torch.randn(1, 4).expand(12, 4))  # the file's last layer
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        load_adapter(model, folder)
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["mlp.0.linear", "mlp.0"])
+def test_the_books_own_wrapper_is_not_loaded_into(folder, name):
+    model = block(fill=False)
+    model.mlp[0] = reference.LinearWithLoRA(nn.Linear(12, 20), 4, 1.0)
+    edit_weights(renamed("mlp.0", name))(folder)
+    with pytest.raises(ValueError, match=f"layer '{name}' must be (a Linear|called as a module)"):
+        load_adapter(model, folder)
+
+
+@pytest.mark.parametrize("call", [load_adapter, save_adapter])
+def test_wrong_arguments(call, folder):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
+        call(None, folder)
+    with pytest.raises(TypeError, match=r"path must be a string or os\.PathLike, got NoneType"):
+        call(block(), None)
+
+
+def test_layers_that_share_an_adapter_are_saved(tmp_path):
+    model = nn.Sequential(*(LinearWithLoRA(nn.Linear(4, 4), 1, 1.0) for _ in range(2)))
+    model[1].lora = model[0].lora
+    nn.init.normal_(model[0].lora.B)
+    fresh = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    load_adapter(fresh, save_adapter(model, tmp_path))
+    assert torch.equal(fresh[0].lora.B, model[0].lora.B)
+    assert torch.equal(fresh[1].lora.B, model[0].lora.B)
+
+
 def test_a_layer_of_another_rank(folder):
     model = block(rank=3)
     before = snapshot(model)
@@ -545,7 +783,7 @@ def test_an_interrupted_save_leaves_the_old_adapter(folder, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("lora_kernels.adapters.save_file", full_disk)
+    monkeypatch.setattr("lora_kernels.adapter_file.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_adapter(block(alpha=9.0), folder)
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
@@ -568,6 +806,61 @@ def test_a_save_that_stops_between_its_two_files_is_noticed(folder, monkeypatch)
     with pytest.raises(ValueError, match="must come from one save"):
         load_adapter(model, folder)
     assert unchanged(model, before)
+
+
+def test_two_saves_at_once(tmp_path, monkeypatch):
+    """The second starts when the first has put one of its files in place, and waits."""
+    replace, others = os.replace, []
+
+    def start_another(source, target):
+        replace(source, target)
+        if not others:
+            others.append(threading.Thread(target=save_adapter, args=(block(alpha=9.0), tmp_path)))
+            others[0].start()
+            others[0].join(timeout=1.0)
+            assert others[0].is_alive()
+
+    monkeypatch.setattr(os, "replace", start_another)
+    save_adapter(block(alpha=5.0), tmp_path)
+    others[0].join()
+    model = block(alpha=2.0)
+    load_adapter(model, tmp_path)
+    assert model.head.lora.alpha == 9.0
+    assert sorted(os.listdir(tmp_path)) == [CONFIG_FILE, WEIGHTS_FILE]
+
+
+def test_a_killed_save(folder):
+    """It loads as before, and the next save removes what was left behind."""
+    code = """
+import os, pathlib, signal, sys
+from lora_kernels import adapter_file, modules
+from tests.test_adapters import block
+def killed(tensors, file, metadata):
+    open(file, "wb").write(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+adapter_file.save_file = killed
+adapter_file.write(pathlib.Path(sys.argv[1]), dict(modules.lora_layers(block())))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, timeout=120)
+    assert done.returncode == -signal.SIGKILL and len(os.listdir(folder)) == 3
+    load_adapter(block(), folder)
+    save_adapter(block(), folder)
+    assert sorted(os.listdir(folder)) == [CONFIG_FILE, WEIGHTS_FILE]
+
+
+def test_a_folder_that_cannot_be_locked(folder, monkeypatch):
+    """A save works, and leaves alone what may be another save's."""
+
+    def refuse(*_):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr("lora_kernels.adapter_file.fcntl.flock", refuse)
+    (folder / ".saving-other").mkdir()
+    save_adapter(block(alpha=9.0), folder)
+    assert sorted(os.listdir(folder)) == [".saving-other", CONFIG_FILE, WEIGHTS_FILE]
+    model = block()
+    load_adapter(model, folder)
+    assert model.head.lora.alpha == 9.0
 
 
 def test_a_root_that_is_a_layer(tmp_path):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lora_kernels import LinearWithLoRA, freeze_base, lora_linear, modules
+from lora_kernels import LinearWithLoRA, freeze_base, lora_linear, merge_lora, modules
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2
@@ -209,6 +209,14 @@ def check_style_wants_our_layer():
 
     with pytest.raises(TypeError, match="module must be a LinearWithLoRA, got ReLU"):
         parallelize_module(network(), mesh(), {"1": ColwiseLoRA()})
+    merged = network()
+    merge_lora(merged)
+    with pytest.raises(ValueError, match="module must not be merged"):
+        parallelize_module(merged, mesh(), {"0": ColwiseLoRA()})
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    transposed = nn.Sequential(LinearWithLoRA(conv1d(4, 4), 2, 1.0))
+    with pytest.raises(TypeError, match=r"over an nn\.Linear, got one over a Conv1D"):
+        parallelize_module(transposed, mesh(), {"0": ColwiseLoRA()})
 
 
 def check_checkpointing_under_ddp():

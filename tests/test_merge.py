@@ -110,17 +110,93 @@ def test_unload_after_merge():
     assert not any("unmerged" in key for key in model.head.__dict__)
 
 
-def test_a_tied_weight_is_refused_and_nothing_is_merged():
-    model = nn.ModuleDict({"embedding": nn.Embedding(10, 6), "head": nn.Linear(6, 10, bias=False)})
-    model["other"] = nn.Linear(6, 6)
-    model["head"].weight = model["embedding"].weight
+def by_parameter(embedding, head):
+    head.weight = embedding.weight
+
+
+def by_data(embedding, head):
+    head.weight.data = embedding.weight.data
+
+
+def by_a_parameter_over_it(embedding, head):
+    head.weight = nn.Parameter(embedding.weight)
+
+
+def by_the_first_rows(embedding, head):
+    embedding.weight = nn.Parameter(torch.cat([head.weight.detach(), torch.ones(3, 6)]))
+    head.weight = nn.Parameter(embedding.weight[:10])
+
+
+def by_the_last_row(embedding, head):
+    memory = torch.randn(19, 6)
+    embedding.weight, head.weight = nn.Parameter(memory[:10]), nn.Parameter(memory[9:])
+
+
+def behind_a_smaller_one(embedding, head):
+    memory = torch.randn(20, 6)
+    embedding.weight, head.weight = nn.Parameter(memory), nn.Parameter(memory[10:])
+    embedding.register_buffer("first", memory[2])
+
+
+def by_a_buffer(embedding, head):
+    embedding.register_buffer("last", head.weight.detach()[9, 5])
+
+
+def by_one_array(embedding, head):
+    array = torch.randn(10, 6).numpy()
+    embedding.weight.data, head.weight.data = torch.from_numpy(array), torch.from_numpy(array)
+
+
+def on_the_meta_device(embedding, head):
+    embedding.weight = nn.Parameter(torch.empty(10, 6, device="meta"))
+    head.weight = nn.Parameter(embedding.weight)
+
+
+TIES = (
+    by_parameter,
+    by_data,
+    by_a_parameter_over_it,
+    by_the_first_rows,
+    by_the_last_row,
+    behind_a_smaller_one,
+    by_a_buffer,
+    by_one_array,
+    on_the_meta_device,
+)
+
+
+@pytest.mark.parametrize("tie", TIES)
+@pytest.mark.parametrize(
+    "names", [("embedding", "head"), ("z", "head")], ids="before the {0[0]}".format
+)
+def test_a_tied_weight_is_refused_and_nothing_is_merged(tie, names):
+    """However its memory is shared; merging would change the other tensor too."""
+    model = nn.ModuleDict({"other": nn.Linear(6, 6), "head": nn.Linear(6, 10, bias=False)})
+    model[names[0]] = nn.Embedding(10, 6)
+    tie(model[names[0]], model["head"])
     replace_linear_with_lora(model, 2, 1.0)
     for _, layer in lora_layers(model):
         nn.init.normal_(layer.lora.B)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"head\.linear\.weight must not be shared"):
+    with pytest.raises(
+        ValueError, match=rf"head\.linear\.weight .* shared, but {names[0]}\.\w+ has"
+    ):
         merge_lora(model)
-    assert unchanged(model, before)
+    assert tie is on_the_meta_device or unchanged(model, before)
+    assert not any(layer.merged for _, layer in lora_layers(model))
+
+
+def test_neighbours_in_one_memory_are_merged():
+    """Projections that are slices of one tensor overlap nowhere."""
+    memory = torch.randn(3, 6, 6)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in memory))
+    for linear, part in zip(model, memory, strict=True):
+        linear.weight.data = part
+    replace_linear_with_lora(model, 2, 1.0)
+    x = torch.randn(4, 6)
+    expected = model(x)
+    assert merge_lora(model) == ["0", "1", "2"]
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
 
 
 class Doubled(nn.Linear):
@@ -196,7 +272,9 @@ def test_a_root_that_is_a_layer_cannot_be_unloaded():
     assert merge_lora(layer) == [""] and layer.merged
 
 
-def test_a_failure_in_the_middle_leaves_every_layer_unmerged(monkeypatch):
+@pytest.mark.parametrize("unload", [False, True])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_failure_in_the_middle_leaves_every_layer_unmerged(monkeypatch, error, unload):
     from lora_kernels import merge
 
     compute, calls = merge.merged_weight, []
@@ -204,12 +282,87 @@ def test_a_failure_in_the_middle_leaves_every_layer_unmerged(monkeypatch):
     def fails_at_the_third(layer):
         calls.append(layer)
         if len(calls) == 3:
-            raise MemoryError
+            raise error
         return compute(layer)
 
     model = block()
     before = snapshot(model)
     monkeypatch.setattr(merge, "merged_weight", fails_at_the_third)
-    with pytest.raises(MemoryError):
+    with pytest.raises(error):
+        merge_lora(model, unload=unload)
+    assert unchanged(model, before)
+
+
+def test_a_weight_that_cannot_be_written():
+    """It is the last of four: the three before it are as they were."""
+    model = block()
+    model.head.weight = nn.Parameter(torch.randn(5, 1).expand(5, 12))
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="single memory location"):
         merge_lora(model)
     assert unchanged(model, before)
+
+
+class Guarded(nn.Module):
+    """Its second child cannot be set."""
+
+    def __setattr__(self, name, value):
+        if name == "second" and "second" in self._modules:
+            raise AttributeError("second is fixed")
+        super().__setattr__(name, value)
+
+
+def test_a_place_that_cannot_be_set():
+    """By wrapping or by unloading: the model is as it was."""
+    model = Guarded()
+    model.first, model.second = nn.Linear(6, 6), nn.Linear(6, 6)
+    before = snapshot(model)
+    with pytest.raises(AttributeError, match="second is fixed"):
+        replace_linear_with_lora(model, 2, 1.0)
+    assert unchanged(model, before)
+    for key in ("first", "second"):
+        model._modules[key] = LinearWithLoRA(model._modules[key], 2, 1.0)
+        nn.init.normal_(model._modules[key].lora.B)
+    before = snapshot(model)
+    with pytest.raises(AttributeError, match="second is fixed"):
+        merge_lora(model, unload=True)
+    assert unchanged(model, before)
+
+
+def test_a_conv1d_is_merged_as_it_is_stored():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(conv1d(10, 6))
+    replace_linear_with_lora(model, 2, 1.5)
+    nn.init.normal_(model[0].lora.B)
+    x = torch.randn(4, 6)
+    base, expected = model[0].linear, model(x)
+    before = base.weight.detach().clone()
+    merge_lora(model)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(model.state_dict()["0.linear.weight"], before)
+    unmerge_lora(model)
+    assert torch.equal(base.weight, before) and torch.equal(model(x), expected)
+    merge_lora(model, unload=True)
+    assert model[0] is base and list(model.state_dict()) == ["0.weight", "0.bias"]
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_base_that_cannot_hold_the_sum(dtype):
+    linear = nn.Linear(6, 6, bias=False).requires_grad_(False)
+    linear.weight.data = torch.ones(6, 6).to(dtype)
+    layer = LinearWithLoRA(linear, 2, 1.0)
+    with pytest.raises(ValueError, match=r"linear\.weight must be float32, .* got torch\."):
+        merge_lora(layer)
+    assert not layer.merged
+
+
+def test_loading_is_refused_only_where_a_layer_is_merged():
+    model = block()
+    state = model.state_dict()
+    merge_lora(model.head)
+    part = {key: torch.zeros_like(value) for key, value in state.items() if "head" not in key}
+    model.load_state_dict(part, strict=False)
+    assert not model.q_proj.weight.any()
+    with pytest.raises(RuntimeError, match=r"head is merged"):
+        model.load_state_dict({"head.lora.A": state["head.lora.A"]}, strict=False)

@@ -244,6 +244,13 @@ class TestDtypesAndDevices:
         loaded.load_state_dict(layer.state_dict(), assign=True)
         assert loaded.lora.scale_tensor.item() == 0.1
 
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+    def test_adapters_of_a_quantized_base_can_be_trained(self, dtype):
+        linear = nn.Linear(6, 3).requires_grad_(False)
+        linear.weight.data = linear.weight.data.to(dtype)
+        layer = LinearWithLoRA(linear, 2, 1.0)
+        assert layer.lora.A.dtype == layer.lora.B.dtype == torch.get_default_dtype()
+
     def test_a_lazy_linear_is_refused(self):
         with pytest.raises(ValueError, match="linear must have its sizes"):
             LinearWithLoRA(nn.LazyLinear(4), 2, 1.0)
@@ -349,11 +356,98 @@ class TestHooks:
         x = torch.randn(4, 6)
         torch.testing.assert_close(layer(x), layer.linear(x))
 
-    def test_a_replaced_forward(self, layer):
+    @pytest.mark.parametrize("inner, other", [("linear", "lora"), ("lora", "linear")])
+    def test_a_replaced_forward(self, layer, inner, other):
         x = torch.randn(4, 6)
-        branch = layer.lora(x)
-        layer.linear.forward = lambda t: torch.zeros(4, 3)
-        torch.testing.assert_close(layer(x), branch)
+        rest = getattr(layer, other)(x)
+        getattr(layer, inner).forward = lambda t: torch.full((4, 3), 7.0)
+        torch.testing.assert_close(layer(x), rest + 7.0)
+
+    @pytest.mark.parametrize(
+        "kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"]
+    )
+    @pytest.mark.parametrize("inner", ["linear", "lora", "all"])
+    def test_every_kind_of_hook_runs(self, layer, kind, inner):
+        """On one inner module, or on all modules of the process."""
+        seen = []
+        register = {
+            "all": getattr(torch.nn.modules.module, f"register_module_{kind}_hook"),
+            "linear": getattr(layer.linear, f"register_{kind}_hook"),
+            "lora": getattr(layer.lora, f"register_{kind}_hook"),
+        }[inner]
+        handle = register(lambda module, *_: seen.append(module))
+        try:
+            layer(torch.randn(4, 6, requires_grad=True)).sum().backward()
+        finally:
+            handle.remove()
+        wanted = [layer.linear, layer.lora] if inner == "all" else [getattr(layer, inner)]
+        assert [m for m in wanted if m in seen] == wanted
+        seen.clear()
+        layer(torch.randn(4, 6))
+        assert not seen
+
+    def test_dropout_follows_the_mode_of_lora(self, layer):
+        """As the reference's own Dropout would: `lora` can be in another mode than the layer."""
+        layer.lora.dropout = 0.5
+        x = torch.randn(4, 6)
+        expected = layer.linear(x) + 2.0 * (x @ layer.lora.A @ layer.lora.B)
+        layer.train().lora.eval()
+        torch.testing.assert_close(layer(x), expected)
+        layer.eval().lora.train()
+        assert not torch.allclose(layer(x), expected)
+
+
+class TestConv1D:
+    """Transformers' Conv1D, a Linear that stores its weight transposed."""
+
+    @pytest.fixture
+    def layer(self):
+        conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        return fill(LinearWithLoRA(conv1d(3, 6), 2, 2.0))
+
+    def test_output_and_every_gradient(self, layer):
+        nn.init.normal_(layer.linear.bias)
+        x = torch.randn(2, 5, 6, requires_grad=True)
+        y, expected = layer(x), layer.linear(x) + layer.lora(x)
+        torch.testing.assert_close(y, expected)
+        operands = (x, *layer.parameters())
+        for ours, theirs in zip(
+            torch.autograd.grad(y.square().sum(), operands),
+            torch.autograd.grad(expected.square().sum(), operands),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_names_and_sizes(self, layer):
+        assert list(layer.state_dict()) == ["linear.weight", "linear.bias", "lora.A", "lora.B"]
+        assert (layer.in_features, layer.out_features) == (6, 3)
+        assert layer.weight is layer.linear.weight and layer.weight.shape == (6, 3)
+
+    def test_the_weight_is_not_copied(self, layer, monkeypatch):
+        seen = []
+        monkeypatch.setattr(
+            "lora_kernels.modules.lora_linear", lambda x, weight, *_, **__: seen.append(weight)
+        )
+        layer(torch.randn(4, 6))
+        assert seen[0].shape == (3, 6) and seen[0].data_ptr() == layer.weight.data_ptr()
+
+    def test_hooks_run(self, layer):
+        x = torch.randn(4, 6)
+        before = layer(x)
+        layer.linear.register_forward_hook(lambda module, args, out: out + 1.0)
+        torch.testing.assert_close(layer(x), before + 1.0)
+
+    def test_compiled(self, layer):
+        x = torch.randn(4, 6)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+    def test_another_module_of_that_name_is_none(self):
+        class Conv1D(nn.Module):
+            weight = torch.ones(6, 3)
+
+        with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear"):
+            LinearWithLoRA(Conv1D(), 2, 1.0)
 
 
 class TestReplace:
@@ -376,6 +470,14 @@ class TestReplace:
         model = peft.get_peft_model(Block(), config)
         names = replace_linear_with_lora(model, 2, 1.0)
         assert [name.rpartition("model.")[2] for name in names] == ["mlp.0", "mlp.2"]
+
+    def test_a_model_that_the_books_own_classes_wrapped_stays_as_it_is(self):
+        model = Block()
+        reference.replace_linear_with_lora(model.mlp, 2, 1.0)
+        keys = list(model.mlp.state_dict())
+        assert replace_linear_with_lora(model, 2, 1.0) == ["q_proj", "head"]
+        assert list(model.mlp.state_dict()) == keys
+        assert replace_linear_with_lora(model.mlp[0], 2, 1.0) == []
 
     def test_a_wrapper_is_in_the_mode_of_its_linear(self):
         """Dropout in a model that was set to eval before would make its outputs random."""
@@ -402,6 +504,8 @@ class TestReplace:
             (["q_proj", "head"], ["q_proj", "head"]),
             (["mlp.0"], ["mlp.0"]),
             (["0"], ["mlp.0"]),
+            (["lp.0"], None),
+            (["mlp"], None),
             ([r"proj"], None),
             (r"mlp\.\d", ["mlp.0", "mlp.2"]),
             (r".*", ["q_proj", "mlp.0", "mlp.2", "head"]),
@@ -456,6 +560,22 @@ class TestReplace:
         with torch.no_grad():
             torch.testing.assert_close(encoder.eval()(x), trained, atol=1e-5, rtol=1e-4)
 
+    @pytest.mark.parametrize("wrapped", ["layers.1.linear1", "layers.1.linear2"])
+    def test_the_encoders_nested_inference_path_does_not_either(self, wrapped):
+        """It starts at the encoder, which asks its first layer alone; a mask of padding is what leads there."""
+        encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0), 2
+        )
+        replace_linear_with_lora(encoder, 2, 1.0, target_modules=[wrapped])
+        fill(encoder)
+        x, padding = torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
+        padding[1, 3:] = True
+        trained = encoder.train()(x, src_key_padding_mask=padding)[~padding]
+        with torch.no_grad():
+            evaluated = encoder.eval()(x, src_key_padding_mask=padding)[~padding]
+        torch.testing.assert_close(evaluated, trained, atol=1e-5, rtol=1e-4)
+        assert not encoder.use_nested_tensor
+
     def test_a_root_that_is_a_linear_says_so(self):
         linear = nn.Linear(4, 4)
         with pytest.warns(UserWarning, match="itself a Linear"):
@@ -474,7 +594,13 @@ class TestReplace:
             ({"target_modules": ["nothing"]}, ValueError, "no match"),
             ({"target_modules": "("}, ValueError, "target_modules must be a regular expression"),
             ({"target_modules": [3]}, TypeError, "target_modules must be strings"),
-            ({"dtype": torch.int32}, TypeError, "dtype must be a floating-point torch.dtype"),
+            (
+                {"target_modules": 3},
+                TypeError,
+                "target_modules must be a string or strings, got int",
+            ),
+            ({"dtype": torch.float8_e4m3fn}, TypeError, "dtype must be float32, bfloat16"),
+            ({"dtype": torch.int32}, TypeError, "dtype must be float32, bfloat16"),
         ],
     )
     def test_bad_arguments_leave_the_model_as_it_was(self, change, error, message):
@@ -485,7 +611,9 @@ class TestReplace:
         assert dict(model.named_modules()) == before
 
     def test_only_a_linear_can_be_wrapped(self):
-        with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear, got Conv1d"):
+        with pytest.raises(
+            TypeError, match=r"linear must be a torch\.nn\.Linear or .*, got Conv1d"
+        ):
             LinearWithLoRA(nn.Conv1d(3, 3, 1), 2, 1.0)
 
 
@@ -499,12 +627,61 @@ class TestManagement:
         model(torch.randn(4, 12)).sum().backward()
         assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
+    def test_a_parametrized_adapter(self):
+        """What A is computed from is the adapter's: trained, and part of its state."""
+
+        class Doubled(nn.Module):
+            def forward(self, weight):
+                return 2 * weight
+
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+        replace_linear_with_lora(model, 2, 1.0)
+        parametrize.register_parametrization(model[0].lora, "A", Doubled())
+        original = model[0].lora.parametrizations.A.original
+        assert [id(p) for p in lora_parameters(model)] == [
+            id(p) for p in (model[0].lora.B, original, model[1].lora.A, model[1].lora.B)
+        ]
+        freeze_base(model)
+        assert original.requires_grad and not model[0].linear.weight.requires_grad
+        keys = ["0.lora.B", "0.lora.parametrizations.A.original", "1.lora.A", "1.lora.B"]
+        assert list(lora_state_dict(model)) == keys
+        fill(model)(torch.randn(4, 6)).sum().backward()
+        assert original.grad.any()
+
+    def test_an_adapter_in_two_layers_is_trained_once(self):
+        model = nn.Sequential(*(LinearWithLoRA(nn.Linear(4, 4), 2, 1.0) for _ in range(2)))
+        model[1].lora.A = model[0].lora.A
+        assert len(list(lora_parameters(model))) == 3
+
+    @pytest.mark.parametrize("model", [None, "model", nn.Linear])
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda model: replace_linear_with_lora(model, 2, 1.0),
+            lambda model: list(lora_layers(model)),
+            lambda model: list(lora_parameters(model)),
+            freeze_base,
+            lora_state_dict,
+            merge_lora,
+            unmerge_lora,
+        ],
+    )
+    def test_what_is_no_module(self, call, model):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
+            call(model)
+
     def test_lora_state_dict_is_the_adapters_part(self):
         model = pair()[1]
         state = lora_state_dict(model)
         assert list(state)[:2] == ["q_proj.lora.A", "q_proj.lora.B"] and len(state) == 8
         assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
         model.load_state_dict(state, strict=False)
+
+    def test_a_layer_whose_name_starts_another(self):
+        """Layer 1 is no part of layer 10."""
+        model = nn.ModuleDict({"1": LoRALayer(4, 4, 2, 1.0), "10": nn.Linear(4, 4)})
+        assert list(lora_state_dict(model)) == ["1.A", "1.B"]
+        assert list(lora_state_dict(model["1"])) == ["A", "B"]
 
     def test_optimizer_sees_every_adapter_once(self):
         model = pair()[1]

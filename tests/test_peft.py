@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from lora_kernels import load_adapter
+from lora_kernels import load_adapter, save_adapter
 from lora_kernels.integrations import peft as integration
 from lora_kernels.integrations.peft import FusedLinear, accelerate, restore, why_not_fused
 from tests.test_functional import LAYOUTS
@@ -288,14 +288,18 @@ class TestState:
         fused.set_adapter("again")
         self.same(fused, plain)
 
-    def test_our_own_modules_read_the_file(self, tmp_path):
-        net = model(target_modules=["first", "second"])
+    @pytest.mark.parametrize("targets", [["first", "second"], TARGETS, ["conv1d"]], ids=len)
+    def test_our_own_modules_read_the_file(self, tmp_path, targets):
+        net = model(target_modules=targets)
         accelerate(net)
         net.save_pretrained(tmp_path)
         torch.manual_seed(7)
         ours = Net()
         load_adapter(ours, tmp_path)
         self.same(ours, net)
+        save_adapter(ours, tmp_path / "ours")
+        torch.manual_seed(7)
+        self.same(PeftModel.from_pretrained(Net(), tmp_path / "ours"), net)
 
     def test_copies(self, pair):
         fused, plain = pair
@@ -346,6 +350,73 @@ class TestLeftAlone:
         after = run(net)
         assert torch.equal(after[0], plain[0])
 
+    @pytest.mark.parametrize(
+        "kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"]
+    )
+    @pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
+    def test_every_kind_of_hook(self, part, kind):
+        """On the inner layer, then on all modules of the process."""
+        net = model()
+        accelerate(net)
+        layer = net.base_model.model.first
+        inner = getattr(layer, part)
+        inner = inner if part == "base_layer" else inner["default"]
+        registers = (
+            getattr(inner, f"register_{kind}_hook"),
+            getattr(torch.nn.modules.module, f"register_module_{kind}_hook"),
+        )
+        for register in registers:
+            seen = []
+            handle = register(lambda m, *_, seen=seen: seen.append(m))
+            try:
+                layer(torch.randn(3, 16, requires_grad=True)).sum().backward()
+            finally:
+                handle.remove()
+            assert inner in seen
+        assert why_not_fused(layer) is None
+
+    def test_hooks_on_all_modules_are_a_reason_of_the_moment(self):
+        net = model()
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+        try:
+            report = accelerate(net, allow_none=True)
+        finally:
+            handle.remove()
+        assert set(report.left_alone.values()) == {"hooks on all modules are registered"}
+        assert not accelerate(net).left_alone
+
+    def test_dropout_follows_its_own_mode(self):
+        """PEFT's Dropout is a module and may be in another mode than the layer."""
+        net = model(lora_dropout=0.5)
+        accelerate(net)
+        layer, x = net.base_model.model.first, torch.randn(3, 16)
+        layer.eval()
+        expected = layer(x)
+        layer.train().lora_dropout["default"].eval()
+        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
+        layer.eval().lora_dropout["default"].train()
+        assert not torch.allclose(layer(x), expected)
+
+    def test_an_int8_base(self, monkeypatch):
+        net = model()
+        accelerate(net)
+        layer = net.base_model.model.first
+        layer.base_layer.weight = nn.Parameter(torch.ones(24, 16).to(torch.int8), False)
+        assert why_not_fused(layer) == (
+            "its base weight is a Parameter of torch.int8, no plain floating-point tensor"
+        )
+
+    @pytest.mark.parametrize("inner", ["base_layer", "lora_A", "lora_B"])
+    def test_a_replaced_forward(self, inner, monkeypatch):
+        net = model()
+        accelerate(net)
+        layer, x = net.base_model.model.first, torch.randn(3, 16)
+        part = getattr(layer, inner)
+        part = part if inner == "base_layer" else part["default"]
+        part.forward = lambda t: torch.zeros(3, 4 if inner == "lora_A" else 24)
+        assert why_not_fused(layer) == f"the forward of its {inner} was replaced"
+        assert torch.equal(left_to_peft(monkeypatch, layer, x), PEFT_FORWARD(layer, x))
+
     @pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B", "lora_dropout"])
     def test_hooks(self, part, monkeypatch):
         net = model()
@@ -366,19 +437,23 @@ class TestLeftAlone:
         accelerate(net)
         layer = net.base_model.model.first
         torch.nn.utils.parametrizations.weight_norm(layer.base_layer, "weight")
-        assert "not a plain Linear" in why_not_fused(layer)
+        assert why_not_fused(layer) == (
+            "its base layer is a torch.nn.utils.parametrize.ParametrizedLinear, "
+            "a subclass of nn.Linear"
+        )
         x = torch.randn(3, 16)
         assert torch.equal(left_to_peft(monkeypatch, layer, x), PEFT_FORWARD(layer, x))
 
     def test_a_quantised_base(self):
-        class Linear8bit(nn.Linear):
+        class Linear(nn.Linear):
             pass
 
         net = model()
-        net.base_model.model.first.base_layer.__class__ = Linear8bit
+        net.base_model.model.first.base_layer.__class__ = Linear
         report = accelerate(net)
         assert report.left_alone == {
-            "base_model.model.first": "its base layer is a Linear8bit, not a plain Linear"
+            "base_model.model.first": f"its base layer is a {__name__}.{Linear.__qualname__}, "
+            "a subclass of nn.Linear"
         }
         assert "2 of 3 LoRA layers fused" in str(report)
 
@@ -392,6 +467,14 @@ class TestLeftAlone:
         with pytest.raises(ValueError, match="must contain LoRA layers of PEFT, but it has none"):
             accelerate(nn.Linear(3, 3))
         assert accelerate(nn.Linear(3, 3), allow_none=True).layers == {}
+
+    @pytest.mark.parametrize("wrong", [None, "model", [nn.Linear(3, 3)]])
+    def test_what_is_no_module(self, wrong):
+        for call in (accelerate, restore):
+            with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got"):
+                call(wrong)
+        assert "not a LoRA layer of PEFT" in why_not_fused(wrong)
+        assert why_not_fused(nn.Linear(3, 3)) == "it is a Linear, not a LoRA layer of PEFT"
 
 
 def test_restore_is_exact():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,19 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from lora_kernels import load_adapter, save_adapter
+from lora_kernels import (
+    LinearWithLoRA,
+    freeze_base,
+    load_adapter,
+    lora_state_dict,
+    merge_lora,
+    replace_linear_with_lora,
+    save_adapter,
+)
+from lora_kernels.adapter_file import CONFIG_FILE
 from lora_kernels.integrations import peft as integration
 from lora_kernels.integrations.peft import accelerate, restore
+from lora_kernels.modules import lora_layers
 from tests.oracle import assert_budget
 
 TOKENS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(6))
@@ -205,6 +216,87 @@ def test_files_travel_between_peft_and_our_layer(tmp_path):
     back = PeftModel.from_pretrained(bert()[0], tmp_path / "ours").eval()
     accelerate(back)
     torch.testing.assert_close(back(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def wrapped(family, **options):
+    """A model of this family with our own layers, whose B is not zero; (model, their names)."""
+    torch.manual_seed(11)
+    model = FAMILIES[family]()[0].eval()
+    names = replace_linear_with_lora(model, 4, 1.5, **options)
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora.B, std=0.3)
+    return model, names
+
+
+def test_our_layers_over_gpt2(tmp_path):
+    """Its projections are Conv1D: all are wrapped, and PEFT reads and writes the same adapter."""
+    ours, names = wrapped("gpt2")
+    assert len(names) == 2 * 4 + 1 and names[0] == "transformer.h.0.attn.c_attn"
+    expected = ours(input_ids=TOKENS).logits
+    save_adapter(ours, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / CONFIG_FILE).read_text())["fan_in_fan_out"] is True
+    torch.manual_seed(11)
+    theirs = PeftModel.from_pretrained(gpt2()[0], tmp_path / "ours").eval()
+    assert not accelerate(copy.deepcopy(theirs)).left_alone
+    torch.testing.assert_close(theirs(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+
+    # Else PEFT saves the head's own weight as well, because the head has an adapter.
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    torch.manual_seed(11)
+    back = gpt2()[0].eval()
+    load_adapter(back, tmp_path / "theirs")
+    torch.testing.assert_close(back(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
+
+    freeze_base(back)
+    back(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    trained = {name for name, p in back.named_parameters() if p.grad is not None}
+    assert trained == set(lora_state_dict(back)) and len(trained) == 18
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_a_model_with_a_tied_head_is_saved_and_loaded(tmp_path, family):
+    """Transformers ties and saves by names, which wrapping changes."""
+    make, config = FAMILIES[family], FAMILIES[family]()[0].config
+    config.tie_word_embeddings = True
+    torch.manual_seed(11)
+    plain = type(make()[0])(config)
+    model = type(plain)(config).eval()
+    names = replace_linear_with_lora(model, 4, 1.5)
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora.B, std=0.3)
+    head = model.get_output_embeddings()
+    assert isinstance(head, LinearWithLoRA) and head.weight is model.get_input_embeddings().weight
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    assert model.all_tied_weights_keys and parameters.issuperset(model.all_tied_weights_keys)
+    for recompute_mapping in (True, False):
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.tie_weights(recompute_mapping=recompute_mapping)
+        assert head.weight is model.get_input_embeddings().weight
+
+    given = {"input_ids": TOKENS}
+    if family == "t5":
+        given["decoder_input_ids"] = TOKENS
+    expected = model(**given).logits
+    model.save_pretrained(tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter")
+    again = type(plain).from_pretrained(
+        tmp_path / "base", key_mapping={r"\.linear\.(weight|bias)$": r".\1"}
+    )
+    assert sorted(load_adapter(again, tmp_path / "adapter")) == sorted(names)
+    torch.testing.assert_close(again.eval()(**given).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_merged_for_good_is_saved_under_its_own_names(tmp_path):
+    model, _ = wrapped("llama", target_modules=r".*(_proj|lm_head)")
+    keys = dict(model.all_tied_weights_keys), model._tied_weights_keys
+    assert keys == ({}, {"lm_head.linear.weight": "model.embed_tokens.weight"})
+    expected = model(input_ids=TOKENS).logits
+    merge_lora(model, unload=True)
+    assert model._tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(input_ids=TOKENS).logits, expected, rtol=1e-3, atol=1e-4)
+    assert type(model)._tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def test_pretrained_weights():

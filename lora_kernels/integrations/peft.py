@@ -13,16 +13,17 @@ from typing import Any
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.functional import DTYPES, autocast_dtype, lora_linear
-from lora_kernels.modules import has_hooks, is_plain_tensor
+from lora_kernels.modules import check_model, has_hooks, is_conv1d, is_plain_tensor
 
 
 class FusedLinear(PeftLinear):
     """PEFT's LoRA Linear whose forward is one fused product: y = x·Wᵀ + bias + scaling·(dropout(x)·A)·B.
 
     Parameters and state are read inside forward. A call with several adapters, `adapter_names`, a variant such as DoRA,
-    hooks on the inner layers, or merged or disabled adapters takes PEFT's own forward.
+    hooks on the inner layers or on all modules, or merged or disabled adapters takes PEFT's own forward.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -41,7 +42,7 @@ class FusedLinear(PeftLinear):
             bias = shift if bias is None else bias + shift
         return lora_linear(
             x,
-            base.weight if isinstance(base, nn.Linear) else base.weight.t(),
+            base.weight.t() if is_conv1d(base) else base.weight,
             lora_A.weight.t(),
             lora_B.weight.t(),
             scaling,
@@ -117,11 +118,14 @@ def restore(model: nn.Module) -> list[str]:
 
 
 def _layers(model: nn.Module, kind: type) -> list[tuple[str, Any]]:
+    check_model(model)
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 
 
 def why_not_fused(module: nn.Module) -> str | None:
     """None if this LoRA layer of PEFT's computes the plain formula with one adapter now, else the reason."""
+    if not isinstance(module, LoraLayer):
+        return f"it is a {type(module).__name__}, not a LoRA layer of PEFT"
     # fully_shard makes a subclass for each layer that it is given, and that is still ours.
     if type(module) is not PeftLinear and type(module).forward is not FusedLinear.forward:
         return f"it is a lora.{type(module).__name__}, not a lora.Linear"
@@ -132,8 +136,12 @@ def _why_not_linear(module: Any) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced"
     base = module.base_layer
-    if not _is_linear(base):
-        return f"its base layer is a {type(base).__name__}, not a plain Linear"
+    if type(base) is not nn.Linear and not is_conv1d(base):
+        kind = type(base)
+        what = "a subclass of" if isinstance(base, nn.Linear) else "not"
+        return f"its base layer is a {kind.__module__}.{kind.__qualname__}, {what} nn.Linear"
+    if _has_any_global_hook():
+        return "hooks on all modules are registered"
     if module.disable_adapters:
         return "its adapters are disabled"
     if module.merged:
@@ -172,15 +180,6 @@ def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str |
     if lora_B.bias is not None and lora_B.bias.dtype != base.weight.dtype:
         return f"its lora_bias is {lora_B.bias.dtype} on a base of {base.weight.dtype}"
     return None
-
-
-def _is_linear(base: nn.Module) -> bool:
-    """nn.Linear itself, or the transposed Linear of Transformers' GPT-2, called Conv1D there."""
-    kind = type(base)
-    return kind is nn.Linear or (kind.__module__, kind.__name__) == (
-        "transformers.pytorch_utils",
-        "Conv1D",
-    )
 
 
 def _active(module: Any) -> list[str]:
