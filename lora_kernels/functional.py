@@ -124,6 +124,8 @@ def check_operands(
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.device != device:
             raise ValueError(f"{name} must be on x's device, {device}, got {t.device}")
+    if isinstance(weight, QuantizedWeight):
+        _check_packed(weight, device)
     if len(weight.shape) != 2:
         raise ValueError(f"weight must be [N, K], 2-D, got {_shape(weight)}")
     N, K = weight.shape
@@ -153,6 +155,19 @@ def check_operands(
         alpha, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)
     ):
         raise TypeError(f"alpha must be a number or a 0-d tensor, got {type(alpha).__name__}")
+
+
+def _check_packed(weight: QuantizedWeight, device: torch.device | None) -> None:
+    """ValueError unless every packed tensor is on x's device and nobody asks for its derivative."""
+    for t in weight.tensors:
+        if t.device != device:
+            raise ValueError(f"weight must be on x's device, {device}, got {t.device} in part")
+        dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+        if t.requires_grad or dual:
+            raise ValueError(
+                f"weight must not require grad: a quantised weight has no gradient, got a packed"
+                f" {weight.format} tensor that requires one"
+            )
 
 
 def alpha_tensor(alpha: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:

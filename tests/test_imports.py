@@ -117,16 +117,36 @@ def test_layers_import_downward_only():
     """No cycle: each layer of the package imports only from those below it."""
     import ast
 
+    tuning = {"problem", "env", "tuning.targets"}
+    tuning_all = tuning | {f"tuning.{name}" for name in ("config", "counted", "cost", "tables")}
+    operands = {"problem", "dropout", "operands"}
+    products = operands | {"tuning.targets", "backends.base"}
+    backends = products | tuning_all | {"env"}
+    planning = products | {"env", "backends.device", "selftest"}
     below = {
         "problem": set(),
         "dropout": set(),
         "env": set(),
-        "backends.base": {"problem", "dropout"},
-        "formulas": {"backends.base", "dropout"},
-        "dispatch": {"env", "formulas", "problem", "dropout", "backends.base", "selftest"},
-        "autograd": {"dispatch", "formulas", "dropout", "backends.base", "backends.composite"},
-        "ops": {"autograd", "dispatch", "formulas"},
-        "functional": {"ops", "autograd", "dispatch", "formulas", "problem"},
+        "tuning.targets": set(),
+        "tuning.config": tuning,
+        "tuning.counted": tuning | {"tuning.config"},
+        "tuning.cost": tuning | {"tuning.config", "tuning.counted"},
+        "tuning.tables": tuning_all - {"tuning.tables"},
+        "tuning.search": tuning_all,
+        "operands": operands - {"operands"},
+        "backends.base": products - {"backends.base"},
+        "formulas": products,
+        "backends.composite": products,
+        "backends.device": {"tuning.targets"},
+        "backends.eager": backends,
+        "backends.cpu": backends | {"formulas", "backends.composite"},
+        "backends.cuda": backends,
+        "backends.triton.configs": tuning_all,
+        "backends.triton.products": backends | {"backends.triton.configs"},
+        "plan": planning,
+        "autograd": products | {"plan", "formulas", "backends.composite"},
+        "ops": products | {"plan", "formulas", "autograd"},
+        "functional": products | {"plan", "formulas", "autograd", "ops"},
         "modules": {"functional"},
         "adapters": {"modules"},
         "merge": {"modules"},
