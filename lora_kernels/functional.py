@@ -124,7 +124,7 @@ def check_operands(
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.device != device:
             raise ValueError(f"{name} must be on x's device, {device}, got {t.device}")
-    if isinstance(weight, QuantizedWeight):
+    if not isinstance(weight, Tensor):
         _check_packed(weight, device)
     if len(weight.shape) != 2:
         raise ValueError(f"weight must be [N, K], 2-D, got {_shape(weight)}")
@@ -229,20 +229,21 @@ def _apply(
     if not isinstance(alpha, (int, float, Tensor, torch.SymFloat, torch.SymInt)):
         alpha = float(alpha)  # numpy's numbers, fractions
     seed = _seed(seed, x.device) if dropout_p else None
-    quantised = isinstance(weight, QuantizedWeight)
+    quantised = not isinstance(weight, Tensor)  # the type check of an abstract class takes longer
     traced = (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or not _EAGER_TYPES.issuperset(map(type, (x, A, B) if quantised else (x, weight, A, B)))
     )
-    call = Call(backend, dropout_p)
+    chosen = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
     usual = not traced and _has_usual_derivatives(x, weight, A, B, alpha, bias)
     if usual and (x.is_cpu or not needs_grad):
-        chosen = call.planned(x, weight, A, bias)
-        adapter = Adapter(A, B, alpha, as_dropout(dropout_p, seed))
-        if chosen.products.layer is not None and isinstance(weight, Tensor):
-            return chosen.products.layer(x, weight, adapter, bias)
+        chosen = plan.plan_call(backend, x, weight, A, bias, seed is not None)
+        adapter = Adapter(A, B, alpha, None if seed is None else as_dropout(dropout_p, seed))
+        layer = chosen.products.layer
+        if layer is not None and isinstance(weight, Tensor):
+            return layer(x, weight, adapter, bias)
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
     if traced:
@@ -250,10 +251,11 @@ def _apply(
             alpha = alpha_tensor(alpha, x.dtype, x.device)
         w = weight if isinstance(weight, Tensor) else weight.dense()
         y, _ = ops.lora_linear(rows, w, A, B, bias, alpha, dropout_p, seed, backend)
-    elif call.plan is not None and not needs_grad:
+    elif chosen is not None and not needs_grad:
         weight = chosen.readable(weight)
         y, _ = formulas.forward(chosen.products, rows, weight, adapter, bias)
     else:
+        call = Call(backend, dropout_p, chosen)
         y, _ = LoRALinear.apply(rows, weight, A, B, bias, alpha, seed, call)
     return y if x.ndim == 2 else y.reshape(*lead, weight.shape[0])
 

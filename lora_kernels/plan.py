@@ -56,11 +56,10 @@ class Plan:
     dequantises: bool = False
     settled: bool = True
 
-    @property
+    @functools.cached_property
     def products(self) -> Products:
         """The products that compute the problem."""
-        assert self.candidate.products is not None
-        return self.candidate.products
+        return self.candidate.products  # type: ignore[return-value]  # a chosen candidate has them
 
     @functools.cached_property
     def adjoint(self) -> Plan:

@@ -558,7 +558,7 @@ def replace_ratios(found, factor):
 def test_a_wrong_backend_fails_the_run_and_the_rest_is_kept(
     tmp_path, capsys, fast_machine, monkeypatch
 ):
-    eager = type(contenders.plan.get("eager"))
+    eager = type(contenders.plan.explain(PROBLEM, "eager").products)
     right = eager.shrink
     monkeypatch.setattr(eager, "shrink", lambda *a, **k: right(*a, **k) * 1.01)
     assert main([*BENCH, "--output", str(tmp_path / "a.json")]) == 1

@@ -13,6 +13,7 @@ import torch
 from lora_kernels import plan, selftest
 from lora_kernels.__main__ import COMMANDS, main
 from lora_kernels.backends.base import fastest
+from lora_kernels.backends.eager import EagerProducts
 from lora_kernels.backends.triton.configs import tiles_for
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost
@@ -135,13 +136,12 @@ def test_selftest_passes_here(capsys):
 
 
 def test_selftest_fails_where_a_product_is_wrong(capsys, monkeypatch):
-    eager = plan.get("eager")
-    right = type(eager).wgrad
+    right = EagerProducts.wgrad
 
     def wrong(self, left, right_operand, dtype, dropout=None):
         return right(self, left, right_operand, dtype, dropout) * 1.05
 
-    monkeypatch.setattr(type(eager), "wgrad", wrong)
+    monkeypatch.setattr(EagerProducts, "wgrad", wrong)
     code, found = told(capsys, "selftest", "--backend", "eager", "--device", "cpu")
     assert code == 1 and not found["passed"]
     failed = found["backends"][0]["failed"]

@@ -147,7 +147,9 @@ def test_dropout_mask_is_bit_for_bit_the_shared_one(isa, cols, p, seed):
     for rows in (3, 20):  # row dots and panels
         expected = scaled_mask(dropout, rows, cols, torch.float32)
         ones = torch.ones(rows, cols)
-        assert torch.equal(PRODUCTS.shrink(ones, Adapter(torch.eye(cols), None, 1.0, dropout)), expected)
+        assert torch.equal(
+            PRODUCTS.shrink(ones, Adapter(torch.eye(cols), None, 1.0, dropout)), expected
+        )
         masked = PRODUCTS.expand(
             torch.ones(rows, 2),
             torch.zeros(2, cols),

@@ -163,7 +163,7 @@ def test_narrow_kernels_get_a_tile_and_a_split_of_their_own():
     }
     tables.save([entry], target)
     for asks in (problem, problem.adjoint().adjoint(), replace(problem, M=1100, dropout=True)):
-        tiles = narrow_tiles(asks, target)
+        tiles = narrow_tiles(narrow(asks), target)
         assert set(entry.configs) <= set(tiles.configs) and tiles.measured == entry.times
     assert not narrow_tiles(replace(problem, K=1024), target).measured
 
