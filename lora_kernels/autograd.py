@@ -77,7 +77,7 @@ class LoRALinear(torch.autograd.Function):
             ctx.weight, packed = weight, weight.tensors
             kept = kept._replace(weight=None)
             weight = None
-        ctx.save_for_backward(*kept, scale_tensor, seed, *packed)
+        ctx.save_for_backward(*kept, scale_tensor, seed, *(packed if ctx.needs.x else ()))
         ctx.save_for_forward(x, weight, A, B, None, scale_tensor, seed, *packed)
 
     @staticmethod

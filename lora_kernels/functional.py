@@ -126,6 +126,8 @@ def check_operands(
             raise ValueError(f"{name} must be on x's device, {device}, got {t.device}")
     if x.is_nested:
         raise TypeError("x must be a dense tensor, got a nested one: give its values or pad it")
+    if not isinstance(weight, Tensor):
+        _check_packed(weight, device)
     if len(weight.shape) != 2:
         raise ValueError(f"weight must be [N, K], 2-D, got {_shape(weight)}")
     N, K = weight.shape
@@ -155,6 +157,19 @@ def check_operands(
         alpha, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)
     ):
         raise TypeError(f"alpha must be a number or a 0-d tensor, got {type(alpha).__name__}")
+
+
+def _check_packed(weight: QuantizedWeight, device: torch.device | None) -> None:
+    """ValueError unless every packed tensor is on x's device and nobody asks for its derivative."""
+    for t in weight.tensors:
+        if t.device != device:
+            raise ValueError(f"weight must be on x's device, {device}, got {t.device} in part")
+        dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+        if t.requires_grad or dual:
+            raise ValueError(
+                f"weight must not require grad: a quantised weight has no gradient, got a packed"
+                f" {weight.format} tensor that requires one"
+            )
 
 
 def alpha_tensor(alpha: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -216,7 +231,7 @@ def _apply(
     if not isinstance(alpha, (int, float, Tensor, torch.SymFloat, torch.SymInt)):
         alpha = float(alpha)  # numpy's numbers, fractions
     seed = _seed(seed, x.device) if dropout_p else None
-    quantised = isinstance(weight, QuantizedWeight)
+    quantised = not isinstance(weight, Tensor)  # the type check of an abstract class takes longer
     traced = (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -224,14 +239,15 @@ def _apply(
             map(type, (x, A, B, bias) if quantised else (x, weight, A, B, bias))
         )
     )
-    call = Call(backend, dropout_p)
+    chosen = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
     usual = not traced and _has_usual_derivatives(x, weight, A, B, alpha, bias)
     if usual and (x.is_cpu or not needs_grad):
-        chosen = call.planned(x, weight, A, bias)
-        adapter = Adapter(A, B, alpha, as_dropout(dropout_p, seed))
-        if chosen.products.layer is not None and isinstance(weight, Tensor):
-            return chosen.products.layer(x, weight, adapter, bias)
+        chosen = plan.plan_call(backend, x, weight, A, bias, seed is not None)
+        adapter = Adapter(A, B, alpha, None if seed is None else as_dropout(dropout_p, seed))
+        layer = chosen.products.layer
+        if layer is not None and isinstance(weight, Tensor):
+            return layer(x, weight, adapter, bias)
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
     if traced:
@@ -239,10 +255,11 @@ def _apply(
             alpha = alpha_tensor(alpha, x.dtype, x.device)
         w = weight if isinstance(weight, Tensor) else weight.dense()
         y, _ = ops.lora_linear(rows, w, A, B, bias, alpha, dropout_p, seed, backend)
-    elif call.plan is not None and not needs_grad:
+    elif chosen is not None and not needs_grad:
         weight = chosen.readable(weight)
         y, _ = formulas.forward(chosen.products, rows, weight, adapter, bias)
     else:
+        call = Call(backend, dropout_p, chosen)
         y, _ = LoRALinear.apply(rows, weight, A, B, bias, alpha, seed, call)
     return y if x.ndim == 2 else y.reshape(*lead, weight.shape[0])
 

@@ -54,11 +54,10 @@ class Plan:
     algorithm: str | None = None  # that was asked for
     dequantises: bool = False
 
-    @property
+    @functools.cached_property
     def products(self) -> Products:
         """The products that compute the problem."""
-        assert self.candidate.products is not None
-        return self.candidate.products
+        return self.candidate.products  # type: ignore[return-value]  # a chosen candidate has them
 
     @functools.cached_property
     def adjoint(self) -> Plan:

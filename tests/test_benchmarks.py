@@ -214,16 +214,14 @@ def test_contenders_compute_the_formula(name, problem):
     assert 0 < oracle.check(name, contenders.build(name, layer)) < 0.1
 
 
-def test_two_kernels_are_formulas_over_the_forced_triton_backend(monkeypatch):
-    from lora_kernels.backends import triton
-    from lora_kernels.backends.eager import BACKEND
-
+def test_two_kernels_are_formulas_over_the_forced_triton_algorithm(monkeypatch):
     asked = []
-    monkeypatch.setattr(triton, "TritonBackend", lambda name: asked.append(name) or BACKEND)
+    planned = contenders.plan.explain(PROBLEM, "eager")
+    monkeypatch.setattr(contenders.plan, "explain", lambda *facts: asked.append(facts) or planned)
     layer, (x, dy) = contenders.make_layer(PROBLEM), contenders.make_input(PROBLEM)
-    built = contenders.build("two_kernel", layer)
-    assert asked == ["two_kernel"]
-    check.Oracle(layer, x, dy).check("two_kernel", built)
+    check.Oracle(layer, x, dy).check("two_kernel", contenders.build("two_kernel", layer))
+    assert asked and {facts[1:] for facts in asked} == {("triton", "two_kernel")}
+    assert all(replace(facts[0], bias=PROBLEM.bias) == PROBLEM for facts in asked)
 
 
 def test_names_are_checked():
@@ -560,7 +558,7 @@ def replace_ratios(found, factor):
 def test_a_wrong_backend_fails_the_run_and_the_rest_is_kept(
     tmp_path, capsys, fast_machine, monkeypatch
 ):
-    eager = type(contenders.plan.get("eager"))
+    eager = type(contenders.plan.explain(PROBLEM, "eager").products)
     right = eager.shrink
     monkeypatch.setattr(eager, "shrink", lambda *a, **k: right(*a, **k) * 1.01)
     assert main([*BENCH, "--output", str(tmp_path / "a.json")]) == 1

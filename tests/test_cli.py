@@ -9,10 +9,12 @@ import sys
 
 import pytest
 import torch
-from lora_kernels.tuning.select import everyone, select
 
 from lora_kernels import plan, selftest
 from lora_kernels.__main__ import COMMANDS, main
+from lora_kernels.backends.base import fastest
+from lora_kernels.backends.eager import EagerProducts
+from lora_kernels.backends.triton.configs import tiles_for
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost
 from lora_kernels.tuning.targets import TARGETS
@@ -24,7 +26,7 @@ def told(capsys, *command):
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_info_says_what_dispatch_does(capsys):
+def test_info_says_what_a_plan_does(capsys):
     code, found = told(capsys, "info")
     assert code == 0 and found["versions"]["torch"] == torch.__version__
     assert set(found["backends"]["cpu"]) == set(plan.BACKENDS)
@@ -68,7 +70,7 @@ def test_a_bad_log_level_is_refused_in_words(capsys, monkeypatch):
     assert err == f"lora_kernels info: {message}\n" and out == ""
 
 
-def test_explain_is_dispatchs_word_for_both_directions(capsys):
+def test_explain_is_the_plans_word_for_both_directions(capsys):
     code, found = told(capsys, "explain", "--shape", "512", "768", "3072", "16", "--device", "cpu")
     problem = Problem(512, 3072, 768, 16, "float32", "float32", "cpu", bias=True)
     assert code == 0
@@ -88,13 +90,20 @@ def test_predictions_are_the_cost_models(capsys, target, shape):
     )
     M, K, N, R = map(int, sizes)
     problem = Problem(M, N, K, R, "bfloat16", "bfloat16", "cuda", bias=True)
-    choice = select(problem, TARGETS[target], among=everyone(problem, TARGETS[target]))
-    assert code == 0 and found["forward"]["chosen"].startswith(choice.algorithm)
+    candidates = {candidate.name: candidate for candidate in plan.predict(problem, TARGETS[target])}
+    chosen = fastest(candidates.values())
+    assert code == 0 and found["forward"]["chosen"].startswith(f"{chosen.name} (cost model)")
     frozen = cost.frozen_us(problem, TARGETS[target])
     assert found["forward"]["frozen layer"] == f"predicted {frozen:.1f} us"
-    naive = cost.predict_us("naive", problem, TARGETS[target]) / frozen
-    assert found["forward"]["naive"].endswith(f"{naive:.2f} of the frozen layer")
-    assert ("decode" in found["forward"]) == choice.has("decode")
+    times = {name: candidate.predicted_us for name, candidate in candidates.items()}
+    times |= {
+        name: cost.predict_us(name, problem, TARGETS[target]) for name in ("addmm", "reference")
+    }
+    for name, us in times.items():
+        text = f"predicted {us:.1f} us, {us / frozen:.2f} of the frozen layer"
+        assert found["forward"][name] == text
+    assert found["forward"].keys() == {"problem", "chosen", "frozen layer", *times}
+    assert ("decode" in found["forward"]) == tiles_for(problem, TARGETS[target]).has("decode")
 
 
 @pytest.mark.parametrize(
@@ -127,13 +136,12 @@ def test_selftest_passes_here(capsys):
 
 
 def test_selftest_fails_where_a_product_is_wrong(capsys, monkeypatch):
-    eager = plan.get("eager")
-    right = type(eager).wgrad
+    right = EagerProducts.wgrad
 
     def wrong(self, left, right_operand, dtype, dropout=None):
         return right(self, left, right_operand, dtype, dropout) * 1.05
 
-    monkeypatch.setattr(type(eager), "wgrad", wrong)
+    monkeypatch.setattr(EagerProducts, "wgrad", wrong)
     code, found = told(capsys, "selftest", "--backend", "eager", "--device", "cpu")
     assert code == 1 and not found["passed"]
     failed = found["backends"][0]["failed"]

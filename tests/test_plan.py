@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lora_kernels import Problem, explain, lora_linear, plan, use_backend
-from lora_kernels.backends.eager import EagerBackend
-from tests.test_functional import operands
+from lora_kernels import LinearWithLoRA, Problem, explain, lora_linear, plan, selftest, use_backend
+from lora_kernels.backends.base import Candidate
+from lora_kernels.backends.eager import EagerBackend, EagerProducts
+from lora_kernels.dropout import Dropout, scaled_mask
+from lora_kernels.tuning import tables
+from lora_kernels.tuning.targets import TARGETS
+from tests import toy_backend
+from tests.test_functional import grads_of, operands
+from tests.toy_format import Int8Rows
 
 PROBLEM = Problem(9, 7, 6, 3, "float32", "float32")
+
+
+class Counted(EagerProducts):
+    """Eager's products, with a count of the large ones."""
+
+    count = 0
+
+    def expand(self, *args, **kwargs):
+        self.count += 1
+        return super().expand(*args, **kwargs)
 
 
 class Fake(EagerBackend):
     """A backend that says what a test wants and counts its products."""
 
-    def __init__(self, name, unavailable=None, declines=None, slower=None):
-        self.name, self._says = name, (unavailable, declines, slower)
-        self.products = 0
+    def __init__(self, name, unavailable=None, refusal=None, slower=None):
+        self.name, self.why_not = name, unavailable
+        self.candidate = Candidate(name, Counted(), refusal, slower)
+
+    @property
+    def products(self):
+        return self.candidate.products.count
 
     def unavailable(self):
-        return self._says[0]
+        return self.why_not
 
-    def declines(self, problem):
-        return self._says[1]
-
-    def slower(self, problem, usable=()):
-        self.usable = usable
-        return self._says[2]
-
-    def expand(self, *args, **kwargs):
-        self.products += 1
-        return super().expand(*args, **kwargs)
+    def candidates(self, problem, target):
+        return [self.candidate]
 
 
 @pytest.fixture
@@ -41,7 +55,7 @@ def install(monkeypatch):
     """install(fake): `fake` is the backend of its name within the test."""
     real = plan.get
     fakes = {}
-    monkeypatch.setattr(dispatch, "get", lambda name: fakes.get(name) or real(name))
+    monkeypatch.setattr(plan, "get", lambda name: fakes.get(name) or real(name))
     monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
     plan.forget()
     yield lambda fake: fakes.setdefault(fake.name, fake)
@@ -61,7 +75,7 @@ def test_the_first_that_can_computes_forward_and_backward(install):
     assert explain(PROBLEM).rejected["eager"] == "cpu comes first"
 
 
-@pytest.mark.parametrize("why", ["unavailable", "declines", "slower"])
+@pytest.mark.parametrize("why", ["unavailable", "refusal", "slower"])
 def test_auto_goes_on_and_says_why(install, why):
     cpu = install(Fake("cpu", **{why: "it rains"}))
     call()
@@ -70,7 +84,7 @@ def test_auto_goes_on_and_says_why(install, why):
     assert "cpu: it rains" in str(told)
 
 
-@pytest.mark.parametrize("why", ["unavailable", "declines"])
+@pytest.mark.parametrize("why", ["unavailable", "refusal"])
 def test_an_explicit_choice_never_falls_back(install, why):
     install(Fake("cpu", **{why: "it rains"}))
     for attempt in (lambda: call(backend="cpu"), lambda: explain(PROBLEM, backend="cpu")):
@@ -94,7 +108,7 @@ def test_a_backend_of_another_device_is_refused():
 
 
 def test_strict_refuses_what_auto_would_let_pass(install):
-    install(Fake("cpu", declines="it rains"))
+    install(Fake("cpu", refusal="it rains"))
     with (
         use_backend("auto", strict=True),
         pytest.raises(RuntimeError, match=r"strict: cpu cannot .* it rains"),
@@ -103,9 +117,8 @@ def test_strict_refuses_what_auto_would_let_pass(install):
     call()
 
 
-def test_strict_lets_the_second_of_our_own_compute(install, monkeypatch):
-    monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("cuda", "cpu", "eager")})
-    install(Fake("cuda", declines="too many rows"))
+def test_strict_lets_the_second_of_our_own_compute(install):
+    install(Fake("cuda", refusal="too many rows"))
     cpu = install(Fake("cpu"))
     with use_backend("auto", strict=True):
         call()
@@ -172,8 +185,6 @@ class TestGPU:
 
     @pytest.fixture
     def gpu(self, install, monkeypatch):
-        from lora_kernels import selftest
-
         monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
         install(Fake("cuda", unavailable="the extension is not built"))
         return install(Fake("triton"))
@@ -184,8 +195,6 @@ class TestGPU:
         assert "cpu tensors only" in told.rejected["cpu"]
 
     def test_a_backend_that_failed_its_self_test_is_not_used(self, gpu, monkeypatch):
-        from lora_kernels import selftest
-
         monkeypatch.setattr(selftest, "trusted", lambda backend, device: "dA is off by 3.0")
         plan.forget()
         told = explain(self.problem)
@@ -207,24 +216,28 @@ class TestGPU:
             def __exit__(self, *error):
                 current.pop()
 
-        monkeypatch.setattr(torch.cuda, "device", Entered)
         seen = []
-        gpu.declines = lambda problem: seen.append(current[-1])
-        gpu.slower = lambda problem, usable: seen.append(current[-1])
-        gpu.plan = lambda problem: seen.append(current[-1]) or ""
-        device = torch.device("cuda", 1)
-        assert dispatch._choose("auto", False, self.problem, device).backend == "triton"
-        assert dispatch._choose("triton", False, self.problem, device).backend == "triton"
-        assert set(seen) == {1} and len(seen) == 5 and current == [0]
 
-    def test_who_is_asked_whether_it_is_slower_knows_who_else_is_usable(self, gpu):
-        gpu._says = (None, "too old", None)
+        def watched(function):
+            return lambda *args: seen.append(current[-1]) or function(*args)
+
+        monkeypatch.setattr(torch.cuda, "device", Entered)
+        for asked in ("unavailable", "candidates"):
+            setattr(gpu, asked, watched(getattr(gpu, asked)))
+        monkeypatch.setattr(plan, "current_target", watched(lambda: TARGETS["sm_90"]))
+        monkeypatch.setattr(selftest, "trusted", watched(lambda backend, device: None))
+        device = torch.device("cuda", 1)
+        for name in ("auto", "triton"):
+            assert plan.make_plan(self.problem, device, (name, False)).backend == "triton"
+        assert seen == [1] * 8 and current == [0]
+
+    def test_what_can_run_is_compared_and_nothing_else(self, gpu):
+        told = explain(self.problem)
+        assert [candidate.name for candidate in told.compared] == ["triton", "eager"]
+        gpu.candidate = replace(gpu.candidate, refusal="too old")
         told = explain(self.problem)
         assert told.backend == "eager" and told.rejected["triton"] == "too old"
-        plan.forget()
-        gpu._says = (None, None, None)
-        explain(self.problem)
-        assert gpu.usable == ("triton", "eager")
+        assert [candidate.name for candidate in told.compared] == ["eager"]
 
     def test_a_gpu_problem_without_a_gpu(self, monkeypatch):
         """`explain` answers on any machine."""
@@ -245,29 +258,19 @@ class TestTritonOrCUDA:
 
     @pytest.fixture(autouse=True)
     def gpu(self, monkeypatch, tmp_path):
-        from lora_kernels.tuning.select import _select
-
-        from lora_kernels import selftest
         from lora_kernels.backends import cuda, triton
-        from lora_kernels.tuning.targets import TARGETS
 
         monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
         monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
         monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
-        for module in (cuda, triton):
-            monkeypatch.setattr(module, "current_target", lambda *device: TARGETS["sm_90"])
+        monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_90"])
         monkeypatch.setattr(cuda.CudaBackend, "unavailable", lambda self: None)
         monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self: None)
-        for cache in (dispatch._backend, _select):
-            cache.cache_clear()
+        plan.forget()
         yield
-        for cache in (dispatch._backend, _select):
-            cache.cache_clear()
+        plan.forget()
 
     def tuned(self, **times):
-        from lora_kernels.tuning import tables
-        from lora_kernels.tuning.targets import TARGETS
-
         problem = Problem(16, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
         tables.save([tables.Entry(problem, times, ())], TARGETS["sm_90"])
 
@@ -277,24 +280,31 @@ class TestTritonOrCUDA:
         assert told.rejected["cuda"].startswith("decode is predicted faster: ")
 
     @pytest.mark.parametrize(
-        "faster, backend", [("cuda_decode", "cuda"), ("decode", "triton"), ("aten", "eager")]
+        "faster, backend", [("cuda_decode", "cuda"), ("decode", "triton"), ("eager", "eager")]
     )
     def test_by_measurement(self, faster, backend):
-        times = {"decode": 12.0, "cuda_decode": 12.5, "two_kernel": 20.0, "aten": 18.0}
+        times = {"decode": 12.0, "cuda_decode": 12.5, "two_kernel": 20.0, "eager": 18.0}
         self.tuned(**times | {faster: 11.0})
         told = explain(self.problem)
         assert told.backend == backend
-        assert backend == "eager" or f"measured: {faster} 11.0 us" in told.plan
-        name = "ATen" if faster == "aten" else faster
-        if backend != "cuda":
-            assert told.rejected["cuda"] == f"{name} is measured faster: 11.0 us, not 12.5 us"
-        if backend == "eager":
-            assert told.rejected["triton"] == "ATen is measured faster: 11.0 us, not 12.0 us"
+        assert f"measured: {faster} 11.0 us" in told.plan
+        others = {"cuda": "12.5", "triton": "12.0", "eager": "18.0"}
+        for name, us in others.items():
+            if name != backend:
+                why = f"{faster} is measured faster: 11.0 us, not {us} us"
+                assert told.rejected[name] == why
+
+    def test_a_backward_has_q_already(self):
+        """So what computes x·a beside the product goes after the others, however fast it is."""
+        self.tuned(decode=1.0, one_pass=2.0, cuda_decode=12.5, two_kernel=12.0, eager=18.0)
+        backward = Problem(8, 4096, 4096, 16, "bfloat16", "bfloat16", "cuda", backward=True)
+        assert explain(replace(backward, backward=False)).candidate.name == "decode"
+        assert explain(backward).candidate.name == "two_kernel"
 
     def test_without_triton_its_kernels_do_not_count(self, monkeypatch):
         from lora_kernels.backends import triton
 
-        self.tuned(decode=11.0, cuda_decode=12.0, aten=18.0)
+        self.tuned(decode=11.0, cuda_decode=12.0, eager=18.0)
         monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self: "it rains")
         told = explain(self.problem)
         assert told.backend == "cuda" and told.rejected["triton"] == "it rains"
@@ -318,3 +328,251 @@ def test_choices_do_not_depend_on_values_or_layout_of_x():
     first = explain(x, weight, A, B, 1.0)
     second = explain(torch.full_like(x, float("nan")).t().contiguous().t(), weight, A, B, 1.0)
     assert first == second
+
+
+class TestABackendFromOutside:
+    """tests/toy_backend.py and one line of the registry."""
+
+    @pytest.fixture
+    def toy(self, monkeypatch):
+        # In front: where no times are known the first that can compute a problem is taken.
+        monkeypatch.setattr(plan, "BACKENDS", {"toy": "tests.toy_backend", **plan.BACKENDS})
+        monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
+        plan.forget()
+        toy_backend.BACKEND.products.calls.clear()
+        yield toy_backend.BACKEND.products
+        plan.forget()
+
+    def test_it_is_chosen_and_explained(self, toy):
+        told = explain(PROBLEM)
+        assert (told.backend, told.plan) == ("toy", "toy_product, one row after another")
+        assert "toy: chosen, toy_product, one row after another" in str(told)
+        assert told.rejected["eager"] == "toy comes first"
+
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+    def test_it_computes_a_call_and_its_backward(self, toy, dropout_p):
+        leaves = operands()
+        dy = torch.randn(9, 7)
+        options = {"dropout_p": dropout_p, "seed": 5}
+        found = grads_of(lambda *t: lora_linear(*t[:4], 0.75, t[4], **options), leaves, dy)
+        assert toy.calls.count("expand Tensor") == 2 and "wgrad" in toy.calls
+        wide = [t.detach().double().requires_grad_() for t in leaves]
+        x, weight, A, B, bias = wide
+        dropped = x * scaled_mask(Dropout(dropout_p, torch.tensor(5)), 9, 6, torch.float64)
+        y = x @ weight.t() + bias + 0.75 * (dropped if dropout_p else x) @ A @ B
+        exact = [y, *torch.autograd.grad(y, wide, dy.double())]
+        for mine, true in zip(found, exact, strict=True):
+            torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+    def test_it_trains_a_layer(self, toy, compiled):
+        layer = LinearWithLoRA(torch.nn.Linear(6, 7), 3, 1.0)
+        x = torch.randn(9, 6, requires_grad=True)
+        with use_backend("eager"):
+            expected = grads_of(lambda x: layer(x), [x], torch.ones(9, 7))
+        assert not toy.calls
+        call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        found = grads_of(lambda x: call(x), [x], torch.ones(9, 7))
+        torch.testing.assert_close(found, expected)
+        assert sum("expand" in each for each in toy.calls) == 2
+
+    def test_it_refuses_what_it_cannot_compute(self, toy):
+        large = replace(PROBLEM, M=65)
+        told = explain(large)
+        assert told.backend != "toy" and told.rejected["toy"] == "it takes at most 64 rows, got 65"
+        x, weight, A, B, bias = operands(M=65)
+        lora_linear(x, weight, A, B, 1.0, bias).sum().backward()
+        assert not toy.calls
+        with use_backend("toy"):
+            lora_linear(x[:64], weight, A, B, 1.0, bias)
+            with pytest.raises(RuntimeError, match=r"'toy' was asked for and .* got 65"):
+                lora_linear(x, weight, A, B, 1.0, bias)
+        on_gpu = explain(replace(PROBLEM, device="cuda"))
+        assert on_gpu.rejected["toy"] == "runs on cpu tensors only, not on cuda"
+
+    def test_one_after_the_others_serves_who_asks_for_it(self, toy, monkeypatch):
+        names = {**plan.BACKENDS}
+        monkeypatch.setattr(plan, "BACKENDS", names | {"toy": names.pop("toy")})
+        told = explain(PROBLEM)
+        assert told.rejected["toy"] == f"{told.backend} comes first"
+        assert explain(PROBLEM, backend="toy").backend == "toy"
+        call(backend="toy").sum().backward()
+        assert toy.calls.count("expand Tensor") == 2
+
+
+class TestAFormatFromOutside:
+    """tests/toy_format.py: no backend of the package reads it, so that the plan gives each a dense copy."""
+
+    @pytest.fixture(autouse=True)
+    def _auto(self, monkeypatch):
+        monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
+        plan.forget()
+        yield
+        plan.forget()
+
+    @pytest.fixture
+    def given(self):
+        """x, weight, A, B, bias of which x, A and B require grad."""
+        x, weight, A, B, bias = operands()
+        return x, Int8Rows.quantize(weight.detach()), A, B, bias.detach()
+
+    @staticmethod
+    def exact(x, weight, A, B, bias):
+        return x @ weight.to(torch.float64).dense().t() + bias.double() + 0.75 * (x @ A @ B)
+
+    def check(self, given, **options):
+        """y, dx, dA and dB against float64's."""
+        x, weight, A, B, bias = given
+        dy = torch.randn(9, 7)
+        call = functools.partial(lora_linear, alpha=0.75, **options)
+        found = grads_of(lambda x, A, B: call(x, weight, A, B, bias=bias), [x, A, B], dy)
+        wide = [t.detach().double().requires_grad_() for t in (x, A, B)]
+        true = grads_of(lambda x, A, B: self.exact(x, weight, A, B, bias), wide, dy.double())
+        for name, mine, right in zip(("y", "dx", "dA", "dB"), found, true, strict=True):
+            torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5, msg=name)
+
+    def test_who_does_not_read_it_gets_a_dense_copy(self, given, backend):
+        told = explain(*given[:4], 0.75, given[4], backend=backend)
+        assert told.dequantises and told.adjoint.dequantises
+        assert "int8_rows weight on cpu" in str(told)
+        assert f"{backend}: chosen, a dense copy of the int8_rows weight" in str(told)
+        self.check(given, backend=backend)
+        weight = given[1].dense()
+        assert not explain(given[0], weight, *given[2:4], 0.75, backend=backend).dequantises
+
+    def test_auto_takes_what_it_takes_for_a_dense_weight(self, given):
+        dense = given[0], given[1].dense(), *given[2:4]
+        assert explain(*given[:4]).backend == explain(*dense).backend
+        self.check(given)
+
+    def test_a_copy_has_its_price_where_times_are_known(self, monkeypatch):
+        monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_90"])
+        monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
+        problem = Problem(64, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
+        packed = explain(replace(problem, weight_format="int8_rows"))
+        dense = explain(problem)
+        assert packed.dequantises and packed.candidate.name == dense.candidate.name
+        copied_us = 1.25 * 2 * 4096 * 4096 / (TARGETS["sm_90"].bandwidth_gbs * 1e3)
+        spent = packed.candidate.predicted_us - dense.candidate.predicted_us
+        assert spent == pytest.approx(copied_us)
+
+    def test_packed_tensors_are_kept_for_the_backward(self, given, backend):
+        x, weight, A, B, bias = given
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
+        assert any(t is weight.codes for t in kept) and any(t is weight.scales for t in kept)
+        assert not any(t.is_floating_point() and t.shape in ((7, 6), (6, 7)) for t in kept)
+        y.sum().backward()
+        for t in (x, A):
+            t.requires_grad_(False)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
+        assert not any(t is weight.codes for t in kept)  # dB reads no weight
+
+    def test_without_gradients(self, given, backend):
+        x, weight, A, B, bias = given
+        true = self.exact(x.double(), weight, A.double(), B.double(), bias)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                y = lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
+            torch.testing.assert_close(y.double(), true, rtol=1e-5, atol=1e-5)
+
+    def test_autocast_decodes_to_its_type(self, given):
+        x, weight, A, B, bias = given
+        expected = lora_linear(x, weight.to(torch.float32).dense(), A, B, 0.75, bias)
+        with torch.autocast("cpu", torch.bfloat16):
+            told = explain(x, weight, A, B, 0.75, bias)
+            y = lora_linear(x, weight, A, B, 0.75, bias)
+        assert told.problem.dtype == "bfloat16" and y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2)
+        y.float().sum().backward()
+        assert x.grad.dtype == torch.float32 and A.grad is not None
+
+    def test_function_transforms(self, given):
+        weight, A, B, bias = (t if isinstance(t, Int8Rows) else t.detach() for t in given[1:])
+        xs = torch.randn(4, 9, 6)
+
+        def ours(x):
+            return lora_linear(x, weight, A, B, 0.75, bias)
+
+        def plain(x):
+            return x @ weight.dense().t() + bias + 0.75 * (x @ A @ B)
+
+        torch.testing.assert_close(torch.vmap(ours)(xs), torch.vmap(plain)(xs))
+        for transform in (
+            lambda f: torch.func.grad(lambda x: f(x).pow(2).sum()),
+            lambda f: torch.vmap(torch.func.grad(lambda x: f(x).pow(2).sum())),
+            lambda f: torch.func.grad(lambda xs: torch.vmap(f)(xs).pow(2).sum()),
+        ):
+            torch.testing.assert_close(transform(ours)(xs), transform(plain)(xs))
+        pair = (torch.func.jvp(f, (xs[0],), (xs[1],)) for f in (ours, plain))
+        torch.testing.assert_close(*pair)
+
+    def test_second_and_forward_derivatives(self, given):
+        x, weight, A, B, bias = given
+        wide = [t.detach().double().requires_grad_() for t in (x, A, B)]
+        weight, bias = weight.to(torch.float64), bias.double()
+
+        def ours(x, A, B):
+            return lora_linear(x, weight, A, B, 0.75, bias)
+
+        assert torch.autograd.gradcheck(ours, wide, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(ours, wide)
+
+    @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+    def test_compiled(self, given, compiler):
+        x, weight, A, B, bias = given
+
+        def step(x, A, B):
+            return lora_linear(x, weight, A, B, 0.75, bias)
+
+        compiled = torch.compile(step, backend=compiler, fullgraph=True)
+        found = grads_of(compiled, [x, A, B], torch.ones(9, 7))
+        torch.testing.assert_close(found, grads_of(step, [x, A, B], torch.ones(9, 7)))
+
+    def test_who_reads_it_gets_the_packed_weight(self, given, monkeypatch):
+        monkeypatch.setattr(plan, "BACKENDS", {"toy": "tests.toy_backend", **plan.BACKENDS})
+        monkeypatch.setattr(toy_backend.ToyBackend, "formats", ("dense", Int8Rows.format))
+        calls = toy_backend.BACKEND.products.calls
+        calls.clear()
+        told = explain(*given[:4], 0.75, given[4])
+        assert told.backend == "toy" and not told.dequantises and not told.adjoint.dequantises
+        assert "dense copy" not in str(told)
+        self.check(given)
+        assert [each for each in calls if "expand" in each] == ["expand Int8Rows"] * 2
+
+    def test_bad_ones_are_refused_in_words(self, given):
+        x, weight, A, B, bias = given
+        on_meta = weight.with_tensors([t.to("meta") for t in weight.tensors])
+        trained = weight.with_tensors([weight.codes, weight.scales.clone().requires_grad_()])
+        for bad, error, message in (
+            (on_meta, ValueError, "weight must be on x's device, cpu, got meta"),
+            (
+                weight.with_tensors([weight.codes, on_meta.scales]),
+                ValueError,
+                "weight must be on x's device, cpu, got meta",
+            ),
+            (weight.to(torch.float16), TypeError, "weight must have x's dtype, torch.float32, got"),
+            (weight.to(torch.int32), TypeError, "weight must be float32, .* got torch.int32"),
+            (weight.t(), ValueError, r"x must be \[..., K\] with K = 7 as in weight, got \[9, 6\]"),
+            (trained, ValueError, "weight must not require grad: .* int8_rows"),
+        ):
+            for call in (lora_linear, explain):
+                with pytest.raises(error, match=message):
+                    call(x, bad, A, B, 0.75, bias)
+
+    def test_no_derivative_of_it_is_silently_zero(self, given):
+        x, weight, A, B, bias = (t if isinstance(t, Int8Rows) else t.detach() for t in given)
+
+        def loss(scales):
+            packed = weight.with_tensors([weight.codes, scales])
+            return lora_linear(x, packed, A, B, 0.75, bias).sum()
+
+        for ask in (
+            lambda: torch.func.grad(loss)(weight.scales),
+            lambda: torch.func.jvp(loss, (weight.scales,), (weight.scales,)),
+        ):
+            with pytest.raises(ValueError, match="weight must not require grad"):
+                ask()

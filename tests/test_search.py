@@ -7,14 +7,17 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_kernels.tuning.select import narrow
 
+from lora_kernels import plan, selftest
+from lora_kernels.backends import cuda, triton
+from lora_kernels.backends.triton.configs import narrow_tiles, tiles_for, tiles_of
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost, tables
-from lora_kernels.tuning import select as selection
 from lora_kernels.tuning.config import fits
 from lora_kernels.tuning.search import search, search_narrow
+from lora_kernels.tuning.tables import narrow
 from lora_kernels.tuning.targets import TARGETS
+from tests.test_tuning import select
 
 PROBLEMS = [
     Problem(16, 4096, 4096, 16, "bfloat16", "bfloat16", "cuda"),
@@ -26,9 +29,20 @@ PROBLEMS = [
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
-    selection._select.cache_clear()
-    yield
-    selection._select.cache_clear()
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Takes the names of the backends that cannot run on this machine with an H100."""
+    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_90"])
+    monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
+    missing = set()
+    for backend in (cuda.CudaBackend, triton.TritonBackend):
+        monkeypatch.setattr(
+            backend, "unavailable", lambda self: "it rains" if self.name in missing else None
+        )
+    return missing
 
 
 @given(
@@ -42,8 +56,8 @@ def _cache(tmp_path, monkeypatch):
 def test_the_fastest_that_works_is_written_down(problem, target, times):
     target = TARGETS[target]
     left = iter(times)
-    entry, done = search(problem, target, lambda choices: [next(left) for _ in choices])
-    assert done[-1].choice.algorithm == "aten"
+    entry, done = search(problem, target, lambda choices: [next(left) for _ in choices], tiles_of)
+    assert done[-1].choice.algorithm == "eager"
     working = [timed for timed in done if timed.us is not None]
     if not working:
         assert entry is None
@@ -52,9 +66,9 @@ def test_the_fastest_that_works_is_written_down(problem, target, times):
     for algorithm, us in entry.times.items():
         assert us == min(timed.us for timed in working if timed.choice.algorithm == algorithm)
     best = min(working, key=lambda timed: timed.us)
-    for config in best.choice.configs:
+    for config in best.choice.tiles.configs:
         assert config in entry.configs
-    tried = {config for timed in working for config in timed.choice.configs}
+    tried = {config for timed in working for config in timed.choice.tiles.configs}
     assert set(entry.configs) <= tried  # a tile that never worked is in no table
     assert len({config.kernel for config in entry.configs}) == len(entry.configs)
     assert all(fits(config, problem, target) is None for config in entry.configs)
@@ -68,58 +82,65 @@ def test_every_choice_is_measured_once():
         asked.extend(choices)
         return [1.0] * len(choices)
 
-    search(problem, target, measure)
+    search(problem, target, measure, tiles_of)
     assert len(asked) == len(set(asked))
     assert set(cost.ALGORITHMS) == {choice.algorithm for choice in asked}
-    assert len({c.config("shrink").split for c in asked if c.algorithm == "two_kernel"}) > 1
+    assert len({c.tiles.config("shrink").split for c in asked if c.algorithm == "two_kernel"}) > 1
 
 
-@pytest.mark.parametrize("algorithm", ["two_kernel", "one_pass", "aten"])
+@pytest.mark.parametrize("algorithm", ["two_kernel", "one_pass", "eager"])
 def test_select_takes_what_was_found(algorithm):
     problem, target = PROBLEMS[1], TARGETS["sm_80"]
     entry, _ = search(
-        problem, target, lambda cs: [1.0 if c.algorithm == algorithm else 2.0 for c in cs]
+        problem, target, lambda cs: [1.0 if c.algorithm == algorithm else 2.0 for c in cs], tiles_of
     )
     tables.save([entry], target)
     for same in (problem, replace(problem, M=1500, bias=True)):
-        chosen = selection.select(same, target)
-        assert (chosen.algorithm, chosen.source) == (algorithm, "tuned")
-        assert set(entry.configs) <= set(chosen.configs)
-    backward = selection.select(replace(problem, backward=True), target)
-    assert backward.source == "tuned" and set(entry.configs) <= set(backward.configs)
-    assert backward.algorithm == ("two_kernel" if algorithm == "one_pass" else algorithm)
+        chosen = select(same, target)
+        assert (chosen.name, chosen.measured_us) == (algorithm, 1.0)
+        assert set(entry.configs) <= set(tiles_for(same, target).configs)
+    backward = replace(problem, backward=True)
+    chosen = select(backward, target)
+    assert chosen.measured_us and set(entry.configs) <= set(tiles_for(backward, target).configs)
+    assert chosen.name == ("two_kernel" if algorithm == "one_pass" else algorithm)
     for other in (replace(problem, w_k_major=False), replace(problem, N=1025)):
-        assert selection.select(other, target).source == "cost model"
+        assert all(c.measured_us is None for c in plan.predict(other, target))
 
 
-def test_who_asks_gets_the_fastest_that_it_can_run():
-    """One table; the CUDA backend asks with its kernel among the algorithms, and with Triton's only where Triton runs."""
+def test_who_asks_gets_the_fastest_that_it_can_run(machine):
+    """One table: the CUDA backend's kernel stands in it beside Triton's, which count only where Triton runs."""
     problem, target = PROBLEMS[0], TARGETS["sm_90"]
-    times = {"two_kernel": 40.0, "one_pass": "off by 3.0", "decode": 12.0, "aten": 20.0}
+    times = {"two_kernel": 40.0, "one_pass": "off by 3.0", "decode": 12.0, "eager": 20.0}
     times["cuda_decode"] = 11.0
-    entry, _ = search(problem, target, lambda cs: [times[c.algorithm] for c in cs])
+    entry, _ = search(problem, target, lambda cs: [times[c.algorithm] for c in cs], tiles_of)
     tables.save([entry], target)
-    everyone = selection.select(problem, target, among=("cuda_decode", *selection.TRITON, "aten"))
-    assert everyone.algorithm == "cuda_decode" and "one_pass" not in everyone.times
-    assert everyone.told().startswith("measured: cuda_decode 11.0 us, decode 12.0 us, aten 20.0 us")
-    triton = selection.select(problem, target)
-    assert triton.algorithm == "decode"
-    assert triton.over("two_kernel", "aten") == "decode is measured faster: 12.0 us, not 20.0 us"
-    assert selection.select(problem, target, among=("aten",)).algorithm == "aten"
-    assert selection.select(problem, target, "two_kernel").told() == "measured: two_kernel 40.0 us"
+    told = plan.explain(problem)
+    assert told.candidate.name == "cuda_decode" and "one_pass" not in told.plan
+    assert "measured: cuda_decode 11.0 us, decode 12.0 us, eager 20.0 us" in told.plan
+    assert plan.explain(problem, "eager").candidate.name == "eager"
+    forced = plan.explain(problem, "triton", "two_kernel")
+    assert forced.plan.endswith(", measured: two_kernel 40.0 us")
+    machine.add("cuda")
+    told = plan.explain(problem)
+    assert told.candidate.name == "decode" and told.rejected["cuda"] == "it rains"
+    assert told.rejected["eager"] == "decode is measured faster: 12.0 us, not 20.0 us"
+    machine.add("triton")
+    assert plan.explain(problem).candidate.name == "eager"
 
 
-def test_what_was_not_measured_is_not_taken():
+def test_what_was_not_measured_is_not_taken(machine):
     """A kernel that was wrong on this device is in no table, and the model does not bring it back."""
     problem, target = PROBLEMS[0], TARGETS["sm_90"]
-    works = {"aten": 20.0}
-    entry, _ = search(problem, target, lambda cs: [works.get(c.algorithm, "wrong") for c in cs])
+    works = {"eager": 20.0}
+    entry, _ = search(
+        problem, target, lambda cs: [works.get(c.algorithm, "wrong") for c in cs], tiles_of
+    )
     assert entry.configs == () and entry.times == works
     tables.save([entry], target)
-    choice = selection.select(problem, target, among=("cuda_decode", *selection.TRITON, "aten"))
-    assert (choice.algorithm, choice.source) == ("aten", "tuned")
-    told = "ATen is measured faster: 20.0 us; there is no measured time of cuda_decode"
-    assert choice.over("cuda_decode") == told
+    told = plan.explain(problem)
+    assert (told.candidate.name, told.candidate.measured_us) == ("eager", 20.0)
+    why = "eager is measured faster: 20.0 us, it has no such time"
+    assert told.rejected["cuda"] == told.rejected["triton"] == why
 
 
 def test_narrow_kernels_get_a_tile_and_a_split_of_their_own():
@@ -129,9 +150,9 @@ def test_narrow_kernels_get_a_tile_and_a_split_of_their_own():
     def measure(choices):
         asked.extend(choices)
         wanted = {"shrink": 4, "wgrad": 2, "shrink_wgrad": 1}
-        return [2.0 - (c.configs[0].split == wanted[c.algorithm]) for c in choices]
+        return [2.0 - (c.tiles.configs[0].split == wanted[c.algorithm]) for c in choices]
 
-    entry, done = search_narrow(replace(problem, M=1500), target, measure)
+    entry, done = search_narrow(replace(problem, M=1500), target, measure, tiles_of)
     assert len(asked) == len(set(asked)) == len(done)
     assert entry.problem == narrow(problem) and entry.problem.N == 0
     assert entry.times == {"shrink": 1.0, "wgrad": 1.0, "shrink_wgrad": 1.0}
@@ -142,11 +163,13 @@ def test_narrow_kernels_get_a_tile_and_a_split_of_their_own():
     }
     tables.save([entry], target)
     for asks in (problem, problem.adjoint().adjoint(), replace(problem, M=1100, dropout=True)):
-        chosen = selection.select(narrow(asks), target)
-        assert set(entry.configs) <= set(chosen.configs) and chosen.measured == entry.times
-    assert not selection.select(narrow(replace(problem, K=1024)), target).measured
+        tiles = narrow_tiles(narrow(asks), target)
+        assert set(entry.configs) <= set(tiles.configs) and tiles.measured == entry.times
+    assert not narrow_tiles(replace(problem, K=1024), target).measured
 
 
 def test_rows_are_taken_to_their_bucket():
-    entry, _ = search(replace(PROBLEMS[1], M=1025), TARGETS["sm_80"], lambda cs: [1.0] * len(cs))
+    entry, _ = search(
+        replace(PROBLEMS[1], M=1025), TARGETS["sm_80"], lambda cs: [1.0] * len(cs), tiles_of
+    )
     assert entry.problem.M == 2048

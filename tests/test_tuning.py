@@ -10,29 +10,46 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from lora_kernels.tuning.select import _select, bucket, everyone, select, shipped
 
+from lora_kernels import plan, selftest
+from lora_kernels.backends.base import fastest
+from lora_kernels.backends.triton import TritonBackend
+from lora_kernels.backends.triton.configs import shipped, tiles_for
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost, tables
 from lora_kernels.tuning.config import TileConfig, fits, rank_block
 from lora_kernels.tuning.cost import frozen_us, full_rate, predict_us, product_us, rate
 from lora_kernels.tuning.cycles import Cycles, cycles, tiles
-from lora_kernels.tuning.tables import Entry
+from lora_kernels.tuning.tables import Entry, bucket
 from lora_kernels.tuning.targets import TARGETS, target_of
 
 BIG = Problem(8192, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
 TILE = TileConfig("expand", 128, 128, 32, 4, 4)
 
 
+def select(problem, target, *names):
+    """The fastest candidate of a machine with this GPU, among the algorithms of these names where there are any."""
+    return fastest(c for c in plan.predict(problem, target) if not names or c.name in names)
+
+
+OURS = ("two_kernel", "one_pass", "decode", "eager")  # what can run without the CUDA extension
+
+
 def test_it_needs_neither_torch_nor_triton():
-    code = "import lora_kernels.tuning.select as s, sys; print('torch' in sys.modules, 'triton' in sys.modules)"
     folder = Path(__file__).parent.parent
-    # The package without its own __init__, which imports torch.
-    stub = "import sys, types; p = sys.modules['lora_kernels'] = types.ModuleType('lora_kernels'); "
-    stub += "p.__path__ = ['lora_kernels']; "
-    done = subprocess.run(
-        [sys.executable, "-c", stub + code], capture_output=True, text=True, cwd=folder
-    )
+    tuning = sorted(file.stem for file in (folder / "lora_kernels" / "tuning").glob("*.py"))
+    names = [f"lora_kernels.tuning.{name}" for name in tuning if name != "__init__"]
+    assert "lora_kernels.tuning.search" in names
+    names.append("lora_kernels.backends.triton.configs")
+    # The packages without their own __init__, which import torch.
+    code = """if True:
+        import sys, types
+        for name in ("lora_kernels", "lora_kernels.backends", "lora_kernels.backends.triton"):
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].__path__ = [name.replace(".", "/")]
+    """
+    code += f"\nimport {', '.join(names)}\nprint('torch' in sys.modules, 'triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
@@ -99,14 +116,14 @@ class TestCost:
         for problem in (BIG, BIG.adjoint(), replace(BIG, M=128, R=64)):
             times = {
                 f: predict_us(f, problem, target)
-                for f in ("frozen", "aten", "addmm", "naive", "two_kernel")
+                for f in ("frozen", "eager", "addmm", "reference", "two_kernel")
             }
             assert min(times, key=times.__getitem__) == "frozen"
-            assert times["aten"] < times["addmm"] < times["naive"]
+            assert times["eager"] < times["addmm"] < times["reference"]
 
     def test_more_rows_columns_terms_and_ranks_cost_more(self):
         target = TARGETS["sm_80"]
-        for form in ("two_kernel", "one_pass", "aten", "naive"):
+        for form in ("two_kernel", "one_pass", "eager", "reference"):
             base = predict_us(form, BIG, target)
             for name in ("M", "N", "K"):
                 assert (
@@ -121,7 +138,7 @@ class TestCost:
         """Eager costs 1.2 to 1.55 times the frozen layer forward on an H100 (within 5 %)."""
         for K, N in ((4096, 4096), (4096, 14336), (14336, 4096)):
             problem = replace(BIG, K=K, N=N)
-            price = predict_us("naive", problem, TARGETS["sm_90"]) / frozen_us(
+            price = predict_us("reference", problem, TARGETS["sm_90"]) / frozen_us(
                 problem, TARGETS["sm_90"]
             )
             assert 1.14 < price < 1.63
@@ -130,7 +147,9 @@ class TestCost:
         """1.4 to 1.75 of the frozen layer's on an H100 (within 5 %): alpha·dy passes over dy, the sum over dx."""
         for K, N in ((4096, 4096), (4096, 14336), (14336, 4096)):
             back = replace(BIG, K=K, N=N).adjoint()
-            price = predict_us("naive", back, TARGETS["sm_90"]) / frozen_us(back, TARGETS["sm_90"])
+            price = predict_us("reference", back, TARGETS["sm_90"]) / frozen_us(
+                back, TARGETS["sm_90"]
+            )
             assert 1.33 < price < 1.84
 
     @pytest.mark.parametrize(
@@ -154,7 +173,7 @@ class TestCost:
             problem = replace(BIG, N=size, K=size)
             eager, fused = (
                 sum(predict_us(f, p, TARGETS["sm_90"]) for p in (problem, problem.adjoint()))
-                for f in ("naive", "lorafusion")
+                for f in ("reference", "lorafusion")
             )
             assert 1.1 < eager / fused < 1.4
 
@@ -166,11 +185,15 @@ class TestCost:
                     assert 0 < rate(tile, problem, target) <= full_rate(tile, problem, target) < 1
 
     def test_a_tile_that_was_not_counted_is_scaled_from_its_neighbour(self):
-        (counted,) = (t for t in tiles("expand", BIG, "sm_80") if t.block_m == 128)
+        (counted,) = (t for t in tiles("expand", BIG, "sm_80") if t.config.block_m == 128)
+
+        def changed(**sizes):
+            return counted._replace(config=replace(counted.config, **sizes))
+
         known = cycles(counted, 16)
-        deep = cycles(counted._replace(block_k=64, num_stages=3), 16)
+        deep = cycles(changed(block_k=64, num_stages=3), 16)
         assert deep == Cycles(tuple(2 * s for s in known.step), known.rest)
-        wide = cycles(counted._replace(block_n=256), 16)
+        wide = cycles(changed(block_n=256), 16)
         assert wide.step[0] == 2 * known.step[0] and wide.step[3] == 1.5 * known.step[3]
 
     def test_an_unknown_form_is_refused(self):
@@ -181,7 +204,7 @@ class TestCost:
         """Only with tensor descriptors, from a multiprocessor's second block on; the prediction has its price and gain."""
         target = TARGETS["sm_90"]
         large = Problem(8192, 4096, 4096, 64, "bfloat16", "bfloat16", device="cuda")
-        config = select(large, target, "two_kernel").config("expand")
+        config = tiles_for(large, target).config("expand")
         blocks = target.multiprocessors
         sizes = (config.block_m, config.block_n * blocks)
         assert not cost.copy_of_b_pays(config, *sizes, target)
@@ -211,47 +234,47 @@ class TestCost:
 class TestSelect:
     def test_few_rows_are_decoded_in_one_launch(self):
         for name in ("sm_80", "sm_90", "sm_120"):
-            assert select(replace(BIG, M=1), TARGETS[name]).algorithm == "decode"
+            assert select(replace(BIG, M=1), TARGETS[name], *OURS).name == "decode"
 
-    def test_large_problems_get_the_cheaper_of_two_kernels_and_aten(self):
+    def test_large_problems_get_the_cheaper_of_two_kernels_and_eager(self):
         for name in ("sm_80", "sm_90"):
-            choice = select(BIG, TARGETS[name])
-            tile = choice.config("expand")
-            ours, aten = (
+            tile = tiles_for(BIG, TARGETS[name]).config("expand")
+            ours, eager = (
                 predict_us("two_kernel", BIG, TARGETS[name], tile),
-                predict_us("aten", BIG, TARGETS[name]),
+                predict_us("eager", BIG, TARGETS[name]),
             )
-            assert choice.algorithm == ("two_kernel" if ours <= aten else "aten")
+            assert select(BIG, TARGETS[name]).name == ("two_kernel" if ours <= eager else "eager")
 
     def test_a_backward_has_q_already(self):
         """So what computes x·a beside the product does not take part, and the CUDA kernel is compared with two kernels."""
-        few = replace(BIG, M=8).adjoint()
-        choice = select(few, TARGETS["sm_90"], among=everyone(few, TARGETS["sm_90"]))
-        assert choice.times.keys() == {"cuda_decode", "two_kernel", "aten"}
-        assert choice.algorithm == "cuda_decode"
-        assert select(few, TARGETS["sm_90"], "decode").algorithm == "decode"
+        few, target = replace(BIG, M=8).adjoint(), TARGETS["sm_90"]
+        compared = {c.name for c in plan.predict(few, target) if c.slower is None}
+        assert compared == {"cuda_decode", "two_kernel", "eager"}
+        assert select(few, target).name == "cuda_decode"
+        assert select(few, target, "decode").name == "decode"
 
     def test_lengths_share_buckets_and_so_compiled_kernels(self):
         assert len({bucket(M) for M in range(1, 2**15)}) <= 12
-        assert select(replace(BIG, M=2049), TARGETS["sm_90"]) is select(
+        assert tiles_for(replace(BIG, M=2049), TARGETS["sm_90"]) is tiles_for(
             replace(BIG, M=4096), TARGETS["sm_90"]
         )
         assert all(bucket(M) >= M for M in range(1, 8193))
 
-    def test_a_forced_algorithm_is_taken_or_refused(self):
-        assert select(BIG, TARGETS["sm_90"], "one_pass").algorithm == "one_pass"
-        with pytest.raises(
-            ValueError, match=r"decode cannot compute .*: decode takes at most 64 rows"
-        ):
-            select(BIG, TARGETS["sm_90"], "decode")
-        with pytest.raises(ValueError, match="got 'fastest'"):
-            select(BIG, TARGETS["sm_90"], "fastest")
+    def test_a_forced_algorithm_is_taken_or_refused(self, monkeypatch):
+        monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_90"])
+        monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
+        monkeypatch.setattr(TritonBackend, "unavailable", lambda self: None)
+        assert plan.explain(BIG, "triton", "one_pass").candidate.name == "one_pass"
+        with pytest.raises(RuntimeError, match=r"cannot compute .*: decode takes at most 64 rows"):
+            plan.explain(BIG, "triton", "decode")
+        with pytest.raises(RuntimeError, match="no algorithm 'fastest'"):
+            plan.explain(BIG, "triton", "fastest")
 
-    def test_a_missing_kernel_is_named_with_problem_and_target(self):
-        choice = select(BIG, TARGETS["sm_90"])
-        assert not choice.has("decode")
-        with pytest.raises(ValueError, match=r"for M=8192 N=4096 .* on sm_90, got 'decode'"):
-            choice.config("decode")
+    def test_a_missing_kernel_is_named(self):
+        tiles = tiles_for(BIG, TARGETS["sm_90"])
+        assert not tiles.has("decode")
+        with pytest.raises(ValueError, match=r"kernel must be one of .*'expand'.*, got 'decode'"):
+            tiles.config("decode")
 
     @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
     def test_everything_shipped_fits(self, target):
@@ -277,7 +300,7 @@ class TestSelect:
             R = random.choice((1, 8, 16, 17, 32, 48, 64, 65, 512))
             problem = Problem(M, N, K, R, *random.choice(types), device="cuda")
             problem = random.choice((problem, problem.adjoint(), replace(problem, dropout=True)))
-            for config in select(problem, target).configs:
+            for config in tiles_for(problem, target).configs:
                 ranks = known.get(code(problem, config), {0})
                 reached = rank_block(problem.R, config.rank_chunk)
                 assert min(ranks) <= reached <= max(ranks), f"{config} for {problem}"
@@ -287,46 +310,43 @@ class TestTables:
     @pytest.fixture(autouse=True)
     def _cache(self, monkeypatch, tmp_path):
         monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
-        _select.cache_clear()
-        yield
-        _select.cache_clear()
 
     target = TARGETS["sm_90"]
     entry = Entry(
         BIG,
-        {"one_pass": 9.0, "aten": 10.0},
+        {"one_pass": 9.0, "eager": 10.0},
         (TileConfig("one_pass", 64, 128, 64, 4, 3, rank_chunk=32),),
     )
 
     def test_a_tuned_choice_goes_before_the_model(self):
-        assert select(BIG, self.target).source == "cost model"
-        _select.cache_clear()
+        assert select(BIG, self.target).measured_us is None
         tables.save([self.entry], self.target)
-        choice = select(BIG, self.target)
-        assert (choice.source, choice.algorithm) == ("tuned", "one_pass")
-        assert choice.config("one_pass") == self.entry.configs[0]
-        assert choice.has("shrink")  # what the entry does not name stays the model's
+        chosen, tiles = select(BIG, self.target), tiles_for(BIG, self.target)
+        assert (chosen.name, chosen.measured_us) == ("one_pass", 9.0)
+        assert tiles.config("one_pass") == chosen.products.tiles.config("one_pass")
+        assert tiles.config("one_pass") == self.entry.configs[0]
+        assert tiles.has("shrink")  # what the entry does not name stays the model's
 
     def test_entries_are_added_and_replaced(self):
         tables.save([self.entry], self.target)
         other = replace(self.entry, problem=replace(BIG, R=64))
-        tables.save([other, replace(self.entry, times={"aten": 8.0}, configs=())], self.target)
+        tables.save([other, replace(self.entry, times={"eager": 8.0}, configs=())], self.target)
         loaded = tables.load(tables.path(self.target), self.target)
-        assert [e.times for e in loaded.values()] == [{"aten": 8.0}, other.times]
+        assert [e.times for e in loaded.values()] == [{"eager": 8.0}, other.times]
 
     @pytest.mark.parametrize("text", ["{", "{}", "null", ""])
     def test_a_damaged_file_counts_as_absent(self, text):
         file = tables.path(self.target)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-        assert select(BIG, self.target).source == "cost model"
+        assert all(c.measured_us is None for c in plan.predict(BIG, self.target))
 
     def test_entries_that_break_a_rule_or_a_type_are_left_out(self):
         file = tables.save([self.entry], self.target)
         items = json.loads(file.read_text())
         broken = json.loads(file.read_text())[0]
         broken["configs"][0]["block_m"] = 100
-        times = ({"magic": 1.0}, {"aten": "fast"}, {"aten": 0.0}, ["aten"], None)
+        times = ({"magic": 1.0}, {"eager": "fast"}, {"eager": 0.0}, ["eager"], None)
         unknown = [json.loads(file.read_text())[0] | {"times": each} for each in times]
         for size in ("512", [512], None):
             odd = json.loads(file.read_text())[0]
@@ -348,5 +368,5 @@ class TestTables:
 
         monkeypatch.setattr(tables.os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            tables.save([replace(self.entry, times={"aten": 1.0})], self.target)
+            tables.save([replace(self.entry, times={"eager": 1.0})], self.target)
         assert file.read_bytes() == before and list(file.parent.iterdir()) == [file]

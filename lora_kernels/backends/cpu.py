@@ -43,8 +43,9 @@ class CpuProducts(Products):
     ) -> Tensor:
         """y [..., N]: forward and backward are one call each, which is what a small layer's time depends on."""
         A, B, scale, dropout, _ = adapter
-        limit, seed, _ = _mask(dropout)
-        p = 0.0 if dropout is None else dropout.p
+        p, limit, seed = 0.0, 0, 0
+        if dropout is not None:
+            p, (limit, seed, _) = dropout.p, _mask(dropout)
         return torch.ops.lora_kernels_cpu.lora_linear.default(
             x, weight, A, B, bias, scale, p, limit, seed
         )
