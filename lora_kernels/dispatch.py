@@ -60,10 +60,10 @@ def use_backend(name: str, *, strict: bool = False) -> Iterator[None]:
         _requested = before
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, argument: str = "backend") -> None:
     """ValueError unless `name` is "auto" or a backend's name."""
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
+        raise ValueError(f"{argument} must be one of {('auto', *BACKENDS)}, got {name!r}")
 
 
 def get(name: str) -> Backend:
@@ -126,7 +126,11 @@ def explain(problem: Problem, backend: str = "auto") -> Explanation:
     """Who would compute `problem`, and why not the others: one reason each. ValueError for an unknown name."""
     check_name(backend)
     name, strict = _asked(backend)
-    return _choose(name, strict, problem, torch.device(problem.device))
+    try:
+        device = torch.device(problem.device)
+    except RuntimeError:
+        raise ValueError(f"device must be a torch device type, got {problem.device!r}") from None
+    return _choose(name, strict, problem, device)
 
 
 def _asked(name: str) -> tuple[str, bool]:
@@ -136,7 +140,7 @@ def _asked(name: str) -> tuple[str, bool]:
     if _requested is not None and _requested != ("auto", False):
         return _requested
     name = env.backend()
-    check_name(name)
+    check_name(name, "LORA_KERNELS_BACKEND")
     return name, False
 
 

@@ -22,6 +22,9 @@ from lora_kernels.backends.base import Backend, Scale
 from lora_kernels.backends.base import accumulated as accumulated  # for the layers above
 from lora_kernels.dropout import Dropout
 
+# (dx, dW, dA, dB, dbias), each None where it is not needed.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
 
 class Needs(NamedTuple):
     """Which gradients somebody asked for."""
@@ -77,7 +80,7 @@ def backward(
     dropout: Dropout | None,
     adapter_dtype: torch.dtype,
     ds: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """(dx, dW, dA, dB, dbias), each None where it is not needed; `ds` is a gradient that s itself received."""
     x, weight, A, B, s = cast(tuple[Tensor, ...], saved)  # `keep` kept what is needed
     dx = dW = dA = dB = q = None
@@ -110,14 +113,16 @@ def jvp(
     dropout: Dropout | None,
     tangents: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor]:
-    """The tangents of (y, s) for those of (x, weight, A, B, bias), by the product rule; None is a zero tangent."""
-    tx, tweight, tA, tB, tbias = tangents
+    """The tangents of (y, s) for those of (x, weight, A, B, bias, alpha), by the product rule; None is a zero tangent."""
+    tx, tweight, tA, tB, tbias, talpha = tangents
     s = backend.shrink(x, A, alpha, dropout)
     ts = torch.zeros_like(s)
     if tx is not None:
         ts = ts + backend.shrink(tx, A, alpha, dropout)
     if tA is not None:
         ts = ts + backend.shrink(x, tA, alpha, dropout)
+    if talpha is not None:
+        ts = ts + backend.shrink(x, A, talpha, dropout)
     base = torch.zeros_like(x) if tx is None else tx
     ty, _ = backend.expand(base, weight.t(), A, B, alpha, tbias, s=ts)
     if tweight is not None:

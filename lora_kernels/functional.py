@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lora_kernels import dispatch, formulas, ops
-from lora_kernels.autograd import LoRALinear, as_dropout
+from lora_kernels import autograd, dispatch, formulas, ops
+from lora_kernels.autograd import ALPHA_IS_NO_PARAMETER, as_dropout
 from lora_kernels.problem import Problem
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -149,18 +150,44 @@ def check_operands(
         if alpha.ndim != 0:
             raise ValueError(f"alpha must be a number or a 0-d tensor, got {_shape(alpha)}")
         if alpha.requires_grad:
-            raise ValueError("alpha must not require grad: it is a run-time value, no parameter")
+            raise ValueError(ALPHA_IS_NO_PARAMETER)
         if alpha.dtype == torch.bool or alpha.dtype.is_complex:
             raise TypeError(f"alpha must be real, got a tensor of {alpha.dtype}")
     elif isinstance(alpha, bool) or not isinstance(
         alpha, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)
     ):
         raise TypeError(f"alpha must be a number or a 0-d tensor, got {type(alpha).__name__}")
+    else:
+        _number(alpha)
+
+
+def _number(alpha: Any) -> Any:
+    """alpha as a Python float, whatever kind of real number it is; ValueError where it is past float64."""
+    if isinstance(alpha, (float, Tensor, torch.SymFloat, torch.SymInt)):
+        return alpha
+    try:
+        return float(alpha)
+    except OverflowError:
+        raise ValueError(
+            f"alpha must be within float64's range, up to 1.8e308, got {shown(alpha)}"
+        ) from None
+
+
+def shown(number: Any) -> str:
+    """A real number in a few characters, for an error: an integer may have thousands of digits."""
+    try:
+        return f"{float(number):.6g}"
+    except OverflowError:
+        bits = number.numerator.bit_length() - number.denominator.bit_length()
+        return f"about {'-' if number < 0 else ''}2^{bits}"
 
 
 def alpha_tensor(alpha: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """alpha as the 0-d tensor that traced code reads, as exact as sums of `dtype`."""
-    return torch.scalar_tensor(alpha, dtype=formulas.accumulated(dtype), device=device)
+    wide = formulas.accumulated(dtype)
+    if isinstance(alpha, float) and abs(alpha) > torch.finfo(wide).max:
+        alpha = math.copysign(math.inf, alpha)  # as a product with it would be
+    return torch.scalar_tensor(alpha, dtype=wide, device=device)
 
 
 def check_dropout(name: str, p: float) -> None:
@@ -215,13 +242,13 @@ def _apply(
     """The product on checked operands: adapters cast where they must be, x flattened, op or Function called."""
     if A.dtype != x.dtype and not (A.dtype == torch.float32 and x.dtype in _HALF):
         A, B = A.to(x.dtype), B.to(x.dtype)
-    if not isinstance(alpha, (int, float, Tensor, torch.SymFloat, torch.SymInt)):
-        alpha = float(alpha)  # numpy's numbers, fractions
+    alpha = _number(alpha)
     seed = _seed(seed, x.device) if dropout_p else None
     traced = (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or not _EAGER_TYPES.issuperset(map(type, (x, weight, A, B)))
+        or autograd.modes_are_active()
     )
     chosen = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
@@ -233,14 +260,18 @@ def _apply(
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
     if traced:
+        if not torch.compiler.is_compiling():
+            ops.count_flops()
         if not isinstance(alpha, Tensor):
             alpha = alpha_tensor(alpha, x.dtype, x.device)
-        y, _ = ops.lora_linear(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
+        # Compiled code enters a dual level that the operator, when it runs, cannot see.
+        product = autograd.transparent if forward_ad._current_level >= 0 else ops.lora_linear
+        y, _ = product(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
     elif chosen and not needs_grad:
         dropout = as_dropout(dropout_p, seed)
         y, _ = formulas.forward(chosen, rows, weight, A, B, bias, alpha, dropout)
     else:
-        y, _ = LoRALinear.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
+        y, _ = autograd.call(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
     return y if x.ndim == 2 else y.reshape(*lead, weight.shape[0])
 
 
@@ -259,7 +290,6 @@ def _has_usual_derivatives(
             )
         )
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
     )
 

@@ -46,13 +46,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   return {shaped_like(expand(rows, weight.t(), s, B, bias, 0, 0, 1.0), x), s};
 }
 
-// Autograd sees through plain ATen, and so do function transforms.
+// Autograd sees through plain ATen, and so do function transforms, forward mode and those who count
+// or record operators.
 bool must_be_transparent(const Tensor& dy) {
   constexpr c10::DispatchKeySet wrapped(
       {c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
        c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
        c10::DispatchKey::Python});
-  return c10::GradMode::is_enabled() || dy.key_set().has_any(wrapped);
+  return c10::GradMode::is_enabled() || dy.key_set().has_any(wrapped) ||
+         c10::impl::dispatch_mode_enabled() || dy._fw_grad(/*level=*/0).defined();
 }
 
 std::tuple<Tensor, Tensor, Tensor> differentiable_backward(const Tensor& dy, const Tensor& x,
