@@ -8,44 +8,35 @@ products, which autograd sees through. s is an output of the Function, so that a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from lora_kernels import formulas, plan
+from lora_kernels import formulas
+from lora_kernels.backends.base import Products
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.dropout import Dropout
-from lora_kernels.formulas import Needs, Saved
-from lora_kernels.operands import Adapter, QuantizedWeight, Scale, Weight
-from lora_kernels.plan import Plan
+from lora_kernels.formulas import Gradients, Needs, Saved
+from lora_kernels.operands import Adapter, Scale, Weight
+from lora_kernels.plan import Plan, plan_call
+
+ALPHA_IS_NO_PARAMETER = "alpha must not require grad: it is a run-time value, no parameter"
 
 
 class Call:
-    """What a call has beside its tensors: the backend it asks for, and its plan, made when the product runs."""
+    """The backend that a call asks for, and its plan, which is made when the product runs if nobody has made it."""
 
-    __slots__ = ("backend", "dropout_p", "plan")
+    __slots__ = ("backend", "plan")
 
-    def __init__(self, backend: str, dropout_p: float, plan: Plan | None = None) -> None:
-        self.backend, self.dropout_p, self.plan = backend, dropout_p, plan
-
-    def planned(self, x: Tensor, weight: Weight, A: Tensor, bias: Tensor | None) -> Plan:
-        if self.plan is None:
-            dropout = self.dropout_p > 0
-            self.plan = plan.plan_call(self.backend, x, weight, A, bias, dropout)
-        return self.plan
+    def __init__(self, backend: str, plan: Plan | None = None) -> None:
+        self.backend, self.plan = backend, plan
 
 
 class LoRALinear(torch.autograd.Function):
-    """(x, weight, A, B, bias, scale, seed, call) -> (y, s), as `formulas.forward` on 2-D x."""
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        """Function.apply without its look at forward's signature in every call, which costs more than a small product."""
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
-        args = torch._functorch.utils.unwrap_dead_wrappers(args)
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+    """(x, weight, A, B, bias, scale, dropout_p, seed, call) -> (y, s), as `formulas.forward` on 2-D x."""
 
     @staticmethod
     def forward(
@@ -55,25 +46,31 @@ class LoRALinear(torch.autograd.Function):
         B: Tensor,
         bias: Tensor | None,
         scale: Scale,
+        dropout_p: float,
         seed: Tensor | None,
         call: Call,
     ) -> tuple[Tensor, Tensor]:
-        chosen = call.planned(x, weight, A, bias)
-        adapter = Adapter(A, B, scale, as_dropout(call.dropout_p, seed))
-        return formulas.forward(chosen.products, x, chosen.readable(weight), adapter, bias)
+        dropout = as_dropout(dropout_p, seed)
+        plan = call.plan
+        if plan is None:
+            plan = call.plan = plan_call(call.backend, x, weight, A, bias, dropout is not None)
+        adapter = Adapter(A, B, scale, dropout)
+        return formulas.forward(plan.products, x, plan.readable(weight), adapter, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, weight, A, B, _, scale, seed, ctx.call = inputs
+        x, weight, A, B, _, scale, ctx.dropout_p, seed, ctx.call = inputs
+        if ctx.needs_input_grad[5]:  # a transform's wrapper may hide it from `check_operands`
+            raise ValueError(ALPHA_IS_NO_PARAMETER)
         ctx.needs = Needs(*ctx.needs_input_grad[:5])
-        ctx.dtype, ctx.adapter_dtype = x.dtype, A.dtype
+        ctx.dtype, ctx.adapter_dtype, (ctx.K, ctx.R) = x.dtype, A.dtype, A.shape
         ctx.scale = None if isinstance(scale, Tensor) else scale
         scale_tensor = scale if isinstance(scale, Tensor) else None
         ctx.set_materialize_grads(False)
         kept = formulas.keep(ctx.needs, x, weight, A, B, output[1])
         packed: tuple[Tensor, ...] = ()
         ctx.weight = None
-        if isinstance(weight, QuantizedWeight):
+        if not isinstance(weight, Tensor):
             ctx.weight, packed = weight, weight.tensors
             kept = kept._replace(weight=None)
             weight = None
@@ -82,24 +79,7 @@ class LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
-        *saved, scale, seed = ctx.saved_tensors[:7]
-        kept = Saved(*saved)
-        if ctx.weight is not None and ctx.needs.x:
-            kept = kept._replace(weight=ctx.weight.with_tensors(ctx.saved_tensors[7:]))
-        if dy is None:
-            if ds is None or kept.B is None:  # without x's or A's gradient nothing depends on s
-                return (None,) * 8
-            dy = ds.new_zeros((ds.shape[0], kept.B.shape[1]), dtype=ctx.dtype)
-        adapter = _adapter(ctx, kept.A, kept.B, scale, seed)
-        products = COMPOSITE
-        call = ctx.call
-        if not (torch.is_grad_enabled() or ds is not None or _under_transform(dy)) and call.plan:
-            chosen = call.plan.adjoint
-            products = chosen.products
-            if kept.weight is not None:
-                kept = kept._replace(weight=chosen.readable(kept.weight))
-        grads = formulas.backward(products, dy, kept, ctx.needs, adapter, ctx.adapter_dtype, ds)
-        return (*grads, None, None, None)
+        return (*gradients(ctx, dy, ds, _fused), None, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -107,15 +87,63 @@ class LoRALinear(torch.autograd.Function):
         if ctx.weight is not None:
             weight = ctx.weight.with_tensors(ctx.saved_tensors[7:])
         adapter = _adapter(ctx, A, B, scale, seed)
-        return formulas.jvp(COMPOSITE, x, weight, adapter, tangents[:5])
+        return formulas.jvp(COMPOSITE, x, weight, adapter, tangents[:6])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple]:
-        def one_sample(x, weight, A, B, bias, scale, seed, call):
-            adapter = Adapter(A, B, scale, as_dropout(call.dropout_p, seed))
-            return formulas.forward(COMPOSITE, x, weight, adapter, bias)
+        return torch.vmap(transparent, in_dims=in_dims)(*args), (0, 0)
 
-        return torch.vmap(one_sample, in_dims=in_dims)(*args), (0, 0)
+
+def apply(*args: Any) -> tuple[Tensor, Tensor]:
+    """LoRALinear.apply without its look at forward's signature in every call, which costs more than a small product."""
+    if torch._C._are_functorch_transforms_active():
+        return LoRALinear.apply(*args)
+    args = torch._functorch.utils.unwrap_dead_wrappers(args)
+    return super(torch.autograd.Function, LoRALinear).apply(*args)  # type: ignore[misc]
+
+
+def transparent(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    scale: Scale,
+    dropout_p: float,
+    seed: Tensor | None,
+    _call: Call | str,
+) -> tuple[Tensor, Tensor]:
+    """`LoRALinear.forward` by plain ATen, which every transform sees through; no backend is chosen."""
+    adapter = Adapter(A, B, scale, as_dropout(dropout_p, seed))
+    return formulas.forward(COMPOSITE, x, weight, adapter, bias)
+
+
+def gradients(
+    ctx: Any, dy: Tensor | None, ds: Tensor | None, fused: Callable[..., Gradients]
+) -> Gradients:
+    """(dx, dW, dA, dB, dbias) of what `LoRALinear.setup_context` kept: by `fused`, or by ATen, to be differentiated."""
+    *saved, scale, seed = ctx.saved_tensors[:7]
+    kept = Saved(*saved)
+    if ctx.weight is not None and ctx.needs.x:
+        kept = kept._replace(weight=ctx.weight.with_tensors(ctx.saved_tensors[7:]))
+    if dy is None:
+        if ds is None or kept.B is None:  # without x's or A's gradient nothing depends on s
+            return (None,) * 5
+        dy = ds.new_zeros((ds.shape[0], kept.B.shape[1]), dtype=ctx.dtype)
+    adapter = _adapter(ctx, kept.A, kept.B, scale, seed)
+    if torch.is_grad_enabled() or ds is not None or _under_transform(dy) or any_dual(dy, *saved):
+        return formulas.backward(COMPOSITE, dy, kept, ctx.needs, adapter, ctx.adapter_dtype, ds)
+    return fused(ctx, dy, kept, adapter)
+
+
+def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter) -> Gradients:
+    products: Products = COMPOSITE  # its operators are known to whoever counts or records them
+    plan = ctx.call.plan
+    if plan is not None and not modes_are_active():
+        products = plan.adjoint.products
+        if kept.weight is not None:
+            kept = kept._replace(weight=plan.adjoint.readable(kept.weight))
+    return formulas.backward(products, dy, kept, ctx.needs, adapter, ctx.adapter_dtype)
 
 
 def as_dropout(p: float, seed: Tensor | None) -> Dropout | None:
@@ -127,8 +155,23 @@ def _adapter(
     ctx: Any, A: Tensor | None, B: Tensor | None, scale: Tensor | None, seed: Tensor | None
 ) -> Adapter:
     """The forward's adapter over what was saved of it."""
-    dropout = as_dropout(ctx.call.dropout_p, seed)
+    dropout = as_dropout(ctx.dropout_p, seed)
     return Adapter(A, B, ctx.scale if scale is None else scale, dropout)  # type: ignore[arg-type]
+
+
+def any_dual(*tensors: Tensor | None) -> bool:
+    """Whether one of them carries a tangent of forward mode."""
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def modes_are_active() -> bool:
+    """Whether somebody counts, records or traces operators, as FlopCounterMode and make_fx do."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+    )
 
 
 def _under_transform(t: Tensor) -> bool:

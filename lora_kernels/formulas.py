@@ -21,6 +21,9 @@ from torch import Tensor
 from lora_kernels.backends.base import Products
 from lora_kernels.operands import Adapter, Weight
 
+# (dx, dW, dA, dB, dbias), each None where it is not needed.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
 
 class Needs(NamedTuple):
     """Which gradients somebody asked for."""
@@ -68,7 +71,7 @@ def backward(
     adapter: Adapter,
     adapter_dtype: torch.dtype,
     ds: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """(dx, dW, dA, dB, dbias), each None where it is not needed.
 
     `adapter` is the forward's, with A and B of `saved`; `ds` is a gradient that s itself received.
@@ -105,14 +108,16 @@ def jvp(
     adapter: Adapter,
     tangents: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor]:
-    """The tangents of (y, s) for those of (x, weight, A, B, bias), by the product rule; None is a zero tangent."""
-    tx, tweight, tA, tB, tbias = tangents
+    """The tangents of (y, s) for those of (x, weight, A, B, bias, scale), by the product rule; None is a zero tangent."""
+    tx, tweight, tA, tB, tbias, tscale = tangents
     s = products.shrink(x, adapter)
     ts = torch.zeros_like(s)
     if tx is not None:
         ts = ts + products.shrink(tx, adapter)
     if tA is not None:
         ts = ts + products.shrink(x, adapter._replace(A=tA))
+    if tscale is not None:
+        ts = ts + products.shrink(x, adapter._replace(scale=tscale))
     base = torch.zeros_like(x) if tx is None else tx
     ty = products.expand(base, weight.t(), ts, adapter, tbias)
     if tweight is not None:

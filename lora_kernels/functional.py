@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lora_kernels import formulas, ops, plan
-from lora_kernels.autograd import Call, LoRALinear, as_dropout
+from lora_kernels import autograd, formulas, ops, plan
+from lora_kernels.autograd import ALPHA_IS_NO_PARAMETER, Call, as_dropout
 from lora_kernels.operands import (
     HALF,
     Adapter,
@@ -150,13 +151,36 @@ def check_operands(
         if alpha.ndim != 0:
             raise ValueError(f"alpha must be a number or a 0-d tensor, got {_shape(alpha)}")
         if alpha.requires_grad:
-            raise ValueError("alpha must not require grad: it is a run-time value, no parameter")
+            raise ValueError(ALPHA_IS_NO_PARAMETER)
         if alpha.dtype == torch.bool or alpha.dtype.is_complex:
             raise TypeError(f"alpha must be real, got a tensor of {alpha.dtype}")
     elif isinstance(alpha, bool) or not isinstance(
         alpha, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)
     ):
         raise TypeError(f"alpha must be a number or a 0-d tensor, got {type(alpha).__name__}")
+    else:
+        _number(alpha)
+
+
+def _number(alpha: Any) -> Any:
+    """alpha as a Python float, whatever kind of real number it is; ValueError where it is past float64."""
+    if isinstance(alpha, (float, Tensor, torch.SymFloat, torch.SymInt)):
+        return alpha
+    try:
+        return float(alpha)
+    except OverflowError:
+        raise ValueError(
+            f"alpha must be within float64's range, up to 1.8e308, got {shown(alpha)}"
+        ) from None
+
+
+def shown(number: Any) -> str:
+    """A real number in a few characters, for an error: an integer may have thousands of digits."""
+    try:
+        return f"{float(number):.6g}"
+    except OverflowError:
+        bits = number.numerator.bit_length() - number.denominator.bit_length()
+        return f"about {'-' if number < 0 else ''}2^{bits}"
 
 
 def _check_packed(weight: QuantizedWeight, device: torch.device | None) -> None:
@@ -174,7 +198,10 @@ def _check_packed(weight: QuantizedWeight, device: torch.device | None) -> None:
 
 def alpha_tensor(alpha: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """alpha as the 0-d tensor that traced code reads, as exact as sums of `dtype`."""
-    return torch.scalar_tensor(alpha, dtype=accumulated(dtype), device=device)
+    wide = accumulated(dtype)
+    if isinstance(alpha, float) and abs(alpha) > torch.finfo(wide).max:
+        alpha = math.copysign(math.inf, alpha)  # as a product with it would be
+    return torch.scalar_tensor(alpha, dtype=wide, device=device)
 
 
 def check_dropout(name: str, p: float) -> None:
@@ -228,8 +255,7 @@ def _apply(
 ) -> Tensor:
     """The product on checked operands: adapters cast where they must be, x flattened, op or Function called."""
     A, B = adapters_as_used(A, B, x.dtype)
-    if not isinstance(alpha, (int, float, Tensor, torch.SymFloat, torch.SymInt)):
-        alpha = float(alpha)  # numpy's numbers, fractions
+    alpha = _number(alpha)
     seed = _seed(seed, x.device) if dropout_p else None
     quantised = not isinstance(weight, Tensor)  # the type check of an abstract class takes longer
     traced = (
@@ -238,6 +264,7 @@ def _apply(
         or not _EAGER_TYPES.issuperset(
             map(type, (x, A, B, bias) if quantised else (x, weight, A, B, bias))
         )
+        or autograd.modes_are_active()
     )
     chosen = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
@@ -251,16 +278,20 @@ def _apply(
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
     if traced:
+        if not torch.compiler.is_compiling():
+            ops.count_flops()
         if not isinstance(alpha, Tensor):
             alpha = alpha_tensor(alpha, x.dtype, x.device)
+        # Compiled code enters a dual level that the operator, when it runs, cannot see.
+        product = autograd.transparent if forward_ad._current_level >= 0 else ops.lora_linear
         w = weight if isinstance(weight, Tensor) else weight.dense()
-        y, _ = ops.lora_linear(rows, w, A, B, bias, alpha, dropout_p, seed, backend)
+        y, _ = product(rows, w, A, B, bias, alpha, dropout_p, seed, backend)
     elif chosen is not None and not needs_grad:
         weight = chosen.readable(weight)
         y, _ = formulas.forward(chosen.products, rows, weight, adapter, bias)
     else:
-        call = Call(backend, dropout_p, chosen)
-        y, _ = LoRALinear.apply(rows, weight, A, B, bias, alpha, seed, call)
+        call = Call(backend, chosen)
+        y, _ = autograd.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, call)
     return y if x.ndim == 2 else y.reshape(*lead, weight.shape[0])
 
 
@@ -279,7 +310,6 @@ def _has_usual_derivatives(
             )
         )
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
         or forward_ad._current_level >= 0
     )
 

@@ -24,6 +24,7 @@ from lora_kernels.functional import (
     autocast_dtype,
     check_dropout,
     lora_linear,
+    shown,
 )
 
 Place = tuple[str, nn.Module, str, nn.Module]  # name, parent, key and child: `parent.key` is child
@@ -95,7 +96,7 @@ class LoRALayer(nn.Module):
     @property
     def scale(self) -> float:
         """The multiplier of the branch: alpha, as `scaling` divides it."""
-        return SCALINGS[self._scaling](self._alpha, self.rank)
+        return float(SCALINGS[self._scaling](self._alpha, self.rank))
 
     def _write_scale(self) -> None:
         with torch.no_grad():
@@ -136,6 +137,12 @@ class LoRALayer(nn.Module):
         text = f"in_dim={in_dim}, out_dim={self.B.shape[1]}, rank={rank}, alpha={self.alpha}"
         text += "" if self.scaling == "alpha" else f", scaling={self.scaling!r}"
         return text + (f", dropout={self.dropout}" if self.dropout else "")
+
+
+_NO_SCRIPT = (
+    "torch.fx.symbolic_trace and torch.jit.script do not run the layer's Python code; use torch.compile, torch.export or "
+    "torch.jit.trace, or a torch.fx.Tracer whose is_leaf_module is true for LinearWithLoRA"
+)
 
 
 class LinearWithLoRA(nn.Module):
@@ -226,8 +233,14 @@ class LinearWithLoRA(nn.Module):
             self.unmerged_weight = fn(self.unmerged_weight)
         return self
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """TypeError: torch.jit.script calls it, and could not compile this class."""
+        raise TypeError(f"LinearWithLoRA cannot be scripted: {_NO_SCRIPT}")
+
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] for x [..., in_features]."""
+        if isinstance(x, torch.fx.Proxy):
+            raise TypeError(f"x must be a Tensor, got Proxy: {_NO_SCRIPT}")
         if self.merged:
             return self.linear(x)
         linear, lora = self.linear, self.lora
@@ -405,7 +418,7 @@ def check_alpha(alpha: float) -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         raise TypeError(f"alpha must be a real number, got {type(alpha).__name__}")
     if not fits_float32(alpha):
-        raise ValueError(f"alpha must be finite in float32, got {alpha}")
+        raise ValueError(f"alpha must be finite in float32, got {shown(alpha)}")
 
 
 def fits_float32(value: float) -> bool:

@@ -1,20 +1,24 @@
 """The registered operators that torch.compile, torch.export and make_fx see: one for forward, one for backward.
 
 Their kernels choose a backend when they run, so that a traced graph holds no decision about sizes. Each has a fake
-kernel, and the forward has autograd. Eager mode takes `autograd.LoRALinear` or a backend's own operator: a registered
-formula would give silent zeros to forward-mode AD and no second derivatives.
+kernel and every derivative: a function transform, forward mode and a derivative of a derivative get plain ATen instead.
+Eager mode takes `autograd.LoRALinear` or a backend's own operator, which cost less in a call.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lora_kernels import formulas
-from lora_kernels.autograd import as_dropout
-from lora_kernels.formulas import Needs, Saved
+from lora_kernels.autograd import LoRALinear, any_dual, as_dropout, gradients, transparent
+from lora_kernels.backends.base import Products
+from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
+from lora_kernels.formulas import Gradients, Needs, Saved
 from lora_kernels.operands import Adapter, accumulated, name_of
 from lora_kernels.plan import plan_backward, plan_call
 from lora_kernels.problem import Problem
@@ -83,8 +87,6 @@ def _lora_linear_backward(
     first integer, such as a dtype, on. So they come first: calls with other operands left out are told apart. K and R are
     the forward's sizes, which no saved tensor has where few gradients are needed.
     """
-    saved = Saved(x, weight, A, B, s)
-    dropout = as_dropout(dropout_p, seed)
     wide = weight if weight is not None else x  # under DTensor a shard, of which K is the whole
     problem = Problem(
         M=dy.shape[0],
@@ -94,12 +96,49 @@ def _lora_linear_backward(
         dtype=name_of(dy.dtype),
         adapter_dtype=name_of(adapter_dtype),
         device=dy.device.type,
-        dropout=dropout is not None,
+        dropout=seed is not None,
         w_k_major=weight is not None and weight.stride(1) != 1,
         backward=True,
     )
     products = plan_backward(backend, problem, dy.device).products
-    adapter = Adapter(A, B, alpha, dropout)  # type: ignore[arg-type]
+    return _gradients(
+        products, dy, adapter_dtype, needs, Saved(x, weight, A, B, s), alpha, dropout_p, seed
+    )
+
+
+def _transparent_backward(
+    dy: Tensor,
+    adapter_dtype: torch.dtype,
+    needs: list[bool],
+    K: int,
+    R: int,
+    x: Tensor | None,
+    weight: Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    s: Tensor | None,
+    alpha: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_lora_linear_backward` by plain ATen, which autograd and transforms see through."""
+    saved = Saved(x, weight, A, B, s)
+    return _gradients(COMPOSITE, dy, adapter_dtype, needs, saved, alpha, dropout_p, seed)
+
+
+def _gradients(
+    products: Products,
+    dy: Tensor,
+    adapter_dtype: torch.dtype,
+    needs: list[bool],
+    saved: Saved,
+    alpha: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients as an operator returns them, which knows no None."""
+    adapter = Adapter(saved.A, saved.B, alpha, as_dropout(dropout_p, seed))  # type: ignore[arg-type]
     grads = formulas.backward(products, dy, saved, Needs(*needs), adapter, adapter_dtype)
     dx, dW, dA, dB, dbias = (dy.new_empty(0) if grad is None else grad for grad in grads)
     return dx, dW, dA, dB, dbias
@@ -127,32 +166,102 @@ def _lora_linear_backward_fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, weight, A, B, _, alpha, ctx.dropout_p, seed, ctx.backend = inputs
-    ctx.needs = Needs(*ctx.needs_input_grad[:5])
-    ctx.adapter_dtype, (ctx.K, ctx.R) = A.dtype, A.shape
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*formulas.keep(ctx.needs, x, weight, A, B, output[1]), alpha, seed)
+class _Registered(LoRALinear):
+    """`LoRALinear` whose products are the registered operators below autograd; a last argument is their dispatch keys."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _below_autograd(lora_linear, args[-1], args[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        LoRALinear.setup_context(ctx, inputs[:-1], output)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*gradients(ctx, dy, ds, _fused), None, None, None, None, None)
 
 
-def _backward(ctx: Any, dy: Tensor, ds: Tensor | None) -> tuple[Tensor | None, ...]:
-    *saved, alpha, seed = ctx.saved_tensors
+def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter) -> Gradients:
     grads = lora_linear_backward(
         dy,
         ctx.adapter_dtype,
         list(ctx.needs),
         ctx.K,
         ctx.R,
-        *saved,
-        alpha,
+        *kept,
+        adapter.scale,
         ctx.dropout_p,
-        seed,
-        ctx.backend,
+        None if adapter.dropout_in is None else adapter.dropout_in.seed,
+        ctx.call,  # the name of the backend, which the operator asks for when it runs
     )
-    needed = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
-    return (*needed, None, None, None, None)
+    return tuple(g if need else None for g, need in zip(grads, ctx.needs, strict=True))  # type: ignore[return-value]
 
 
-torch.library.register_autograd(
-    "lora_kernels::lora_linear", _backward, setup_context=_setup_context
-)
+def _below_autograd(op: Any, keys: Any, args: tuple) -> Any:
+    if torch._C._len_torch_dispatch_stack():
+        count_flops()
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+
+def _lora_linear_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    if _must_be_transparent(args):
+        return transparent(*args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _Registered.apply(*args, keys)
+    return _below_autograd(lora_linear, keys, args)
+
+
+def _lora_linear_backward_autograd(keys: Any, *args: Any) -> tuple[Tensor, ...]:
+    if _must_be_transparent(args) or (
+        torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+    ):
+        return _transparent_backward(*args)
+    return _below_autograd(lora_linear_backward, keys, args)
+
+
+def _must_be_transparent(args: tuple) -> bool:
+    """Whether a function transform or forward mode is at work, which an autograd.Function in an operator cannot serve."""
+    return torch._C._are_functorch_transforms_active() or any_dual(
+        *(t for t in args if isinstance(t, Tensor))
+    )
+
+
+_LIBRARY = torch.library.Library("lora_kernels", "FRAGMENT")
+_LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd", with_keyset=True)
+_LIBRARY.impl("lora_linear_backward", _lora_linear_backward_autograd, "Autograd", with_keyset=True)
+_LIBRARY.impl("lora_linear", transparent, "FuncTorchBatched")
+_LIBRARY.impl("lora_linear_backward", _transparent_backward, "FuncTorchBatched")
+
+
+def _forward_flops(x_shape, weight_shape, A_shape, *_: Any, **__: Any) -> int:
+    """What FlopCounterMode counts: x·Wᵀ, and the products of the low-rank branch."""
+    (M, K), N, R = x_shape, weight_shape[0], A_shape[1]
+    return 2 * M * N * K + 2 * M * R * (K + N)
+
+
+def _backward_flops(
+    dy_shape: Any, _: Any, needs: list[bool], K: int, R: int, *__: Any, **___: Any
+) -> int:
+    """The same of the gradients that are needed, dy·W and q·Aᵀ of dx, q, dA, dB and dW."""
+    needed, (M, N) = Needs(*needs), dy_shape
+    wide = needed.x + needed.weight
+    lowrank = R * (K * (needed.x + needed.A) + N * ((needed.x or needed.A) + needed.B))
+    return 2 * M * N * K * wide + 2 * M * lowrank
+
+
+def count_flops() -> None:
+    """Give FlopCounterMode the formulas, and those of its kind that are active: to import it would import Triton."""
+    counting = sys.modules.get("torch.utils.flop_counter")
+    if counting is None:
+        return
+    packets = lora_linear.overloadpacket, lora_linear_backward.overloadpacket
+    if packets[0] not in counting.flop_registry:
+        for packet, formula in zip(packets, (_forward_flops, _backward_flops), strict=True):
+            counting.register_flop_formula(packet)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", mode)
+        if isinstance(counter, counting.FlopCounterMode):
+            for packet in packets:  # it took a copy of the registry when it was made
+                counter.flop_registry.setdefault(packet, counting.flop_registry[packet])

@@ -103,10 +103,10 @@ def use_backend(name: str, *, strict: bool = False) -> Iterator[None]:
         _requested = before
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, argument: str = "backend") -> None:
     """ValueError unless `name` is "auto" or a backend's name."""
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
+        raise ValueError(f"{argument} must be one of {('auto', *BACKENDS)}, got {name!r}")
 
 
 def get(name: str) -> Backend:
@@ -177,7 +177,11 @@ def explain(problem: Problem, backend: str = "auto", algorithm: str | None = Non
     ValueError for an unknown name of a backend, RuntimeError where a choice cannot compute the problem.
     """
     check_name(backend)
-    return make_plan(problem, torch.device(problem.device), _asked(backend), algorithm)
+    try:
+        device = torch.device(problem.device)
+    except RuntimeError:
+        raise ValueError(f"device must be a torch device type, got {problem.device!r}") from None
+    return make_plan(problem, device, _asked(backend), algorithm)
 
 
 def predict(problem: Problem, target: Target) -> list[Candidate]:
@@ -336,7 +340,7 @@ def _asked(name: str) -> tuple[str, bool]:
     if _requested is not None and _requested != ("auto", False):
         return _requested
     name = env.backend()
-    check_name(name)
+    check_name(name, "LORA_KERNELS_BACKEND")
     return name, False
 
 

@@ -19,6 +19,7 @@ class Problem:
     `dtype` is that of x, W, bias and y; `adapter_dtype` that of A and B. `device` is a torch device type: "cpu", "cuda".
     `w_k_major` says that consecutive k are adjacent in memory: true in forward (nn.Linear stores [N, K]). `backward`: x is
     dy, y is dx, and dA and dB are computed beside them. `weight_format`: "dense", or the name of a quantised format.
+    ValueError or TypeError names the field, its value and the rule.
     """
 
     M: int
@@ -33,6 +34,23 @@ class Problem:
     w_k_major: bool = True
     backward: bool = False
     weight_format: str = DENSE
+
+    def __post_init__(self) -> None:
+        for name in ("M", "N", "K", "R"):
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name} must be an integer, got {type(size).__name__}")
+            if not 0 <= size < 2**63:
+                raise ValueError(f"{name} must be in [0, 2^63), got {size}")
+        for name in ("dtype", "adapter_dtype"):
+            if getattr(self, name) not in ITEMSIZE:
+                raise ValueError(
+                    f"{name} must be one of {tuple(ITEMSIZE)}, got {getattr(self, name)!r}"
+                )
+        if not isinstance(self.device, str) or not self.device.isidentifier():
+            raise ValueError(
+                f"device must be a torch device type such as 'cpu', got {self.device!r}"
+            )
 
     @property
     def itemsize(self) -> int:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import lora_linear, use_backend
+from lora_kernels.dropout import Dropout, scaled_mask
 from tests.oracle import reference
 from tests.test_functional import NAMES, operands
 
@@ -32,6 +33,15 @@ def ours(x, weight, A, B, bias, **options):
 
 def plain(x, weight, A, B, bias):
     return reference(x, weight, A, B, 0.75, bias)
+
+
+def tangent_of(function):
+    """The tangent, or tangents, of what `function` returns within a dual level."""
+    with forward_ad.dual_level():
+        out = function()
+        if isinstance(out, tuple):
+            return [forward_ad.unpack_dual(t).tangent for t in out]
+        return forward_ad.unpack_dual(out).tangent
 
 
 @pytest.mark.parametrize("needed", SUBSETS, ids="+".join)
@@ -165,6 +175,78 @@ class TestHigherOrder:
             jvp(ours, tensors, tangents), jvp(plain, tensors, tangents), strict=True
         ):
             torch.testing.assert_close(mine, theirs)
+
+    @pytest.mark.parametrize("p", [0.0, 0.5])
+    def test_forward_mode_in_alpha(self, p):
+        """By hand, under other transforms, and in the derivatives of a derivative."""
+        x, weight, A, B, bias = (t.detach() for t in doubles())
+        mask = scaled_mask(Dropout(p, torch.tensor(5)), *x.shape, x.dtype) if p else None
+
+        def mine(alpha, a=A):
+            return lora_linear(x, weight, a, B, alpha, bias, dropout_p=p, seed=5).square().sum()
+
+        def theirs(alpha, a=A):
+            return reference(x, weight, a, B, alpha, bias, mask=mask).square().sum()
+
+        alpha, one = torch.tensor(0.75).double(), torch.tensor(1.0).double()
+        for f in (
+            lambda g: jvp(g, (alpha,), (one,)),
+            lambda g: jacfwd(g)(alpha),
+            lambda g: jacfwd(jacfwd(g))(alpha),
+            lambda g: jvp(lambda scale: grad(lambda a: g(scale, a))(A), (alpha,), (one,)),
+            lambda g: vmap(jacfwd(g))(torch.stack((alpha, one))),
+            lambda g: grad(lambda a: jvp(lambda scale: g(scale, a), (alpha,), (one,))[1])(A),
+            lambda g: tangent_of(lambda: g(forward_ad.make_dual(alpha, one))),
+        ):
+            torch.testing.assert_close(f(mine), f(theirs))
+
+    def test_reverse_mode_in_alpha_is_refused(self):
+        tensors = [t.detach() for t in doubles()]
+        alpha = torch.tensor(0.75).double()
+
+        def of_alpha(scale):
+            return lora_linear(*tensors[:4], scale, tensors[4]).sum()
+
+        for derivative in (grad, jacrev, lambda f: grad(jacfwd(f))):
+            with pytest.raises(ValueError, match="alpha must not require grad"):
+                derivative(of_alpha)(alpha)
+        with pytest.raises(ValueError, match="alpha must not require grad"):
+            vmap(grad(of_alpha))(alpha.expand(2))
+
+    def test_forward_over_reverse_and_reverse_over_forward(self, backend):
+        """Within a dual level, without a function transform: also where only the incoming gradient is dual."""
+        x, weight, A, B, bias = (t.detach() for t in operands())
+        dx, ddy = torch.randn_like(x), torch.randn(9, 7)
+
+        def derivatives(function):
+            leaves = [t.clone().requires_grad_() for t in (x, A, B)]
+
+            def y(first):
+                return function(first, weight, leaves[1], leaves[2], bias)
+
+            def over_reverse():
+                dual = forward_ad.make_dual(leaves[0], dx)
+                return torch.autograd.grad(y(dual).square().sum(), leaves)
+
+            def over_forward():
+                return y(forward_ad.make_dual(leaves[0], dx)).square().sum()
+
+            made = y(leaves[0])
+            with forward_ad.dual_level():
+                tangent = forward_ad.unpack_dual(over_forward()).tangent
+                found = list(torch.autograd.grad(tangent, leaves))
+            found += tangent_of(over_reverse)
+            found += tangent_of(
+                lambda: torch.autograd.grad(
+                    made, leaves, forward_ad.make_dual(torch.ones_like(ddy), ddy)
+                )
+            )
+            return found
+
+        with use_backend(backend):
+            mine = derivatives(ours)
+        for actual, expected in zip(mine, derivatives(plain), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
     def test_dual_numbers(self):
         tensors = [t.detach() for t in doubles()]

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -28,6 +30,7 @@ from lora_kernels import (
 )
 from lora_kernels.integrations.peft import FusedLinear, accelerate
 from lora_kernels.reference import LinearWithLoRA as ReferenceLayer
+from tests.oracle import reference
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +153,75 @@ class TestCompile:
 
         compiled = torch.compile(product, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), product(x), rtol=0, atol=1e-14)
+
+
+def _dual(f):
+    def tangent(p, x):
+        with forward_ad.dual_level():
+            y = f(p, forward_ad.make_dual(x, torch.ones_like(x)))
+            return forward_ad.unpack_dual(y).tangent
+
+    return tangent
+
+
+TRANSFORMS = {
+    "grad": lambda f: grad(lambda p, x: f(p, x).square().sum()),
+    "jacrev": jacrev,
+    "jacfwd": jacfwd,
+    "per sample": lambda f: vmap(grad(lambda p, x: f(p, x).square().sum()), in_dims=(None, 0)),
+    "vmap": lambda f: vmap(f, in_dims=(None, 0)),
+    "hessian": lambda f: hessian(lambda p, x: f(p, x).square().sum(), argnums=1),
+    "jvp": lambda f: lambda p, x: jvp(lambda x: f(p, x), (x,), (torch.ones_like(x),)),
+    "jvp of grad": lambda f: (
+        lambda p, x: jvp(grad(lambda x: f(p, x).square().sum()), (x,), (torch.ones_like(x),))
+    ),
+    "vjp": lambda f: lambda p, x: vjp(lambda x: f(p, x), x)[1](torch.ones_like(f(p, x))),
+    "dual": _dual,
+}
+
+
+class TestCompiledTransforms:
+    """torch.func within compiled code, in one graph, as the plain formula allows."""
+
+    def layer(self, dtype=torch.float32):
+        layer = LinearWithLoRA(nn.Linear(6, 5), 2, 0.75).to(dtype)
+        nn.init.normal_(layer.lora.B)
+        return layer, {name: p.detach() for name, p in layer.named_parameters()}
+
+    def check(self, transform, **options):
+        layer, parameters = self.layer()
+        x = torch.randn(4, 6)
+
+        def plain(p, x):
+            return reference(
+                x, p["linear.weight"], p["lora.A"], p["lora.B"], 0.75, p["linear.bias"]
+            )
+
+        def ours(p, x):
+            return functional_call(layer, p, (x,))
+
+        compiled = torch.compile(transform(ours), fullgraph=True, **options)
+        torch.testing.assert_close(
+            compiled(parameters, x), transform(plain)(parameters, x), rtol=1e-4, atol=1e-4
+        )
+
+    @pytest.mark.parametrize("name", TRANSFORMS)
+    def test_values(self, name):
+        self.check(TRANSFORMS[name], backend="aot_eager")
+
+    @pytest.mark.parametrize("backend", ["eager", "inductor"])
+    @pytest.mark.parametrize("name", ["per sample", "jvp"])
+    def test_values_of_other_compilers(self, name, backend):
+        self.check(TRANSFORMS[name], backend=backend)
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_a_transform_of_compiled_code(self, backend):
+        layer, _ = self.layer()
+        x, tangent = torch.randn(4, 6), torch.randn(4, 6)
+        compiled = torch.compile(layer, backend=backend)
+        actual = jvp(compiled, (x,), (tangent,))
+        expected = jvp(lambda x: layer.linear(x) + layer.lora(x), (x,), (tangent,))
+        torch.testing.assert_close(actual, expected)
 
 
 class TestExport:

@@ -10,8 +10,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import lora_linear
-from lora_kernels.autograd import Call, LoRALinear
+from lora_kernels import autograd, lora_linear
+from lora_kernels.autograd import Call
 from lora_kernels.backends.cpu import BACKEND, PRODUCTS
 from tests.oracle import AWKWARD
 from tests.test_functional import NAMES, operands
@@ -52,7 +52,7 @@ def by_function(x, weight, A, B, bias, dropout_p=0.0, seed=None):
     """The same by the autograd Function in Python and the backend's products."""
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     seed = None if seed is None else torch.tensor(seed)
-    y, _ = LoRALinear.apply(rows, weight, A, B, bias, 0.75, seed, Call("cpu", dropout_p))
+    y, _ = autograd.apply(rows, weight, A, B, bias, 0.75, dropout_p, seed, Call("cpu"))
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 

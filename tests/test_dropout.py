@@ -33,11 +33,12 @@ def test_zero_key_and_counter_give_the_published_words():
     assert [f"{word:08x}" for word in words] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**40 + 17, 2**63 - 1])
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**40 + 17, 2**63 - 1, -1, -(2**63)])
 def test_words_are_philox_for_every_seed_and_large_counters(seed):
     counters = [0, 1, 2**31, 2**32 - 1, 2**32, 2**45 + 3]
     words = _philox(torch.tensor(seed), torch.tensor(counters))
-    assert words.tolist() == [philox_in_python(c, seed) for c in counters]
+    key = seed % 2**64  # a negative seed is its 64 bits
+    assert words.tolist() == [philox_in_python(c, key) for c in counters]
 
 
 def test_a_part_of_the_mask_is_the_masks_part():
@@ -67,9 +68,9 @@ def test_threshold_is_a_probability():
     assert threshold(1 - 1e-12) == 2**32 - 1
 
 
-def test_forward_and_every_gradient_use_one_mask(backend):
+@pytest.mark.parametrize("seed", [12345, -7, -(2**63)])
+def test_forward_and_every_gradient_use_one_mask(backend, seed):
     x, weight, A, B, bias = operands(M=24, N=20, K=30, R=4)
-    seed = 12345
     mask = scaled_mask(Dropout(0.4, torch.tensor(seed)), 24, 30, torch.float64)
     leaves = (x, weight, A, B, bias)
     with use_backend(backend):
@@ -92,6 +93,23 @@ def test_gradcheck_with_a_fixed_mask():
         assert check(
             lambda x, w, a, b, c: lora_linear(x, w, a, b, 0.5, c, dropout_p=0.5, seed=9), tensors
         )
+
+
+def test_forward_mode_uses_the_mask_of_the_value():
+    x, weight, A, B, bias = (
+        t.detach() for t in operands(M=24, N=20, K=30, R=4, dtype=torch.float64)
+    )
+    mask = scaled_mask(Dropout(0.4, torch.tensor(9)), 24, 30, torch.float64)
+    tangents = tuple(torch.randn_like(t) for t in (x, A, B))
+    _, actual = torch.func.jvp(
+        lambda x, a, b: lora_linear(x, weight, a, b, 0.75, bias, dropout_p=0.4, seed=9),
+        (x, A, B),
+        tangents,
+    )
+    _, expected = torch.func.jvp(
+        lambda x, a, b: reference(x, weight, a, b, 0.75, bias, mask=mask), (x, A, B), tangents
+    )
+    torch.testing.assert_close(actual, expected)
 
 
 def test_the_generator_decides_and_moves_on():

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_kernels.backends import eager
+from lora_kernels.backends.base import left_is_wide
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.backends.eager import PRODUCTS as EAGER
+from lora_kernels.dropout import Dropout
 from tests.oracle import AWKWARD, FLOAT64, Case, check_products
 
 
@@ -19,6 +22,37 @@ def test_eager_products(case):
 @pytest.mark.parametrize("case", AWKWARD + FLOAT64, ids=str)
 def test_composite_products(case):
     check_products(COMPOSITE, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_blocks_after_the_first(dtype, monkeypatch):
+    """Each block of rows takes its own rows of the mask."""
+    monkeypatch.setitem(eager._BLOCK_BYTES, "cpu", 4 * 42 * 16)  # 16 rows of K = 42
+    check_products(
+        EAGER, Case(70, 37, 42, 5, dtype=dtype, adapter_dtype=torch.float32, dropout=0.3)
+    )
+
+
+@pytest.mark.parametrize(
+    "left, right, masked, wide",
+    [
+        (
+            (9, 4, torch.float32),
+            (9, 8, torch.float32),
+            True,
+            True,
+        ),  # a masked left, though narrower
+        ((9, 4, torch.float32), (9, 8, torch.float32), False, False),
+        ((9, 8, torch.float32), (9, 4, torch.float32), False, True),
+        ((9, 4, torch.float32), (9, 4, torch.float32), False, True),
+        ((9, 4, torch.bfloat16), (9, 8, torch.float32), False, True),  # the rank is the wider one
+        ((9, 8, torch.float32), (9, 4, torch.bfloat16), False, False),
+    ],
+)
+def test_which_operand_of_an_outer_product_has_the_bases_width(left, right, masked, wide):
+    operands = [torch.empty(rows, cols, dtype=dtype) for rows, cols, dtype in (left, right)]
+    dropout = Dropout(0.5, torch.tensor(1)) if masked else None
+    assert left_is_wide(*operands, dropout) == wide
 
 
 class _Largest(TorchDispatchMode):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import Problem, explain, lora_linear, use_backend
+from lora_kernels import LinearWithLoRA, Problem, explain, lora_linear, use_backend
 from tests.oracle import assert_budget, reference
 
 NAMES = ("x", "weight", "A", "B", "bias")
@@ -132,20 +135,25 @@ def test_any_mix_of_dtypes(dtype, adapter):
         compare(tensors)
 
 
-def test_float32_adapters_are_used_as_they_are():
-    """On a bfloat16 base a float32 A is not rounded to bfloat16 first."""
-    x, weight, _, B, _ = (t.detach() for t in operands(dtype=torch.bfloat16))
-    A = torch.full((6, 3), 1.0 + 2**-12)  # rounds to 1 in bfloat16
-    zero = torch.zeros_like(weight)
-    y32 = lora_linear(x.abs() + 1, zero, A, B.float().abs() * 64, 1.0)
-    rounded = lora_linear(x.abs() + 1, zero, A.bfloat16().float(), B.float().abs() * 64, 1.0)
-    s = (x.abs() + 1).double() @ A.double()
-    exact = s @ (B.double().abs() * 64)
-    assert (y32.double() - exact).abs().sum() <= (rounded.double() - exact).abs().sum()
-    grads = torch.autograd.functional.jacobian(
-        lambda a: lora_linear(x.abs() + 1, zero, a, B.float(), 1.0).sum(), A
-    )
-    assert grads.dtype == torch.float32
+def test_float32_adapters_are_used_as_they_are(backend):
+    """On a bfloat16 base neither A nor B is rounded to bfloat16 first: the branch cancels all that would be left."""
+    x = torch.ones(4, 6, dtype=torch.bfloat16)
+    weight = torch.zeros(5, 6, dtype=torch.bfloat16)
+    small = 2.0**-12  # 1 + small is 1 in bfloat16
+    signs = torch.tensor([1.0, -1.0]).repeat(3)
+    A = (signs * (1 + small * (signs > 0)))[:, None]  # each row of x·A sums to 3·small
+    B = torch.ones(1, 5)
+    with use_backend(backend):
+        y = lora_linear(x, weight, A, B, 1.0)
+        in_b = lora_linear(
+            x, weight, signs.repeat(2, 1).t(), torch.stack((B[0] + small, -B[0])), 1.0
+        )
+        A, B = A.requires_grad_(), B.requires_grad_()
+        lora_linear(x, weight, A, B, 1.0).sum().backward()
+    assert torch.equal(y, torch.full_like(y, 3 * small))
+    assert not in_b.any()  # x·A is zero there, so B cannot matter
+    assert A.grad.dtype == B.grad.dtype == torch.float32
+    assert torch.equal(B.grad, torch.full((1, 5), 12 * small))
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -297,6 +305,45 @@ class TestAlpha:
     def test_numbers_and_tensors(self, alpha):
         compare(operands(), alpha=alpha)
 
+    @pytest.mark.parametrize("traced", [False, True])
+    @pytest.mark.parametrize(
+        "alpha",
+        [10**30, -(10**300), Fraction(10**300, 7), np.float64(1e300), np.longdouble(1e39)],
+        ids=["int", "negative", "fraction", "numpy", "long double"],
+    )
+    def test_numbers_past_float32(self, alpha, traced):
+        """Right in float64, no finite result in float32; traced code does the same."""
+        tensors = [t.detach() for t in operands(dtype=torch.float64)]
+        tensors[1].zero_()
+        mode = FlopCounterMode(display=False) if traced else nullcontext()
+        with mode:
+            y = lora_linear(*tensors[:4], alpha)
+            narrow = lora_linear(*(t.float() for t in tensors[:4]), alpha)
+        torch.testing.assert_close(y, reference(*tensors[:4], float(alpha)))
+        assert narrow.isfinite().all() == (abs(alpha) < 1e38)
+
+    @pytest.mark.parametrize(
+        "alpha, text",
+        [(10**400, "2^1328"), (-(10**5000), "-2^16609"), (Fraction(10**400), "2^1328")],
+        ids=["int", "negative", "fraction"],
+    )
+    def test_numbers_past_float64_are_refused(self, alpha, text):
+        for call in (lora_linear, explain):
+            with pytest.raises(ValueError, match=r"alpha must be within float64's range") as caught:
+                call(*operands()[:4], alpha)
+            assert str(caught.value).endswith(f"got about {text}")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_layer_of_a_large_whole_alpha(self, dtype):
+        layer = LinearWithLoRA(torch.nn.Linear(6, 5), 2, 10**30).to(dtype)
+        torch.nn.init.ones_(layer.lora.B)
+        x = torch.randn(3, 6, dtype=dtype)
+        torch.testing.assert_close(layer(x), layer.linear(x) + layer.lora(x))
+        layer.lora.alpha = 10**31
+        assert layer.lora.scale_tensor == torch.tensor(1e31, dtype=dtype)
+        with pytest.raises(ValueError, match=r"finite in float32, got about 2\^16609"):
+            layer.lora.alpha = 10**5000
+
 
 BAD = {
     "x must be a Tensor": (TypeError, {"x": [[1.0]]}),
@@ -342,6 +389,10 @@ BAD = {
     "seed must be in [-2^63, 2^63), got 9223372036854775808": (
         ValueError,
         {"dropout_p": 0.5, "seed": 2**63},
+    ),
+    "seed must be in [-2^63, 2^63), got -9223372036854775809": (
+        ValueError,
+        {"dropout_p": 0.5, "seed": -(2**63) - 1},
     ),
     "seed must be 0-d int64": (ValueError, {"dropout_p": 0.5, "seed": torch.tensor([1])}),
     "backend must be one of ('auto', 'cuda', 'triton', 'cpu', 'eager'), got 'cublas'": (
@@ -405,4 +456,14 @@ def test_fake_tensors_have_shapes_strides_and_a_backward(backend):
         y = lora_linear(*tensors[:4], 1.0, tensors[4], dropout_p=0.1)
         y.sum().backward()
     assert y.shape == (2, 3, 7) and y.dtype == torch.bfloat16 and y.is_contiguous()
-    assert [t.grad.shape for t in tensors] == [t.shape for t in tensors]
+    assert [(t.grad.shape, t.grad.dtype) for t in tensors] == [(t.shape, t.dtype) for t in tensors]
+
+
+def test_autocast_is_off_within_a_call():
+    """The half operands are rounded once: float32 adapters and sums stay as they are."""
+    tensors = [t.detach() for t in operands(M=17, N=20, K=48, R=4)]
+    halved = [tensors[0].bfloat16(), tensors[1].bfloat16(), *tensors[2:4]]
+    bias = tensors[4]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lora_linear(*tensors[:4], 0.5, bias, backend="eager")
+    assert torch.equal(y, lora_linear(*halved, 0.5, bias.bfloat16(), backend="eager"))

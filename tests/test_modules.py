@@ -696,3 +696,30 @@ class TestManagement:
             and "dropout=0.1" in text
             and "in_dim=6" in text
         )
+
+
+class TestTracersOfPythonCode:
+    """torch.fx.symbolic_trace and torch.jit.script say what to use instead; a tracer may take the layer as a leaf."""
+
+    net = staticmethod(lambda: nn.Sequential(LinearWithLoRA(nn.Linear(6, 5), 2, 1.0), nn.ReLU()))
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("pick", [lambda net: net, lambda net: net[0]], ids=["net", "layer"])
+    def test_they_are_refused_by_name(self, pick):
+        with pytest.raises(TypeError, match=r"got Proxy: torch\.fx\.symbolic_trace.*torch\.export"):
+            torch.fx.symbolic_trace(pick(self.net()))
+        with pytest.raises(TypeError, match=r"cannot be scripted: .*torch\.jit\.trace"):
+            torch.jit.script(pick(self.net()))
+
+    def test_a_tracer_with_the_layer_as_a_leaf(self):
+        class Tracer(torch.fx.Tracer):
+            def is_leaf_module(self, module, name):
+                return isinstance(module, LinearWithLoRA) or super().is_leaf_module(module, name)
+
+        net = self.net()
+        nn.init.normal_(net[0].lora.B)
+        traced = torch.fx.GraphModule(net, Tracer().trace(net))
+        x = torch.randn(3, 6)
+        torch.testing.assert_close(traced(x), net(x))
+        net[0].lora.alpha = 3.0
+        torch.testing.assert_close(traced(x), net(x))

@@ -167,8 +167,50 @@ def test_the_environment_names_what_auto_means(install, monkeypatch):
     call()
     assert cpu.products == 0 and explain(PROBLEM).backend == "eager"
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "fpga")
-    with pytest.raises(ValueError, match=r"backend must be one of .* got 'fpga'"):
+    with pytest.raises(ValueError, match=r"^LORA_KERNELS_BACKEND must be one of .* got 'fpga'"):
         call()
+
+
+def test_a_block_of_auto_leaves_the_environments_word(install, monkeypatch):
+    cpu = install(Fake("cpu"))
+    monkeypatch.setenv("LORA_KERNELS_BACKEND", "eager")
+    with use_backend("cpu"), use_backend("auto"):
+        call()
+    assert cpu.products == 0
+
+
+def test_explain_describes_the_call(install):
+    """The sizes, the types, the layout of the weight and the dropout are those that the call hands to the choice."""
+    seen = []
+    cpu = install(Fake("cpu"))
+    cpu.candidates = lambda problem, target: seen.append(problem) or [cpu.candidate]
+    x, weight, A, B, bias = (t.detach() for t in operands(lead=(2, 5), dtype=torch.bfloat16))
+    transposed = weight.t().contiguous().t()
+    for operand, adapters, options in (
+        (weight, torch.bfloat16, {}),
+        (transposed, torch.float32, {"dropout_p": 0.5}),
+        (weight, torch.float64, {"bias": bias}),
+    ):
+        args = (x, operand, A.to(adapters), B.to(adapters), 1.0)
+        seen.clear()
+        plan.forget()
+        lora_linear(*args, **options)
+        (called,) = seen
+        assert explain(*args, **options).problem == called
+        assert (called.M, called.N, called.K, called.R) == (10, 7, 6, 3)
+        assert called.w_k_major == (operand is weight)
+        assert called.dropout == ("dropout_p" in options) and called.bias == ("bias" in options)
+        assert called.adapter_dtype == ("float32" if adapters == torch.float32 else "bfloat16")
+
+
+def test_a_compiled_backward_takes_the_forwards_word(install):
+    cpu = install(Fake("cpu"))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *t: lora_linear(*t[:4], 1.0, backend="eager"), backend="aot_eager"
+    )
+    compiled(*operands()).sum().backward()
+    assert cpu.products == 0
 
 
 def test_unknown_names_are_refused_before_anything_runs():
@@ -320,6 +362,30 @@ def test_problem_counts():
     assert (back.N, back.K, back.bias, back.w_k_major) == (256, 512, False, False)
     assert back.adjoint().flops == problem.flops and not problem.empty
     assert Problem(0, 1, 1, 1, "float32", "float32").empty
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"M": 10**23}, ValueError, r"M must be in \[0, 2\^63\), got 100000000000000000000000$"),
+        ({"N": 2**63}, ValueError, "N must be in"),
+        ({"K": -1}, ValueError, r"K must be in .*, got -1"),
+        ({"R": 8.0}, TypeError, "R must be an integer, got float"),
+        ({"R": True}, TypeError, "R must be an integer, got bool"),
+        ({"dtype": "int8"}, ValueError, "^dtype must be one of .*, got 'int8'"),
+        ({"adapter_dtype": "int8"}, ValueError, "adapter_dtype must be one of .*, got 'int8'"),
+        ({"device": "cuda:0"}, ValueError, "device must be a torch device type .*, got 'cuda:0'"),
+        ({"device": "toaster"}, ValueError, "device must be a torch device type, got 'toaster'"),
+    ],
+    ids=str,
+)
+def test_a_problem_that_cannot_be_is_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        explain(replace(PROBLEM, **change))
+
+
+def test_the_largest_problem_is_one():
+    assert explain(replace(PROBLEM, M=2**63 - 1)).backend
 
 
 def test_choices_do_not_depend_on_values_or_layout_of_x():

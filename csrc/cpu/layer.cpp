@@ -50,11 +50,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& any_x, const Tensor& any_weight
   return {shaped_like(expand(rows, weight->t(), s, *B, bias, 0, 0, 1.0), *x), s};
 }
 
-// Autograd sees through plain ATen, and so does every kind of tensor that cannot be read here.
+// Autograd sees through plain ATen, and so do function transforms, forward mode, those who count or
+// record operators, and every kind of tensor that cannot be read here.
 bool must_be_transparent(const Tensor& dy, const variable_list& saved) {
   const auto kept = [](const Tensor& t) { return !t.defined() || readable(t); };
-  return c10::GradMode::is_enabled() || !readable(dy) ||
-         !std::all_of(saved.begin(), saved.end(), kept);
+  return c10::GradMode::is_enabled() || !readable(dy) || c10::impl::dispatch_mode_enabled() ||
+         dy._fw_grad(/*level=*/0).defined() || !std::all_of(saved.begin(), saved.end(), kept);
 }
 
 std::tuple<Tensor, Tensor, Tensor> differentiable_backward(const Tensor& dy, const Tensor& x,

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels import plan
-from lora_kernels.autograd import Call, LoRALinear
+from lora_kernels import autograd, plan
+from lora_kernels.autograd import Call
 from lora_kernels.functional import lora_linear
 from lora_kernels.operands import problem_of
 from lora_kernels.problem import Problem
@@ -191,9 +191,9 @@ def _peft(layer: Layer) -> Built:
 def _two_kernel(layer: Layer) -> Built:
     def function(x: Tensor) -> Tensor:
         problem = problem_of(x, layer.weight, layer.A, layer.bias, dropout=False)
-        call = Call("triton", 0.0, plan.explain(problem, "triton", "two_kernel"))
-        y, _ = LoRALinear.apply(
-            x, layer.weight, layer.A, layer.B, layer.bias, layer.alpha, None, call
+        call = Call("triton", plan.explain(problem, "triton", "two_kernel"))
+        y, _ = autograd.apply(
+            x, layer.weight, layer.A, layer.B, layer.bias, layer.alpha, 0.0, None, call
         )
         return y
 
