@@ -1,4 +1,4 @@
-"""The command line: `python -m lora_kernels COMMAND`, each command a module of `cli`, imported when it is asked for."""
+"""The command line: `python -m lora_kernels COMMAND`, each command a module of `cli`, imported when it runs."""
 
 from __future__ import annotations
 
@@ -45,13 +45,17 @@ def main(argv: list[str] | None = None) -> int:
         code = args.run(args)
         sys.stdout.flush()
         return code
-    except (
-        BrokenPipeError
-    ):  # the reader, such as `head`, has seen enough; the interpreter's last flush goes nowhere
+    except BrokenPipeError:
+        # The reader, such as `head`, has ended; the interpreter's last flush must go somewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, ModuleNotFoundError, RuntimeError, OSError) as error:
-        print(f"lora_kernels {args.command}: {error}", file=sys.stderr)
+    except (
+        *(ValueError, TypeError, ArithmeticError, MemoryError),
+        *(ModuleNotFoundError, RuntimeError, OSError),
+    ) as error:
+        # The first line: PyTorch's errors go on with the calls in C++ that led to them.
+        text = (str(error).strip() or repr(error)).splitlines()[0]
+        print(f"lora_kernels {args.command}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"lora_kernels {args.command}: stopped", file=sys.stderr)

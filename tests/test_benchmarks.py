@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
-import statistics as stdlib
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from lora_kernels.tuning.select import Choice
 
 from lora_kernels.__main__ import main
 from lora_kernels.bench import (
@@ -20,19 +19,22 @@ from lora_kernels.bench import (
     clock,
     compare,
     contenders,
-    cost_model,
     linear,
     machine,
     memory,
     presets,
     report,
     results,
-    statistics,
+    roofline,
+    tiles,
     training,
 )
 from lora_kernels.bench import run as runner
 from lora_kernels.bench.results import Results, Row
+from lora_kernels.cli import check_output
 from lora_kernels.problem import Problem
+from lora_kernels.tuning import cost
+from lora_kernels.tuning.targets import TARGETS
 
 ROOT = Path(__file__).parent.parent
 PROBLEM = Problem(33, 20, 48, 5, "float32", "float32", bias=True)
@@ -46,7 +48,7 @@ RATES = {
     "float32_ours_gflops": 80.0,
 }
 QUICK = linear.Effort(0.01, (3, 5))
-ON_CPU = ("frozen", "reference", "addmm", "expand_first", "peft", "ours[eager]", "ours[cpu]")
+ON_CPU = ("reference", "addmm", "peft", "ours[eager]", "ours[cpu]")
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +78,10 @@ def made_results(*rows):
     return Results(facts, {"torch": "9"}, "abc", "2026-11-24", "bench", RATES, list(rows))
 
 
+KEYS = json.dumps({"schema": 1, "machine": {}, "versions": {}, "sha": "", "date": ""})[:-1]
+KEYS += ', "command": "", "ceilings": {}, '
+
+
 class DriftingClock:
     """Every sample takes longer than the one before: a machine that gets slower."""
 
@@ -93,9 +99,12 @@ def test_calls_take_turns_so_that_drift_cancels():
     taken = clock.interleaved(calls, fake, seconds=0.0, rounds=(24, 24))
     assert {len(samples) for samples in taken.values()} == {24}
     assert taken["a"][-1] > 3 * taken["a"][0]
-    assert statistics.ratios(taken["b"], taken["a"]).median == pytest.approx(2.0, rel=0.03)
-    assert statistics.ratios(taken["c"], taken["a"]).median == pytest.approx(1.0, rel=0.03)
-    rounds = fake.order[3:]  # the first three found out how often to repeat
+    taken |= {"frozen": taken["a"], "reference": taken["c"]}
+    rows = {name: results.row("linear", "a case", "step", name, taken) for name in "bc"}
+    assert rows["b"].to_floor == pytest.approx(2.0, rel=0.03)
+    assert rows["c"].to_floor == pytest.approx(1.0, rel=0.03)
+    assert rows["b"].to_reference == pytest.approx(2.0, rel=0.03)
+    rounds = fake.order[6:]  # the first six found out how often to repeat
     firsts = [rounds[start] for start in range(0, len(rounds), 3)]
     assert set(firsts) == set(calls.values())
 
@@ -106,12 +115,25 @@ def test_the_host_clock_counts_one_repetition():
     assert calls == ["call"] * 5 + ["wait"] and 0 < us < 1e5
 
 
-def test_median_and_quartiles():
-    samples = [random.Random(0).random() for _ in range(1)] + [float(i * i % 17) for i in range(30)]
-    found = statistics.summary(samples)
-    low, middle, high = stdlib.quantiles(samples, n=4, method="inclusive")
-    assert (found.low, found.median, found.high) == pytest.approx((low, middle, high))
-    assert statistics.summary([3.0]) == statistics.Summary(3.0, 3.0, 3.0)
+@pytest.mark.parametrize(
+    ("samples", "quartiles"),
+    [
+        ([7.0], (7.0, 7.0, 7.0)),
+        ([1.0, 9.0], (3.0, 5.0, 7.0)),
+        ([16.0, 1.0, 4.0, 9.0], (3.25, 6.5, 10.75)),
+        ([25.0, 1.0, 16.0, 4.0, 9.0], (4.0, 9.0, 16.0)),
+        ([36.0, 1.0, 25.0, 16.0, 4.0, 9.0], (5.25, 12.5, 22.75)),
+    ],
+)
+def test_median_and_quartiles(samples, quartiles):
+    """Distinct neighbours, so that a quartile between two of them says how it lies there."""
+    assert results.summary(samples) == results.Summary(*quartiles)
+    row = results.row(
+        "linear", "a case", "step", "it", {"it": samples, "frozen": [2.0] * len(samples)}
+    )
+    assert (row.low, row.value, row.high) == quartiles and row.rounds == len(samples)
+    ratios = (row.to_floor_low, row.to_floor, row.to_floor_high)
+    assert ratios == tuple(each / 2 for each in quartiles) and row.to_reference is None
 
 
 class FakeCuda:
@@ -201,15 +223,15 @@ def test_cold_and_graph_are_refused_on_a_cpu():
 
 
 @pytest.mark.parametrize("problem", [PROBLEM, MIXED], ids=str)
-@pytest.mark.parametrize("name", ON_CPU[1:])
+@pytest.mark.parametrize("name", ON_CPU)
 def test_contenders_compute_the_formula(name, problem):
     if name == "peft":
         pytest.importorskip("peft")
     if reason := name.startswith("ours") and contenders.left_out(name, problem):
         pytest.skip(reason)
     layer, (x, dy) = contenders.make_layer(problem), contenders.make_input(problem)
-    if name in ("addmm", "expand_first") and problem is MIXED:
-        pytest.skip("these forms round float32 adapters to the base's dtype: another computation")
+    if name == "addmm" and problem is MIXED:
+        pytest.skip("this form rounds float32 adapters to the base's dtype: another computation")
     oracle = check.Oracle(layer, x, dy)
     assert 0 < oracle.check(name, contenders.build(name, layer)) < 0.1
 
@@ -244,26 +266,140 @@ class WrongIn(torch.autograd.Function):
         return (g * 1.001 if ctx.where == "gradients" else g), None
 
 
-@pytest.mark.parametrize(("where", "told"), [("y", "y is off"), ("gradients", "dx is off")])
-def test_a_wrong_contender_is_refused(where, told, monkeypatch):
+@pytest.mark.parametrize(("where", "text"), [("y", "y is off"), ("gradients", "dx is off")])
+def test_a_wrong_contender_is_refused(where, text, monkeypatch):
     layer, (x, dy) = contenders.make_layer(PROBLEM), contenders.make_input(PROBLEM)
     wrong = contenders.Built(
         lambda x: WrongIn.apply(contenders.reference(x, layer), where), (layer.A, layer.B)
     )
-    with pytest.raises(check.Wrong, match=told):
+    with pytest.raises(check.Wrong, match=text):
         check.Oracle(layer, x, dy).check("it", wrong)
     build, case, notes = contenders.build, linear.Case("a", PROBLEM), {}
     monkeypatch.setattr(
         contenders, "build", lambda n, at: wrong if n in ("addmm", "ours[eager]") else build(n, at)
     )
     rows = linear.measure(case, ("addmm",), QUICK, RATES, notes)
-    assert told in notes["addmm"] and {row.contender for row in rows} == {"frozen", "reference"}
+    assert text in notes["addmm"] and {row.contender for row in rows} == {"frozen", "reference"}
     with pytest.raises(check.Wrong):
         linear.measure(case, ("ours[eager]",), QUICK, RATES, {})
     failed = {}
     rows = linear.measure(case, ("ours[eager]",), QUICK, RATES, {}, failed)
     assert failed.popitem()[1].startswith("ours[eager]: ") and not failed
     assert {row.contender for row in rows} == {"frozen", "reference"}
+
+
+@pytest.mark.parametrize("what", check.NAMES)
+def test_nan_is_never_right(what):
+    """In any one element of y or of a gradient; and a value that is as far off as infinity."""
+    layer, (x, dy) = contenders.make_layer(PROBLEM), contenders.make_input(PROBLEM)
+    oracle = check.Oracle(layer, x, dy)
+    for value in (float("nan"), float("inf")):
+        found = {name: t.clone() for name, t in oracle.plain.items()}
+        found[what].view(-1)[-1] = value
+        wrong = contenders.Built(lambda x, f=found: Fixed.apply(x, layer.A, layer.B, f), (layer.A, layer.B))  # fmt: skip
+        with pytest.raises(check.Wrong, match=f"it: {what} is off by {value}"):
+            oracle.check("it", wrong)
+
+
+class Fixed(torch.autograd.Function):
+    """y and gradients as they are given."""
+
+    @staticmethod
+    def forward(ctx, x, A, B, found):
+        ctx.found = found
+        return found["y"].clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.found["dx"], ctx.found["dA"], ctx.found["dB"], None
+
+
+@pytest.mark.parametrize("what", check.NAMES)
+def test_the_error_of_a_contender_is_the_largest_of_its_tensors(what):
+    layer, (x, dy) = contenders.make_layer(PROBLEM), contenders.make_input(PROBLEM)
+    oracle = check.Oracle(layer, x, dy)
+    found = {name: t.float() for name, t in oracle.exact.items()}
+    found[what].view(-1)[0] += 1e-6 * found[what].abs().max()
+    right = contenders.Built(lambda x: Fixed.apply(x, layer.A, layer.B, found), (layer.A, layer.B))
+    assert oracle.check("it", right) == pytest.approx(1e-6, rel=0.2)
+
+
+def test_the_budget_counts_each_of_its_parts():
+    """Twice the plain formula's error, four roundings of the result, and a walk over the longest sum."""
+    exact = torch.full((4,), 8.0, dtype=torch.float64)
+    plain = exact + 0.5
+    for dtype, longest, allowed in (
+        (torch.float32, 1, 1.0 + 8 * (4 + 2) * 2.0**-23),
+        (torch.float32, 10000, 1.0 + 8 * (4 + 200) * 2.0**-23),
+        (torch.bfloat16, 10000, 1.0 + 8 * (4 * 2.0**-7 + 200 * 2.0**-23)),
+    ):
+        for error, right in ((0.97 * allowed, True), (1.03 * allowed, False)):
+            found = (exact + error).to(torch.float32)
+            found = Typed(found, dtype)
+            if right:
+                assert check.relative_error("it", found, exact, plain, longest) > 0
+            else:
+                with pytest.raises(check.Wrong, match="it is off by"):
+                    check.relative_error("it", found, exact, plain, longest)
+    with pytest.raises(check.Wrong, match=r"it is \[3\], not \[4\]"):
+        check.relative_error("it", exact[:3], exact, plain, 1)
+
+
+def Typed(t, dtype):
+    """A tensor that says it has another dtype, so that its rounding does not blur what is allowed."""
+
+    class Other(torch.Tensor):
+        __torch_function__ = torch._C._disabled_torch_function_impl
+        dtype = None
+
+    other = t.as_subclass(Other)
+    Other.dtype = dtype
+    return other
+
+
+@pytest.mark.parametrize("off", [float("nan"), 0.01, 5e-6])
+def test_a_tile_that_computes_something_else_does_not_count(off, monkeypatch):
+    """Even by little: float32 sums of 48 terms are off by 2e-6 of the largest value at most."""
+    product = tiles.Product(replace(PROBLEM, bias=False), "cpu")
+    choice = Choice("eager")
+    assert product.wrong(choice) is None
+    (right,) = product.call(choice)()
+    wrong = right.clone()
+    wrong[-1, -1] += off * right.abs().max()
+    monkeypatch.setattr(tiles.Product, "call", lambda self, choice: lambda: (wrong,))
+    assert product.wrong(choice).startswith("the result is off by")
+    assert product.measure([choice], QUICK) == [product.wrong(choice)]
+
+
+@pytest.mark.parametrize(
+    "names", [("addmm", "peft", "two_kernel", "ours[eager]", "ours[cpu]", "ours[triton]")]
+)
+def test_no_contender_vanishes(names, monkeypatch):
+    """Each that is asked for has a row, or a reason why not; in the results, their file, and the table."""
+    build = contenders.build
+
+    def broken(name, layer):
+        if name == "ours[cpu]":
+            raise RuntimeError("out of order\nmore")
+        return build(name, layer)
+
+    monkeypatch.setattr(contenders, "build", broken)
+    run = made_results()
+    for mode in linear.MODES:
+        case = linear.Case("a case", PROBLEM, mode)
+        rows = runner.case_rows(case, names, QUICK, run)
+        run.rows += rows
+        measured = [row.contender for row in rows]
+        assert len(set(measured)) == len(measured) and {row.mode for row in rows} == {mode}
+        refused = {what.partition(",")[0] for what in run.failed if f", {mode} of" in what}
+        assert {"frozen", "reference", *names} == {*measured, *run.left_out, *refused}
+        assert run.failed[f"ours[cpu], {mode} of {PROBLEM}"] == "out of order"
+    assert {"ours[triton]", "two_kernel"} <= set(run.left_out)
+    table = report.plain_table(run)
+    lines = [line for line in table.splitlines() if line.startswith("a case")]
+    assert len(lines) == len(run.rows) and all(
+        f"left out: {name}" in table for name in run.left_out
+    )
 
 
 @pytest.mark.parametrize("mode", linear.MODES)
@@ -275,42 +411,42 @@ def test_a_row_says_what_was_measured(mode):
     assert floor.to_floor == 1.0 and reference.to_reference == 1.0
     assert ours.error < 1e-5 and ours.as_problem() == PROBLEM and ours.rounds >= 3
     assert ours.low <= ours.value <= ours.high
-    flops, moved = cost_model.work(PROBLEM, mode)
+    flops, moved = roofline.work(PROBLEM, mode)
     assert ours.ceiling_share == pytest.approx(max(flops / 1e5, moved / 1e4) / ours.value)
 
 
 def test_work_of_a_step_counts_every_product():
     M, N, K, R = PROBLEM.M, PROBLEM.N, PROBLEM.K, PROBLEM.R
     products = [(M, K, N), (M, K, R), (M, R, N)]  # forward
-    assert cost_model.work(PROBLEM, "forward")[0] == sum(2 * a * b * c for a, b, c in products)
+    assert roofline.work(PROBLEM, "forward")[0] == sum(2 * a * b * c for a, b, c in products)
     products += [(M, N, K), (M, N, R), (M, R, K), (K, M, R), (R, M, N)]  # dx, q, q·At, dA, dB
-    assert cost_model.work(PROBLEM, "step")[0] == sum(2 * a * b * c for a, b, c in products)
-
-
-def test_the_cpu_model_orders_the_forms_and_knows_the_limits():
-    big = replace(PROBLEM, M=2048, N=2048, K=2048, R=16)
-    times = [
-        cost_model.predict_cpu_us(name, big, "forward", RATES)
-        for name in ("frozen", "ours[eager]", "addmm", "reference")
-    ]
-    assert times == sorted(times) and len(set(times)) == 4
-    assert times[0] == pytest.approx(2 * 2048**3 / 1e5 + 1.0)
-    narrow = replace(big, M=1)
-    moved = narrow.frozen_bytes / 1e4
-    assert cost_model.predict_cpu_us("frozen", narrow, "forward", RATES) == pytest.approx(moved + 1)
-    assert cost_model.predict_cpu_us("peft", big, "step", RATES) is None
-    assert cost_model.predict_cpu_us("frozen", MIXED, "step", RATES) is None
+    assert roofline.work(PROBLEM, "step")[0] == sum(2 * a * b * c for a, b, c in products)
 
 
 def test_the_gpu_presets_are_predicted_before_they_are_measured():
     """Every GPU case up to its launch: problems, predictions and choices need no device."""
     cases = presets.cases("gpu", "cuda")
     assert any(case.cold for case in cases) and any(case.graph for case in cases)
+    target = TARGETS["sm_90"]
     for case in cases:
-        frozen = cost_model.predict_gpu_us("frozen", case.problem, case.mode, "sm_90")
-        ours = cost_model.predict_gpu_us("ours[triton]", case.problem, case.mode, "sm_90")
-        assert 0 < frozen < ours < 20 * frozen, case
-    assert cost_model.predict_gpu_us("frozen", case.problem, "step", "sm_70") is None
+        about = {"problem": asdict(case.problem), "mode": case.mode, "suite": case.suite}
+        predicted = {
+            name: report.predicted_us(made_row(name, 1.0, 1.0, **about), "sm_90")
+            for name in (*contenders.NAMES, "ours[triton]")
+        }
+        directions = [case.problem, case.problem.adjoint()][: 1 + (case.mode == "step")]
+        for name, algorithm in {
+            "frozen": "frozen",
+            "reference": "reference",
+            "ours[eager]": "eager",
+        }.items():
+            expected = sum(cost.predict_us(algorithm, each, target) for each in directions)
+            assert predicted[name] == pytest.approx(expected), (case, name)
+        assert 0 < predicted["frozen"] < predicted["ours[triton]"] < 20 * predicted["frozen"], case
+        assert predicted["peft"] is None and predicted["ours[cpu]"] is None
+    row = made_row("frozen", 1.0, 1.0, problem=asdict(case.problem))
+    assert report.predicted_us(row, "sm_70") is None
+    assert report.predicted_us(made_row("frozen", 1.0, 1.0), "sm_90") is None, "of a CPU"
 
 
 @pytest.mark.parametrize("preset", [name for name in presets.PRESETS if name != "gpu"])
@@ -318,6 +454,40 @@ def test_presets_name_each_measurement_once(preset):
     cases = presets.cases(preset, "cpu")
     assert cases and len(set(cases)) == len(cases)
     assert {case.mode for case in cases} <= set(linear.MODES)
+
+
+def test_the_grid_is_what_the_documents_say(monkeypatch, capsys):
+    """Two modes and two types of every layer, row count and rank, but the largest; frozen, reference, addmm and ours."""
+    cases = presets.cases("grid", "cpu")
+    layers = {(case.problem.K, case.problem.N) for case in cases}
+    rows, ranks = {case.problem.M for case in cases}, {case.problem.R for case in cases}
+    assert (rows, ranks, len(layers)) == ({1, 16, 128, 512, 2048}, {8, 16, 64}, 8)
+    assert len(cases) == 2 * 2 * 3 * (8 * 5 - 1) and (2048, 2048) in layers
+    assert max(c.problem.M for c in cases if c.problem.K == 4096) == 512
+    neighbours = list(zip(cases[::2], cases[1::2], strict=True))
+    assert all(a.problem == b.problem and a.mode != b.mode for a, b in neighbours), (
+        "one oracle each"
+    )
+    orders = []
+    monkeypatch.setattr(runner, "run", lambda order, *a: orders.append(order) or made_results())
+    assert main(["bench", "--preset", "grid", "--device", "cpu"]) == 0
+    assert orders[0].names == ("frozen", "reference", "addmm", "ours")
+    assert orders[0].suites == ("linear", "growth") and orders[0].cases == cases
+
+
+def test_an_oracle_is_that_of_its_problem(monkeypatch):
+    """It is made once for the modes of one problem, and anew for another."""
+    made, oracles = [], {}
+    right = linear.Oracle
+    monkeypatch.setattr(linear, "Oracle", lambda layer, *a: made.append(layer) or right(layer, *a))
+    other = replace(PROBLEM, K=24)
+    for problem, mode in ((PROBLEM, "forward"), (PROBLEM, "step"), (other, "step")):
+        rows = linear.measure(
+            linear.Case("a", problem, mode), (), QUICK, RATES, None, None, oracles
+        )
+        assert {row.as_problem() for row in rows} == {problem}
+        assert list(oracles) == [problem] and made[-1].weight.shape == (problem.N, problem.K)
+    assert len(made) == 2
 
 
 def test_growth_moves_one_size_at_a_time():
@@ -335,6 +505,22 @@ def test_saved_bytes_are_x_and_s():
     assert memory.saved_bytes(contenders.build("addmm", layer), layer, x) == 4 * M * K
     ours = memory.saved_bytes(contenders.build("ours[eager]", layer), layer, x)
     assert ours == 4 * M * (K + R)
+
+
+def test_memory_rows_are_bytes_over_the_frozen_layers():
+    notes = {}
+    rows = memory.measure(linear.Case("a case", PROBLEM), ("addmm", "two_kernel"), notes)
+    found = {(row.mode, row.contender): row for row in rows}
+    assert set(found) == {
+        (m, n) for m in ("saved", "peak") for n in ("frozen", "reference", "addmm")
+    }
+    assert notes == {"memory: two_kernel": "measured on cuda only"}
+    saved, peak = found["saved", "addmm"], found["peak", "addmm"]
+    assert saved.value == 4 * PROBLEM.M * PROBLEM.K and saved.unit == peak.unit == "bytes"
+    assert saved.to_floor is None, "the frozen layer saves nothing"
+    assert saved.to_reference == saved.value / found["saved", "reference"].value
+    assert peak.to_floor == peak.value / found["peak", "frozen"].value > 1
+    assert peak.as_problem() == PROBLEM and peak.rounds == 1
 
 
 def test_peak_is_of_what_lives_at_once():
@@ -358,34 +544,59 @@ def test_results_survive_a_file(tmp_path):
     assert needed <= set(flat)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1, "rows": [{}]}'])
-def test_other_files_are_no_results(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "must be JSON"),
+        ("{", "must be JSON"),
+        ("[]", """with the key "schema": 1; it has list"""),
+        (
+            '{"machine": {}, "cells": []}',
+            """with the key "schema": 1; it has ['cells', 'machine']""",
+        ),
+        ('{"schema": 7, "rows": []}', "must have schema 1, and has 7"),
+        (
+            '{"schema": 1, "rows": []}',
+            "missing ['ceilings', 'command', 'date', 'machine', 'sha', 'versions']",
+        ),
+        (KEYS + '"rows": {}}', "rows must be a list, and is dict"),
+        (KEYS + '"rows": [3]}', "rows[0] must be an object, and is int"),
+        (KEYS + '"rows": [{"suite": "linear", "speed": 3}]}', "unknown ['speed']"),
+    ],
+)
+def test_other_files_are_no_results(tmp_path, text, says, capsys):
+    """The message names the file, the rule and what the file has instead."""
     file = tmp_path / "a.json"
     file.write_text(text)
-    with pytest.raises(ValueError, match=r"a\.json must hold benchmark results"):
+    with pytest.raises(ValueError) as refused:
         results.load(file)
-    (tmp_path / "b.json").write_text('{"schema": 7, "rows": []}')
-    if "rows" not in text:
+    assert str(refused.value).startswith(str(file)) and says in str(refused.value)
+    assert main(["report", str(file)]) == 2
+    assert capsys.readouterr().err == f"lora_kernels report: {refused.value}\n"
+    # In a folder, files of other tools are passed over, and results of another version are not.
+    if '"rows"' in text:
+        assert results.find([tmp_path]) == [file]
+    else:
         with pytest.raises(FileNotFoundError, match="no benchmark results"):
             results.find([tmp_path])
 
 
-def compared(before, *looks, fail_over=1.10):
-    """The verdict on one row, and how many further looks it took."""
-    asked = list(looks[1:])
-    base, now = made_results(before), made_results(*([looks[0]] if looks else []))
-    (verdict,) = compare.compare(base, now, fail_over, lambda row: asked.pop(0))
-    return verdict, len(looks) - 1 - len(asked)
+def compared(before, *measured, fail_over=1.10):
+    """The verdict on one row, and how many further measurements it took."""
+    further = list(measured[1:])
+    base, now = made_results(before), made_results(*measured[:1])
+    (verdict,) = compare.compare(base, now, fail_over, lambda row: further.pop(0))
+    return verdict, len(measured) - 1 - len(further)
 
 
-def test_slower_in_every_look_is_slower():
+def test_slower_in_every_measurement_is_slower():
     before, slow = made_row("ours[cpu]", 1.0, 1.0), made_row("ours[cpu]", 1.3, 1.3)
     verdict, further = compared(before, slow, slow, slow)
     assert verdict.slower and further == 2 and verdict.change == pytest.approx(1.3)
-    assert str(verdict).startswith("SLOWER") and "3 looks" in str(verdict)
+    assert str(verdict).startswith("SLOWER") and "3 measurements" in str(verdict)
 
 
-def test_a_slow_look_alone_is_a_mood():
+def test_one_slow_measurement_alone_is_noise():
     before, slow = made_row("ours[cpu]", 1.0, 1.0), made_row("ours[cpu]", 1.3, 1.3)
     verdict, further = compared(before, slow, before, slow)
     assert not verdict.slower and further == 1
@@ -408,6 +619,10 @@ def test_within_the_factor_or_faster_is_fine():
 def test_what_vanished_is_a_failure_and_rivals_are_not_compared():
     verdict, _ = compared(made_row("ours[cpu]", 1.0, 1.0))
     assert verdict.slower and str(verdict).startswith("MISSING")
+    slow = made_row("ours[cpu]", 1.3, 1.3)
+    verdict, further = compared(made_row("ours[cpu]", 1.0, 1.0), slow, None)
+    assert further == 1 and verdict.slower and str(verdict).startswith("MISSING")
+    assert verdict.change is None
     rivals = made_results(made_row("peft", 1.0, 1.0))
     assert compare.compare(rivals, made_results(), 1.1, lambda row: None) == []
     with pytest.raises(ValueError, match="holds none"):
@@ -443,21 +658,27 @@ def a_run():
 def test_the_report_shows_wins_and_losses():
     ours, best = report.losses(a_run())[0]
     assert (ours.case, best.contender) == ("lost", "addmm") and len(report.losses(a_run())) == 1
+    compared = {(ours.contender, other.contender) for ours, other in report.pairs(a_run())}
+    assert compared == {("ours[cpu]", "reference"), ("ours[cpu]", "addmm")}
     text = report.markdown({"a": (a_run(), [Path("a-price.png")])})
     assert "| a case | 33, 48, 20, 5 | 100 µs | 1.50× | 1.20× | 1.10×* | 80 % |" in text
-    assert "| lost | 33, 48, 20, 5 | step | ours[cpu] 140 µs | addmm 120 µs | 1.17 |" in text
+    lost = "| lost | 33, 48, 20, 5 | float32 | step | ours[cpu] 140 µs | addmm 120 µs | 1.17 |"
+    assert lost in text and "| addmm | float32 | 2 | 0.97 | 0.86 | 1.09 | 1 |" in text
+    assert "| reference | float32 | 2 | 1.22 | 1.07 | 1.36 | 0 |" in text
     assert "![a price](a-price.png)" in text and "commit abc" in text and "M = 77" in text
     assert report.losses(made_results(*a_run().rows[:4])) == []
 
 
 def test_predictions_stand_beside_measurements():
-    found = {(r.suite, r.case, r.contender): us for r, us in report.predictions(a_run())}
-    assert found["linear", "a case", "frozen"] == cost_model.predict_cpu_us(
-        "frozen", PROBLEM, "step", RATES
-    )
-    assert ("linear", "a case", "peft") not in found and len(found) == 13
-    text = report.markdown({"a": (a_run(), [])})
-    assert "Predicted against measured" in text and "fitted to none of these rows" in text
+    assert report.predictions(a_run()) == [], "nothing is predicted for a CPU"
+    on_gpu = {"problem": {**asdict(PROBLEM), "device": "cuda"}, "mode": "forward"}
+    warm, cold = (made_row("addmm", 8.0, 1.2, caches=c, **on_gpu) for c in ("warm", "cold"))
+    run = made_results(warm, cold, made_row("peft", 9.0, 1.3, **on_gpu))
+    run.machine["architecture"] = "sm_90"
+    ((row, us),) = report.predictions(run)
+    assert row is warm and us == report.predicted_us(warm, "sm_90")
+    text = report.markdown({"a": (run, [])})
+    assert f"| addmm | forward | 1 | {us / 8:.2f} | {us / 8:.2f} | {us / 8:.2f} |" in text
 
 
 def test_plots_show_the_rows():
@@ -474,9 +695,38 @@ def test_plots_show_the_rows():
     assert [axes.get_xlabel() for axes in lines.axes[:4]] == list("MKNR")
     xs, ys = lines.axes[0].lines[0].get_data()
     assert list(xs) == [33, 77] and list(ys) == pytest.approx([0.09, 0.099])
+    assert bars.axes[0].get_ylim()[0] == 0 and bars.axes[0].get_ylim()[1] > 1.03 * 1.5
     roof = plots.roofline(a_run(), pyplot).axes[0].lines[0].get_data()
     assert max(roof[1]) == RATES["float32_gflops"]
     assert plots.price(made_results(), pyplot) is None
+    pyplot.close("all")
+
+
+def test_a_plot_of_prices_hides_nothing():
+    """A bar that would be too high says its value; panels have cases; many cases become boxes that show their extremes."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from lora_kernels.bench import plots
+
+    tall = made_row("peft", 1.0, 7.25)
+    figure = plots.price(made_results(*a_run().rows, tall), pyplot)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["7.2"]
+    assert axes.get_ylim()[0] == 0 and max(p.get_height() for p in axes.patches) == plots._HIGHEST
+    half = {"problem": {**asdict(PROBLEM), "dtype": "bfloat16"}}
+    mixed = [made_row("peft", 1.0, 1.2, **half), made_row("peft", 1.0, 1.4, mode="forward", **half)]
+    figure = plots.price(made_results(*a_run().rows, *mixed), pyplot)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [
+        "forward + backward, float32",
+        "forward, bfloat16",
+        "forward + backward, bfloat16",
+    ]
+    assert all(axes.patches for axes in figure.axes)
+    many = [made_row("peft", 1.0, 1 + n / 50, case=f"case {n}") for n in range(plots._MANY + 1)]
+    (axes,) = plots.price(made_results(*many, made_row("addmm", 1.0, 9.5)), pyplot).axes
+    assert [text.get_text() for text in axes.texts] == ["to 9.5"]
+    ends = [float(y) for line in axes.lines for y in line.get_ydata()]
+    assert {1.0, 1 + plots._MANY / 50} <= set(ends) and axes.get_ylim()[0] == 0
     pyplot.close("all")
 
 
@@ -542,10 +792,13 @@ def test_bench_report_and_compare(tmp_path, capsys, fast_machine):
     times = [(1e4, 0), (1e-4, 1)]
     for factor, code in times:
         changed = replace_ratios(found, factor)
+        changed.machine = {**found.machine, "capability": "another"}
         baseline = results.save(changed, tmp_path / "baseline" / f"{code}.json")
         arguments = ["bench", "--compare", str(baseline), "--seconds", "0.01", "--rounds", "3"]
         assert main(arguments) == code, capsys.readouterr().out
-        out = capsys.readouterr().out
+        out, err = capsys.readouterr()
+        assert "of another machine: its capability is another, here it is " in err
+        assert err.count("of another machine") == 1
         assert ("SLOWER" in out) == bool(code) and "ours[eager]" in out and "addmm" not in out
 
 
@@ -612,27 +865,20 @@ def test_training_without_the_demos_packages_is_left_out(monkeypatch):
     assert notes["minilm: ours"] == notes["minilm: reference"] == "needs a-package"
 
 
-def test_explain_predicts_from_measured_rates(capsys, fast_machine):
-    command = ["explain", "--shape", "64", "96", "128", "8", "--device", "cpu", "--json"]
-    assert main([*command, "--backend", "eager", "--measure"]) == 0
-    told = json.loads(capsys.readouterr().out)["forward and backward on this CPU"]
-    problem = Problem(64, 128, 96, 8, "float32", "float32", "cpu", bias=True)
-    us = cost_model.predict_cpu_us("ours[eager]", problem, "step", RATES)
-    assert told["ours[eager]"].startswith(f"predicted {us:.1f} us") and "roofline" in told
-    assert main([*command, "--measure", "--dtype", "float64"]) == 2
-
-
 def test_bench_as_json(capsys, fast_machine):
     assert main([*BENCH, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["ceilings"] == RATES and told["comparison"] == []
-    assert {row["problem"]["K"] for row in told["rows"]} == {32}
+    text = json.loads(capsys.readouterr().out)
+    assert text["ceilings"] == RATES and text["comparison"] == []
+    assert {row["problem"]["K"] for row in text["rows"]} == {32}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "text"),
     [
-        (["bench", "--shape", "0", "1", "1", "1"], "--shape must be four positive numbers"),
+        (
+            ["bench", "--shape", "0", "1", "1", "1"],
+            "--shape must be four sizes that are positive, got 0 1 1 1",
+        ),
         (["bench", "--preset", "quick", "--rounds", "1"], "--rounds at least 3"),
         (["bench", "--preset", "quick", "--cold", "--device", "cpu"], "cuda only"),
         (["bench", "--compare", "nowhere.json"], "nowhere.json does not exist"),
@@ -641,10 +887,49 @@ def test_bench_as_json(capsys, fast_machine):
     ],
     ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else "",
 )
-def test_bad_input_ends_with_a_sentence(arguments, told, capsys):
+def test_bad_input_ends_with_a_sentence(arguments, text, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert told in error and "Traceback" not in error
+    assert text in error and "Traceback" not in error
+
+
+def test_where_results_go_is_checked_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "taken" / "report.md").mkdir(parents=True)
+    monkeypatch.setattr(runner, "run", lambda *a: pytest.fail("it was measured"))
+    monkeypatch.setattr(report, "markdown", lambda *a: pytest.fail("it was made"))
+    baseline = str(results.save(a_run(), tmp_path / "run.json"))
+    for command in (
+        [*BENCH, "--output", str(tmp_path / "file" / "new")],
+        [*BENCH, "--output", str(tmp_path / "file")],
+        [*BENCH, "--output", str(tmp_path / "folder.json")],
+        ["report", baseline, "--no-plots", "--output", str(tmp_path / "file")],
+        ["report", baseline, "--no-plots", "--output", str(tmp_path / "taken")],
+    ):
+        assert main(command) == 2, command
+        error = capsys.readouterr().err
+        assert "--output must be a " in error and f"got {command[-1]}" in error
+        assert error.count("\n") == 1
+    assert main([*BENCH[:-4], "--rounds", "1", "--output", str(tmp_path / "unused")]) == 2
+    assert not (tmp_path / "unused").exists(), "a command that is refused leaves nothing behind"
+
+
+def test_a_folder_and_a_file_that_may_not_be_changed_are_refused(tmp_path, monkeypatch):
+    """Made up, because root may write everywhere."""
+    file = tmp_path / "a.json"
+    file.touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(ValueError, match="may not be changed"):
+        check_output(file, is_file=True)
+
+    def refuse(dir):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    for path, is_file in ((tmp_path, False), (tmp_path / "new.json", True)):
+        with pytest.raises(ValueError, match=f"got {path}: Read-only file system"):
+            check_output(path, is_file)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -690,7 +975,7 @@ def stand_in(tmp_path, pattern, does):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "does", "limit", "told"),
+    ("pattern", "does", "limit", "text"),
     [
         ("nothing", "exit 1", 600, "gpu.sh: done"),
         ('*"kernels tune "*', "exit 1", 600, "gpu.sh: failed: tune"),
@@ -699,11 +984,11 @@ def stand_in(tmp_path, pattern, does):
     ],
     ids=["all well", "a step fails", "a kernel hangs", "a part fails"],
 )
-def test_gpu_script_runs_every_step(tmp_path, pattern, does, limit, told):
+def test_gpu_script_runs_every_step(tmp_path, pattern, does, limit, text):
     """A step that fails or does not end does not stop the rest."""
     done = run_gpu_script(stand_in(tmp_path, pattern, does), tmp_path, limit=limit)
-    assert done.returncode == ("failed" in told), done.stderr
-    assert done.stderr.splitlines()[-1].startswith(told)
+    assert done.returncode == ("failed" in text), done.stderr
+    assert done.stderr.splitlines()[-1].startswith(text)
     lines = (tmp_path / "log").read_text()
     places = [
         lines.index(f"lora_kernels {name}") for name in ("selftest", "tune", "bench", "report")

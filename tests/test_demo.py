@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 from lora_kernels import demo
+from lora_kernels.__main__ import main
 from lora_kernels.cli import demo as command
 
 
@@ -31,31 +32,33 @@ def results(tmp_path_factory):
 
 
 def test_both_runs_learn_the_same(results):
-    code, told, _ = results
-    assert code == 0 and told["failures"] == []
-    assert told["loss_gap"] < 1e-5
-    for run in told["runs"].values():
+    code, found, _ = results
+    assert code == 0 and found["failures"] == []
+    assert found["loss_gap"] < 1e-5
+    for run in found["runs"].values():
         assert run["accuracy_after"] - run["accuracy_before"] >= command.MIN_GAIN
         assert run["step_ms"] > 0
+    theirs, ours = (found["runs"][name]["peak_step_mib"] for name in ("reference", "ours"))
+    assert 0 < ours < theirs
 
 
 def test_what_lora_promises_holds(results):
-    _, told, folder = results
-    assert told["base_weights_identical"] and told["reloaded_predictions_identical"]
-    assert told["trainable_parameters"] < 0.03 * told["all_parameters"]
+    _, found, folder = results
+    assert found["base_weights_identical"] and found["reloaded_predictions_identical"]
+    assert found["trainable_parameters"] < 0.03 * found["all_parameters"]
     file = folder / "adapter" / "adapter_model.safetensors"
-    assert file.stat().st_size == told["adapter_bytes"] < 2e6
+    assert file.stat().st_size == found["adapter_bytes"] < 2e6
     assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_the_table_holds_the_numbers(results):
-    _, told, folder = results
-    text = command._table(told, folder)
+    _, found, folder = results
+    text = command._table(found, folder)
     for number in (
-        f"{told['runs']['ours']['accuracy_after']:.1f} %",
-        f"{told['runs']['reference']['step_ms']:.1f}",
-        f"{told['trainable_parameters']:,}",
-        f"{told['adapter_bytes'] / 1024:.0f} KiB",
+        f"{found['runs']['ours']['accuracy_after']:.1f} %",
+        f"{found['runs']['reference']['step_ms']:.1f}",
+        f"{found['trainable_parameters']:,}",
+        f"{found['adapter_bytes'] / 1024:.0f} KiB",
     ):
         assert number in text
 
@@ -64,6 +67,7 @@ def test_the_table_holds_the_numbers(results):
     "change, failure",
     [
         ({"loss_gap": 2 * command.MAX_LOSS_GAP}, "losses differ"),
+        ({"loss_gap": float("nan")}, "losses differ"),
         ({"base_weights_identical": False}, "changed base weights"),
         ({"reloaded_predictions_identical": False}, "other predictions"),
         ({"accuracy_after": 50.0}, "accuracy rose by"),
@@ -71,10 +75,10 @@ def test_the_table_holds_the_numbers(results):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_each_check_can_fail(results, change, failure):
-    told = copy.deepcopy(results[1])
-    told["runs"]["ours"].update({key: v for key, v in change.items() if key == "accuracy_after"})
-    told.update({key: v for key, v in change.items() if key != "accuracy_after"})
-    assert any(failure in line for line in command._failures(told))
+    found = copy.deepcopy(results[1])
+    found["runs"]["ours"].update({key: v for key, v in change.items() if key == "accuracy_after"})
+    found.update({key: v for key, v in change.items() if key != "accuracy_after"})
+    assert any(failure in line for line in command._failures(found))
 
 
 def test_the_words_are_the_lexicons():
@@ -96,8 +100,24 @@ def test_accuracy_is_in_per_cent():
     assert demo.accuracy(Oracle(), words) == 75.0
 
 
-def test_a_bad_number_of_steps_is_refused():
-    import argparse
-
-    with pytest.raises(ValueError, match="--steps must be at least 1, got 0"):
-        command.run(argparse.Namespace(steps=0, output=None, json=False))
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (
+            ["--output", "FOLDER/file"],
+            "--output must be a folder that can be written, got FOLDER/file",
+        ),
+        (["--output", "FOLDER/taken"], "got FOLDER/taken/loss.png: it is a folder"),
+    ],
+    ids=["steps", "a file", "a folder"],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_loaded(
+    arguments, says, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "taken" / "loss.png").mkdir(parents=True)
+    monkeypatch.setattr(demo, "load_words", lambda: pytest.fail("the words were loaded"))
+    arguments = [each.replace("FOLDER", str(tmp_path)) for each in arguments]
+    assert main(["demo", *arguments]) == 2
+    assert says.replace("FOLDER", str(tmp_path)) in capsys.readouterr().err

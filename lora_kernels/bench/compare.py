@@ -1,4 +1,4 @@
-"""Is it slower than it was? Ratios to the frozen layer, not times, and a second and third look before saying so."""
+"""Finds what became slower: by ratios to the frozen layer, not by times, and only if three measurements agree."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lora_kernels.bench.linear import Case
 from lora_kernels.bench.results import Results, Row
 
 CHECKED = (*OURS, "two_kernel")
-LOOKS = 3
+TRIES = 3
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A row of the baseline, the row of now (None where it could not be measured), and what came of the comparison."""
+    """A row of the baseline, the row of now (None where it could not be measured), and whether it is slower."""
 
     before: Row
     after: Row | None
-    looks: int
+    tries: int
     slower: bool
 
     @property
@@ -38,22 +38,24 @@ class Verdict:
         text = (
             f"{mark}  {what}: {row.to_floor:.2f} -> {self.after.to_floor:.2f} of the frozen layer"
         )
-        return text + (f" ({self.looks} looks)" if self.looks > 1 else "")
+        return text + (f" ({self.tries} measurements)" if self.tries > 1 else "")
 
 
 def cases_of(baseline: Results) -> list[Case]:
     """The cases whose rows of ours are compared. ValueError where there is none."""
-    found: dict[Case, None] = {}
-    for row in _checked(baseline):
-        problem = row.as_problem()
-        if problem is not None:
-            case = Case(
-                row.case, problem, row.mode, row.suite, cold=row.caches == "cold", graph=row.graph
-            )
-            found[case] = None
+    found = dict.fromkeys(case_of(row) for row in _checked(baseline))
     if not found:
         raise ValueError("the baseline must hold rows of this package's backends, and holds none")
     return list(found)
+
+
+def case_of(row: Row) -> Case:
+    """The case that a linear or growth row is of."""
+    problem = row.as_problem()
+    if problem is None:
+        raise ValueError(f"a {row.suite} row of a baseline must have a problem: {row}")
+    cold = row.caches == "cold"
+    return Case(row.case, problem, row.mode, row.suite, cold=cold, graph=row.graph)
 
 
 def names_of(baseline: Results) -> tuple[str, ...]:
@@ -67,7 +69,7 @@ def compare(
     """A verdict for each row of ours in the baseline.
 
     A row is slower when its ratio grew by more than the factor `fail_over` and the quartiles of then and now do not
-    overlap, in every one of three looks; `again` measures a row once more, longer.
+    overlap, in each of three measurements; `again` measures a row once more, longer.
     """
     if not fail_over > 1.0:
         raise ValueError(f"fail_over must be more than 1, got {fail_over}")
@@ -78,13 +80,13 @@ def compare(
 def _judge(
     before: Row, after: Row | None, fail_over: float, again: Callable[[Row], Row | None]
 ) -> Verdict:
-    looks = 1
+    tries = 1
     while after is not None and _suspicious(before, after, fail_over):
-        if looks == LOOKS:
-            return Verdict(before, after, looks, slower=True)
-        looks += 1
+        if tries == TRIES:
+            return Verdict(before, after, tries, slower=True)
+        tries += 1
         after = again(before)
-    return Verdict(before, after, looks, slower=after is None)
+    return Verdict(before, after, tries, slower=after is None)
 
 
 def _suspicious(before: Row, after: Row, fail_over: float) -> bool:

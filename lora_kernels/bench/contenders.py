@@ -4,7 +4,6 @@ frozen        the layer without LoRA: the floor
 reference     linear(x) + alpha·(x·A·B), one operation after the other
 compiled      torch.compile of the reference
 addmm         the product, then addmm_ of the low-rank one onto it, gradients by hand: the form of hand-tuned training code
-expand_first  s·B + bias, then the product accumulated onto it by addmm_
 peft          PEFT's layer
 two_kernel    this package's Triton kernels, forced into shrink and product: what published fused kernels do
 ours[NAME]    `lora_linear` with that backend
@@ -15,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +30,8 @@ from lora_kernels.problem import Problem
 
 Function = Callable[[Tensor], Tensor]
 OURS = tuple(f"ours[{name}]" for name in plan.BACKENDS)
-RIVALS = ("frozen", "reference", "compiled", "addmm", "expand_first", "peft", "two_kernel")
-NAMES = RIVALS + OURS
+NAMES = ("frozen", "reference", "compiled", "addmm", "peft", "two_kernel", *OURS)
+BACKENDS_ON = {"cpu": ("eager", "cpu"), "cuda": ("eager", "triton", "cuda")}
 
 
 @dataclass(frozen=True)
@@ -100,16 +99,20 @@ def left_out(name: str, problem: Problem) -> str | None:
         return "peft is not installed"
     if name == "compiled" and problem.device == "cpu" and shutil.which("c++") is None:
         return "torch.compile needs a C++ compiler"
-    if name in ("two_kernel", "expand_first") and problem.device != "cuda":
-        return "measured on cuda only" + ("; on a CPU it is ours[eager]" * (name != "two_kernel"))
-    try:
-        if name in OURS:
-            plan.explain(problem, name.removeprefix("ours[").removesuffix("]"))
-        elif name == "two_kernel":
+    if name == "two_kernel":
+        if problem.device != "cuda":
+            return "measured on cuda only"
+        try:
             plan.explain(problem, "triton", name)
-    except RuntimeError as error:
-        return str(error).rpartition(": ")[2]
+        except RuntimeError as error:
+            return str(error).rpartition(": ")[2]
     return None
+
+
+def with_backends(names: Iterable[str], device: str) -> tuple[str, ...]:
+    """`names`, where "ours" stands for each of our backends that a device type has."""
+    ours = [f"ours[{backend}]" for backend in BACKENDS_ON[device]]
+    return tuple(dict.fromkeys(n for name in names for n in (ours if name == "ours" else [name])))
 
 
 def reference(x: Tensor, layer: Layer) -> Tensor:
@@ -129,36 +132,25 @@ def _compiled(layer: Layer) -> Built:
     return Built(function, (layer.A, layer.B))
 
 
-def _by_hand(layer: Layer, expand_first: bool) -> Built:
+def _addmm(layer: Layer) -> Built:
     def function(x: Tensor) -> Tensor:
         A, B = layer.A.to(x.dtype), layer.B.to(x.dtype)
-        y: Tensor = _ByHand.apply(x, layer.weight, layer.bias, A, B, layer.alpha, expand_first)  # type: ignore
+        y: Tensor = _Addmm.apply(x, layer.weight, layer.bias, A, B, layer.alpha)  # type: ignore
         return y
 
     return Built(function, (layer.A, layer.B))
 
 
-class _ByHand(torch.autograd.Function):
-    """addmm_ forms with gradients written out, everything in x's dtype."""
+class _Addmm(torch.autograd.Function):
+    """The addmm_ form with gradients written out, everything in x's dtype."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        alpha: float,
-        expand_first: bool,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor, alpha: float
     ) -> Tensor:
         ctx.save_for_backward(x, weight, A, B)
         ctx.alpha = alpha
-        s = x @ A
-        if not expand_first:
-            return F.linear(x, weight, bias).addmm_(s, B, alpha=alpha)
-        y = s.mul_(alpha) @ B if bias is None else torch.addmm(bias, s, B, alpha=alpha)
-        return y.addmm_(x, weight.t())
+        return F.linear(x, weight, bias).addmm_(x @ A, B, alpha=alpha)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -166,7 +158,7 @@ class _ByHand(torch.autograd.Function):
         q = (dy @ B.t()).mul_(ctx.alpha)
         dx = (dy @ weight).addmm_(q, A.t())
         dB = ((x @ A).t() @ dy).mul_(ctx.alpha)
-        return dx, None, None, x.t() @ q, dB, None, None
+        return dx, None, None, x.t() @ q, dB, None
 
 
 def _peft(layer: Layer) -> Built:
@@ -204,8 +196,7 @@ _BUILDERS: dict[str, Callable[[Layer], Built]] = {
     "frozen": lambda layer: Built(lambda x: F.linear(x, layer.weight, layer.bias), ()),
     "reference": lambda layer: Built(lambda x: reference(x, layer), (layer.A, layer.B)),
     "compiled": _compiled,
-    "addmm": lambda layer: _by_hand(layer, expand_first=False),
-    "expand_first": lambda layer: _by_hand(layer, expand_first=True),
+    "addmm": _addmm,
     "peft": _peft,
     "two_kernel": _two_kernel,
 }

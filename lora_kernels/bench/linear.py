@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from lora_kernels import plan
-from lora_kernels.bench import contenders, cost_model
-from lora_kernels.bench.check import Oracle, Wrong
+from lora_kernels.bench import contenders, results
+from lora_kernels.bench.check import Oracle
 from lora_kernels.bench.clock import Call, clock_for, interleaved
 from lora_kernels.bench.contenders import Built
 from lora_kernels.bench.results import Row
-from lora_kernels.bench.statistics import Summary, ratios, summary
+from lora_kernels.bench.roofline import least_us
 from lora_kernels.problem import Problem
 
 MODES = ("forward", "step")
@@ -43,7 +42,7 @@ class Case:
     graph: bool = False
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     text = str(error).strip()
     return text.splitlines()[0] if text else repr(error)
@@ -56,15 +55,19 @@ def measure(
     ceilings: dict[str, float],
     left_out: dict[str, str] | None = None,
     failed: dict[str, str] | None = None,
+    oracles: dict[Problem, Oracle] | None = None,
 ) -> list[Row]:
     """One row for each contender that can be built here, all checked against float64 first; the others go to `left_out`.
 
-    A contender of ours that is wrong, or raises, goes to `failed`, or is raised where that is None.
+    A contender of ours that is wrong, or raises, goes to `failed`, or is raised where that is None. `oracles` keeps the
+    oracle of one problem for the next call.
     """
     notes = {} if left_out is None else left_out
-    problem = case.problem
-    layer, (x, dy) = contenders.make_layer(problem), contenders.make_input(problem)
-    oracle = Oracle(layer, x, dy)
+    problem, kept = case.problem, {} if oracles is None else oracles
+    if problem not in kept:
+        kept.clear()
+        kept[problem] = Oracle(contenders.make_layer(problem), *contenders.make_input(problem))
+    oracle = kept[problem]
     clock = clock_for(problem.device, case.cold, case.graph)
     calls: dict[str, Call] = {}
     errors: dict[str, float | None] = {}
@@ -72,9 +75,9 @@ def measure(
         reason = contenders.left_out(name, problem)
         if reason is None:
             try:
-                built = contenders.build(name, layer)
+                built = contenders.build(name, oracle.layer)
                 errors[name] = None if name == "frozen" else oracle.check(name, built)
-                call = as_call(built, x, dy, case.mode)
+                call = as_call(built, oracle.x, oracle.dy, case.mode)
                 clock.time_us(call, 1)  # not everything can be captured in a graph
             except Exception as error:
                 reason = first_line(error)
@@ -88,16 +91,16 @@ def measure(
         else:
             notes[name] = reason
     taken = interleaved(calls, clock, seconds=effort.seconds, rounds=effort.rounds)
-    best = roofline_us(problem, case.mode, ceilings)
+    best = least_us(problem, case.mode, ceilings)
     chosen = f"ours[{plan.explain(problem).backend}]"
     return [
-        row(
-            case,
-            name,
-            taken,
+        results.row(
+            *(case.suite, case.label, case.mode, name, taken, problem),
             error=errors[name],
             auto=name == chosen if name in contenders.OURS else None,
-            ceiling_share=None if best is None else best / summary(taken[name]).median,
+            ceiling_share=None if best is None else best / results.summary(taken[name]).median,
+            caches="cold" if case.cold else "warm",
+            graph=case.graph,
         )
         for name in taken
     ]
@@ -118,56 +121,3 @@ def as_call(built: Built, x: torch.Tensor, dy: torch.Tensor, mode: str) -> Call:
         return torch.autograd.grad(built.function(x), (x, *built.trained), dy)
 
     return step
-
-
-def row(case: Case, name: str, taken: dict[str, list[float]], **more: Any) -> Row:
-    """A row out of samples that were taken next to those of frozen and reference."""
-    own = summary(taken[name])
-    floor: Summary | None = ratios(taken[name], taken["frozen"]) if "frozen" in taken else None
-    return Row(
-        case.suite,
-        case.label,
-        case.mode,
-        name,
-        "us",
-        own.median,
-        own.low,
-        own.high,
-        len(taken[name]),
-        problem=asdict(case.problem),
-        to_floor=None if floor is None else floor.median,
-        to_floor_low=None if floor is None else floor.low,
-        to_floor_high=None if floor is None else floor.high,
-        to_reference=ratios(taken[name], taken["reference"]).median,
-        caches="cold" if case.cold else "warm",
-        graph=case.graph,
-        **more,
-    )
-
-
-def roofline_us(problem: Problem, mode: str, ceilings: dict[str, float]) -> float | None:
-    """The least time that the measured rates allow for a LoRA linear; None where its dtype's rate was not measured."""
-    gflops = ceilings.get(f"{problem.dtype}_gflops")
-    if gflops is None:
-        return None
-    flops, moved = cost_model.work(problem, mode)
-    return max(flops / (1e3 * gflops), moved / (1e3 * ceilings["copy_gbs"]))
-
-
-def with_backends(names: tuple[str, ...], problem: Problem) -> tuple[str, ...]:
-    """`names`, where "ours" stands for each of our backends that the problem's device has."""
-    on = {
-        "cpu": ["ours[eager]", "ours[cpu]"],
-        "cuda": ["ours[eager]", "ours[triton]", "ours[cuda]"],
-    }
-    expanded: list[str] = []
-    for name in names:
-        expanded += on[problem.device] if name == "ours" else [name]
-    return tuple(dict.fromkeys(expanded))
-
-
-def on_device(case: Case, device: str) -> Case:
-    return replace(case, problem=replace(case.problem, device=device))
-
-
-__all__ = ["Case", "Effort", "Wrong", "measure", "on_device", "with_backends"]

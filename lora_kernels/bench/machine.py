@@ -24,7 +24,7 @@ _PACKAGES = ("triton", "peft", "transformers")
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Name, cores or multiprocessors, clocks and the load before the run, as far as they can be told."""
+    """Name, cores or multiprocessors, clocks and the load before the run, as far as they can be found out."""
     facts: dict[str, Any] = {
         "device": device,
         "cpu": _cpu_name(),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 
 import torch
 
-from lora_kernels.bench import contenders
+from lora_kernels.bench import contenders, results
 from lora_kernels.bench.clock import Call
 from lora_kernels.bench.contenders import Built, Layer
 from lora_kernels.bench.linear import Case, as_call
@@ -24,37 +23,22 @@ def measure(case: Case, names: tuple[str, ...], left_out: dict[str, str]) -> lis
     Saved counts what the step keeps beyond the layer's own parameters; x is counted, though a network holds it anyway.
     """
     layer, (x, dy) = contenders.make_layer(case.problem), contenders.make_input(case.problem)
-    rows = []
-    found: dict[tuple[str, str], int] = {}
+    found: dict[str, results.Samples] = {"saved": {}, "peak": {}}
     for name in dict.fromkeys(("frozen", "reference", *names)):
         reason = contenders.left_out(name, case.problem)
         if reason is not None:
             left_out[f"memory: {name}"] = reason
             continue
         built = contenders.build(name, layer)
-        found[name, "saved"] = saved_bytes(built, layer, x)
+        found["saved"][name] = [saved_bytes(built, layer, x)]
         step = as_call(built, x, dy, "step")
         step()
-        found[name, "peak"] = peak_bytes(step, case.problem.device)
-    for (name, mode), value in found.items():
-        floor, plain = found["frozen", mode], found["reference", mode]
-        rows.append(
-            Row(
-                "memory",
-                case.label,
-                mode,
-                name,
-                "bytes",
-                value,
-                value,
-                value,
-                1,
-                problem=asdict(case.problem),
-                to_floor=value / floor if floor else None,
-                to_reference=value / plain if plain else None,
-            )
-        )
-    return rows
+        found["peak"][name] = [peak_bytes(step, case.problem.device)]
+    return [
+        results.row("memory", case.label, mode, name, taken, case.problem, unit="bytes")
+        for mode, taken in found.items()
+        for name in taken
+    ]
 
 
 def saved_bytes(built: Built, layer: Layer, x: torch.Tensor) -> int:

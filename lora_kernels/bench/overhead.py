@@ -1,16 +1,13 @@
-"""The overhead suite: host time of a call on a problem so small that computing it takes no time to speak of."""
+"""The overhead suite: host time of a call on a problem whose products take almost no time."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 
-from lora_kernels.bench import contenders
+from lora_kernels.bench import contenders, results
 from lora_kernels.bench.clock import Call, HostClock, interleaved
 from lora_kernels.bench.linear import MODES, Effort, as_call
 from lora_kernels.bench.results import Row
-from lora_kernels.bench.statistics import ratios, summary
 from lora_kernels.functional import lora_linear
 from lora_kernels.problem import Problem
 
@@ -32,7 +29,7 @@ def measure(device: str, effort: Effort, left_out: dict[str, str]) -> list[Row]:
             calls[name] = as_call(build(name, layer), x, dy, mode)
         clock = HostClock(torch.cuda.synchronize if device == "cuda" else None)
         taken = interleaved(calls, clock, seconds=effort.seconds, rounds=effort.rounds)
-        rows += [_row(problem, mode, name, taken) for name in taken]
+        rows += [results.row("overhead", "2x16x16", mode, n, taken, problem) for n in taken]
     return rows
 
 
@@ -48,23 +45,3 @@ def build(name: str, layer: contenders.Layer) -> contenders.Built:
         return contenders.Built(function, (layer.A, layer.B))
     compiled = torch.compile(function, dynamic=False, fullgraph=True)
     return contenders.Built(compiled, (layer.A, layer.B))
-
-
-def _row(problem: Problem, mode: str, name: str, taken: dict[str, list[float]]) -> Row:
-    own, floor = summary(taken[name]), ratios(taken[name], taken["frozen"])
-    return Row(
-        "overhead",
-        "2x16x16",
-        mode,
-        name,
-        "us",
-        own.median,
-        own.low,
-        own.high,
-        len(taken[name]),
-        problem=asdict(problem),
-        to_floor=floor.median,
-        to_floor_low=floor.low,
-        to_floor_high=floor.high,
-        to_reference=ratios(taken[name], taken["reference"]).median,
-    )

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.bench import cost_model
+from lora_kernels.bench.report import groups
 from lora_kernels.bench.results import Results, Row
+from lora_kernels.bench.roofline import work
 
 _COLOURS = {
     "reference": "#9aa0a6",
     "compiled": "#c58af9",
     "addmm": "#f2b134",
     "peft": "#e57373",
-    "expand_first": "#8d6e63",
     "two_kernel": "#4db6ac",
     "ours[eager]": "#64b5f6",
     "ours[cpu]": "#1a73e8",
@@ -22,8 +22,9 @@ _COLOURS = {
     "ours[cuda]": "#0b3d91",
     "frozen": "#202124",
 }
-_MOST_BARS = 12  # cases in one panel
-_FEWEST_PLACES = 5  # a panel with fewer cases leaves room, or its bars are walls
+_MOST_BARS = 12  # cases in one line of panels
+_MANY = 48  # cases of a dtype and mode that boxes stand for
+_HIGHEST = 4.0  # a higher bar ends here and has its value written above it
 
 
 def draw(results: Results, folder: Path, stem: str, suffix: str = "png") -> list[Path]:
@@ -51,60 +52,97 @@ def draw(results: Results, folder: Path, stem: str, suffix: str = "png") -> list
 
 
 def price(results: Results, pyplot: Any) -> Any:
-    """Bars: time over the frozen layer's by problem and contender, one panel for forward, one for steps."""
+    """Time over the frozen layer's by contender: bars for each problem, or boxes over many; a panel for a dtype and mode."""
     rows = [r for r in results.of(suite="linear") if r.contender != "frozen" and r.caches == "warm"]
-    panels = list(_panels(rows))
-    if not panels:
+    lines = list(_lines(list(_panels(rows))))
+    if not lines:
         return None
-    size = (12, 3.6 * len(panels))
-    figure, all_axes = pyplot.subplots(
-        len(panels), 1, figsize=size, layout="constrained", squeeze=False
-    )
+    highest = min(_HIGHEST, max(row.to_floor_high or row.to_floor or 0.0 for row in rows))
+    figure = pyplot.figure(figsize=(12, 3.8 * len(lines)), layout="constrained")
     shown: dict[str, Any] = {}
-    for (title, some), axes in zip(panels, all_axes[:, 0], strict=True):
-        shown |= _bars(some, axes)
-        axes.set(ylabel="time / frozen layer", title=title)
-    figure.suptitle(f"What LoRA costs over the frozen layer: {results.machine['name']}")
+    for line, part in zip(
+        lines, figure.subfigures(len(lines), 1, squeeze=False)[:, 0], strict=True
+    ):
+        widths = [_size(cases) for _, cases in line]
+        axes = part.subplots(1, len(line), width_ratios=widths, squeeze=False)[0]
+        for (title, cases), panel in zip(line, axes, strict=True):
+            shown |= _boxes(cases, panel) if len(cases) > _MOST_BARS else _bars(cases, panel)
+            panel.axhline(1.0, color=_COLOURS["frozen"], linewidth=1, linestyle="--")
+            panel.set(title=title, ylim=(0, 1.08 * highest))
+        axes[0].set_ylabel("time / frozen layer")
+    figure.suptitle(f"What LoRA costs over the frozen layer (1.0): {results.machine['name']}")
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown))
     return figure
 
 
-def _panels(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """(title, rows) of each panel: one dtype, one mode, a dozen cases."""
+Cases = list[list[Row]]  # the rows of each problem
+
+
+def _panels(rows: list[Row]) -> Iterator[tuple[str, Cases]]:
+    """(title, cases) of each panel: a dtype and a mode, in pieces of a dozen where bars are drawn."""
     for dtype in dict.fromkeys(_of(row, "dtype") for row in rows):
         for mode, title in (("forward", "forward"), ("step", "forward + backward")):
-            some = [row for row in rows if row.mode == mode and _of(row, "dtype") == dtype]
-            cases = list(dict.fromkeys((row.case, row.graph) for row in some))
-            for first in range(0, len(cases), _MOST_BARS):
-                here = cases[first : first + _MOST_BARS]
-                yield f"{title}, {dtype}", [row for row in some if (row.case, row.graph) in here]
+            some = [row for row in rows if (row.mode, _of(row, "dtype")) == (mode, dtype)]
+            cases = groups(some)
+            piece = len(cases) if len(cases) > _MANY else _MOST_BARS
+            for first in range(0, len(cases), piece):
+                yield f"{title}, {dtype}", cases[first : first + piece]
 
 
-def _bars(rows: list[Row], axes: Any) -> dict[str, Any]:
-    """Draws one panel; what a legend shows, by name."""
-    cases = list(dict.fromkeys((row.case, row.graph) for row in rows))
-    names = list(dict.fromkeys(row.contender for row in rows))
+def _lines(panels: list[tuple[str, Cases]]) -> Iterator[list[tuple[str, Cases]]]:
+    """The panels line by line: side by side where they are of one dtype and fit beside each other."""
+    line: list[tuple[str, Cases]] = []
+    for title, cases in panels:
+        full = sum(_size(some) for _, some in line) + _size(cases) > _MOST_BARS
+        if line and (full or line[0][0].split(", ")[1] != title.split(", ")[1]):
+            yield line
+            line = []
+        line.append((title, cases))
+    if line:
+        yield line
+
+
+def _size(cases: Cases) -> int:
+    return len(cases) if len(cases) <= _MOST_BARS else _MOST_BARS // 2
+
+
+def _bars(cases: Cases, axes: Any) -> dict[str, Any]:
+    """Draws a bar for each contender and case; what a legend shows, by name."""
+    names = list(dict.fromkeys(row.contender for rows in cases for row in rows))
     width = 0.8 / len(names)
     shown: dict[str, Any] = {}
-    for index, name in enumerate(names):
-        found = {(r.case, r.graph): r for r in rows if r.contender == name}
-        places = [i for i, case in enumerate(cases) if case in found]
-        mine = [found[cases[i]] for i in places]
-        offsets = [i + (index - len(names) / 2 + 0.5) * width for i in places]
-        heights = [row.to_floor or 0.0 for row in mine]
-        spread = [
-            [max(0.0, h - (r.to_floor_low or h)) for h, r in zip(heights, mine, strict=True)],
-            [max(0.0, (r.to_floor_high or h) - h) for h, r in zip(heights, mine, strict=True)],
-        ]
-        shown[name] = axes.bar(offsets, heights, width, color=_COLOURS.get(name))
-        axes.errorbar(offsets, heights, spread, fmt="none", ecolor="#20212480", elinewidth=0.8)
-    floor = axes.axhline(1.0, color=_COLOURS["frozen"], linewidth=1, linestyle="--")
-    labels = [case + (" (graph)" if graph else "") for case, graph in cases]
+    for place, rows in enumerate(cases):
+        for row in rows:
+            at = place + (names.index(row.contender) - len(names) / 2 + 0.5) * width
+            price = row.to_floor or 0.0
+            low, high = row.to_floor_low or price, row.to_floor_high or price
+            shown[row.contender] = axes.bar(
+                at, min(price, _HIGHEST), width, color=_COLOURS.get(row.contender)
+            )
+            if price > _HIGHEST:
+                axes.text(at, _HIGHEST, f"{price:.1f}", ha="center", va="bottom", fontsize=8)
+            else:
+                spread = [[max(0.0, price - low)], [max(0.0, high - price)]]
+                axes.errorbar(at, price, spread, fmt="none", ecolor="#20212480", elinewidth=0.8)
+    labels = [rows[0].case + " (graph)" * rows[0].graph for rows in cases]
     axes.set_xticks(range(len(cases)), labels, rotation=20, ha="right")
-    highest = sorted(row.to_floor or 0.0 for row in rows)[int(0.95 * (len(rows) - 1))]
-    axes.set_ylim(0, max(1.2, 1.15 * highest))
-    axes.set_xlim(-0.6, max(len(cases), _FEWEST_PLACES) - 0.4)
-    return {"frozen": floor, **shown}
+    return {name: shown[name] for name in names}
+
+
+def _boxes(cases: Cases, axes: Any) -> dict[str, Any]:
+    """Draws a box from quartile to quartile for each contender, with whiskers to its least and its most."""
+    prices: dict[str, list[float]] = {}
+    for row in (row for rows in cases for row in rows):
+        prices.setdefault(row.contender, []).append(row.to_floor or 0.0)
+    for place, found in enumerate(prices.values(), 1):
+        if max(found) > _HIGHEST:
+            axes.text(place, _HIGHEST, f"to {max(found):.1f}", ha="center", va="bottom", fontsize=8)
+    boxes = axes.boxplot(prices.values(), whis=(0, 100), widths=0.6, patch_artist=True)["boxes"]
+    axes.set_xticks(range(1, 1 + len(prices)), prices)
+    for name, box in zip(prices, boxes, strict=True):
+        box.set_facecolor(_COLOURS.get(name))
+    axes.set_xlabel(f"{len(cases)} cases")
+    return dict(zip(prices, boxes, strict=True))
 
 
 def growth(results: Results, pyplot: Any) -> Any:
@@ -172,7 +210,7 @@ def _roof(rows: list[Row], dtype: str, ceilings: dict[str, float], axes: Any) ->
         for row in rows:
             problem = row.as_problem()
             if row.contender == name and problem is not None:
-                flops, moved = cost_model.work(problem, row.mode, lora=name != "frozen")
+                flops, moved = work(problem, row.mode, lora=name != "frozen")
                 points.append((flops / moved, flops / (1e3 * row.value)))
         if points:
             lowest = min(lowest, *(p[0] for p in points))

@@ -40,8 +40,11 @@ MODELS = {
         (128, 8192),
     ),
 }
-PRESETS = (*MODELS, "laptop", "gpu", "quick")
-ALL = ("frozen", "reference", "compiled", "addmm", "expand_first", "peft", "two_kernel", "ours")
+PRESETS = (*MODELS, "laptop", "grid", "gpu", "quick")
+ALL = ("frozen", "reference", "compiled", "addmm", "peft", "two_kernel", "ours")
+GRID_NAMES = ("frozen", "reference", "addmm", "ours")
+GRID_ROWS = (1, 16, 128, 512, 2048)
+GRID_RANKS = (8, 16, 64)
 GROWTH = {
     "cpu": (
         (512, 1024, 1024, 16),
@@ -70,6 +73,8 @@ def cases(preset: str, device: str, dtypes: tuple[str, ...] = ()) -> list[Case]:
         return shape_cases([(64, 96, 160, 4)], device, dtypes or ("float32",), ())
     if preset == "laptop":
         return _laptop(device, dtypes)
+    if preset == "grid":
+        return _grid(device, dtypes or ("float32", "bfloat16"))
     if preset == "gpu":
         return _gpu(dtypes or ("bfloat16",))
     raise ValueError(f"preset must be one of {PRESETS}, got {preset!r}")
@@ -138,6 +143,20 @@ def _laptop(device: str, dtypes: tuple[str, ...]) -> list[Case]:
         made += model_cases("minilm", device, "bfloat16", ("step",))
         made += shape_cases([(512, 768, 3072, 16)], device, ("bfloat16",), ())
     return made
+
+
+def _grid(device: str, dtypes: tuple[str, ...]) -> list[Case]:
+    """Every row count and rank through the layers of MiniLM, GPT-2, a 1B and a 7B model; 2048 rows not through the last."""
+    layers = [(384, 384), (384, 1536), (1536, 384), (768, 768), (768, 3072), (3072, 768)]
+    layers += [(2048, 2048), (4096, 4096)]
+    sizes = [
+        (M, K, N, R)
+        for K, N in layers
+        for M in GRID_ROWS
+        for R in GRID_RANKS
+        if M * K * N < 1 << 34
+    ]
+    return shape_cases(sizes, device, dtypes, ())
 
 
 def _gpu(dtypes: tuple[str, ...]) -> list[Case]:

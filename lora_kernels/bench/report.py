@@ -1,4 +1,4 @@
-"""Tables out of results: Markdown for people, plain text for a terminal. What is lost is listed like what is won."""
+"""Tables out of results: Markdown for people, plain text for a terminal. Losses are listed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lora_kernels.bench import contenders, cost_model
+from lora_kernels import plan
+from lora_kernels.backends.base import fastest
 from lora_kernels.bench.results import Results, Row
+from lora_kernels.tuning import cost
+from lora_kernels.tuning.targets import target_of
 
-_LOSS = 1.02  # slower than the fastest other by more than this is listed
+LOSS = 1.05  # slower than another by more than this is listed
 _MODE = {"forward": "forward", "step": "forward + backward"}
 _UNITS = ((1e6, "s"), (1e3, "ms"), (1.0, "µs"))
+_LONG = 48  # rows of a table that is folded
+_PREDICTED = ("frozen", "reference", "addmm", "ours[eager]", "two_kernel", "ours[triton]")
 
 
 def markdown(runs: dict[str, tuple[Results, Sequence[Path]]]) -> str:
@@ -34,51 +39,76 @@ def plain_table(results: Results) -> str:
         f"{'case':<22}{'mode':<9}{'contender':<16}{'time':>12}{'x frozen':>10}{'x ref.':>8}{'ceiling':>9}"
     ]
     for row in results.rows:
-        star = "*" if row.auto else ""
-        shown = _bytes(row.value) if row.unit == "bytes" else _time(row.value)
         lines.append(
-            f"{row.case:<22}{row.mode:<9}{row.contender + star:<16}{shown:>12}{_plain(row.to_floor):>10}"
-            f"{_plain(row.to_reference):>8}{_share(row.ceiling_share):>9}"
+            f"{row.case:<22}{row.mode:<9}{row.contender + '*' * bool(row.auto):<16}{_value(row):>12}"
+            f"{_ratio(row.to_floor):>10}{_ratio(row.to_reference):>8}{_share(row.ceiling_share):>9}"
         )
     lines += [f"left out: {name}: {why}" for name, why in results.left_out.items()]
     return "\n".join(lines)
 
 
+def pairs(results: Results) -> list[tuple[Row, Row]]:
+    """(our row that "auto" takes, another row) of every other contender in every linear case, without the frozen layer."""
+    return [
+        (ours, other)
+        for rows in groups(results.of(suite="linear"))
+        for ours in rows
+        for other in rows
+        if ours.auto and other is not ours and other.contender != "frozen"
+    ]
+
+
 def losses(results: Results) -> list[tuple[Row, Row]]:
-    """(our row that "auto" takes, the fastest other row) wherever another implementation was faster."""
-    found = []
-    for rows in _groups(results.of(suite="linear")).values():
-        ours = [row for row in rows if row.auto]
-        others = [row for row in rows if row.contender not in ("frozen", *contenders.OURS)]
-        if ours and others:
-            best = min(others, key=lambda row: row.value)
-            if ours[0].value > _LOSS * best.value:
-                found.append((ours[0], best))
-    return found
+    """The pairs in which the other was faster by more than `LOSS`."""
+    return [(ours, other) for ours, other in pairs(results) if ours.value > LOSS * other.value]
+
+
+def groups(rows: list[Row]) -> list[list[Row]]:
+    """Rows of one measurement together: the same case, mode, problem and conditions."""
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.group, []).append(row)
+    return list(found.values())
 
 
 def predictions(results: Results) -> list[tuple[Row, float]]:
-    """(row, predicted microseconds) of every linear and growth row that a cost model covers."""
-    found = []
-    for row in results.rows:
-        problem = row.as_problem()
-        if problem is None or row.suite not in ("linear", "growth") or row.caches == "cold":
-            continue
-        if problem.device == "cuda":
-            architecture = str(results.machine.get("architecture", ""))
-            us = cost_model.predict_gpu_us(row.contender, problem, row.mode, architecture)
-        else:
-            us = cost_model.predict_cpu_us(row.contender, problem, row.mode, results.ceilings)
-        if us is not None:
-            found.append((row, us))
-    return found
+    """(row, predicted microseconds) of every linear and growth row on a GPU that the package's cost model covers."""
+    return [
+        (row, us)
+        for row in results.rows
+        if row.suite in ("linear", "growth") and row.caches == "warm"
+        if (us := predicted_us(row, str(results.machine.get("architecture", "")))) is not None
+    ]
+
+
+def predicted_us(row: Row, architecture: str) -> float | None:
+    """Microseconds that the GPU cost model predicts for a row; None for what it does not cover, such as a CPU."""
+    problem, name = row.as_problem(), row.contender
+    if problem is None or problem.device != "cuda" or name not in _PREDICTED:
+        return None
+    try:
+        target = target_of(architecture)
+    except ValueError:
+        return None
+    directions = [problem, problem.adjoint()] if row.mode == "step" else [problem]
+    if name == "ours[triton]":
+        best = (fastest(plan.get("triton").candidates(each, target)) for each in directions)
+        times = [None if candidate is None else candidate.predicted_us for candidate in best]
+        return None if None in times else sum(us for us in times if us is not None)
+    algorithm = "eager" if name == "ours[eager]" else name
+    return sum(cost.predict_us(algorithm, each, target) for each in directions)
 
 
 def _run(name: str, results: Results, plots: Sequence[Path]) -> Iterable[str]:
-    machine = results.machine
-    yield f"## {machine.get('name')} ({name})"
+    yield f"## {results.machine.get('name')} ({name})"
     yield _facts(results)
-    yield from (f"![{_alt(plot)}]({plot.name})" for plot in plots)
+    yield from (f"![{plot.stem.replace('-', ' ')}]({plot.name})" for plot in plots)
+    compared = pairs(results)
+    if compared:
+        yield "### Ours against the others"
+        yield _summary_table(compared)
+        yield "### Losses"
+        yield _losses_table(losses(results))
     rows = results.of(suite="linear")
     for dtype in dict.fromkeys(row.problem["dtype"] for row in rows if row.problem):
         for mode in _MODE:
@@ -86,13 +116,12 @@ def _run(name: str, results: Results, plots: Sequence[Path]) -> Iterable[str]:
             if some:
                 yield f"### One layer, {_MODE[mode]}, {dtype}"
                 yield _price_table(some)
-    if rows:
-        yield "### Losses"
-        yield _losses_table(losses(results))
-    if results.of(suite="growth"):
-        yield "### As one size grows (forward + backward)"
-        yield _price_table(results.of(suite="growth"))
-    for suite, title in (("training", "Training steps"), ("overhead", "Host time of a call")):
+    titles = {
+        "growth": "As one size grows (forward + backward)",
+        "training": "Training steps",
+        "overhead": "Host time of a call",
+    }
+    for suite, title in titles.items():
         if results.of(suite=suite):
             yield f"### {title}"
             yield _price_table(results.of(suite=suite))
@@ -102,13 +131,12 @@ def _run(name: str, results: Results, plots: Sequence[Path]) -> Iterable[str]:
     predicted = predictions(results)
     if predicted:
         yield "### Predicted against measured"
-        yield _predicted_tables(predicted, str(machine["device"]))
-    if results.failed:
-        yield "### Failed"
-        yield "\n".join(f"* {name}: {why}" for name, why in results.failed.items())
-    if results.left_out:
-        yield "### Not measured"
-        yield "\n".join(f"* {name}: {why}" for name, why in results.left_out.items())
+        yield "The model is the one that chooses kernels: numbers of the architecture, not of this device."
+        yield from _predicted_tables(predicted)
+    for title, reasons in (("Failed", results.failed), ("Not measured", results.left_out)):
+        if reasons:
+            yield f"### {title}"
+            yield "\n".join(f"* {what}: {why}" for what, why in reasons.items())
 
 
 def _facts(results: Results) -> str:
@@ -119,10 +147,51 @@ def _facts(results: Results) -> str:
         [
             f"* {machine}",
             f"* {versions}; commit {results.sha or 'unknown'}; {results.date}",
-            f"* measured ceilings: {rates}",
-            f"* `{results.command}`" if results.command else "",
+            *([f"* measured ceilings: {rates}"] if rates else []),
+            *([f"* `{results.command}`"] if results.command else []),
         ]
-    ).rstrip()
+    )
+
+
+def _summary_table(compared: list[tuple[Row, Row]]) -> str:
+    """Speed of what "auto" takes relative to each other contender, by dtype."""
+    speeds: dict[tuple[str, str], list[float]] = {}
+    for ours, other in compared:
+        dtype = (ours.problem or {})["dtype"]
+        speeds.setdefault((other.contender, dtype), []).append(other.value / ours.value)
+    head = [
+        "other",
+        "dtype",
+        "cases",
+        "median speed",
+        "least",
+        "most",
+        f"over {LOSS - 1:.0%} slower",
+    ]
+    lines = [
+        [*who, str(len(found)), *_extremes(found), str(sum(LOSS * s < 1 for s in found))]
+        for who, found in speeds.items()
+    ]
+    note = "The other's time divided by ours, where ours is the backend that `auto` takes."
+    return f"{note}\n\n{_table(head, lines)}"
+
+
+def _losses_table(lost: list[tuple[Row, Row]]) -> str:
+    if not lost:
+        return f"None: no other implementation was faster than ours by more than {LOSS - 1:.0%}."
+    head = ["case", "M, K, N, R", "dtype", "mode", "ours", "other", "ours / other"]
+    return _table(
+        head,
+        [
+            [
+                *(_label(ours), _sizes(ours), (ours.problem or {})["dtype"], ours.mode),
+                f"{ours.contender} {_value(ours)}",
+                f"{other.contender} {_value(other)}",
+                f"{ours.value / other.value:.2f}",
+            ]
+            for ours, other in lost
+        ],
+    )
 
 
 def _price_table(rows: list[Row]) -> str:
@@ -130,104 +199,47 @@ def _price_table(rows: list[Row]) -> str:
     with_share = any(row.ceiling_share for row in rows)
     head = ["case", "M, K, N, R", "frozen", *names] + ["ceiling"] * with_share
     lines = []
-    for group in _groups(rows).values():
+    for group in groups(rows):
         by_name = {row.contender: row for row in group}
-        first = group[0]
-        frozen = by_name.get("frozen")
-        cells = [_label(first), _sizes(first), _time(frozen.value) if frozen else ""]
-        for name in names:
-            row = by_name.get(name)
-            star = "*" if row and row.auto else ""
-            cells.append("" if row is None else f"{row.to_floor:.2f}×{star}")
+        cells = [_label(group[0]), _sizes(group[0])]
+        cells.append(_value(by_name["frozen"]) if "frozen" in by_name else "")
+        for row in map(by_name.get, names):
+            cells.append("" if row is None else f"{_ratio(row.to_floor)}×" + "*" * bool(row.auto))
         if with_share:
-            ours = [row for row in group if row.auto]
-            cells.append(_share(ours[0].ceiling_share) if ours else "")
+            cells.append("".join(_share(row.ceiling_share) for row in group if row.auto))
         lines.append(cells)
     return _table(head, lines)
-
-
-def _losses_table(lost: list[tuple[Row, Row]]) -> str:
-    if not lost:
-        return f"None: no other implementation was faster than ours by more than {_LOSS - 1:.0%}."
-    head = ["case", "M, K, N, R", "mode", "ours", "fastest other", "ours / other"]
-    return _table(
-        head,
-        [
-            [
-                _label(ours),
-                _sizes(ours),
-                ours.mode,
-                f"{ours.contender} {_time(ours.value)}",
-                f"{best.contender} {_time(best.value)}",
-                f"{ours.value / best.value:.2f}",
-            ]
-            for ours, best in lost
-        ],
-    )
 
 
 def _memory_table(rows: list[Row]) -> str:
     names = list(dict.fromkeys(row.contender for row in rows))
     lines = []
-    for group in _groups(rows).values():
+    for group in groups(rows):
         by_name = {row.contender: row for row in group}
         cells = [_label(group[0]), _sizes(group[0]), group[0].mode]
-        lines.append([*cells, *(_bytes(by_name[n].value) if n in by_name else "" for n in names)])
+        lines.append([*cells, *(_value(by_name[n]) if n in by_name else "" for n in names)])
     return _table(["case", "M, K, N, R", "", *names], lines)
 
 
-def _predicted_tables(predicted: list[tuple[Row, float]], device: str) -> str:
-    how = (
-        "The model knows this machine only by the ceilings above, and was fitted to none of these rows."
-        if device == "cpu"
-        else "The model is the one that chooses kernels; it knows the architecture, not this device."
-    )
+def _predicted_tables(predicted: list[tuple[Row, float]]) -> Iterable[str]:
     by_contender: dict[tuple[str, str], list[float]] = {}
     for row, us in predicted:
         by_contender.setdefault((row.contender, row.mode), []).append(us / row.value)
-    summary = [
-        [
-            name,
-            mode,
-            str(len(found)),
-            f"{median(found):.2f}",
-            f"{min(found):.2f}",
-            f"{max(found):.2f}",
-        ]
-        for (name, mode), found in by_contender.items()
-    ]
-    lines = [
-        [
-            _label(row),
-            _sizes(row),
-            row.mode,
-            row.contender,
-            _time(row.value),
-            _time(us),
-            f"{us / row.value:.2f}",
-        ]
-        for row, us in predicted
-    ]
-    return "\n\n".join(
-        [
-            how + " Predicted time divided by measured time:",
-            _table(["contender", "mode", "rows", "median", "least", "most"], summary),
-            "<details><summary>Every row</summary>",
-            _table(
-                ["case", "M, K, N, R", "mode", "contender", "measured", "predicted", "ratio"], lines
-            ),
-            "</details>",
-        ]
+    yield "Predicted time divided by measured time:"
+    yield _table(
+        ["contender", "mode", "rows", "median", "least", "most"],
+        [[*who, str(len(found)), *_extremes(found)] for who, found in by_contender.items()],
     )
-
-
-def _groups(rows: list[Row]) -> dict[Any, list[Row]]:
-    """Rows of one measurement together: the same case, mode, problem and conditions."""
-    found: dict[Any, list[Row]] = {}
-    for row in rows:
-        key = tuple(part for index, part in enumerate(row.key) if index != 3)
-        found.setdefault(key, []).append(row)
-    return found
+    yield _table(
+        ["case", "M, K, N, R", "mode", "contender", "measured", "predicted", "ratio"],
+        [
+            [
+                *(_label(row), _sizes(row), row.mode, row.contender, _value(row), _time(us)),
+                f"{us / row.value:.2f}",
+            ]
+            for row, us in predicted
+        ],
+    )
 
 
 def _label(row: Row) -> str:
@@ -243,7 +255,18 @@ def _sizes(row: Row) -> str:
 
 def _table(head: list[str], lines: list[list[str]]) -> str:
     marks = ["---" if index < 2 else "---:" for index in range(len(head))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, marks, *lines])
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in [head, marks, *lines])
+    if len(lines) <= _LONG:
+        return text
+    return f"<details><summary>{len(lines)} rows</summary>\n\n{text}\n\n</details>"
+
+
+def _extremes(found: list[float]) -> list[str]:
+    return [f"{value:.2f}" for value in (median(found), min(found), max(found))]
+
+
+def _value(row: Row) -> str:
+    return f"{row.value / 2**20:.2f} MiB" if row.unit == "bytes" else _time(row.value)
 
 
 def _time(us: float) -> str:
@@ -251,17 +274,9 @@ def _time(us: float) -> str:
     return f"{us / scale:.3g} {unit}"
 
 
-def _bytes(value: float) -> str:
-    return f"{value / 2**20:.2f} MiB"
-
-
-def _plain(value: float | None) -> str:
+def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f} %"
-
-
-def _alt(plot: Path) -> str:
-    return plot.stem.replace("-", " ")

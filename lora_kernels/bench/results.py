@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_kernels.problem import Problem
 
 SCHEMA = 1
+Samples = dict[str, list[float]]
+
+
+class Summary(NamedTuple):
+    """Quartiles."""
+
+    low: float
+    median: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,13 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes it the same measurement in another run."""
+        return *self.group, self.contender
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """What it shares with the other contenders of the same measurement."""
         sizes = tuple(sorted(self.problem.items())) if self.problem else ()
-        return self.suite, self.case, self.mode, self.contender, sizes, self.caches, self.graph
+        return self.suite, self.case, self.mode, sizes, self.caches, self.graph
 
     def as_problem(self) -> Problem | None:
         return None if self.problem is None else Problem(**self.problem)
@@ -77,6 +92,43 @@ class Results:
         return ({**shared, **asdict(row)} for row in self.rows)
 
 
+def row(
+    suite: str,
+    case: str,
+    mode: str,
+    name: str,
+    taken: Samples,
+    problem: Problem | None = None,
+    unit: str = "us",
+    **more: Any,
+) -> Row:
+    """The row of the contender `name`, out of samples that were taken in turns."""
+    own, floor = summary(taken[name]), _ratios(taken, name, "frozen")
+    reference = _ratios(taken, name, "reference")
+    return Row(
+        *(suite, case, mode, name, unit, own.median, own.low, own.high, len(taken[name])),
+        problem=None if problem is None else asdict(problem),
+        to_floor=floor and floor.median,
+        to_floor_low=floor and floor.low,
+        to_floor_high=floor and floor.high,
+        to_reference=reference and reference.median,
+        **more,
+    )
+
+
+def summary(samples: list[float]) -> Summary:
+    """The quartiles of at least one sample, interpolated between neighbours."""
+    least_two = samples if len(samples) > 1 else samples * 2
+    return Summary(*statistics.quantiles(least_two, n=4, method="inclusive"))
+
+
+def _ratios(taken: Samples, name: str, base: str) -> Summary | None:
+    """Of neighbouring samples: what changes the machine's speed for both cancels. None where there is no base."""
+    if not all(taken.get(base, [0.0])):
+        return None
+    return summary([ours / theirs for ours, theirs in zip(taken[name], taken[base], strict=True)])
+
+
 def save(results: Results, file: Path) -> Path:
     """Write results; the folder is made. Returns the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -88,21 +140,42 @@ def save(results: Results, file: Path) -> Path:
 
 
 def load(file: Path) -> Results:
-    """Read results. ValueError where the file is none of this schema."""
+    """Read results. ValueError names the file, the rule that it breaks, and what it has instead."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        if raw.pop("schema") != SCHEMA:
-            raise ValueError("another schema")
-        rows = [Row(**row) for row in raw.pop("rows")]
-        return Results(**raw, rows=rows)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
+        raise ValueError(f"{file} must be JSON: {error}") from error
+    if not isinstance(raw, dict) or "schema" not in raw:
+        has = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
         raise ValueError(
-            f"{file} must hold benchmark results of schema {SCHEMA}: {error}"
-        ) from error
+            f'{file} must be written by `bench`, with the key "schema": {SCHEMA}; it has {has}'
+        )
+    version = raw.pop("schema")
+    if version != SCHEMA:
+        raise ValueError(f"{file} must have schema {SCHEMA}, and has {version!r}: measure again")
+    _check_names(file, "results", raw, Results)
+    if not isinstance(raw["rows"], list):
+        raise ValueError(f"{file}: rows must be a list, and is {type(raw['rows']).__name__}")
+    for index, each in enumerate(raw["rows"]):
+        _check_names(file, f"rows[{index}]", each, Row)
+    return Results(**{**raw, "rows": [Row(**each) for each in raw["rows"]]})
+
+
+def _check_names(file: Path, what: str, raw: Any, kind: Any) -> None:
+    """ValueError unless `raw` is an object with the fields of a dataclass."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: {what} must be an object, and is {type(raw).__name__}")
+    needed = {f.name for f in fields(kind) if f.default is MISSING} - {"left_out", "failed"}
+    missing, unknown = needed - raw.keys(), raw.keys() - {f.name for f in fields(kind)}
+    if missing or unknown:
+        raise ValueError(
+            f"{file}: {what} must have the fields of {kind.__name__}: "
+            f"missing {sorted(missing)}, unknown {sorted(unknown)}"
+        )
 
 
 def find(paths: list[Path]) -> list[Path]:
-    """The result files among and in these files and folders. FileNotFoundError where there is none."""
+    """These files, and the result files of these folders, of any version. FileNotFoundError where there is none."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -121,7 +194,7 @@ def _is_results(file: Path) -> bool:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return isinstance(raw, dict) and raw.get("schema") == SCHEMA and "rows" in raw
+    return isinstance(raw, dict) and {"schema", "rows"} <= raw.keys()
 
 
 def _without_defaults(row: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from lora_kernels.bench import linear, machine, memory, overhead, training
+from lora_kernels.bench import contenders, linear, machine, memory, overhead, training
+from lora_kernels.bench.check import Oracle
 from lora_kernels.bench.linear import Case, Effort
 from lora_kernels.bench.presets import ALL
 from lora_kernels.bench.results import Results, Row
+from lora_kernels.problem import Problem
 
 SUITES = ("linear", "growth", "training", "overhead", "memory")
 GROWTH_NAMES = ("frozen", "reference", "ours")
@@ -35,7 +37,7 @@ def run(
     say: Say = lambda text: None,
     keep: Callable[[Results], object] = lambda results: None,
 ) -> Results:
-    """Measure an order, telling `say` what is going on; `keep` gets what there is after each step, in case it is the last.
+    """Measure an order. `say` gets a line before each step, `keep` all rows after each step, in case it is the last.
 
     A backend of ours that fails on a problem, or a suite that cannot be measured, is in `failed`, and the run goes on.
     """
@@ -61,11 +63,12 @@ def run(
         keep(results)
 
     wanted = [case for case in order.cases if case.suite in order.suites]
+    oracles: dict[Problem, Oracle] = {}
     begin = time.perf_counter()
     for index, case in enumerate(wanted, 1):
         say(f"[{index}/{len(wanted)}] {case.suite} {case.label}: {case.mode}, {case.problem}")
         what = f"{case.suite} {case.label}, {case.mode} of {case.problem}"
-        measured(what, partial(case_rows, case, order.names, order.effort, results))
+        measured(what, partial(case_rows, case, order.names, order.effort, results, oracles))
     if "training" in order.suites:
         for which in training.MODELS:
             for dtype in order.dtypes if which == "block" else ("float32",):
@@ -83,12 +86,19 @@ def run(
     return results
 
 
-def case_rows(case: Case, names: tuple[str, ...], effort: Effort, results: Results) -> list[Row]:
+def case_rows(
+    case: Case,
+    names: tuple[str, ...],
+    effort: Effort,
+    results: Results,
+    oracles: dict[Problem, Oracle] | None = None,
+) -> list[Row]:
     """The rows of one case; growth curves take fewer contenders."""
     if case.suite == "growth":
         names = tuple(name for name in names if name in GROWTH_NAMES or name.startswith("ours"))
-    names = linear.with_backends(names, case.problem)
-    return linear.measure(case, names, effort, results.ceilings, results.left_out, results.failed)
+    names = contenders.with_backends(names, case.problem.device)
+    rates, notes, failed = results.ceilings, results.left_out, results.failed
+    return linear.measure(case, names, effort, rates, notes, failed, oracles)
 
 
 def _memory_rows(order: Order, results: Results, say: Say) -> list[Row]:
@@ -101,6 +111,6 @@ def _memory_rows(order: Order, results: Results, say: Say) -> list[Row]:
         seen.add(case.problem)
         say(f"memory: {case.label}")
         names = tuple(name for name in order.names if name in memory.NAMES or name[:4] == "ours")
-        names = linear.with_backends(names, case.problem)
+        names = contenders.with_backends(names, case.problem.device)
         rows += memory.measure(case, names, results.left_out)
     return rows

@@ -17,9 +17,10 @@ from lora_kernels.backends.eager import PRODUCTS as EAGER
 from lora_kernels.backends.triton.configs import ALGORITHMS
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.bench import contenders
+from lora_kernels.bench.check import Wrong, relative_error
 from lora_kernels.bench.clock import Call, Clock, clock_for, interleaved
-from lora_kernels.bench.linear import Effort
-from lora_kernels.bench.statistics import summary
+from lora_kernels.bench.linear import Effort, first_line
+from lora_kernels.bench.results import summary
 from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.search import Choice
@@ -45,32 +46,30 @@ class Measured(ABC):
 
     def wrong(self, choice: Choice) -> str | None:
         """Why `choice` must not be used, or None: it raises, or it is off by more than the plain one may be."""
+        longest = max(self.problem.M, self.problem.N, self.problem.K)
         try:
             found = self.call(choice)()
             for actual, exact, plain in zip(found, *self.expected(choice.algorithm), strict=True):
-                error = _distance(actual, exact)
-                roundings = 4 * torch.finfo(plain.dtype).eps * exact.abs().max().item()
-                allowed = 2 * _distance(plain, exact) + roundings
-                if not error <= allowed:
-                    return f"off by {error:.1e}, allowed {allowed:.1e}"
+                relative_error("the result", actual, exact, plain, longest)
+        except Wrong as wrong:
+            return str(wrong)
         except Exception as raised:  # compilers and drivers fail in any way
-            text = str(raised).strip()
-            return f"{type(raised).__name__}: {text.splitlines()[0] if text else ''}"
+            return f"{type(raised).__name__}: {first_line(raised)}"
         return None
 
     def measure(
         self, choices: list[Choice], effort: Effort, clock: Clock | None = None
     ) -> list[float | str]:
         """Median microseconds of each choice, or why it does not count."""
-        told = {index: self.wrong(choice) for index, choice in enumerate(choices)}
+        reasons = [self.wrong(choice) for choice in choices]
         calls: dict[str, Call] = {
-            str(index): self.call(choices[index]) for index, reason in told.items() if not reason
+            str(index): self.call(choices[index]) for index, why in enumerate(reasons) if not why
         }
         taken = {}
         if calls:
             clock = clock or clock_for(self.problem.device)
             taken = interleaved(calls, clock, seconds=effort.seconds, rounds=effort.rounds)
-        return [reason or summary(taken[str(index)]).median for index, reason in told.items()]
+        return [why or summary(taken[str(index)]).median for index, why in enumerate(reasons)]
 
 
 class Product(Measured):
@@ -146,7 +145,3 @@ def _skinny(products: Products, kernel: str, x: Tensor, a: Tensor, s: Tensor) ->
     if kernel == "shrink":
         return (products.shrink(x, adapter),)
     return products.shrink_wgrad(x, adapter, s, a.dtype)
-
-
-def _distance(t: Tensor, exact: Tensor) -> float:
-    return (t.double() - exact).abs().max().item()

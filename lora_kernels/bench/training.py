@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels import demo, modules, reference
-from lora_kernels.bench import contenders
+from lora_kernels.bench import contenders, results
 from lora_kernels.bench.clock import Call, clock_for, interleaved
 from lora_kernels.bench.contenders import Layer
 from lora_kernels.bench.linear import Effort, first_line
 from lora_kernels.bench.results import Row
-from lora_kernels.bench.statistics import ratios, summary
 
 MODELS = ("block", "minilm")
 NAMES = ("frozen", "reference", "compiled", "addmm", "peft", "ours")
@@ -160,7 +159,7 @@ def measure(
     if "reference" not in calls:
         return []
     taken = interleaved(calls, clock_for(device), seconds=effort.seconds, rounds=effort.rounds)
-    return [_row(which, name, taken, dtype) for name in taken]
+    return [results.row("training", f"{which} {dtype}", "step", name, taken) for name in taken]
 
 
 def _disagreement(losses: list[float], expected: list[float], dtype: str) -> str | None:
@@ -170,25 +169,6 @@ def _disagreement(losses: list[float], expected: list[float], dtype: str) -> str
     if gap <= allowed:
         return None
     return f"losses differ from the reference's by {gap:.1e}, over {allowed}"
-
-
-def _row(which: str, name: str, taken: dict[str, list[float]], dtype: str) -> Row:
-    own, floor = summary(taken[name]), ratios(taken[name], taken["frozen"])
-    return Row(
-        "training",
-        f"{which} {dtype}",
-        "step",
-        name,
-        "us",
-        own.median,
-        own.low,
-        own.high,
-        len(taken[name]),
-        to_floor=floor.median,
-        to_floor_low=floor.low,
-        to_floor_high=floor.high,
-        to_reference=ratios(taken[name], taken["reference"]).median,
-    )
 
 
 def _wrap(module: nn.Module, contender: str) -> None:

@@ -7,7 +7,11 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from lora_kernels import plan
+from lora_kernels.backends.base import fastest
+from lora_kernels.cli import check_sizes, device_of
 from lora_kernels.problem import ITEMSIZE, Problem
+from lora_kernels.tuning import cost
 from lora_kernels.tuning.targets import TARGETS
 
 
@@ -20,20 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", default="auto", help="ask for one by name (default: auto)")
     add("--dropout", action="store_true", help="with dropout before A")
     add("--target", choices=[*TARGETS], help="predict for a GPU architecture that need not be here")
-    add(
-        "--measure", action="store_true", help="CPU: measure its rates, and predict times from them"
-    )
     add("--json", action="store_true", help="print as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0, or an error where the backend that was asked for cannot compute the problem."""
-    if min(args.shape) < 0:
-        raise ValueError(f"--shape must be four sizes that are not negative, got {args.shape}")
+    """0, or an error where the named backend cannot compute the problem."""
+    check_sizes(args.shape, 0)
     if args.target and (args.device == "cpu" or args.backend != "auto"):
         raise ValueError("--target predicts a GPU's choice: it takes no --device cpu, no --backend")
-    from lora_kernels.cli.bench import device_of
-
     M, K, N, R = args.shape
     device = "cuda" if args.target else device_of(args.device)
     adapters = args.adapter_dtype or args.dtype
@@ -43,60 +41,32 @@ def run(args: argparse.Namespace) -> int:
         name: _predicted(each, args.target) if args.target else _here(each, args.backend)
         for name, each in directions.items()
     }
-    if args.measure:
-        if device != "cpu" or args.dtype == "float64":
-            raise ValueError("--measure predicts float32, bfloat16 and float16 on a CPU")
-        found["forward and backward on this CPU"] = _on_this_cpu(problem, args.backend)
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
     print(problem)
     for name, each in found.items():
         print(f"\n{name}")
-        print("\n".join(f"  {what}: {told}" for what, told in each.items() if what != "problem"))
+        print("\n".join(f"  {what}: {text}" for what, text in each.items() if what != "problem"))
     return 0
 
 
 def _here(problem: Problem, backend: str) -> dict[str, Any]:
-    """Who computes it on this machine, and why nobody else does."""
-    from lora_kernels import plan
-
+    """The backend that computes it on this machine, and the reason against each other one."""
     explanation = plan.explain(problem, backend)
     chosen = explanation.backend + (f", {explanation.plan}" if explanation.plan else "")
     return {"problem": asdict(problem), "chosen": chosen, **explanation.rejected}
 
 
-def _on_this_cpu(problem: Problem, backend: str) -> dict[str, Any]:
-    """Times that this machine's measured rates predict, against the frozen layer and against the roofline."""
-    from lora_kernels import plan
-    from lora_kernels.bench import cost_model, linear, machine
-
-    rates = machine.ceilings("cpu", [problem.dtype])
-    ours = f"ours[{plan.explain(problem, backend).backend}]"
-    names = ("frozen", "reference", "addmm", ours)
-    times = {name: cost_model.predict_cpu_us(name, problem, "step", rates) for name in names}
-    times["roofline"] = linear.roofline_us(problem, "step", rates)
-    frozen = times["frozen"] or float("nan")
-    return {
-        name: f"predicted {us:.1f} us, {us / frozen:.2f} of the frozen layer"
-        for name, us in times.items()
-        if us is not None
-    }
-
-
 def _predicted(problem: Problem, name: str) -> dict[str, Any]:
     """What the cost model chooses on a target, and every algorithm's predicted time against the frozen layer's."""
-    from lora_kernels.backends.base import fastest
-    from lora_kernels.plan import predict
-    from lora_kernels.tuning import cost
-
     if problem.empty or problem.dtype == "float64":
         return {
             "problem": asdict(problem),
             "chosen": "eager: empty and float64 problems are ATen's",
         }
     target = TARGETS[name]
-    candidates = predict(problem, target)
+    candidates = plan.predict(problem, target)
     chosen = fastest(candidates)
     assert chosen is not None
     source = "tuned" if chosen.measured_us is not None else "cost model"

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import Any
+
+import torch
+
+from lora_kernels import env, plan
+from lora_kernels.bench import machine
+from lora_kernels.problem import Problem
 
 # A problem that every backend which works at all on a device can compute.
 _SIZES = {"M": 256, "N": 256, "K": 256, "R": 8}
@@ -23,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
         return code
     print(", ".join(f"{name} {version}" for name, version in found["versions"].items()))
     for device, facts in found["devices"].items():
-        told = ", ".join(f"{k} {v}" for k, v in facts.items() if k not in ("name", "device") and v)
-        print(f"\n{device}: {facts['name']} ({told})")
+        rest = ", ".join(f"{k} {v}" for k, v in facts.items() if k not in ("name", "device") and v)
+        print(f"\n{device}: {facts['name']} ({rest})")
         for name, why in found["backends"][device].items():
             print(f"  {name:<8}{'usable' if why is None else 'not usable: ' + why}")
         if found["auto"][device] is not None:
@@ -36,13 +43,6 @@ def run(args: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """What `info` prints; the entry of a backend, or of "auto", is None where it is usable, else the reason why not."""
-    import os
-
-    import torch
-
-    from lora_kernels import env
-    from lora_kernels.bench import machine
-
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     variables = ("BACKEND", "CACHE", "LOG", "BUILD")
     return {
@@ -58,16 +58,12 @@ def collect() -> dict[str, Any]:
 
 
 def why_not(device: str) -> dict[str, str | None]:
-    """Every backend's reason against itself on `device`, or None; on a GPU this runs the self-test if nobody has."""
-    from lora_kernels import plan
-
+    """Every backend's reason against itself on `device`, or None; on a GPU this runs a self-test that has not run yet."""
     return {name: refusal(name, device) for name in plan.BACKENDS}
 
 
 def refusal(name: str, device: str) -> str | None:
     """Why a call on `device` with this `backend` raises, or None."""
-    from lora_kernels import Problem, plan
-
     problem = Problem(**_SIZES, dtype="float32", adapter_dtype="float32", device=device)  # type: ignore
     try:
         plan.explain(problem, name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
+
+from lora_kernels.bench import plots, report, results
+from lora_kernels.cli import check_output, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,23 +21,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when the report was written."""
-    from lora_kernels.bench import report, results
-
     runs = {file: results.load(file) for file in results.find(args.results)}
     if args.json:
         print(json.dumps([row for each in runs.values() for row in each.flat()], indent=1))
         return 0
     first = args.results[0]
     output = args.output or (first if first.is_dir() else first.parent)
-    output.mkdir(parents=True, exist_ok=True)
-    plots: dict[Path, list[Path]] = {}
+    check_output(output, is_file=False)
+    check_output(output / "report.md", is_file=True)
+    drawn: dict[Path, list[Path]] = {}
     if not args.no_plots:
-        from lora_kernels.bench import plots as draw
-
         for file, each in runs.items():
-            plots[file] = draw.draw(each, output, file.stem, args.format)
-            print(f"{len(plots[file])} plots of {file.name}", file=sys.stderr)
-    text = report.markdown({file.stem: (each, plots.get(file, [])) for file, each in runs.items()})
+            drawn[file] = plots.draw(each, output, file.stem, args.format)
+            say(f"{len(drawn[file])} plots of {file.name}")
+    text = report.markdown({file.stem: (each, drawn.get(file, [])) for file, each in runs.items()})
     (output / "report.md").write_text(text, encoding="utf-8")
     print(output / "report.md")
     return 0

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
+import torch
+
+from lora_kernels import plan, selftest
+from lora_kernels.bench.contenders import BACKENDS_ON
+from lora_kernels.cli import device_of, say
 from lora_kernels.plan import BACKENDS
 
 
@@ -18,38 +22,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when every check of every usable backend passed; 1 when one did not, or a named backend is not usable."""
-    import torch
-
     devices = args.device or (["cpu"] + ["cuda"] * torch.cuda.is_available())
-    if "cuda" in devices and not torch.cuda.is_available():
-        raise RuntimeError("--device cuda needs a GPU that PyTorch can use, and there is none")
     found = [
-        _one(name, device) for device in devices for name in args.backend or _backends_of(device)
+        _one(name, device)
+        for device in map(device_of, devices)
+        for name in args.backend or BACKENDS_ON[device]
     ]
     failed = any(each["failed"] or (each["skipped"] and args.backend) for each in found)
-    # With several devices a backend that runs on one of them is not asked of the other.
+    # With several devices a backend that runs on one of them need not run on the other.
     if args.backend and len(devices) > 1:
         ran = {each["backend"] for each in found if not each["skipped"]}
         failed = any(each["failed"] for each in found) or not set(args.backend) <= ran
     if args.json:
         print(json.dumps({"passed": not failed, "backends": found}, indent=1))
     else:
-        print("\n".join(_told(each) for each in found))
+        print("\n".join(_text(each) for each in found))
     return 1 if failed else 0
 
 
-def _backends_of(device: str) -> tuple[str, ...]:
-    return ("eager", "cpu") if device == "cpu" else ("eager", "triton", "cuda")
-
-
 def _one(name: str, device: str) -> dict[str, Any]:
-    """The checks of a backend on a device; those that failed in words."""
-    import torch
-
-    from lora_kernels import plan, selftest
-
+    """The number of checks of a backend on a device, and those that failed, in words."""
     backend = plan.get(name)
-    if name not in _backends_of(device):
+    if name not in BACKENDS_ON[device]:
         skipped: str | None = f"does not run on {device}"
     else:
         skipped = backend.unavailable()
@@ -57,7 +51,7 @@ def _one(name: str, device: str) -> dict[str, Any]:
     each |= {"checks": 0, "failed": [], "closest": None}
     if skipped is not None:
         return each
-    print(f"{name} on {device} ...", file=sys.stderr, flush=True)
+    say(f"{name} on {device} ...")
     try:
         results = selftest.run(backend, device)
     except Exception as error:  # a kernel on an unknown device may fail in any way
@@ -73,7 +67,7 @@ def _one(name: str, device: str) -> dict[str, Any]:
     return each
 
 
-def _told(each: dict[str, Any]) -> str:
+def _text(each: dict[str, Any]) -> str:
     head = f"{each['backend']:<8}{each['device']:<6}"
     if each["skipped"]:
         return f"{head}not usable: {each['skipped']}"

@@ -91,7 +91,7 @@ def test_a_wrong_candidate_does_not_count(monkeypatch):
         _effort(),
         StoppedClock(),
     )
-    assert found[0].startswith("off by") and found[1] == 1.0
+    assert found[0].startswith("the result is off by") and found[1] == 1.0
 
 
 def test_the_backward_takes_the_narrow_kernels_that_were_found(monkeypatch):
