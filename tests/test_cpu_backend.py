@@ -270,6 +270,7 @@ def test_without_its_library_eager_computes_and_says_so_once(tmp_path, broken, w
     assert run.stderr.count("The cpu backend is off") == 1, run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_calls_within_a_parallel_region(tmp_path):
     """A call there has one thread to itself; beside others of its kind it computes what it computes alone."""

@@ -13,6 +13,8 @@ pytest.importorskip("transformers")
 from lora_kernels import demo
 from lora_kernels.cli import demo as command
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
