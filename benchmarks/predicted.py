@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # The repository's own package and tests, from its root.
+from lora_kernels.backends.base import fastest  # noqa: E402
 from lora_kernels.backends.triton.configs import tiles_of  # noqa: E402
 from lora_kernels.plan import predict  # noqa: E402
 from lora_kernels.problem import Problem  # noqa: E402

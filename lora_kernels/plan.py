@@ -1,14 +1,13 @@
 """The plan of a call: what computes it, with which tiles, and one reason for each backend that does not.
 
 Backends give candidates, and this file compares them. "auto" takes the fastest candidate of what can run, by the rule of
-`backends.base.fastest`, in the order of BACKENDS where no times are known. An explicit name never falls back: it computes
-or raises. A plan is made from numbers, when the product runs; no device is asked before a tensor on it arrives.
+`backends.base.fastest`, in the order of the registry where no times are known. An explicit name never falls back: it
+computes or raises. A plan is made from numbers, when the product runs; no device is asked before a tensor on it arrives.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,21 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_kernels import env
+from lora_kernels import backends, env
 from lora_kernels.backends.base import Backend, Candidate, Products, fastest
 from lora_kernels.backends.device import current_target
 from lora_kernels.operands import Weight, layout_of, name_of
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.targets import Target
 
-# The registry: a backend's name and module, which has it as BACKEND and is imported when it is first asked. The first that
-# can compute a problem is taken where candidates have no times.
-BACKENDS = {
-    "cuda": "lora_kernels.backends.cuda",
-    "triton": "lora_kernels.backends.triton",
-    "cpu": "lora_kernels.backends.cpu",
-    "eager": "lora_kernels.backends.eager",
-}
 _MOST_PLANS = 4096
 _plans: dict[tuple, Plan] = {}
 _requested: tuple[str, bool] | None = None  # (name, strict) of the innermost use_backend
@@ -105,13 +96,8 @@ def use_backend(name: str, *, strict: bool = False) -> Iterator[None]:
 
 def check_name(name: str, argument: str = "backend") -> None:
     """ValueError unless `name` is "auto" or a backend's name."""
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{argument} must be one of {('auto', *BACKENDS)}, got {name!r}")
-
-
-def get(name: str) -> Backend:
-    """The backend called `name`; its module is imported on first use."""
-    return importlib.import_module(BACKENDS[name]).BACKEND
+    if name != "auto" and name not in backends.BACKENDS:
+        raise ValueError(f"{argument} must be one of {('auto', *backends.BACKENDS)}, got {name!r}")
 
 
 def plan_call(
@@ -186,7 +172,11 @@ def explain(problem: Problem, backend: str = "auto", algorithm: str | None = Non
 
 def predict(problem: Problem, target: Target) -> list[Candidate]:
     """The candidates that a machine with this GPU and every GPU backend would compare."""
-    on_gpu = (get(name) for name in BACKENDS if _runs_on(get(name), torch.device("cuda")))
+    on_gpu = (
+        backends.get(name)
+        for name in backends.BACKENDS
+        if _runs_on(backends.get(name), torch.device("cuda"))
+    )
     offered = [each for backend in on_gpu for each in backend.candidates(problem, target)]
     return [candidate for candidate in offered if candidate.refusal is None]
 
@@ -207,8 +197,8 @@ def _plan(
     refused: dict[str, str] = {}
     offered: dict[str, list[Candidate]] = {}
     target = _target(device)
-    for each in BACKENDS if name == "auto" else (name,):
-        reason, candidates = _offers(get(each), problem, device, target, algorithm)
+    for each in backends.BACKENDS if name == "auto" else (name,):
+        reason, candidates = _offers(backends.get(each), problem, device, target, algorithm)
         if reason is None:
             offered[each] = candidates
         else:
@@ -217,7 +207,7 @@ def _plan(
         raise RuntimeError(
             f"backend {name!r} was asked for and cannot compute {problem}: {refused[name]}"
         )
-    elsewhere = {each for each in refused if not _runs_on(get(each), device)}
+    elsewhere = {each for each in refused if not _runs_on(backends.get(each), device)}
     if strict and name == "auto" and offered.keys() == {"eager"} and refused.keys() - elsewhere:
         reasons = [
             f"{each} cannot compute {problem}: {why}"
@@ -235,7 +225,7 @@ def _plan(
         if each != backend
     }
     if name != "auto":
-        rejected = {each: f"{name} was asked for" for each in BACKENDS if each != name}
+        rejected = {each: f"{name} was asked for" for each in backends.BACKENDS if each != name}
     return Plan(
         problem,
         device,
@@ -243,9 +233,9 @@ def _plan(
         backend,
         chosen,
         tuple(candidate for candidate in compared if candidate.refusal is None),
-        {each: rejected[each] for each in BACKENDS if each in rejected},
+        {each: rejected[each] for each in backends.BACKENDS if each in rejected},
         algorithm=algorithm,
-        dequantises=problem.weight_format not in get(backend).formats,
+        dequantises=problem.weight_format not in backends.get(backend).formats,
     )
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_kernels import env, formulas
+from lora_kernels import backends, env, formulas
 from lora_kernels.backends.base import Backend, Products, fastest
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.backends.device import current_target
@@ -184,8 +184,6 @@ def _told(code: int) -> str:
 
 def answer(name: str, index: int, uuid: str | None) -> None:
     """Test the backend `name` on the device with this `uuid`, probably `index`, and print the answer: in its own process."""
-    from lora_kernels import plan
-
     failure = unable = None
     try:
         device = torch.device("cuda", _index_of(uuid, index))
@@ -195,7 +193,7 @@ def answer(name: str, index: int, uuid: str | None) -> None:
     else:
         print(f"\n{_MARK}{_BEGINS}", flush=True)
         try:
-            backend = plan.get(name)
+            backend = backends.get(name)
             unable = backend.unavailable()
             failure = None if unable else _failure(backend, device)
         except torch.OutOfMemoryError as error:

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import os
 
+from lora_kernels import backends
+
+# Tests run in several processes beside each other: a thread that waits must not keep a core busy. Read when torch loads.
+os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
+from tests.artefacts import FOLDER, digest, sources
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What compilers keep lies in this checkout. Triton's keys hold the whole source; Inductor's do not hold the operators that
+# its code calls, so code compiled for an earlier version of this package must not be found.
+os.environ["TRITON_CACHE_DIR"] = str(FOLDER / "triton")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(
+    FOLDER / "inductor" / digest(torch.__version__, *sources("lora_kernels"))
+)
 # Its key knows the forward graph alone: a compiled backward of an earlier version of this package would be run again.
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
@@ -28,9 +42,8 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(params=["eager", "cpu"])
 def backend(request):
     """The name of each backend that computes on CPU tensors here."""
-    from lora_kernels import plan
 
-    reason = plan.get(request.param).unavailable()
+    reason = backends.get(request.param).unavailable()
     if reason is not None:
         pytest.skip(f"{request.param} backend: {reason}")
     return request.param

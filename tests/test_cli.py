@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from lora_kernels import plan, selftest
+from lora_kernels import backends, plan, selftest
 from lora_kernels.__main__ import COMMANDS, main
 from lora_kernels.backends.base import fastest
 from lora_kernels.backends.eager import EagerProducts
@@ -29,7 +29,7 @@ def printed(capsys, *command):
 def test_info_says_what_a_plan_does(capsys):
     code, found = printed(capsys, "info")
     assert code == 0 and found["versions"]["torch"] == torch.__version__
-    assert set(found["backends"]["cpu"]) == set(plan.BACKENDS)
+    assert set(found["backends"]["cpu"]) == set(backends.BACKENDS)
     for name, reason in found["backends"]["cpu"].items():
         problem = Problem(256, 256, 256, 8, "float32", "float32", "cpu")
         if reason is None:
@@ -136,7 +136,7 @@ def test_bad_input_is_refused_in_words(command, message, capsys, monkeypatch):
 
 def test_selftest_passes_here(capsys):
     code, found = printed(capsys, "selftest", "--device", "cpu")
-    usable = [name for name in ("eager", "cpu") if plan.get(name).unavailable() is None]
+    usable = [name for name in ("eager", "cpu") if backends.get(name).unavailable() is None]
     assert code == 0 and found["passed"]
     ran = [each for each in found["backends"] if each["skipped"] is None]
     assert [each["backend"] for each in ran] == usable
@@ -193,7 +193,7 @@ def test_the_largest_and_the_smallest_sizes_are_explained(shape, capsys):
 
 def test_tune_checks_what_it_writes_before_it_measures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(type(plan.get("triton")), "unavailable", lambda self: None)
+    monkeypatch.setattr(type(backends.get("triton")), "unavailable", lambda self: None)
     monkeypatch.setattr("lora_kernels.backends.device.current_target", lambda: TARGETS["sm_90"])
     monkeypatch.setattr("lora_kernels.cli.tune.tune", lambda *a, **k: pytest.fail("measured"))
     (tmp_path / "file").touch()
@@ -248,11 +248,11 @@ def test_a_reader_that_has_seen_enough_is_no_error(unbuffered):
 def test_selftest_on_a_gpu_keeps_its_verdict(capsys, monkeypatch):
     """On a pretended one; for processes that cannot start another to test."""
     run, kept = selftest.run, []
-    backend = type(plan.get("eager"))()
+    backend = type(backends.get("eager"))()
     backend.name = "triton"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(plan, "get", lambda name: backend)
+    monkeypatch.setattr(backends, "get", lambda name: backend)
     monkeypatch.setattr(selftest, "run", lambda backend, device: run(backend, "cpu"))
     monkeypatch.setattr(selftest, "keep", lambda *what: kept.append(what))
     assert main(["selftest", "--backend", "triton", "--device", "cuda"]) == 0

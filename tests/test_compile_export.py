@@ -98,6 +98,7 @@ def assert_same(actual, expected, **tolerance):
 
 
 class TestCompile:
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", MODELS)
     def test_training_at_any_batch_size(self, kind):
         net = MODELS[kind]()
@@ -105,6 +106,7 @@ class TestCompile:
         for lead in ((3, 5), (2, 7), (6, 4)):
             assert_same(run(compiled, inputs(*lead)), run(net, inputs(*lead)))
 
+    @pytest.mark.slow
     def test_reduce_overhead(self):
         net = Block()
         compiled = torch.compile(net, fullgraph=True, mode="reduce-overhead")

@@ -313,6 +313,7 @@ def test_threads_that_make_their_first_call_together():
     assert run.stdout == run.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_calls_within_a_parallel_region(tmp_path):
     """A call there has one thread to itself; beside others of its kind it computes what it computes alone."""

@@ -15,34 +15,35 @@ import torch
 from lora_kernels import Problem, explain
 from lora_kernels.backends import cuda
 from lora_kernels.tuning.config import cuda_decode_blocks
+from tests.artefacts import kept
 from tests.executed.cuda_operators import SOURCES, build_module, sources_digest
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 ARCHITECTURES = build_module().ARCHITECTURES
 
 
-def compile_kernels(arch: str, folder: Path) -> str:
+def compile_kernels(arch: str) -> str:
     """What ptxas says of every kernel for one compute capability; asked again only when a source has changed."""
     command = ["nvcc", "-std=c++20", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v"]
-    file = folder / f"{sources_digest(*command)}.txt"
-    if not file.exists():
-        cubin = file.with_suffix(".cubin")
+
+    def ask(said: Path) -> None:
+        cubin = said.with_suffix(".cubin")
         done = subprocess.run(
             [*command, str(SOURCES / "launch.cu"), "-o", str(cubin)], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         cubin.unlink()
-        scratch = file.with_suffix(".tmp")
-        scratch.write_text(done.stderr)
-        scratch.rename(file)
-    return file.read_text()
+        said.write_text(done.stderr)
+
+    return kept(f"cuda_ptxas/{sources_digest(*command)}.txt", ask).read_text()
 
 
 @needs_nvcc
-def test_kernels_compile_without_spills(request, record_property):
-    folder = request.config.cache.mkdir("cuda_ptxas")
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kernels_compile_without_spills(record_property):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        outputs = list(pool.map(lambda arch: compile_kernels(arch, folder), ARCHITECTURES))
+        outputs = list(pool.map(compile_kernels, ARCHITECTURES))
     for arch, output in zip(ARCHITECTURES, outputs, strict=True):
         kernels = re.findall(r"Compiling entry function '(\w+)'", output)
         registers = [int(n) for n in re.findall(r"Used (\d+) registers", output)]
@@ -55,11 +56,15 @@ def test_kernels_compile_without_spills(request, record_property):
 
 
 @needs_nvcc
-def test_the_library_refuses_cpu_tensors_and_harms_nothing(tmp_path):
+@pytest.mark.slow
+def test_the_library_refuses_cpu_tensors_and_harms_nothing():
     """In a process of its own, on whatever torch there is: it loads, registers, and says what it wants."""
-    library = tmp_path / "_cuda.so"
-    output = build_module().build(library, archs=["80"], ptx="80")
-    assert "spill" in output and library.stat().st_size > 100_000
+
+    def build(library: Path) -> None:
+        assert "spill" in build_module().build(library, archs=["80"], ptx="80")
+
+    library = kept(f"cuda_sm_80/{sources_digest(torch.__version__)}.so", build)
+    assert library.stat().st_size > 100_000
     code = f"""
 import torch
 torch.ops.load_library({str(library)!r})

@@ -14,6 +14,8 @@ from lora_kernels import demo
 from lora_kernels.__main__ import main
 from lora_kernels.cli import demo as command
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):

@@ -303,6 +303,8 @@ def outcomes(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_processes(outcomes, name):

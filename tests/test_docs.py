@@ -60,6 +60,7 @@ def short(path):
     return str(path.relative_to(ROOT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", with_python(), ids=short)
 def test_python_blocks_run(document, tmp_path):
     """Top to bottom in one process, as a reader would; a block that needs a package that is not here is left out."""

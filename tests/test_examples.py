@@ -46,6 +46,7 @@ def test_every_example_is_run():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_example(name, tmp_path):
     output = run(name, tmp_path, "--steps", str(STEPS[name]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -113,53 +115,133 @@ def test_a_bad_log_level_is_one_warning():
     assert done.stderr.count("LORA_KERNELS_LOG must be a logging level such as INFO") == 1
 
 
-def test_layers_import_downward_only():
-    """No cycle: each layer of the package imports only from those below it."""
-    import ast
+# The package from the ground up. A name is a module or a folder; a module that is named apart from its folder is not
+# part of the folder's entry. Entries of one line do not import one another, and the modules of one folder may.
+LAYERS = (
+    ("problem", "dropout", "once"),
+    ("env", "operands", "reference"),
+    ("tuning",),
+    ("backends.base",),
+    ("backends.composite", "formulas"),
+    ("backends",),
+    ("selftest",),
+    ("plan",),
+    ("autograd",),
+    ("ops",),
+    ("functional",),
+    ("modules",),
+    ("adapter_file", "merge", "distributed"),
+    ("adapters", "integrations"),
+    ("lora_kernels",),  # what `import lora_kernels` gives
+    ("demo",),
+    ("bench",),
+    ("cli",),
+    ("__main__",),
+)
 
-    tuning = {"problem", "env", "tuning.targets"}
-    tuning_all = tuning | {f"tuning.{name}" for name in ("config", "cycles", "cost", "tables")}
-    operands = {"problem", "dropout", "operands"}
-    products = operands | {"tuning.targets", "backends.base"}
-    backends = products | tuning_all | {"env"}
-    planning = products | {"env", "backends.device", "selftest"}
-    below = {
-        "problem": set(),
-        "dropout": set(),
-        "env": set(),
-        "tuning.targets": set(),
-        "tuning.config": tuning,
-        "tuning.cycles": tuning | {"tuning.config"},
-        "tuning.cost": tuning | {"tuning.config", "tuning.cycles"},
-        "tuning.tables": tuning_all - {"tuning.tables"},
-        "tuning.search": tuning_all,
-        "operands": operands - {"operands"},
-        "backends.base": products - {"backends.base"},
-        "formulas": products,
-        "backends.composite": products,
-        "backends.device": {"tuning.targets"},
-        "backends.eager": backends,
-        "backends.cpu": backends | {"formulas", "backends.composite"},
-        "backends.cuda": backends,
-        "backends.triton.configs": tuning_all,
-        "backends.triton.products": backends
-        | {f"backends.triton.{name}" for name in ("configs", "decode", "expand", "one_pass")}
-        | {f"backends.triton.{name}" for name in ("shrink", "shrink_wgrad", "wgrad")},
-        "plan": planning,
-        "autograd": products | {"plan", "formulas", "backends.composite"},
-        "ops": products | {"plan", "formulas", "autograd"},
-        "functional": products | {"plan", "formulas", "autograd", "ops"},
-        "modules": {"functional", "plan"},
-        "adapters": {"modules"},
-        "merge": {"modules"},
-    }
-    for name, allowed in below.items():
-        source = ROOT / "lora_kernels" / (name.replace(".", "/") + ".py")
-        imported = set()
-        for node in ast.walk(ast.parse(source.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_kernels"):
-                module = node.module.removeprefix("lora_kernels").lstrip(".")
-                folder = (ROOT / "lora_kernels").joinpath(*filter(None, module.split(".")))
-                inner = {f"{module}.{alias.name}".lstrip(".") for alias in node.names}
-                imported |= inner if folder.is_dir() else {module}
-        assert imported <= allowed, (name, imported - allowed)
+
+def modules(root):
+    """Each module's name and source, without the package's name; the package itself is "lora_kernels"."""
+    found = {}
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name or "lora_kernels"] = path.read_text()
+    return found
+
+
+def imports(source, known):
+    """The modules that a source imports: anywhere in it, and by a string where it calls `import_module`."""
+    nodes = list(ast.walk(ast.parse(source)))
+    named = set()  # dotted names
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            named |= {f"{node.module}.{alias.name}" for alias in node.names}
+    if any(getattr(node, "attr", getattr(node, "id", "")) == "import_module" for node in nodes):
+        # "lora_kernels.cli." of an f-string is every module of that folder.
+        texts = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        named |= {text for text in texts if text.startswith("lora_kernels.")}
+    found = set()
+    for name in named:
+        package, _, inner = name.partition(".")
+        if package != "lora_kernels":
+            continue
+        if inner.endswith("."):
+            found |= {each for each in known if each.startswith(inner)}
+        else:  # a module, else what a module holds
+            holder = inner.rpartition(".")[0] or "lora_kernels"
+            found.add(inner if inner in known else holder)
+    return found
+
+
+def violations(sources, layers):
+    """What is wrong with a package's imports, a line each."""
+    height = {entry: level for level, line in enumerate(layers) for entry in line}
+    wrong, used = [], set()
+
+    def entry_of(module):
+        parts = module.split(".")
+        heads = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+        return next((head for head in heads if head in height), None)
+
+    graph = {name: imports(source, sources) - {name} for name, source in sources.items()}
+    folders = {}
+    for name, imported in graph.items():
+        above = entry_of(name)
+        used.add(above)
+        if above is None:
+            wrong.append(f"{name} is in no layer")
+            continue
+        for other in imported:
+            below = entry_of(other)
+            if below != above and height.get(below, len(layers)) >= height[above]:
+                wrong.append(f"{name} imports {other}, which is not below it")
+            if "." in name and "." in other:
+                source, target = (module.partition(".")[0] for module in (name, other))
+                folders.setdefault(source, set()).update({target} - {source})
+    wrong += [f"{entry} is in a layer and not in the package" for entry in height.keys() - used]
+    for what, edges in (("modules", graph), ("folders", folders)):
+        try:
+            graphlib.TopologicalSorter(edges).prepare()
+        except graphlib.CycleError as cycle:
+            wrong.append(f"a cycle of {what}: {', '.join(sorted(set(cycle.args[1])))}")
+    return sorted(wrong)
+
+
+def test_layers_import_downward_only():
+    """No module is left out, nor an import inside a function or by name; and no cycle of modules or of folders."""
+    sources = modules(ROOT / "lora_kernels")
+    assert len(sources) > 50 and not violations(sources, LAYERS)
+
+
+@pytest.mark.parametrize(
+    "module, source, wrong",
+    [
+        ("low", "import lora_kernels.high", "low imports high, which is not below it"),
+        ("low", "from lora_kernels import high", "low imports high, which is not below it"),
+        ("low", "def f():\n    from lora_kernels.high import g", "low imports high, which is not below it"),
+        ("low", "from lora_kernels.beside import g", "low imports beside, which is not below it"),
+        ("low", "import importlib\nimportlib.import_module('lora_kernels.high')",
+         "low imports high, which is not below it"),
+        ("low", "from importlib import import_module\nimport_module(f'lora_kernels.box.{1}')",
+         "low imports box.b, which is not below it"),
+        ("low", "from lora_kernels import __version__", "low imports lora_kernels, which is not below it"),
+        ("box.a", "from lora_kernels.box import b", "a cycle of modules: box.a, box.b"),
+        ("jar.c", "from lora_kernels.box.a import f", "a cycle of folders: box, jar"),
+        ("new", "", "new is in no layer"),
+    ],
+)  # fmt: skip
+def test_what_breaks_the_layers_is_found(module, source, wrong):
+    sources = {
+        "low": "", "beside": "", "jar.c": "", "box.a": "", "high": "import os, lora_kernels.low", "lora_kernels": "",
+        "box.b": "from lora_kernels.box import a\nfrom lora_kernels.jar.c import anything",
+    }  # fmt: skip
+    layers = (("low", "beside"), ("jar",), ("box",), ("high",), ("lora_kernels",))
+    assert not violations(sources, layers)
+    assert wrong in violations(sources | {module: source}, layers)
+    assert violations(sources, (*layers, ("gone",))) == [
+        "gone is in a layer and not in the package"
+    ]

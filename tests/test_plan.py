@@ -9,7 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import LinearWithLoRA, Problem, explain, lora_linear, plan, selftest, use_backend
+from lora_kernels import (
+    LinearWithLoRA,
+    Problem,
+    backends,
+    explain,
+    lora_linear,
+    plan,
+    selftest,
+    use_backend,
+)
 from lora_kernels.backends.base import Candidate
 from lora_kernels.backends.eager import EagerBackend, EagerProducts
 from lora_kernels.dropout import Dropout, scaled_mask
@@ -53,9 +62,9 @@ class Fake(EagerBackend):
 @pytest.fixture
 def install(monkeypatch):
     """install(fake): `fake` is the backend of its name within the test."""
-    real = plan.get
+    real = backends.get
     fakes = {}
-    monkeypatch.setattr(plan, "get", lambda name: fakes.get(name) or real(name))
+    monkeypatch.setattr(backends, "get", lambda name: fakes.get(name) or real(name))
     monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
     plan.forget()
     yield lambda fake: fakes.setdefault(fake.name, fake)
@@ -402,7 +411,7 @@ class TestABackendFromOutside:
     @pytest.fixture
     def toy(self, monkeypatch):
         # In front: where no times are known the first that can compute a problem is taken.
-        monkeypatch.setattr(plan, "BACKENDS", {"toy": "tests.toy_backend", **plan.BACKENDS})
+        monkeypatch.setattr(backends, "BACKENDS", {"toy": "tests.toy_backend", **backends.BACKENDS})
         monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
         plan.forget()
         toy_backend.BACKEND.products.calls.clear()
@@ -457,8 +466,8 @@ class TestABackendFromOutside:
         assert on_gpu.rejected["toy"] == "runs on cpu tensors only, not on cuda"
 
     def test_one_after_the_others_serves_who_asks_for_it(self, toy, monkeypatch):
-        names = {**plan.BACKENDS}
-        monkeypatch.setattr(plan, "BACKENDS", names | {"toy": names.pop("toy")})
+        names = {**backends.BACKENDS}
+        monkeypatch.setattr(backends, "BACKENDS", names | {"toy": names.pop("toy")})
         told = explain(PROBLEM)
         assert told.rejected["toy"] == f"{told.backend} comes first"
         assert explain(PROBLEM, backend="toy").backend == "toy"
@@ -599,7 +608,7 @@ class TestAFormatFromOutside:
         torch.testing.assert_close(found, grads_of(step, [x, A, B], torch.ones(9, 7)))
 
     def test_who_reads_it_gets_the_packed_weight(self, given, monkeypatch):
-        monkeypatch.setattr(plan, "BACKENDS", {"toy": "tests.toy_backend", **plan.BACKENDS})
+        monkeypatch.setattr(backends, "BACKENDS", {"toy": "tests.toy_backend", **backends.BACKENDS})
         monkeypatch.setattr(toy_backend.ToyBackend, "formats", ("dense", Int8Rows.format))
         calls = toy_backend.BACKEND.products.calls
         calls.clear()

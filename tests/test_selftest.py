@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_kernels import plan, selftest
+from lora_kernels import backends, selftest
 from lora_kernels.backends.base import Candidate
 from lora_kernels.backends.eager import EagerBackend, EagerProducts
 
 
 def test_every_backend_passes_here(backend):
-    results = selftest.run(plan.get(backend), "cpu")
+    results = selftest.run(backends.get(backend), "cpu")
     assert {r.tensor for r in results} == {"y", "dx", "dA", "dB"}
     assert len(results) >= 16
     failed = [str(r) for r in results if not r.passed]
@@ -300,7 +300,7 @@ class TestAnswer:
         assert list(answer.values()) == [None]
 
     def test_a_wrong_result(self, capsys, monkeypatch):
-        monkeypatch.setattr(plan, "get", lambda name: Broken("wgrad", 16))
+        monkeypatch.setattr(backends, "get", lambda name: Broken("wgrad", 16))
         _, answer = self.answers(capsys, "eager", 0, "GPU-0")
         assert "its self-test failed" in answer["failure"] and "is off by more" in answer["failure"]
         assert answer["unable"] is None

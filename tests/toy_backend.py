@@ -1,4 +1,4 @@
-"""A backend as somebody outside of this package would add it: this file, and one line of the registry `plan.BACKENDS`."""
+"""A backend as somebody outside of this package would add it: this file, and one line of `backends.BACKENDS`."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_kernels import autograd, plan
+from lora_kernels import autograd, backends, plan
 from lora_kernels.autograd import Call
 from lora_kernels.functional import lora_linear
 from lora_kernels.operands import problem_of
 from lora_kernels.problem import Problem
 
 Function = Callable[[Tensor], Tensor]
-OURS = tuple(f"ours[{name}]" for name in plan.BACKENDS)
+OURS = tuple(f"ours[{name}]" for name in backends.BACKENDS)
 NAMES = ("frozen", "reference", "compiled", "addmm", "peft", "two_kernel", *OURS)
 BACKENDS_ON = {"cpu": ("eager", "cpu"), "cuda": ("eager", "triton", "cuda")}
 

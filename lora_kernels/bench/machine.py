@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import lora_kernels
-from lora_kernels import plan
+from lora_kernels import backends, plan
 from lora_kernels.bench.clock import clock_for
 from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
@@ -108,7 +108,7 @@ def _product_gflops(device: str, dtype: str, seconds: float) -> dict[str, float]
         return problem.flops / (1e3 * _best_us(call, device, seconds))
 
     rates = {"aten": rate(lambda: torch.mm(x, w.t()))}
-    for name in plan.BACKENDS:
+    for name in backends.BACKENDS:
         try:
             product = plan.explain(problem, name).products.shrink_expand
         except RuntimeError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lora_kernels import plan
+from lora_kernels import backends
 from lora_kernels.backends.base import fastest
 from lora_kernels.bench.results import Results, Row
 from lora_kernels.tuning import cost
@@ -92,7 +92,7 @@ def predicted_us(row: Row, architecture: str) -> float | None:
         return None
     directions = [problem, problem.adjoint()] if row.mode == "step" else [problem]
     if name == "ours[triton]":
-        best = (fastest(plan.get("triton").candidates(each, target)) for each in directions)
+        best = (fastest(backends.get("triton").candidates(each, target)) for each in directions)
         times = [None if candidate is None else candidate.predicted_us for candidate in best]
         return None if None in times else sum(us for us in times if us is not None)
     algorithm = "eager" if name == "ours[eager]" else name

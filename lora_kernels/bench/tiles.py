@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_kernels import plan
+from lora_kernels import backends
 from lora_kernels.backends.base import Products, fastest
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.backends.device import current_target
@@ -92,7 +92,7 @@ class Product(Measured):
         if choice.algorithm in ALGORITHMS:
             return TritonProducts(choice.algorithm, self.problem, current_target(), choice.tiles)
         backend = {"eager": "eager", "cuda_decode": "cuda"}[choice.algorithm]
-        found = fastest(plan.get(backend).candidates(self.problem, current_target()))
+        found = fastest(backends.get(backend).candidates(self.problem, current_target()))
         assert found is not None and found.products is not None
         return found.products
 

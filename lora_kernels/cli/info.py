@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels import env, plan
+from lora_kernels import backends, env, plan
 from lora_kernels.bench import machine
 from lora_kernels.problem import Problem
 
@@ -59,7 +59,7 @@ def collect() -> dict[str, Any]:
 
 def why_not(device: str) -> dict[str, str | None]:
     """Every backend's reason against itself on `device`, or None; on a GPU this runs a self-test that has not run yet."""
-    return {name: refusal(name, device) for name in plan.BACKENDS}
+    return {name: refusal(name, device) for name in backends.BACKENDS}
 
 
 def refusal(name: str, device: str) -> str | None:

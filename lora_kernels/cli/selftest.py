@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from lora_kernels import plan, selftest
+from lora_kernels import backends, selftest
+from lora_kernels.backends import BACKENDS
 from lora_kernels.bench.contenders import BACKENDS_ON
 from lora_kernels.cli import device_of, say
-from lora_kernels.plan import BACKENDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _one(name: str, device: str) -> dict[str, Any]:
     """The number of checks of a backend on a device, and those that failed, in words."""
-    backend = plan.get(name)
+    backend = backends.get(name)
     if name not in BACKENDS_ON[device]:
         skipped: str | None = f"does not run on {device}"
     else:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lora_kernels import plan
+from lora_kernels import backends
 from lora_kernels.backends.triton.configs import tiles_of
 from lora_kernels.bench.linear import Effort
 from lora_kernels.bench.presets import MODELS
@@ -47,10 +47,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--seconds must be positive, got {args.seconds}")
     if not torch.cuda.is_available():
         raise RuntimeError("tune needs a GPU that PyTorch can use, and there is none")
-    from lora_kernels import plan
     from lora_kernels.backends.device import current_target
 
-    reason = plan.get("triton").unavailable()
+    reason = backends.get("triton").unavailable()
     if reason is not None:
         raise RuntimeError(f"tune times Triton kernels: {reason}")
     target = current_target()
@@ -126,7 +125,7 @@ def tune(
 
 def _untiled(problem: Problem, target: Any) -> tuple[str, ...]:
     """The algorithms without tiles that can compute `problem` here."""
-    backends = [plan.get(name) for name in ("cuda", "eager")]
+    backends = [backends.get(name) for name in ("cuda", "eager")]
     usable = (b.candidates(problem, target) for b in backends if b.unavailable() is None)
     return tuple(c.name for candidates in usable for c in candidates if c.refusal is None)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
+
+from tests.artefacts import digest, kept
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = re.compile(
@@ -36,16 +39,27 @@ class Code:
 
 
 def inspect(compiled: Any) -> Code:
-    """Counts of a kernel that Triton compiled for an NVIDIA or AMD target."""
+    """Counts of a kernel that Triton compiled for an NVIDIA or AMD target; of known code as they were counted before."""
     smem = compiled.metadata.shared
     tmem = getattr(compiled.metadata, "tmem_size", None) or 0
     if "cubin" not in compiled.asm:
         return _inspect_amd(compiled.asm["amdgcn"], smem)
-    instructions = _disassemble(compiled.asm["cubin"])
+    cubin = compiled.asm["cubin"]
+
+    def count(file: Path) -> None:
+        file.write_text(json.dumps(asdict(_inspect_nvidia(cubin, smem, tmem))))
+
+    known = digest(cubin, f"{smem} {tmem} {triton.__version__}", Path(__file__))
+    counted = json.loads(kept(f"sass/{known}.json", count).read_text())
+    return Code(**counted | {name: Counter(counted[name]) for name in ("matrix", "loop")})
+
+
+def _inspect_nvidia(cubin: bytes, smem: int, tmem: int) -> Code:
+    instructions = _disassemble(cubin)
     opcodes = [text.split()[0] for _, text in instructions]
     loops = _loops(instructions)
     loop = _main_loop(loops)
-    usage = _run("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
+    usage = _run("cuobjdump", cubin, "--dump-resource-usage")
     return Code(
         registers=_number(usage, "REG"),
         local_bytes=_number(usage, "STACK") + _number(usage, "LOCAL"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import multiprocessing
 from collections.abc import Iterator
 
 import pytest
@@ -20,11 +18,13 @@ from tests.compiled.recorder import recording
 from tests.compiled.sass import Code, inspect
 from tests.compiled.shipped import Shapes
 
+pytestmark = pytest.mark.slow
 NEAR_DUPLICATES = (
     "sm_86",
     "sm_89",
 )  # the code of sm_80 in smaller tiles: one rank and one stride form suffice
 TYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+PARTS = 8  # of a target's work, for test processes beside each other
 # Nothing spills, but for what the compiler of Triton 3.6 sets aside of one thread to fit more warps, before and after a
 # loop but for an instruction or two.
 LOCAL_BYTES, LOOP_SPILLS = (16, 0.01) if triton.__version__.startswith("3.6.") else (0, 0.0)
@@ -62,20 +62,14 @@ def compile_job(job: tuple[str, Problem, TileConfig, bool, bool]) -> Code:
     return inspect(launches[0].compiled)
 
 
-@pytest.fixture(scope="module")
-def pool() -> Iterator[concurrent.futures.Executor]:
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, context) as executor:
-        yield executor
-
-
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("target", TARGETS)
-def test_shipped_configurations(target, pool):
-    work = [(target, *job) for job in jobs(target)]
-    codes = list(pool.map(compile_job, work, chunksize=4))
+def test_shipped_configurations(target, part):
+    every = list(jobs(target))
     limits = TARGETS[target]
     wrong = []
-    for (_, problem, config, forward, _), code in zip(work, codes, strict=True):
+    for problem, config, forward, copied_b in every[part::PARTS]:
+        code = compile_job((target, problem, config, forward, copied_b))
         what = f"{config} for {problem}, {'forward' if forward else 'backward'}"
         if code.local_bytes > LOCAL_BYTES or code.loop_spills > LOOP_SPILLS:
             wrong.append(
@@ -91,7 +85,7 @@ def test_shipped_configurations(target, pool):
         main = config.kernel in ("expand", "one_pass") and problem.dtype == "bfloat16"
         if main and not any(op.startswith(MATRIX_UNIT.get(target, "HMMA")) for op in code.matrix):
             wrong.append(f"{what}: {dict(code.matrix)}, not {MATRIX_UNIT.get(target, 'HMMA')}")
-    assert len(codes) >= 10 and not wrong, "\n".join(wrong)
+    assert len(every) >= 10 and not wrong, "\n".join(wrong)
 
 
 @triton.jit

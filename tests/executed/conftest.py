@@ -10,5 +10,5 @@ from tests.executed.cuda_operators import build_library
 
 
 @pytest.fixture(scope="session")
-def library(request) -> Path:
-    return build_library(request.config.cache.mkdir("cuda_library"))
+def library() -> Path:
+    return build_library()

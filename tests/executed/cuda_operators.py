@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import importlib.util
 import re
 import subprocess
@@ -15,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from tests.artefacts import digest, kept
 from tests.ptx.counters import Counters
 from tests.ptx.launch import parsed, prepare
 
@@ -45,22 +45,24 @@ def build_module() -> ModuleType:
     return module
 
 
-def sources_digest(*more: str) -> str:
+@functools.cache
+def nvcc_version() -> bytes:
+    return subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout
+
+
+def sources_digest(*more: str | Path) -> str:
     """Of what decides the compiled code: every source, how it is compiled (build.py and `more`), and by which nvcc."""
-    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout
-    read = [path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.is_file()]
-    return hashlib.sha256(b"\0".join([*read, nvcc, *map(str.encode, more)])).hexdigest()[:16]
+    return digest(nvcc_version(), *(p for p in sorted(SOURCES.iterdir()) if p.is_file()), *more)
 
 
-def build_library(folder: Path) -> Path:
-    """The library in `folder`, with every kernel for sm_80 as PTX; compiled again only when a source has changed."""
-    digest = sources_digest(RUNTIME.read_text(), torch.__version__, *OPTIONS)
-    library = folder / f"{digest}.so"
-    if not library.exists():
-        scratch = library.with_suffix(".tmp")
-        build_module().build(scratch, archs=(), ptx="80", more=OPTIONS)
-        scratch.rename(library)
-    return library
+def build_library() -> Path:
+    """The library with every kernel for sm_80 as PTX; compiled again only when a source has changed."""
+
+    def build(library: Path) -> None:
+        build_module().build(library, archs=(), ptx="80", more=OPTIONS)
+
+    name = sources_digest(RUNTIME, torch.__version__, *OPTIONS)
+    return kept(f"cuda_emulated/{name}.so", build)
 
 
 @functools.cache

@@ -20,6 +20,8 @@ from tests.oracle import assert_budget
 from tests.ptx.counters import Counters
 from tests.ptx.launch import emulate
 
+pytestmark = pytest.mark.slow
+
 
 def operands(M, N, K, R):
     torch.manual_seed(0)

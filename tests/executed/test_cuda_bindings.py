@@ -14,7 +14,10 @@ from tests.executed.cuda_operators import EmulatedOperators
 from tests.oracle import assert_budget, reference
 from tests.ptx.parser import PtxError
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc"),
+]
 M, K, N, R = 3, 40, 70, 5
 HALF = torch.bfloat16
 

@@ -17,7 +17,10 @@ from lora_kernels.tuning.targets import TARGETS
 from tests.executed.cuda_operators import EmulatedOperators
 from tests.oracle import AWKWARD, Case, assert_budget, check_products, made_inside
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc"),
+]
 # Exact float32 products take a hundred times the instructions of a matrix unit's: of those cases the smaller ones.
 SMALL = [
     case

@@ -8,6 +8,8 @@ import triton
 from lora_kernels.tuning.cycles import COUNTED, TABLE, TRITON, Row
 from tests.executed.recount import counted_tiles, recount
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_table_has_the_shipped_tiles_and_no_other():
     assert list(counted_tiles()) == list(TABLE)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import multiprocessing
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -16,39 +12,28 @@ from lora_kernels.backends.triton import products as products_module
 from lora_kernels.backends.triton.configs import shipped, tiles_for
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.shipped import execute
 from tests.oracle import assert_budget, reference
 from tests.ptx.launch import emulate
 
+pytestmark = pytest.mark.slow
 EXECUTED = ("sm_80", "sm_90", "sm_100", "sm_120")
+PARTS = 7  # of a target's configurations, for test processes beside each other; odd, so that each has both schedules
 
 
-def _attempt(job: tuple[str, Problem, TileConfig, int]) -> str | None:
-    """What went wrong, or None. Lockstep for one half of the configurations, a seeded random schedule for the other."""
-    torch.set_num_threads(1)
-    target, problem, config, number = job
-    try:
-        execute(target, problem, config, None if number % 2 else number)
-    except Exception as error:  # reported by the parent, with the configuration
-        return f"{config} for {problem}: {type(error).__name__}: {str(error)[:400]}"
-    return None
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[concurrent.futures.Executor]:
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, context) as executor:
-        yield executor
-
-
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("target", EXECUTED)
-def test_every_shipped_configuration(target, pool):
+def test_every_shipped_configuration(target, part):
+    """Lockstep for one half of the configurations, a seeded random schedule for the other."""
     once = {config: problem for problem, config in reversed(shipped(TARGETS[target]))}
-    jobs = [(target, problem, config, i) for i, (config, problem) in enumerate(once.items())]
-    wrong = [failure for failure in pool.map(_attempt, jobs, chunksize=2) if failure]
-    assert len(jobs) > 15 and not wrong, "\n".join(wrong)
+    wrong = []
+    for number, (config, problem) in list(enumerate(once.items()))[part::PARTS]:
+        try:
+            execute(target, problem, config, None if number % 2 else number)
+        except Exception as error:
+            wrong.append(f"{config} for {problem}: {type(error).__name__}: {str(error)[:400]}")
+    assert len(once) > 15 and not wrong, "\n".join(wrong)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import zlib
 import pytest
 import torch
 
-from lora_kernels import plan
+from lora_kernels import backends
 from lora_kernels.backends.base import fastest
 from lora_kernels.backends.device import current_target
 from lora_kernels.tuning.config import CUDA_DECODE_ROWS
@@ -36,7 +36,7 @@ def usable(request):
     """Gives the backend of a name; where it is not available the test is skipped, or fails if --require names it."""
 
     def get(name):
-        backend = plan.get(name)
+        backend = backends.get(name)
         reason = backend.unavailable()
         if reason is not None:
             required = name in request.config.getoption("--require").split(",")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_kernels import plan
+from lora_kernels import backends, plan
 from lora_kernels.backends import cuda
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton import configs
@@ -150,7 +150,7 @@ def test_a_wrong_narrow_kernel_does_not_count(monkeypatch):
 
 def test_the_cuda_kernel_is_timed_where_it_is_usable(monkeypatch):
     monkeypatch.setattr(cuda.CudaBackend, "unavailable", lambda self: None)
-    eager = plan.get("eager").candidates(PROBLEM, None)[0].products
+    eager = backends.get("eager").candidates(PROBLEM, None)[0].products
     monkeypatch.setattr(cuda, "PRODUCTS", eager)
     problems = [PROBLEM, replace(PROBLEM, M=64)]
     entries, _, failures = command.tune(

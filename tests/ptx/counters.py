@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,7 @@ CLASSES = {
 CLASS_OF = {name: cls for cls, names in CLASSES.items() for name in names}
 
 
+@functools.cache
 def class_of(opcode: str) -> str:
     """The class of an instruction; what is in no list is arithmetic."""
     parts = opcode.split(".")

@@ -173,11 +173,11 @@ class Cursor:
     def ready(self) -> bool:
         if self.together:
             return True
-        if self.waiting.any() and (
+        if np.count_nonzero(self.waiting) and (
             self.seen_events != self.machine.events or self._primary_ended()
         ):
             self.waiting[:] = False
-        return bool((~(self.parked | self.waiting | self.ended)).any())
+        return np.count_nonzero(self.parked | self.waiting | self.ended) < self.strand.lanes
 
     def _primary_ended(self) -> bool:
         return self.machine.primary is not None and self.machine.primary.done
@@ -191,9 +191,9 @@ class Cursor:
             able = ~(self.parked | self.waiting | self.ended)
             at = int(self.pcs[able].min())
             where = able & (self.pcs == at)
-            warps = len(strand.active_warps(where))
-            if where.all():
+            if np.count_nonzero(where) == strand.lanes:
                 where = True
+            warps = 1 if strand.lanes == 32 else len(strand.active_warps(where))
         instr = machine.program.code[at]
         run = strand.bound[at] or strand.bind(at)
         guard = None
@@ -221,6 +221,9 @@ class Cursor:
         kind, lanes = answer if isinstance(answer, tuple) else (None, None)
         if kind is None:
             self._set(where, at + 1)
+            if where is True:  # all of them could run, and all go on
+                self.together = True
+                return
         elif kind == JUMP:
             self._set(where, at + 1)
             self._set(lanes, target)
@@ -242,9 +245,9 @@ class Cursor:
                 self.pcs[held] = at
                 self.waiting |= held
                 self.seen_events = self.machine.events
-        self.together = not (self.parked.any() or self.waiting.any() or self.ended.any()) and bool(
-            (self.pcs == self.pcs[0]).all()
-        )
+        held = self.parked | self.waiting | self.ended
+        apart = np.count_nonzero(held) or np.count_nonzero(self.pcs != self.pcs[0])
+        self.together = not apart
 
     def _set(self, lanes, at: int) -> None:
         if lanes is True:

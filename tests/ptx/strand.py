@@ -194,8 +194,9 @@ class Strand:
 
         def guarded(where):
             wanted = (~flag if negated else flag) & where
-            if always or wanted.any():
-                return run(True if wanted.all() else wanted)
+            count = np.count_nonzero(wanted)
+            if always or count:
+                return run(True if count == wanted.size else wanted)
             return None
 
         return guarded

@@ -11,16 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.artefacts import kept
+from tests.executed.cuda_operators import SOURCES, sources_digest
 from tests.oracle import assert_budget, reference
 from tests.ptx.counters import Counters
 from tests.ptx.launch import prepare
 from tests.ptx.parser import PtxError, entry_names
 from tests.ptx.races import DataRace
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc"),
+]
 
 HERE = Path(__file__).parent
-SOURCES = HERE.parents[1] / "csrc" / "cuda"
 SHIPPED = """
 #include "decode_kernel.cuh"
 #include "wgrad_kernel.cuh"
@@ -33,34 +37,29 @@ template __global__ void lora_kernels::wgrad_kernel<__nv_bfloat16, float>(const 
 """
 
 
-def compiled(source: Path, target: str) -> str:
-    out = source.with_suffix(f".{target}.ptx")
-    command = [
-        "nvcc",
-        "-ptx",
-        "-std=c++17",
-        f"-arch={target}",
-        f"-I{SOURCES}",
-        str(source),
-        "-o",
-        str(out),
-    ]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return out.read_text()
+def compiled(source: str, target: str) -> str:
+    """The PTX of a CUDA program."""
+    command = ["nvcc", "-ptx", "-std=c++17", f"-arch={target}", f"-I{SOURCES}"]
+
+    def compile_it(ptx: Path) -> None:
+        file = ptx.with_suffix(".cu")
+        file.write_text(source)
+        try:
+            subprocess.run([*command, str(file), "-o", str(ptx)], check=True, capture_output=True)
+        finally:
+            file.unlink()
+
+    return kept(f"cuda_ptx/{sources_digest(source, *command)}.ptx", compile_it).read_text()
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90"])
-def shipped(request, tmp_path_factory) -> str:
-    source = tmp_path_factory.mktemp("shipped") / "kernels.cu"
-    source.write_text(SHIPPED)
-    return compiled(source, request.param)
+def shipped(request) -> str:
+    return compiled(SHIPPED, request.param)
 
 
 @pytest.fixture(scope="module")
-def sums(tmp_path_factory) -> str:
-    source = tmp_path_factory.mktemp("sums") / "sums.cu"
-    shutil.copy(HERE / "sums.cu", source)
-    return compiled(source, "sm_80")
+def sums() -> str:
+    return compiled((HERE / "sums.cu").read_text(), "sm_80")
 
 
 def run_sums(ptx: str, x: torch.Tensor, schedule: int | None, shared: int | None = None):
@@ -191,6 +190,18 @@ def test_decode(shipped, dtype, blocks, splits, schedule):
     assert (counters.tensors["y"].stores == 1).all()
 
 
+def test_barriers_and_memory_accesses_are_the_same_for_sm_90():
+    """So what one's barriers order, the other's do; sm_90 only converts bfloat16 with an instruction of its own."""
+    codes = [compiled(SHIPPED, target).splitlines() for target in ("sm_80", "sm_90")]
+    differing = [pair for pair in zip(*codes, strict=True) if pair[0] != pair[1]]
+    assert differing.pop(0) == (".target sm_80", ".target sm_90") and differing
+    assert all(
+        re.sub(r"mov.b32 (%f\d+), {0,(%rs\d+)}", r"cvt.f32.bf16 \1, \2", old) == new
+        for old, new in differing
+    )
+
+
+@pytest.mark.parametrize("shipped", ["sm_80"], indirect=True)
 @pytest.mark.parametrize(
     ("dtype", "rank", "spare"),
     [(torch.bfloat16, 12, {8, 9}), (torch.float32, 40, {6}), (torch.float32, 0, {7, 8})],

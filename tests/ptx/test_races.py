@@ -231,6 +231,7 @@ SPARE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # damaged kernels multiply garbage
 @pytest.mark.skipif(triton.__version__ != TRITON, reason=f"the code of Triton {TRITON} was read")
 @pytest.mark.parametrize(("target", "tma"), SPARE)
