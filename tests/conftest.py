@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-from lora_kernels import backends
-
 # Tests run in several processes beside each other: a thread that waits must not keep a core busy. Read when torch loads.
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
@@ -42,6 +40,7 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(params=["eager", "cpu"])
 def backend(request):
     """The name of each backend that computes on CPU tensors here."""
+    from lora_kernels import backends
 
     reason = backends.get(request.param).unavailable()
     if reason is not None:
