@@ -239,7 +239,7 @@ class LinearWithLoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out_features] for x [..., in_features]."""
-        if isinstance(x, torch.fx.Proxy):
+        if type(x) is not Tensor and isinstance(x, torch.fx.Proxy):
             raise TypeError(f"x must be a Tensor, got Proxy: {_NO_SCRIPT}")
         if self.merged:
             return self.linear(x)

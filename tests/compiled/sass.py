@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def inspect(compiled: Any) -> Code:
     cubin = compiled.asm["cubin"]
 
     def count(file: Path) -> None:
-        file.write_text(json.dumps(asdict(_inspect_nvidia(cubin, smem, tmem))))
+        file.write_text(json.dumps(vars(_inspect_nvidia(cubin, smem, tmem))))
 
     known = digest(cubin, f"{smem} {tmem} {triton.__version__}", Path(__file__))
     counted = json.loads(kept(f"sass/{known}.json", count).read_text())
