@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_kernels.tuning.select import Choice
 
 from lora_kernels.__main__ import main
 from lora_kernels.bench import (
@@ -34,6 +33,7 @@ from lora_kernels.bench.results import Results, Row
 from lora_kernels.cli import check_output
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost
+from lora_kernels.tuning.search import Choice
 from lora_kernels.tuning.targets import TARGETS
 
 ROOT = Path(__file__).parent.parent

@@ -50,7 +50,7 @@ def test_info_names_the_variables(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("nonsense", "backend must be one of"), ("triton", "runs on cuda tensors only")],
+    [("nonsense", "LORA_KERNELS_BACKEND must be one of"), ("triton", "runs on cuda tensors only")],
 )
 def test_info_says_that_calls_raise(name, reason, capsys, monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_BACKEND", name)

@@ -99,13 +99,15 @@ def left_out(name: str, problem: Problem) -> str | None:
         return "peft is not installed"
     if name == "compiled" and problem.device == "cpu" and shutil.which("c++") is None:
         return "torch.compile needs a C++ compiler"
-    if name == "two_kernel":
-        if problem.device != "cuda":
-            return "measured on cuda only"
-        try:
+    if name == "two_kernel" and problem.device != "cuda":
+        return "measured on cuda only"
+    try:
+        if name in OURS:
+            plan.explain(problem, name.removeprefix("ours[").removesuffix("]"))
+        elif name == "two_kernel":
             plan.explain(problem, "triton", name)
-        except RuntimeError as error:
-            return str(error).rpartition(": ")[2]
+    except RuntimeError as error:
+        return str(error).rpartition(": ")[2]
     return None
 
 

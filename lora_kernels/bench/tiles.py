@@ -91,8 +91,9 @@ class Product(Measured):
         """The products that `choice` asks for: Triton's with its tiles, or those of a backend without tiles."""
         if choice.algorithm in ALGORITHMS:
             return TritonProducts(choice.algorithm, self.problem, current_target(), choice.tiles)
-        backend = {"eager": "eager", "cuda_decode": "cuda"}[choice.algorithm]
-        found = fastest(backends.get(backend).candidates(self.problem, current_target()))
+        if choice.algorithm == "eager":
+            return EAGER
+        found = fastest(backends.get("cuda").candidates(self.problem, current_target()))
         assert found is not None and found.products is not None
         return found.products
 
