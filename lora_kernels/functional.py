@@ -255,7 +255,8 @@ def _apply(
 ) -> Tensor:
     """The product on checked operands: adapters cast where they must be, x flattened, op or Function called."""
     A, B = adapters_as_used(A, B, x.dtype)
-    alpha = _number(alpha)
+    if type(alpha) is not float:
+        alpha = _number(alpha)
     seed = _seed(seed, x.device) if dropout_p else None
     quantised = not isinstance(weight, Tensor)  # the type check of an abstract class takes longer
     traced = (
