@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lora_kernels import formulas
@@ -19,9 +20,8 @@ from lora_kernels.autograd import LoRALinear, any_dual, as_dropout, gradients, t
 from lora_kernels.backends.base import Products
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.formulas import Gradients, Needs, Saved
-from lora_kernels.operands import Adapter, accumulated, name_of
+from lora_kernels.operands import Adapter, accumulated
 from lora_kernels.plan import plan_backward, plan_call
-from lora_kernels.problem import Problem
 
 # `torch.library.custom_op` would infer these schemas, and take about 10 microseconds more in every call.
 torch.library.define(
@@ -88,22 +88,12 @@ def _lora_linear_backward(
     the forward's sizes, which no saved tensor has where few gradients are needed.
     """
     wide = weight if weight is not None else x  # under DTensor a shard, of which K is the whole
-    problem = Problem(
-        M=dy.shape[0],
-        N=K if wide is None else wide.shape[1],
-        K=dy.shape[1],
-        R=R,
-        dtype=name_of(dy.dtype),
-        adapter_dtype=name_of(adapter_dtype),
-        device=dy.device.type,
-        dropout=seed is not None,
-        w_k_major=weight is not None and weight.stride(1) != 1,
-        backward=True,
-    )
-    products = plan_backward(backend, problem, dy.device).products
-    return _gradients(
-        products, dy, adapter_dtype, needs, Saved(x, weight, A, B, s), alpha, dropout_p, seed
-    )
+    N = K if wide is None else wide.shape[1]
+    w_k_major = weight is not None and weight.stride(1) != 1
+    dropout = seed is not None
+    plan = plan_backward(backend, dy, N, R, adapter_dtype, dropout, w_k_major)
+    saved = Saved(x, weight, A, B, s)
+    return _gradients(plan.products, dy, adapter_dtype, needs, saved, alpha, dropout_p, seed)
 
 
 def _transparent_backward(
@@ -223,8 +213,8 @@ def _lora_linear_backward_autograd(keys: Any, *args: Any) -> tuple[Tensor, ...]:
 
 def _must_be_transparent(args: tuple) -> bool:
     """Whether a function transform or forward mode is at work, which an autograd.Function in an operator cannot serve."""
-    return torch._C._are_functorch_transforms_active() or any_dual(
-        *(t for t in args if isinstance(t, Tensor))
+    return torch._C._are_functorch_transforms_active() or (
+        forward_ad._current_level >= 0 and any_dual(*(t for t in args if isinstance(t, Tensor)))
     )
 
 

@@ -145,11 +145,35 @@ def plan_call(
     return _remember(key, make_plan(problem, x.device, asked))
 
 
-def plan_backward(backend: str, problem: Problem, device: torch.device) -> Plan:
-    """The plan of a backward whose forward's plan is not at hand: a registered operator's."""
-    key = (_asked(backend), device, problem)
+def plan_backward(
+    backend: str,
+    dy: Tensor,
+    N: int,
+    R: int,
+    adapter_dtype: torch.dtype,
+    dropout: bool,
+    w_k_major: bool,
+) -> Plan:
+    """The plan of a backward whose forward's plan is not at hand, a registered operator's: dy [M, K] -> dx [M, N]."""
+    M, K = dy.shape
+    asked = _asked(backend)
+    key = (asked, dy.device, M, N, K, R, dy.dtype, adapter_dtype, dropout, w_k_major)
     known = _plans.get(key)
-    return known or _remember(key, make_plan(problem, device, key[0]))
+    if known is not None:
+        return known
+    problem = Problem(
+        M,
+        N,
+        K,
+        R,
+        name_of(dy.dtype),
+        name_of(adapter_dtype),
+        dy.device.type,
+        dropout=dropout,
+        w_k_major=w_k_major,
+        backward=True,
+    )
+    return _remember(key, make_plan(problem, dy.device, asked))
 
 
 def forget() -> None:
