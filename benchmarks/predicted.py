@@ -48,16 +48,7 @@ FORMS = (
     "decode",
     "cuda_decode",
 )
-TITLES = {
-    "reference": "reference",
-    "addmm": "addmm",
-    "eager": "eager",
-    "lorafusion": "LoRAFusion-style, predicted",
-    "two_kernel": "two kernels",
-    "one_pass": "one pass",
-    "decode": "decode (Triton)",
-    "cuda_decode": "decode (CUDA)",
-}
+TITLES = {form: form for form in FORMS} | {"lorafusion": "LoRAFusion-style, predicted"}
 CHIPS = ("sm_90", "sm_80", "sm_100", "sm_120")
 
 
@@ -202,7 +193,7 @@ def count() -> None:
 
 def decode_table() -> Iterator[str]:
     """The CUDA C++ kernel against the time that reading W alone takes."""
-    yield "| chip | M, K, N, R | reading W alone, us | decode (CUDA) | decode (Triton) | eager | reference |"
+    yield "| chip | M, K, N, R | reading W alone, us | cuda_decode | decode | eager | reference |"
     yield "|---|---|---|---|---|---|---|"
     for name in ("sm_80", "sm_90"):
         target = TARGETS[name]
@@ -261,7 +252,7 @@ def main() -> None:
         "the frozen layer's dx. `reference` is the formula, one operation after the other; `addmm` adds the low-rank",
         "product onto x·W in place; `eager` is our backend of plain ATen, which writes s·B + bias and accumulates x·W",
         "onto it. `LoRAFusion-style` is its structure with our tiles: x·A, then the product with s·B from pointer loads,",
-        "nothing running beside it; where there are no tensor descriptors our two kernels are the same.",
+        "nothing running beside it; where there are no tensor descriptors our `two_kernel` is the same.",
         "",
         "![predicted price of LoRA over the frozen layer](gpu-predicted.png)",
         *(line for name in CHIPS for line in tables(name)),

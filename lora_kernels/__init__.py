@@ -1,4 +1,4 @@
-"""LoRA that costs nothing over the frozen layer: y = x·W + bias + alpha·(x·A)·B, fused, forward and backward."""
+"""Fused LoRA layers: y = x·W + bias + alpha·(x·A)·B, forward and backward."""
 
 from lora_kernels.adapters import load_adapter, save_adapter
 from lora_kernels.functional import explain, lora_linear

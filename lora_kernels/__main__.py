@@ -21,7 +21,7 @@ COMMANDS = {
 
 
 def parser_for(asked: list[str]) -> argparse.ArgumentParser:
-    """The parser of a command line; only the command that it asks for is imported and has its own arguments."""
+    """The parser of a command line; only the command that it names is imported and gets its arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m lora_kernels", description="Fused LoRA linear layers."
     )

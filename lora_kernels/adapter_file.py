@@ -161,7 +161,7 @@ def _config(layers: dict[str, LinearWithLoRA]) -> dict[str, Any]:
         "use_rslora": rslora,
         "lora_dropout": dropout,
         "bias": "none",
-        # Says how the base stores W, which PEFT sees for itself: A and B are alike in both.
+        # How the base stores W, which PEFT reads from the model: A and B are alike in both.
         "fan_in_fan_out": any(is_conv1d(layer.linear) for layer in layers.values()),
         "use_dora": False,
         "modules_to_save": None,
@@ -310,7 +310,7 @@ _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?:?|.", re.DOTALL)
 
 
 def _ways(pattern: str) -> float:
-    """An upper estimate of the ways in which a valid regular expression is tried before it fails, lest a file's hang."""
+    """An upper estimate of the ways in which a valid regular expression is tried before it fails, to bound its time."""
     outer: list[tuple[int, int]] = []
     choices, ways, after_group = (
         0,

@@ -1,4 +1,4 @@
-"""Saving a model's adapters and loading them again; `adapter_file` says what a file is."""
+"""Saving a model's adapters and loading them again; `adapter_file` has the layout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     The files are written beside their places and moved there when both are complete, one save after the other, so that an
     interrupted call leaves a folder that loads as it was or is recognised as mixed. The layout has one dropout for all
     layers: where theirs differ, the commonest is saved, with a warning. ValueError, with nothing written, when the model
-    has no LoRA layer, is itself one and so has no name for it, or has one that the layout cannot say.
+    has no LoRA layer, is itself one and so has no name for it, or has one that the layout cannot hold.
     """
     layers = dict(lora_layers(model))
     if not layers:

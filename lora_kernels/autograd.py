@@ -3,7 +3,7 @@
 Products may have an operator of their own for the usual case, see `Products.layer`; this Function serves all others.
 
 Derivatives that must themselves be differentiated, and those under a function transform, run `formulas` on the composite
-products, which autograd sees through. s is an output of the Function, so that a saved s is still connected to x and A.
+products, which autograd can differentiate. s is an output of the Function, so that a saved s is still connected to x and A.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ALPHA_IS_NO_PARAMETER = "alpha must not require grad: it is a run-time value, no
 
 
 class Call:
-    """The backend that a call asks for, and its plan, which is made when the product runs if nobody has made it."""
+    """The backend that a call names, and its plan; a plan of None is made when the product runs."""
 
     __slots__ = ("backend", "plan")
 
@@ -60,7 +60,7 @@ class LoRALinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         x, weight, A, B, _, scale, ctx.dropout_p, seed, ctx.call = inputs
-        if ctx.needs_input_grad[5]:  # a transform's wrapper may hide it from `check_operands`
+        if ctx.needs_input_grad[5]:  # `check_operands` cannot see it in a transform's wrapper
             raise ValueError(ALPHA_IS_NO_PARAMETER)
         ctx.needs = Needs(*ctx.needs_input_grad[:5])
         ctx.dtype, ctx.adapter_dtype, (ctx.K, ctx.R) = x.dtype, A.dtype, A.shape
@@ -95,7 +95,7 @@ class LoRALinear(torch.autograd.Function):
 
 
 def apply(*args: Any) -> tuple[Tensor, Tensor]:
-    """LoRALinear.apply without its look at forward's signature in every call, which costs more than a small product."""
+    """(y, s) of LoRALinear.apply, without inspecting forward's signature: that takes longer than a small product."""
     if torch._C._are_functorch_transforms_active():
         return LoRALinear.apply(*args)
     args = torch._functorch.utils.unwrap_dead_wrappers(args)
@@ -113,7 +113,7 @@ def transparent(
     seed: Tensor | None,
     _call: Call | str,
 ) -> tuple[Tensor, Tensor]:
-    """`LoRALinear.forward` by plain ATen, which every transform sees through; no backend is chosen."""
+    """(y, s) of `LoRALinear.forward` by plain ATen, which every transform can differentiate; no backend is chosen."""
     adapter = Adapter(A, B, scale, as_dropout(dropout_p, seed))
     return formulas.forward(COMPOSITE, x, weight, adapter, bias)
 
@@ -137,7 +137,7 @@ def gradients(
 
 
 def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter) -> Gradients:
-    products: Products = COMPOSITE  # its operators are known to whoever counts or records them
+    products: Products = COMPOSITE  # plain ATen operators, which modes can count and record
     plan = ctx.call.plan
     if plan is not None and not modes_are_active():
         products = plan.adjoint.products
@@ -167,7 +167,7 @@ def any_dual(*tensors: Tensor | None) -> bool:
 
 
 def modes_are_active() -> bool:
-    """Whether somebody counts, records or traces operators, as FlopCounterMode and make_fx do."""
+    """Whether a mode counts, records or traces operators, as FlopCounterMode and make_fx do."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
@@ -175,6 +175,6 @@ def modes_are_active() -> bool:
 
 
 def _under_transform(t: Tensor) -> bool:
-    """Whether t is a wrapper of a function transform (vmap of a backward), which only plain ATen understands."""
+    """Whether t is a wrapper of a function transform (vmap of a backward), which only plain ATen can compute."""
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)

@@ -74,7 +74,7 @@ class RowwiseLoRA(RowwiseParallel):
 
 @once
 def register() -> None:
-    """Tell DTensor how the registered operators act on shards; `ColwiseLoRA` and `RowwiseLoRA` call it."""
+    """Register with DTensor how the operators act on shards; `ColwiseLoRA` and `RowwiseLoRA` call it."""
     operators = torch.ops.lora_kernels
     register_sharding(operators.lora_linear.default)(_forward_sharding)
     register_sharding(operators.lora_linear_backward.default)(_backward_sharding)

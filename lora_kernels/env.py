@@ -1,4 +1,4 @@
-"""The environment variables of this package, each read when it is asked for.
+"""The environment variables of this package, each read when it is used.
 
 LORA_KERNELS_BACKEND  a backend's name, used where a call says "auto"
 LORA_KERNELS_CACHE    the folder for tuned tables and self-test verdicts (default: lora_kernels in

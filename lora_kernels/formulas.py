@@ -26,7 +26,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Te
 
 
 class Needs(NamedTuple):
-    """Which gradients somebody asked for."""
+    """Which gradients are needed."""
 
     x: bool
     weight: bool
@@ -77,7 +77,7 @@ def backward(
     `adapter` is the forward's, with A and B of `saved`; `ds` is a gradient that s itself received.
     """
     x, weight, s = cast(tuple[Tensor, Tensor, Tensor], (saved.x, saved.weight, saved.s))
-    if dy.is_sparse:  # of an embedding or a gather that was told to make one
+    if dy.is_sparse:  # from an embedding or a gather with sparse gradients
         dy = dy.to_dense()
     adjoint = adapter.t()
     dx = dW = dA = dB = q = None

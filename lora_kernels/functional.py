@@ -184,7 +184,7 @@ def shown(number: Any) -> str:
 
 
 def _check_packed(weight: QuantizedWeight, device: torch.device | None) -> None:
-    """ValueError unless every packed tensor is on x's device and nobody asks for its derivative."""
+    """ValueError unless every packed tensor is on x's device and none requires grad."""
     for t in weight.tensors:
         if t.device != device:
             raise ValueError(f"weight must be on x's device, {device}, got {t.device} in part")
@@ -234,8 +234,8 @@ def _autocast_to(x: Tensor) -> torch.dtype | None:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast computes in on this device type now, or None; "meta" and others know no autocast."""
-    # torch 2.11 cannot trace the question: it is not asked of the devices that code is compiled for.
+    """The dtype that autocast computes in on this device type now, or None; "meta" and others have no autocast."""
+    # torch 2.11 cannot trace is_autocast_available: it is not called for the devices that code is compiled for.
     known = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
     if known and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -253,7 +253,7 @@ def _apply(
     seed: int | Tensor | None,
     backend: str,
 ) -> Tensor:
-    """The product on checked operands: adapters cast where they must be, x flattened, op or Function called."""
+    """y of checked operands: casts the adapters, flattens x, calls an operator or the Function."""
     A, B = adapters_as_used(A, B, x.dtype)
     if type(alpha) is not float:
         alpha = _number(alpha)
@@ -269,7 +269,7 @@ def _apply(
     )
     chosen = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
-    usual = not traced and _has_usual_derivatives(x, weight, A, B, alpha, bias)
+    usual = not traced and _has_usual_derivatives(weight, A, B, alpha, bias)
     if usual and (x.is_cpu or not needs_grad):
         chosen = plan.plan_call(backend, x, weight, A, bias, seed is not None)
         adapter = Adapter(A, B, alpha, None if seed is None else as_dropout(dropout_p, seed))
@@ -297,9 +297,9 @@ def _apply(
 
 
 def _has_usual_derivatives(
-    x: Tensor, weight: Weight, A: Tensor, B: Tensor, alpha: float | Tensor, bias: Tensor | None
+    weight: Weight, A: Tensor, B: Tensor, alpha: float | Tensor, bias: Tensor | None
 ) -> bool:
-    """Whether only backward may be asked for, of both adapters or none over a frozen base, and no transform looks on."""
+    """Whether no derivative but a backward can follow, of A and B both or neither, over a frozen base."""
     return not (
         isinstance(alpha, Tensor)
         or (

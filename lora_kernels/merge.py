@@ -62,7 +62,7 @@ def merge_lora(model: nn.Module, *, unload: bool = False) -> list[str]:
 def unmerge_lora(model: nn.Module) -> list[str]:
     """Put back every base weight that `merge_lora` changed, the same bits; returns the names of the layers.
 
-    After an exception on the way each layer is merged or not, as it says, and the call can be repeated.
+    After an exception on the way each layer is merged or not, as its state has it, and the call can be repeated.
     """
     merged = [(name, layer) for name, layer in lora_layers(model) if layer.merged]
     for _, layer in merged:

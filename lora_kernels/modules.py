@@ -42,7 +42,7 @@ class LoRALayer(nn.Module):
     """The low-rank branch alone: `scale · (dropout(x)·A)·B`, A [in_dim, rank], B [rank, out_dim].
 
     A starts uniform in ±1/sqrt(rank) (`kaiming_uniform_` with a = sqrt(5) on the [in_dim, rank] tensor), B at zero, so the
-    branch starts at zero. `scaling` says what `scale` is: "alpha" (default), "alpha/rank" or "alpha/sqrt(rank)". `alpha`
+    branch starts at zero. `scaling` sets `scale`: "alpha" (default), "alpha/rank" or "alpha/sqrt(rank)". `alpha`
     may be set at any time and takes effect at once, in compiled code too, which does not recompile. `dtype` and `device`
     are torch's defaults unless given. ValueError or TypeError names the argument, its value and the rule.
     """
@@ -234,7 +234,7 @@ class LinearWithLoRA(nn.Module):
         return self
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """TypeError: torch.jit.script calls it, and could not compile this class."""
+        """Raise TypeError: torch.jit.script calls this, and cannot compile this class."""
         raise TypeError(f"LinearWithLoRA cannot be scripted: {_NO_SCRIPT}")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -445,7 +445,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is Transformers' Conv1D, a Linear that stores W [in, out]; by name, lest Transformers be imported."""
+    """Whether it is Transformers' Conv1D, a Linear that stores W [in, out]; by name, without importing it."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
@@ -477,7 +477,7 @@ def is_plain_tensor(t: Tensor) -> bool:
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 _TRACED = ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
-# By name, lest torch.distributed be imported; the operators have sharding rules for it, see `distributed`.
+# By name, so that torch.distributed is not imported; the operators have sharding rules for it, see `distributed`.
 _SHARDED = "torch.distributed.tensor"
 
 
@@ -539,7 +539,7 @@ def _linear_places(model: nn.Module, wanted: Callable[[str], bool]) -> Iterator[
 
 
 def has_lora(module: nn.Module) -> bool:
-    """Whether `module` is a Linear with an adapter: ours, PEFT's (by name, lest it be imported) or made as the book does."""
+    """Whether `module` is a Linear with an adapter: ours, PEFT's (by name, not imported) or made as the book does."""
     lora = module._modules.get("lora")
     return (
         isinstance(module, LinearWithLoRA)
@@ -551,7 +551,7 @@ def has_lora(module: nn.Module) -> bool:
 def _save_unmerged(
     module: LinearWithLoRA, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
 ) -> None:
-    """A merged layer's state dict holds the base weight as it was, so that saving never bakes an adapter in."""
+    """Put the base weight as it was into a merged layer's state dict, so that a saved base never contains an adapter."""
     key = prefix + "linear.weight"
     if module.unmerged_weight is not None and key in state:
         state[key] = module.unmerged_weight

@@ -1,4 +1,4 @@
-"""What a process does once, whichever of its threads asks first."""
+"""Results that a process computes once, in whichever of its threads needs them first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registered operators that torch.compile, torch.export and make_fx see: one for forward, one for backward.
+"""The registered operators that torch.compile, torch.export and make_fx record: one for forward, one for backward.
 
 Their kernels choose a backend when they run, so that a traced graph holds no decision about sizes. Each has a fake
 kernel and every derivative: a function transform, forward mode and a derivative of a derivative get plain ATen instead.
@@ -84,7 +84,7 @@ def _lora_linear_backward(
     """(dx, dW, dA, dB, dbias) of `formulas.backward`, an empty tensor for each that is not needed.
 
     DTensor takes the mesh of the first argument, and remembers a sharding by a call's tensors and by every argument from the
-    first integer, such as a dtype, on. So they come first: calls with other operands left out are told apart. K and R are
+    first integer, such as a dtype, on. So they come first: calls that leave out other operands differ. K and R are
     the forward's sizes, which no saved tensor has where few gradients are needed.
     """
     wide = weight if weight is not None else x  # under DTensor a shard, of which K is the whole
@@ -97,22 +97,9 @@ def _lora_linear_backward(
 
 
 def _transparent_backward(
-    dy: Tensor,
-    adapter_dtype: torch.dtype,
-    needs: list[bool],
-    K: int,
-    R: int,
-    x: Tensor | None,
-    weight: Tensor | None,
-    A: Tensor | None,
-    B: Tensor | None,
-    s: Tensor | None,
-    alpha: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_lora_linear_backward` by plain ATen, which autograd and transforms see through."""
+    dy, adapter_dtype, needs, K, R, x, weight, A, B, s, alpha, dropout_p, seed, backend
+):
+    """`_lora_linear_backward` by plain ATen, which autograd and transforms can differentiate."""
     saved = Saved(x, weight, A, B, s)
     return _gradients(COMPOSITE, dy, adapter_dtype, needs, saved, alpha, dropout_p, seed)
 
@@ -127,7 +114,7 @@ def _gradients(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients as an operator returns them, which knows no None."""
+    """The gradients as an operator returns them: it cannot return None, and gives empty tensors."""
     adapter = Adapter(saved.A, saved.B, alpha, as_dropout(dropout_p, seed))  # type: ignore[arg-type]
     grads = formulas.backward(products, dy, saved, Needs(*needs), adapter, adapter_dtype)
     dx, dW, dA, dB, dbias = (dy.new_empty(0) if grad is None else grad for grad in grads)
@@ -212,7 +199,7 @@ def _lora_linear_backward_autograd(keys: Any, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _must_be_transparent(args: tuple) -> bool:
-    """Whether a function transform or forward mode is at work, which an autograd.Function in an operator cannot serve."""
+    """Whether a function transform or forward mode is active, which an autograd.Function in an operator cannot serve."""
     return torch._C._are_functorch_transforms_active() or (
         forward_ad._current_level >= 0 and any_dual(*(t for t in args if isinstance(t, Tensor)))
     )
@@ -226,7 +213,7 @@ _LIBRARY.impl("lora_linear_backward", _transparent_backward, "FuncTorchBatched")
 
 
 def _forward_flops(x_shape, weight_shape, A_shape, *_: Any, **__: Any) -> int:
-    """What FlopCounterMode counts: x·Wᵀ, and the products of the low-rank branch."""
+    """FLOPs of the forward for FlopCounterMode: x·Wᵀ, and the products of the low-rank branch."""
     (M, K), N, R = x_shape, weight_shape[0], A_shape[1]
     return 2 * M * N * K + 2 * M * R * (K + N)
 
@@ -234,7 +221,7 @@ def _forward_flops(x_shape, weight_shape, A_shape, *_: Any, **__: Any) -> int:
 def _backward_flops(
     dy_shape: Any, _: Any, needs: list[bool], K: int, R: int, *__: Any, **___: Any
 ) -> int:
-    """The same of the gradients that are needed, dy·W and q·Aᵀ of dx, q, dA, dB and dW."""
+    """FLOPs of the gradients that are needed: dy·W and q·Aᵀ of dx, q, dA, dB and dW."""
     needed, (M, N) = Needs(*needs), dy_shape
     wide = needed.x + needed.weight
     lowrank = R * (K * (needed.x + needed.A) + N * ((needed.x or needed.A) + needed.B))

@@ -2,7 +2,7 @@
 
 Backends give candidates, and this file compares them. "auto" takes the fastest candidate of what can run, by the rule of
 `backends.base.fastest`, in the order of the registry where no times are known. An explicit name never falls back: it
-computes or raises. A plan is made from numbers, when the product runs; no device is asked before a tensor on it arrives.
+computes or raises. A plan is made from numbers, when the product runs; no device is used before a tensor on it arrives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_kernels import backends, env
+from lora_kernels import backends, env, selftest
 from lora_kernels.backends.base import Backend, Candidate, Products, fastest
 from lora_kernels.backends.device import current_target
 from lora_kernels.operands import Weight, layout_of, name_of
@@ -42,7 +42,7 @@ class Plan:
     candidate: Candidate
     compared: tuple[Candidate, ...]
     rejected: dict[str, str]
-    algorithm: str | None = None  # that was asked for
+    algorithm: str | None = None  # the only one that may be taken; None: any
     dequantises: bool = False
 
     @functools.cached_property
@@ -103,7 +103,7 @@ def check_name(name: str, argument: str = "backend") -> None:
 def plan_call(
     backend: str, x: Tensor, weight: Weight, A: Tensor, bias: Tensor | None, dropout: bool
 ) -> Plan:
-    """The plan of a forward call on x [..., K], weight [N, K] and A [K, R], remembered by plain facts.
+    """The plan of a forward call on x [..., K], weight [N, K] and A [K, R]; kept for the next call like it.
 
     RuntimeError where an explicit or strict choice cannot compute it.
     """
@@ -154,7 +154,7 @@ def plan_backward(
     dropout: bool,
     w_k_major: bool,
 ) -> Plan:
-    """The plan of a backward whose forward's plan is not at hand, a registered operator's: dy [M, K] -> dx [M, N]."""
+    """The plan of a registered operator's backward, which has no plan of its forward: dy [M, K] -> dx [M, N]."""
     M, K = dy.shape
     asked = _asked(backend)
     key = (asked, dy.device, M, N, K, R, dy.dtype, adapter_dtype, dropout, w_k_major)
@@ -208,7 +208,7 @@ def predict(problem: Problem, target: Target) -> list[Candidate]:
 def make_plan(
     problem: Problem, device: torch.device, asked: tuple[str, bool], algorithm: str | None = None
 ) -> Plan:
-    """The plan, made anew: every backend's candidates on the operands' own device, compared."""
+    """The plan of `problem`, made anew: compares every backend's candidates on the operands' own device."""
     indexed = device.type == "cuda" and device.index is not None
     with torch.cuda.device(device) if indexed else nullcontext():
         return _plan(problem, device, asked, algorithm)
@@ -288,8 +288,6 @@ def _offers(
     if fastest(candidates) is None:
         return candidates[0].refusal, []
     if device.type == "cuda" and backend.name != "eager":
-        from lora_kernels import selftest  # needed on a GPU only
-
         reason = selftest.trusted(backend, device)
         if reason is not None:
             return reason, []
@@ -338,7 +336,7 @@ def _why_not(candidates: list[Candidate], chosen: Candidate, backend: str) -> st
 
 
 def _times(candidates: tuple[Candidate, ...]) -> str:
-    """What was compared, in words; "" where no times are known."""
+    """The compared times, in words; "" where none is known."""
     for kind in ("measured", "predicted"):
         times = [(getattr(c, f"{kind}_us"), c.name) for c in candidates]
         known = sorted(each for each in times if each[0] is not None)

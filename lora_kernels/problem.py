@@ -17,7 +17,7 @@ class Problem:
     """Sizes and types of one call, forward or (see `adjoint`) backward.
 
     `dtype` is that of x, W, bias and y; `adapter_dtype` that of A and B. `device` is a torch device type: "cpu", "cuda".
-    `w_k_major` says that consecutive k are adjacent in memory: true in forward (nn.Linear stores [N, K]). `backward`: x is
+    `w_k_major`: consecutive k are adjacent in memory: true in forward (nn.Linear stores [N, K]). `backward`: x is
     dy, y is dx, and dA and dB are computed beside them. `weight_format`: "dense", or the name of a quantised format.
     ValueError or TypeError names the field, its value and the rule.
     """

@@ -87,11 +87,13 @@ selftest.answer(name, index, uuid)
 
 
 class NoVerdictError(RuntimeError):
-    """The backend could not be tested, which says nothing about it."""
+    """The backend could not be tested: it may be right or wrong."""
 
 
 def trusted(backend: Backend, device: torch.device) -> str | None:
-    """None when `backend` passed its self-test on this device, else why it must not be used; runs it when nobody has."""
+    """None when `backend` passed its self-test on this device, else why it must not be used.
+
+    The test runs here where no verdict is kept."""
     index = device.index if device.index is not None else torch.cuda.current_device()
     return _verdict(backend, _fingerprint(backend.name, index), index)
 
@@ -120,7 +122,7 @@ def _verdict(backend: Backend, fingerprint: str, index: int) -> str | None:
 
 
 def keep(backend: Backend, index: int, failure: str | None) -> None:
-    """Keep what a self-test in this process found, for the processes to come."""
+    """Write down what a self-test in this process found, for later processes."""
     fingerprint = _fingerprint(backend.name, index)
     _write(_file(fingerprint), fingerprint, failure)
 
@@ -133,11 +135,11 @@ def _failure_elsewhere(name: str, index: int) -> str | None:
     asked = json.dumps([list(map(str, sys.path)), name, index, _uuid(index)])
     env.logger().info("the %s backend is tested on device %d, for the first time", name, index)
     try:
-        code, said, complained = _run_apart([python, "-c", _PROGRAM, asked], LIMIT)
+        code, output, errors = _run_apart([python, "-c", _PROGRAM, asked], LIMIT)
     except OSError as error:
         raise NoVerdictError(f"none could be started: {error}") from error
-    answers = [line.removeprefix(_MARK) for line in said.splitlines() if line.startswith(_MARK)]
-    last = (complained.strip().splitlines() or ["it said nothing"])[-1]
+    answers = [line.removeprefix(_MARK) for line in output.splitlines() if line.startswith(_MARK)]
+    last = (errors.strip().splitlines() or ["it printed nothing"])[-1]
     ended = f"did not end within {LIMIT:g} s" if code is None else f"ended with {_told(code)}"
     if not answers:
         raise NoVerdictError(f"one {ended} before the test began: {last}")
@@ -202,13 +204,13 @@ def answer(name: str, index: int, uuid: str | None) -> None:
 
 
 def _uuid(index: int) -> str | None:
-    """What names a device whatever CUDA_VISIBLE_DEVICES was when its process began."""
+    """The device's UUID, which is the same under every CUDA_VISIBLE_DEVICES."""
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
     return None if uuid is None else str(uuid)
 
 
 def _index_of(uuid: str | None, index: int) -> int:
-    """The device called `uuid`, probably `index`; RuntimeError if this process sees none."""
+    """The device called `uuid`, probably `index`; RuntimeError if this process has none."""
     count = torch.cuda.device_count()
     for candidate in (index, *range(count)):
         if candidate < count and _uuid(candidate) == uuid:
@@ -221,7 +223,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _failure(backend: Backend, device: torch.device) -> str | None:
-    """What the self-test found wrong, or None. OutOfMemoryError is raised: it says nothing about the backend."""
+    """What the self-test found wrong, or None. OutOfMemoryError is raised: it is no verdict on the backend."""
     try:
         results = run(backend, device)
     except torch.OutOfMemoryError:
@@ -269,7 +271,7 @@ def _file(fingerprint: str) -> Path:
 
 
 def _write(file: Path, fingerprint: str, failure: str | None) -> None:
-    """Keep a verdict; a cache that cannot be written costs another self-test and nothing else."""
+    """Keep a verdict; where the cache cannot be written the next process tests again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(dir=file.parent)
@@ -320,7 +322,7 @@ def _check(backend: Backend, problem: Problem, device: torch.device) -> Iterator
     actual = _results(forward, backward, operands, dropout)
     wide = tuple(t if t is None else t.double() for t in operands)
     exact = _results(COMPOSITE, COMPOSITE, wide, dropout)
-    eager = _naive(operands, dropout)
+    eager = _reference(operands, dropout)
     for name, value in exact.items():
         eps = torch.finfo(eager[name].dtype).eps
         allowed = 2 * _distance(eager[name], value) + 2 * eps * max(1.0, value.abs().max().item())
@@ -345,7 +347,7 @@ def _results(
     return {"y": y, "dx": dx, "dA": dA, "dB": dB}
 
 
-def _naive(operands: tuple[Tensor | None, ...], dropout: Dropout | None) -> dict[str, Tensor]:
+def _reference(operands: tuple[Tensor | None, ...], dropout: Dropout | None) -> dict[str, Tensor]:
     """The same by autograd on one PyTorch operation after the other, in the operands' own types."""
     x, weight, A, B = (t.detach().requires_grad_() for t in operands[:4] if t is not None)
     bias, dy = operands[4:]

@@ -211,6 +211,15 @@ def violations(sources, layers):
     return sorted(wrong)
 
 
+def test_the_page_has_the_same_layers():
+    """The table of docs/design.md, from the top down."""
+    page = (ROOT / "docs" / "design.md").read_text()
+    table = page[page.index("## Layers") : page.index("## Decisions")]
+    firsts = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    shown = [tuple(name.strip(" `") for name in first.split(",")) for first in firsts]
+    assert list(map(set, reversed(shown))) == list(map(set, LAYERS))
+
+
 def test_layers_import_downward_only():
     """No module is left out, nor an import inside a function or by name; and no cycle of modules or of folders."""
     sources = modules(ROOT / "lora_kernels")

@@ -138,7 +138,7 @@ class TestVerdict:
             (says(told()) + "import os; os.abort()", "ended with SIGABRT"),
             ("print('x' * 10**6); sys.exit('no such kernel')", "ended with exit code 1: no such"),
             ("import time; time.sleep(100)", "did not end within 2 s"),
-            ("", "ended with exit code 0: it said nothing"),
+            ("", "ended with exit code 0: it printed nothing"),
         ],
         ids=["segfault", "abort", "abort after its answer", "exit", "hang", "silence"],
     )

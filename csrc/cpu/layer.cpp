@@ -50,8 +50,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& any_x, const Tensor& any_weight
   return {shaped_like(expand(rows, weight->t(), s, *B, bias, 0, 0, 1.0), *x), s};
 }
 
-// Autograd sees through plain ATen, and so do function transforms, forward mode, those who count or
-// record operators, and every kind of tensor that cannot be read here.
+// Autograd can differentiate plain ATen, and so can function transforms, forward mode, those who
+// count or record operators, and every kind of tensor that cannot be read here.
 bool must_be_transparent(const Tensor& dy, const variable_list& saved) {
   const auto kept = [](const Tensor& t) { return !t.defined() || readable(t); };
   return c10::GradMode::is_enabled() || !readable(dy) || c10::impl::dispatch_mode_enabled() ||

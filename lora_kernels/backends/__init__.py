@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lora_kernels.backends.base import Backend
 
-# A name and its module, which has the backend as BACKEND and is imported when it is first asked. The first that can
-# compute a problem is taken where candidates have no times.
+# A name and its module, which has the backend as BACKEND and is imported at its first use. Where candidates have no
+# times, the first backend that can compute the problem is taken.
 BACKENDS = {
     "cuda": "lora_kernels.backends.cuda",
     "triton": "lora_kernels.backends.triton",

@@ -67,7 +67,7 @@ class Candidate:
     """One way to compute a problem, or the reason why it is not one.
 
     `name`: the algorithm. `refusal`: why it cannot compute the problem. `slower`: why another is expected to be faster,
-    heeded where nobody asked for this backend. `measured_us`, `predicted_us`: the time of the product, where it is known.
+    it counts only where no backend is named. `measured_us`, `predicted_us`: the time of the product, where it is known.
     `how`: in a few words for `explain`.
     """
 
@@ -103,7 +103,7 @@ def fastest(candidates: Iterable[Candidate]) -> Candidate | None:
     """The one to take: the least measured time, else the least predicted one; None where all refuse.
 
     Where some times are measured, algorithms without a measured time do not count: `tune` leaves out what was wrong.
-    A candidate that has no time at all goes before all others, unless it says that it is slower.
+    A candidate that has no time at all goes before all others, unless it has a reason in `slower`.
     """
     able = [c for c in candidates if c.refusal is None]
     measured = any(c.measured_us is not None for c in able)
@@ -117,7 +117,7 @@ def fastest(candidates: Iterable[Candidate]) -> Candidate | None:
 
 
 def left_is_wide(left: Tensor, right: Tensor, dropout: Dropout | None = None) -> bool:
-    """Which operand of `wgrad` has the base's width: a masked left, the one that is no float32, or the wider."""
+    """Whether `wgrad`'s left has the base's width, else right has: left is masked, is no float32, or is the wider one."""
     return dropout is not None or (
         right.dtype == torch.float32
         and (left.dtype != torch.float32 or left.shape[1] >= right.shape[1])

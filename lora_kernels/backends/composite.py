@@ -1,6 +1,6 @@
-"""Products that autograd, vmap and forward-mode AD see through: plain differentiable ATen, nothing in place.
+"""Products that autograd, vmap and forward-mode AD can differentiate: plain ATen, nothing in place.
 
-They serve derivatives of derivatives and function transforms, where being transparent matters and speed does not. No
+They serve derivatives of derivatives and function transforms, which need differentiable operators and not speed. No
 backend offers them: `formulas` over them are the definition of what the backends compute.
 """
 
@@ -15,7 +15,7 @@ from lora_kernels.operands import Adapter, Weight, accumulated
 
 
 class CompositeProducts(Products):
-    """The products as one would write them, in float32 for half operands."""
+    """The products in plain PyTorch, in float32 for half operands."""
 
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         return adapter.scale * (_masked(_widened(x), adapter.dropout_in) @ _widened(adapter.A))

@@ -118,7 +118,7 @@ def _has_amx() -> bool:
 
 @once
 def _load() -> str | None:
-    """Load the extension; why it cannot be used here, said once, or None."""
+    """Load the extension; the reason why it cannot be used here, logged once, or None."""
     reason = None
     if not LIBRARY.exists():
         reason = (

@@ -28,7 +28,7 @@ WARPS = 4
 
 
 class CudaProducts(Products):
-    """Streams W once with 16-byte loads; float32 products are exact, half ones use tensor cores. Forward and backward."""
+    """Products that read W once with 16-byte loads: exact in float32, on tensor cores in half types."""
 
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         a = adapter.A
@@ -137,7 +137,7 @@ def _decode(
     fused_rank: int,
     skinny: bool,
 ) -> None:
-    """One launch: the operator's own arguments, with columns and K divided among blocks."""
+    """Launch the kernel once, with columns and K divided among blocks."""
     x = x if x.stride(1) == 1 else x.contiguous()
     w, a = _with_unit_stride(w), _with_unit_stride(a)
     multiprocessors = _multiprocessors(x.device.index or 0)

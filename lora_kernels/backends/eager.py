@@ -1,4 +1,4 @@
-"""The backend of plain ATen calls: right everywhere, in place where it can be, without a full-width float32 copy.
+"""The backend of plain ATen calls: they run on every device, in place where possible, without a full-width float32 copy.
 
 y = s·b + bias is written first and the base product is accumulated onto it by one `addmm` with beta = 1, so that y is
 written by a small product and read back inside the large one's epilogue. Where ATen cannot multiply a float32 by a half

@@ -1,4 +1,4 @@
-"""Clocks, and samples of calls that take turns, so that a change of the machine's speed meets all of them."""
+"""Clocks, and samples of calls that take turns, so that a change of the machine's speed affects all of them."""
 
 from __future__ import annotations
 

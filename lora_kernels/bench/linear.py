@@ -43,7 +43,7 @@ class Case:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message."""
     text = str(error).strip()
     return text.splitlines()[0] if text else repr(error)
 

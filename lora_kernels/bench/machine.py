@@ -1,4 +1,4 @@
-"""What a measurement must say of where it was taken, and the rates that this machine reaches at best."""
+"""Facts of the machine that a result file keeps, and the best rates that this machine reaches."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """Of Python, this package, and those that compute or are compared."""
+    """Versions of Python, this package, and those that compute or are compared."""
     found = {
         "python": platform.python_version(),
         "lora_kernels": lora_kernels.__version__,

@@ -1,4 +1,4 @@
-"""Tables out of results: Markdown for people, plain text for a terminal. Losses are listed."""
+"""Tables made of results: Markdown for people, plain text for a terminal. Losses are listed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run of benchmarks leaves behind: rows, and the machine, versions and commit that they belong to, as JSON."""
+"""The results of a run of benchmarks: rows, and the machine, versions and commit that they belong to, as JSON."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class Row:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What makes it the same measurement in another run."""
+        """The fields that two runs' rows of the same measurement share."""
         return *self.group, self.contender
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """What it shares with the other contenders of the same measurement."""
+        """The fields that all contenders of the same measurement share."""
         sizes = tuple(sorted(self.problem.items())) if self.problem else ()
         return self.suite, self.case, self.mode, sizes, self.caches, self.graph
 
@@ -87,7 +87,7 @@ class Results:
         return [r for r in self.rows if all(getattr(r, k) == v for k, v in wanted.items())]
 
     def flat(self) -> Iterator[dict[str, Any]]:
-        """Each row with everything that the run says of it, for tables of other tools."""
+        """Each row with every field of its run, for tables of other tools."""
         shared = {"sha": self.sha, "date": self.date, **self.machine, **self.versions}
         return ({**shared, **asdict(row)} for row in self.rows)
 
@@ -123,7 +123,7 @@ def summary(samples: list[float]) -> Summary:
 
 
 def _ratios(taken: Samples, name: str, base: str) -> Summary | None:
-    """Of neighbouring samples: what changes the machine's speed for both cancels. None where there is no base."""
+    """Ratios of neighbouring samples: what changes the machine's speed for both cancels. None where there is no base."""
     if not all(taken.get(base, [0.0])):
         return None
     return summary([ours / theirs for ours, theirs in zip(taken[name], taken[base], strict=True)])

@@ -102,7 +102,7 @@ def case_rows(
 
 
 def _memory_rows(order: Order, results: Results, say: Say) -> list[Row]:
-    """Of the distinct problems of the linear cases, each once."""
+    """Memory rows of the distinct problems of the linear cases, each once."""
     rows: list[Row] = []
     seen = set()
     for case in order.cases:

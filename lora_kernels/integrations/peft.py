@@ -78,7 +78,7 @@ class Report:
 
 
 def accelerate(model: nn.Module, *, allow_none: bool = False) -> Report:
-    """Fuse the LoRA layers of a PEFT model, in place; says of each layer that it is fused, or why it is left to PEFT.
+    """Fuse the LoRA layers of a PEFT model, in place; returns for each layer that it is fused, or why it is left to PEFT.
 
     A reason holds for the moment: a layer left alone because of its adapters' state (merged, disabled, several active, a
     variant) is fused as soon as that state allows. A second call changes nothing but layers that are new. ValueError, with

@@ -3,9 +3,9 @@
 With P the achievable rate, W the achievable bandwidth and e an element's bytes:
 
 frozen      max(2·M·N·K / P, bytes / 0.92·W)
-two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, hidden in part on sm_90+; there
+two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, overlapped in part on sm_90+;
                                                                 b is copied for a large product, see `copy_of_b_pays`
-lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, nothing hidden
+lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, no overlap
 one_pass    product, x·a in its loop
 decode      (bytes + re-read a) / 0.92·W
 cuda_decode the same by the CUDA C++ kernel, + 0.5 us; x·a is a launch of its own where the kernel does not fuse it
@@ -15,9 +15,9 @@ reference   frozen + shrink + 6 passes over y + 4 gaps          one PyTorch oper
                                                                 and written by alpha·, two are read and one written by +
 
 A product by one of these kernels takes the cycles that were counted from its compiled code (cycles.py), for the busiest
-multiprocessor, over those that its share of 2·M·N·K takes the matrix pipe, and over _EFFICIENCY. The library's product is
-given that no pipe but the matrix unit holds it up; last waves that are not full hit it like the best of the counted tiles,
-with a sum that it may split and these kernels do not.
+multiprocessor, over those that its share of 2·M·N·K takes the matrix pipe, and over _EFFICIENCY. For the
+library's product only the matrix pipe counts. A last wave that is not full slows it as it slows the best of the counted
+tiles; it may split its sum, these kernels do not.
 
 A backward's problem (x is dy, y is dx) adds dA, one reading of its other side, to every algorithm, and dB, a second reading
 of dy, to all but two_kernel and lorafusion, which get q and dB from one. addmm computes x·a again, another reading of the
@@ -47,7 +47,7 @@ OTHERS = ("frozen", "addmm", "reference", "lorafusion")  # predicted for compari
 MIN_KERNEL_US = 2.0
 _STREAMED = 0.92  # of the copy bandwidth, by a product that is bound by reading W
 # What a loop that is bound by its matrix pipe reaches of the vendor library: published times of whole Triton products, less
-# what cycles.py says that their other pipes and their ends cost. A100 0.89 to 0.99 from 2500 (triton #6523, #7085); H100
+# the cycles of cycles.py for their other pipes and their ends. A100 0.89 to 0.99 from 2500 (triton #6523, #7085); H100
 # 0.95 at 4096 with a tail (lorafusion #8); B200 0.54 at 4096, 0.65 at 8192 (tilelang #1787). The others are estimates.
 _EFFICIENCY = {
     "sm_80": 0.95,
@@ -154,7 +154,7 @@ def product_us(
 
 
 def _tile_us(tile: Tile, problem: Problem, target: Target) -> float:
-    """By the busiest multiprocessor's cycles; or by the bytes, after the last of which a block has its end to do."""
+    """The time by the busiest multiprocessor's cycles, or by the bytes and the end of a block after the last of them."""
     per_clock = flops_per_clock(target.name, problem.dtype) * target.multiprocessors
     clock_us = per_clock / (target.tflops(problem.dtype) * 1e6)
     moved = problem.frozen_bytes + problem.lowrank_bytes
@@ -168,8 +168,8 @@ def _tile_us(tile: Tile, problem: Problem, target: Target) -> float:
 def copy_of_b_pays(config: TileConfig, M: int, N: int, target: Target) -> bool:
     """Whether to copy b [R, N], stored row after row, into column after column before a product with tensor descriptors.
 
-    The rank tail wants b along the rank. Given it across, each block sorts its part out in shared memory, in 4000 cycles at
-    rank 16 and 15000 at 64 (cycles.py, forward against dx). A copy is one more launch: shorter once a multiprocessor has a
+    The rank tail reads b along the rank. If b lies across, a block sorts its part in shared memory: 4000 cycles at rank
+    16, 15000 at 64 (cycles.py, forward against dx). A copy is one more launch: shorter once a multiprocessor has a
     second block.
     """
     blocks = math.ceil(M / config.block_m) * math.ceil(N / config.block_n)
@@ -182,7 +182,7 @@ def _copies(tile: Tile, problem: Problem, target: Target) -> bool:
 
 
 def _cycles(tile: Tile, problem: Problem, target: Target) -> Cycles:
-    """Of one block, whose rank tail is dx's where b was copied to lie as dx finds it."""
+    """The cycles of one block; where b was copied its rank tail is that of dx."""
     known = cycles(tile, problem.R)
     if not _copies(tile, problem, target):
         return known
@@ -190,7 +190,7 @@ def _cycles(tile: Tile, problem: Problem, target: Target) -> Cycles:
 
 
 def _library_us(problem: Problem, target: Target) -> float:
-    """The library's product, where its blocks cannot fill every multiprocessor to the end."""
+    """The time of the library's product; its last wave of blocks may not fill every multiprocessor."""
     counted = tiles("expand", problem, target.name)
     full = max(full_rate(tile, problem, target) for tile in counted)
     # Partial results of a split sum, float32, there and back.
@@ -226,7 +226,7 @@ def full_rate(tile: Tile, problem: Problem, target: Target) -> float:
 
 
 def _block_cycles(tile: Tile, problem: Problem, target: Target, steps: int, each: int) -> float:
-    """Of one block of `tile`, of which a multiprocessor computes `each`, two at a time where they fit."""
+    """The cycles of one block of `tile`, of which a multiprocessor computes `each`, two at a time where they fit."""
     own = tile.config
     pair = each > 1 and 2 * smem_bytes(own, problem) <= target.smem_bytes
     # A multiprocessor has registers for the accumulators of two 128x128 tiles.

@@ -62,7 +62,7 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Cycles:
-    """Of one block, for each of PIPES: `step` for every block_k terms of the sum, `rest` once."""
+    """Cycles of one block, for each of PIPES: `step` for every block_k terms of the sum, `rest` once."""
 
     step: tuple[float, ...]
     rest: tuple[float, ...]
@@ -75,7 +75,7 @@ class Cycles:
 
 
 def flops_per_clock(target: str, dtype: str) -> int:
-    """Of one multiprocessor, for a product in `dtype`."""
+    """FLOPs of one multiprocessor in a clock, for a product in `dtype`."""
     rates = _FMA_FLOPS if dtype in ("float32", "float64") else _MATRIX_FLOPS
     return rates[_LIKE.get(target, target)]
 
@@ -87,7 +87,7 @@ def tiles(kernel: str, problem: Problem, target: str) -> list[Tile]:
 
 
 def cycles(tile: Tile, R: int) -> Cycles:
-    """Of `tile` at rank R. A tile that is not in TABLE takes the counts of the one nearest in area:
+    """The cycles of `tile` at rank R. A tile that is not in TABLE takes the counts of the one nearest in area:
 
     shared memory and L2 scaled by block_m + block_n, the rest by block_m·block_n, a step also by block_k.
     """
@@ -122,7 +122,7 @@ def _scaled(tile: Tile, R: int) -> Cycles:
 
 
 def _kind(kernel: str, problem: Problem, target: str) -> tuple[str, str, bool]:
-    """What Tile starts with."""
+    """(target, types, forward): the first fields of a Tile."""
     half, adapter_half = (t in _HALF for t in (problem.dtype, problem.adapter_dtype))
     wide_adapters = kernel == "one_pass" and half and not adapter_half
     types = "bfloat16, float32" if wide_adapters else "bfloat16" if half else "float32"
@@ -163,5 +163,5 @@ def write(file: Path, triton: str, rows: dict[Tile, Row]) -> None:
     file.write_text(f'{{\n"triton": "{triton}",\n"rows": [\n{text}\n]\n}}\n', encoding="utf-8")
 
 
-# 3.6's code differs from the counted one in half types by instructions that are not what holds a step up.
+# In half types Triton 3.6's code has a few other instructions, in pipes that do not decide a step's time.
 TRITON, TABLE = _read(FILE)

@@ -1,6 +1,6 @@
-"""The search behind `tune`: which algorithm, tile and split are fastest for a problem, by asking somebody who measures.
+"""The search behind `tune`: which algorithm, tile and split are fastest for a problem, by a function that measures.
 
-Nothing in the call path comes here. The search goes one coordinate at a time: the product's tile, then the split of the
+No call runs it. The search goes one coordinate at a time: the product's tile, then the split of the
 narrow kernel before it; beside them the one-launch kernels, and those without a tile. The narrow kernels of the backward
 are timed alone: the tile, then its split.
 """
@@ -21,7 +21,7 @@ PRODUCT_KERNELS = ("shrink", "expand", "one_pass", "decode")
 
 @dataclass(frozen=True)
 class Choice:
-    """An algorithm, or a narrow kernel, with the tiles that it is to take."""
+    """An algorithm, or a narrow kernel, with its tiles."""
 
     algorithm: str
     tiles: Tiles = field(default_factory=lambda: Tiles(()))
@@ -33,7 +33,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Timed:
-    """What came of a choice: microseconds, or why it does not count (it failed, or its result was wrong)."""
+    """The result of a choice: microseconds, or why it does not count (it failed, or its result was wrong)."""
 
     choice: Choice
     us: float | None
@@ -82,7 +82,7 @@ def search(
 def search_narrow(
     problem: Problem, target: Target, measure: Measure, tiles_of: TilesOf
 ) -> tuple[Entry | None, list[Timed]]:
-    """The same for the kernels that read x and no weight, each alone; `algorithm` of their choices is the kernel's name."""
+    """As `search`, for each kernel that reads x and no weight; `algorithm` of its choices is the kernel's name."""
     problem = narrow(bucketed(problem))
     done: list[Timed] = []
     for kernel in NARROW_KERNELS:
@@ -112,16 +112,16 @@ def _timed(choices: list[Choice], measure: Measure, done: list[Timed]) -> list[T
     if not choices:
         return []
     found = [
-        Timed(choice, None, told) if isinstance(told, str) else Timed(choice, told)
-        for choice, told in zip(choices, measure(choices), strict=True)
+        Timed(choice, None, result) if isinstance(result, str) else Timed(choice, result)
+        for choice, result in zip(choices, measure(choices), strict=True)
     ]
     done += found
     return found
 
 
 def _fastest(found: list[Timed]) -> Timed | None:
-    counted = [timed for timed in found if timed.us is not None]
-    return min(counted, key=lambda timed: timed.us or 0.0, default=None)
+    right = [timed for timed in found if timed.us is not None]
+    return min(right, key=lambda timed: timed.us or 0.0, default=None)
 
 
 def _splits(

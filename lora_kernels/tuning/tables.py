@@ -36,7 +36,7 @@ BUCKETS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """What was measured for `problem`, whose M is a bucket: microseconds of each algorithm that works, and the best tiles.
+    """The measurements of `problem`, whose M is a bucket: microseconds of each algorithm that works, and the best tiles.
 
     The entry of a problem without a weight, N = 0, has the narrow kernels' times and tiles.
     """
@@ -118,7 +118,7 @@ def _load(file: Path, changed: int, target: Target) -> dict[Problem, Entry]:
 
 
 def _key(problem: Problem) -> Problem:
-    """What decides a choice: everything but whether there is a bias, and whether it is forward's product or backward's."""
+    """The problem as a key: what decides a choice, so without its bias, device type and direction."""
     return replace(problem, bias=False, device="cuda", backward=False)
 
 

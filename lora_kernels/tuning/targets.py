@@ -1,4 +1,4 @@
-"""What the cost model and the limits of a configuration need to know about each GPU architecture.
+"""Numbers of each GPU architecture: what the cost model and the limits of a configuration read.
 
 Shared memory and registers are an architecture's own limits (CUDA C++ programming guide, compute capabilities; AMD CDNA3
 and RDNA3 ISA guides). Rates are those of the named reference chip: dense tensor-core peak and memory bandwidth from its

@@ -1,6 +1,6 @@
 """The tiles of every Triton kernel for a problem: of the device's tuned table, else by the cost model.
 
-Nothing here asks a device or measures: the same problem gets the same answer, within a CUDA graph too. M counts only by
+Nothing here reads a device or measures: the same problem gets the same answer, within a CUDA graph too. M counts only by
 its bucket, a power of two, so that a new sequence length compiles nothing new.
 """
 
@@ -84,7 +84,7 @@ def tiles_of(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
 
 
 def shipped(target: Target) -> list[tuple[Problem, TileConfig]]:
-    """Every tile that `algorithms` and `tune` can take on `target`, with a problem that may get it.
+    """Every tile that a plan and `tune` can take on `target`, with a problem that may get it.
 
     Configurations that compile to the same code count once: the split is a run-time number but for being 1, and float16
     takes bfloat16's code with another instruction. Ranks take the code of their block, of which each configuration has its

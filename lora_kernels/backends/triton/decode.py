@@ -2,7 +2,7 @@
 
 Weights are the tall operand of the matrix instruction, so that a tile of w is not repeated in every warp. The sum over K is
 split, because N alone gives too few programs; each part adds its own s·b, as the product is linear. The program that
-arrives last at a block of columns, told by an integer counter, adds the parts in index order: which one it is does not
+arrives last at a block of columns, found by an integer counter, adds the parts in index order: which one it is does not
 change a bit of the result. Each call makes and clears its own counters, which is one more, tiny, launch.
 """
 

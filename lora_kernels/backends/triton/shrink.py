@@ -98,7 +98,7 @@ def _shrink_kernel(
 
 
 def _side_by_side(matrices: Sequence[Tensor]) -> Tensor:
-    """[K, ΣR_i]; a copy of the skinny operands, without which each would cost a reading of x."""
+    """The operands copied into one [K, ΣR_i], so that x is read once for all of them."""
     if len({(a.shape[0], a.dtype) for a in matrices}) != 1:
         given = [(*a.shape, a.dtype) for a in matrices]
         raise ValueError(f"a must be matrices [K, R_i] of one K and one dtype, got {given}")
