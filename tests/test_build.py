@@ -136,7 +136,9 @@ WHEEL = ("setup.py", "-q", "build", "--build-base=older", "--build-lib=older/lib
 
 def files_of(root: Path, folder: str) -> set[str]:
     """The sources in `folder`."""
-    found = (path for path in (root / folder).rglob("*") if path.suffix in (".py", ".typed", ".json"))
+    found = (
+        path for path in (root / folder).rglob("*") if path.suffix in (".py", ".typed", ".json")
+    )
     return {str(path.relative_to(root)) for path in found}
 
 

@@ -260,6 +260,15 @@ class TestSelect:
         )
         assert all(bucket(M) >= M for M in range(1, 8193))
 
+    def test_all_candidates_are_compared_at_the_same_rows(self):
+        """The bucket's, without a bias: a time for 2049 rows would not be comparable with one for 4096."""
+        same, own = (
+            plan.predict(problem, TARGETS["sm_90"])
+            for problem in (replace(BIG, M=4096), replace(BIG, M=2049, bias=True))
+        )
+        assert {c.name for c in same} >= {"two_kernel", "one_pass", "eager"}
+        assert [(c.name, c.predicted_us) for c in same] == [(c.name, c.predicted_us) for c in own]
+
     def test_a_forced_algorithm_is_taken_or_refused(self, monkeypatch):
         monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_90"])
         monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
