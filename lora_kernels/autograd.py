@@ -83,9 +83,9 @@ class LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, weight, A, B, _, scale, seed = ctx.saved_tensors[:7]
+        x, weight, A, B, _, scale, seed, *packed = ctx.saved_tensors
         if ctx.weight is not None:
-            weight = ctx.weight.with_tensors(ctx.saved_tensors[7:])
+            weight = ctx.weight.with_tensors(packed)
         adapter = _adapter(ctx, A, B, scale, seed)
         return formulas.jvp(COMPOSITE, x, weight, adapter, tangents[:6])
 
@@ -122,10 +122,11 @@ def gradients(
     ctx: Any, dy: Tensor | None, ds: Tensor | None, fused: Callable[..., Gradients]
 ) -> Gradients:
     """(dx, dW, dA, dB, dbias) of what `LoRALinear.setup_context` kept: by `fused`, or by ATen, to be differentiated."""
-    *saved, scale, seed = ctx.saved_tensors[:7]
+    tensors = ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
+    *saved, scale, seed = tensors[:7]
     kept = Saved(*saved)
     if ctx.weight is not None and ctx.needs.x:
-        kept = kept._replace(weight=ctx.weight.with_tensors(ctx.saved_tensors[7:]))
+        kept = kept._replace(weight=ctx.weight.with_tensors(tensors[7:]))
     if dy is None:
         if ds is None or kept.B is None:  # without x's or A's gradient nothing depends on s
             return (None,) * 5

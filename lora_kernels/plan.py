@@ -3,6 +3,7 @@
 Backends give candidates, and this file compares them. "auto" takes the fastest candidate of what can run, by the rule of
 `backends.base.fastest`, in the order of the registry where no times are known. An explicit name never falls back: it
 computes or raises. A plan is made from numbers, when the product runs; no device is used before a tensor on it arrives.
+Plans are remembered: a table that `tune` writes meanwhile counts for calls that this process has not yet met.
 """
 
 from __future__ import annotations

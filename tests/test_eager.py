@@ -71,13 +71,20 @@ class _Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_no_full_width_float32_copy(dtype):
-    """Of x's or y's size there is y alone, once; converted blocks stay below a mebibyte."""
-    case = Case(4096, 512, 1024, 8, dtype=dtype, adapter_dtype=torch.float32, bias=False)
+def test_no_full_width_float32_copy(dtype, dropout):
+    """Of x's or y's size there is y alone, once; converted or masked blocks and their masks stay below three mebibytes."""
+    case = Case(
+        4096, 512, 1024, 8, dtype=dtype, adapter_dtype=torch.float32, bias=False, dropout=dropout
+    )
     o = case.operands()
     with _Largest() as made:
-        EAGER.shrink_expand(o.x, o.w, o.adapter)
+        _, s = EAGER.shrink_expand(o.x, o.w, o.adapter)
     y_bytes = case.M * case.N * dtype.itemsize
-    wide = [size for size in made.sizes if size > 1 << 20]
+    wide = [size for size in made.sizes if size > 3 << 20]
     assert wide == [y_bytes], wide
+    with _Largest() as made:
+        EAGER.wgrad(o.x, s, torch.float32, o.adapter.dropout_in)
+        EAGER.wgrad(s, o.dy, torch.float32)
+    assert max(made.sizes) < 3 << 20

@@ -86,8 +86,8 @@ def test_the_operators_gradients(needed):
         t.requires_grad_(i in needed) for i, t in enumerate(operands(4, 3, 5, 2, torch.float64))
     ]
     assert torch.autograd.gradcheck(
-        lambda *t: ops.lora_linear(*arguments(t))[0], tensors, check_batched_grad=False
-    )
+        lambda *t: ops.lora_linear(*arguments(t)), tensors, check_batched_grad=False
+    )  # of y and of s
 
 
 class _Plain(torch.Tensor):

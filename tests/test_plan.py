@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import (
     LinearWithLoRA,
@@ -405,6 +407,49 @@ def test_choices_do_not_depend_on_values_or_layout_of_x():
     assert first == second
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"M": 10},
+        {"N": 8},
+        {"K": 8},
+        {"R": 4},
+        {"dtype": torch.bfloat16},
+        {"adapter_dtype": torch.bfloat16},
+        {"bias": True},
+        {"dropout": True},
+        {"transposed": True},
+        {"device": "cuda:1"},
+        {"backend": "eager"},
+    ],
+    ids=str,
+)
+def test_a_remembered_plan_is_another_calls_where_any_fact_differs(changed, monkeypatch):
+    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
+    made = []
+    monkeypatch.setattr(plan, "make_plan", lambda *facts: made.append(facts) or facts)
+
+    def planned(M=9, N=7, K=6, R=3, dtype=torch.float32, adapter_dtype=torch.float32, **others):
+        x = torch.empty(M, K, dtype=dtype)
+        weight = torch.empty(K, N).t() if "transposed" in others else torch.empty(N, K)
+        if "device" in others:
+            device = torch.device(others["device"])
+            x = SimpleNamespace(shape=x.shape, dtype=dtype, device=device, numel=x.numel)
+        bias = torch.empty(N) if "bias" in others else None
+        A = torch.empty(K, R, dtype=adapter_dtype)
+        name = others.get("backend", "auto")
+        return plan.plan_call(name, x, weight, A, bias, "dropout" in others)
+
+    plan.forget()
+    first = planned()
+    other = planned(**changed)
+    if "device" in changed:
+        assert planned(device="cuda:0") != other
+    assert first != other and planned() is first and planned(**changed) is other
+    assert len(made) == len(set(made)) == 2 + ("device" in changed)
+    plan.forget()
+
+
 class TestABackendFromOutside:
     """tests/toy_backend.py and one line of the registry."""
 
@@ -545,6 +590,17 @@ class TestAFormatFromOutside:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
         assert not any(t is weight.codes for t in kept)  # dB reads no weight
+
+    def test_inside_a_checkpoint(self, given, backend):
+        """A checkpoint's saved tensors can be read only once."""
+        x, weight, A, B, bias = given
+
+        def step(x):
+            return lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
+
+        dy = torch.randn(9, 7)
+        found = grads_of(lambda x: checkpoint(step, x, use_reentrant=False), [x], dy)
+        torch.testing.assert_close(found, grads_of(step, [x], dy), rtol=0, atol=0)
 
     def test_without_gradients(self, given, backend):
         x, weight, A, B, bias = given

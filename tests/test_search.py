@@ -14,7 +14,7 @@ from lora_kernels.backends.triton.configs import narrow_tiles, tiles_for, tiles_
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost, tables
 from lora_kernels.tuning.config import fits
-from lora_kernels.tuning.search import search, search_narrow
+from lora_kernels.tuning.search import _splits, search, search_narrow
 from lora_kernels.tuning.tables import narrow
 from lora_kernels.tuning.targets import TARGETS
 from tests.test_tuning import select
@@ -85,7 +85,9 @@ def test_every_choice_is_measured_once():
     search(problem, target, measure, tiles_of)
     assert len(asked) == len(set(asked))
     assert set(cost.ALGORITHMS) == {choice.algorithm for choice in asked}
-    assert len({c.tiles.config("shrink").split for c in asked if c.algorithm == "two_kernel"}) > 1
+    for algorithm, kernel in (("two_kernel", "shrink"), ("decode", "decode")):
+        splits = {c.tiles.config(kernel).split for c in asked if c.algorithm == algorithm}
+        assert len(splits) > 1
 
 
 @pytest.mark.parametrize("algorithm", ["two_kernel", "one_pass", "eager"])
@@ -166,6 +168,17 @@ def test_narrow_kernels_get_a_tile_and_a_split_of_their_own():
         tiles = narrow_tiles(narrow(asks), target)
         assert set(entry.configs) <= set(tiles.configs) and tiles.measured == entry.times
     assert not narrow_tiles(replace(problem, K=1024), target).measured
+
+
+@pytest.mark.parametrize("kernel", ["shrink", "decode", "wgrad", "shrink_wgrad"])
+def test_a_sum_is_split_until_each_part_has_one_step(kernel):
+    """Over K, or over M where the sum is over rows; every split is the same code and is timed."""
+    tile = tiles_of(kernel, PROBLEMS[0], TARGETS["sm_90"])[0]
+    rows = kernel in ("wgrad", "shrink_wgrad")
+    sizes = {"M": 4 * tile.block_m} if rows else {"K": 4 * tile.block_k, "M": 16}
+    found = list(_splits([tile], replace(PROBLEMS[0], **sizes), TARGETS["sm_90"]))
+    assert [config.split for config in found] == [1, 2, 4]
+    assert {replace(config, split=tile.split) for config in found} == {tile}
 
 
 def test_rows_are_taken_to_their_bucket():

@@ -125,8 +125,8 @@ def tune(
 
 def _untiled(problem: Problem, target: Any) -> tuple[str, ...]:
     """The algorithms without tiles that can compute `problem` here."""
-    backends = [backends.get(name) for name in ("cuda", "eager")]
-    usable = (b.candidates(problem, target) for b in backends if b.unavailable() is None)
+    both = (backends.get(name) for name in ("cuda", "eager"))
+    usable = (b.candidates(problem, target) for b in both if b.unavailable() is None)
     return tuple(c.name for candidates in usable for c in candidates if c.refusal is None)
 
 

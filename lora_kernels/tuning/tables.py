@@ -136,9 +136,8 @@ def _from_json(item: Any, target: Target) -> Entry | None:
         configs = tuple(TileConfig(**config) for config in item["configs"])
         times = {str(name): float(us) for name, us in item["times"].items()}
         unfit = any(fits(config, problem, target) for config in configs)
-        sizes = all(isinstance(n, int) for n in (problem.M, problem.N, problem.K, problem.R))
         hash((problem, configs))
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
     known = times.keys() <= {*ALGORITHMS, *NARROW_KERNELS} and all(us > 0 for us in times.values())
-    return Entry(problem, times, configs) if known and sizes and not unfit else None
+    return Entry(problem, times, configs) if known and not unfit else None
