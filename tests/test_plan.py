@@ -128,6 +128,11 @@ def test_strict_refuses_what_auto_would_let_pass(install):
     call()
 
 
+def test_strict_lets_eager_compute_where_no_other_backend_runs_at_all():
+    with use_backend("auto", strict=True):
+        assert explain(replace(PROBLEM, device="meta")).backend == "eager"
+
+
 def test_strict_lets_the_second_of_our_own_compute(install):
     install(Fake("cuda", refusal="too many rows"))
     cpu = install(Fake("cpu"))
@@ -575,6 +580,9 @@ class TestAFormatFromOutside:
         copied_us = 1.25 * 2 * 4096 * 4096 / (TARGETS["sm_90"].bandwidth_gbs * 1e3)
         spent = packed.candidate.predicted_us - dense.candidate.predicted_us
         assert spent == pytest.approx(copied_us)
+        timed = Candidate("one", measured_us=3.0, predicted_us=1.0)
+        after = plan._after_dequantising(timed, problem, TARGETS["sm_90"])
+        assert after.measured_us == pytest.approx(3.0 + copied_us)
 
     def test_packed_tensors_are_kept_for_the_backward(self, given, backend):
         x, weight, A, B, bias = given

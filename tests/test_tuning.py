@@ -316,7 +316,8 @@ class TestSelect:
         monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_90"])
         monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
         monkeypatch.setattr(TritonBackend, "unavailable", lambda self: None)
-        assert plan.explain(BIG, "triton", "one_pass").candidate.name == "one_pass"
+        forced = plan.explain(BIG, "triton", "one_pass")
+        assert forced.candidate.name == forced.adjoint.candidate.name == "one_pass"
         with pytest.raises(RuntimeError, match=r"cannot compute .*: decode takes at most 64 rows"):
             plan.explain(BIG, "triton", "decode")
         with pytest.raises(RuntimeError, match="no algorithm 'fastest'"):
