@@ -54,12 +54,15 @@ def test_forward_registration_with_strides_and_dropout():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "needs", [(True,) * 5, (True, False, True, True, False), (False, False, True, True, False)]
 )
-def test_backward_registration(needs):
+def test_backward_registration(needs, dtype):
+    """Also of float32 adapters on a half base, whose gradients are float32."""
     x, weight, A, B, _ = (t.detach() for t in operands())
-    dy, s = torch.randn(9, 7), torch.randn(9, 3)
+    x, weight, dy = (t.to(dtype) for t in (x, weight, torch.randn(9, 7)))
+    s = torch.randn(9, 3)
     args = (
         dy,
         torch.float32,
