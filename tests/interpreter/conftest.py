@@ -47,7 +47,7 @@ def small_tiles(changes: dict[str, dict] | None = None) -> Callable[..., Tiles]:
     def tiles_for(problem: Problem, target: Target) -> Tiles:
         able = set(KERNELS)
         if problem.R > FUSED_RANK:
-            able -= {"one_pass", "decode", "shrink_wgrad"}
+            able -= {"decode", "shrink_wgrad"}
         if problem.M > DECODE_ROWS or problem.dropout:
             able -= {"decode"}
         return Tiles(tuple(config for config in configs if config.kernel in able))
