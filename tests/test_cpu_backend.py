@@ -15,7 +15,7 @@ import torch
 
 from lora_kernels import plan
 from lora_kernels.backends.cpu import BACKEND, PRODUCTS
-from lora_kernels.dropout import Dropout, keep_mask, scaled_mask
+from lora_kernels.dropout import Dropout, _philox, keep_mask, scaled_mask
 from lora_kernels.functional import explain, lora_linear
 from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
@@ -160,6 +160,28 @@ def test_dropout_mask_is_bit_for_bit_the_shared_one(isa, cols, p, seed):
         gathered = PRODUCTS.wgrad(ones, torch.eye(rows), torch.float32, dropout)
         assert torch.equal(gathered, expected.t())
     assert keep_mask(dropout, 20, cols).sum() < 20 * cols or p < 0.1 or cols < 3
+
+
+def test_a_word_that_is_the_threshold_is_kept(isa):
+    """p such that the first element's word is round(p·2³²) exactly: the mask keeps words that are not below it."""
+    seed, one = torch.tensor(99), torch.ones(1, 1)
+    word = _philox(seed, torch.zeros(1, dtype=torch.int64))[0, 0].item()
+    for limit, kept in ((word, True), (word + 1, False)):
+        s = PRODUCTS.shrink(one, Adapter(one, one, 1.0, Dropout(limit / 2**32, seed)))
+        assert (s.item() > 0) == kept
+
+
+def test_results_are_rounded_to_bfloat16_as_torch_rounds(isa):
+    """Ties go to even, and a NaN stays one, whatever its bits are."""
+    bits = [0x3F808000, 0x3F818000, 0x7FFFFFFF, 0x7F800001, 0x7F7FFFFF]
+    signed = torch.tensor(bits, dtype=torch.int64).to(torch.int32)
+    s = signed.view(torch.float32).reshape(-1, 1)
+    for rows in (s, s.repeat(4, 1)):  # row dots and panels
+        x, w = torch.zeros(rows.shape[0], 2).to(bf16), torch.zeros(2, 9).to(bf16)
+        y = PRODUCTS.expand(x, w, rows, Adapter(None, torch.ones(1, 9).to(bf16), 1.0))
+        expected = rows.to(bf16).expand(-1, 9)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.nan_to_num(), expected.nan_to_num())
 
 
 def test_rows_two_gigabytes_apart():
