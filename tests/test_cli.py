@@ -245,6 +245,14 @@ def test_a_reader_that_has_seen_enough_is_no_error(unbuffered):
     process.stderr.close()
 
 
+def test_a_selftest_of_nothing_fails(capsys, monkeypatch):
+    monkeypatch.setattr(selftest, "run", lambda backend, device: [])
+    code, found = printed(capsys, "selftest", "--backend", "eager", "--device", "cpu")
+    (each,) = found["backends"]
+    assert code == 1 and not found["passed"]
+    assert each["failed"] == ["it refuses every problem of the self-test"]
+
+
 def test_selftest_on_a_gpu_keeps_its_verdict(capsys, monkeypatch):
     """On a pretended one; for processes that cannot start another to test."""
     run, kept = selftest.run, []

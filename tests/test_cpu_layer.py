@@ -345,10 +345,11 @@ def freed(t):
     return t
 
 
-def cut_short(t):
-    t = t.clone()
-    t.untyped_storage().resize_(4 * t.numel() - 4)
-    return t
+def cut_short(t, offset=0):
+    """t in a storage that lacks its last element, behind `offset` others."""
+    copy = torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view(t.shape)
+    copy.untyped_storage().resize_(4 * (offset + t.numel()) - 4)
+    return copy
 
 
 class Wrapper(torch.Tensor):
@@ -374,6 +375,7 @@ UNREADABLE = {
     "wrapper": Wrapper,
     "freed": freed,
     "cut short": cut_short,
+    "cut short behind an offset": lambda t: cut_short(t, offset=3),
 }
 
 
