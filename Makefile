@@ -1,7 +1,7 @@
 # Set-up, demo, tests, linters and benchmarks. Needs Python >= 3.10, make and a shell; compilers are used where they are.
 #   make demo            train a real model with the reference layer and with ours
 #   make test            every test that needs no GPU; WORKERS=4 in four processes
-#   make quick           the tests to run while editing, in a minute and a half
+#   make quick           the tests to run while editing, in two minutes
 #   make lint            ruff, mypy, clang-format
 #   make bench           benchmarks, tables and plots
 #   make gpu             on a machine with a GPU, offline, with PYTHON's own packages: tests, tuning, benchmarks, report
