@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.base import Products
-from lora_kernels.operands import Adapter, Weight
+from lora_kernels.operands import Adapter, Weight, in_memory
 
 # (dx, dW, dA, dB, dbias), each None where it is not needed.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -60,6 +60,9 @@ def forward(
     products: Products, x: Tensor, weight: Weight, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and s [M, R]."""
+    if products.reads_memory:
+        x, weight, bias = map(in_memory, (x, weight, bias))
+        adapter = Adapter(*map(in_memory, adapter))
     return products.shrink_expand(x, weight.t(), adapter, bias)
 
 
@@ -76,6 +79,9 @@ def backward(
 
     `adapter` is the forward's, with A and B of `saved`; `ds` is a gradient that s itself received.
     """
+    if products.reads_memory:
+        dy, saved = in_memory(dy), Saved(*map(in_memory, saved))
+        adapter = Adapter(*map(in_memory, adapter))
     x, weight, s = cast(tuple[Tensor, Tensor, Tensor], (saved.x, saved.weight, saved.s))
     if dy.is_sparse:  # from an embedding or a gather with sparse gradients
         dy = dy.to_dense()

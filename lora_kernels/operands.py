@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,18 @@ class Adapter(NamedTuple):
         """The adapter of dx = dy·Wᵀ + mask∘(scale·dy·Bᵀ·Aᵀ). An A or B that was not saved stays None."""
         A, B = (None if t is None else t.t() for t in (self.A, self.B))
         return Adapter(B, A, self.scale, self.dropout_out, self.dropout_in)  # type: ignore[arg-type]
+
+
+def in_memory(operand: Any) -> Any:
+    """The operand as kernels may read it: a tensor that is negated, or zero, lazily is written out; others stay.
+
+    torch keeps the sign of such a negated tensor, or all of a zero one, beside its memory.
+    """
+    if not isinstance(operand, Tensor):
+        return operand
+    if operand._is_zerotensor():
+        return torch.zeros(operand.shape, dtype=operand.dtype, device=operand.device)
+    return operand.resolve_neg()
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:

@@ -22,6 +22,7 @@ class Products(ABC):
     least float32; the skinny results s and q are float32 (float64 for float64 operands). Equal input gives equal bits.
     """
 
+    reads_memory = False  # whether `formulas` must give it each operand `in_memory`
     # (x [..., K], weight [N, K], adapter, bias) -> y with derivatives, where the layer is one operator: for a frozen
     # weight and bias, A and B both trained or both not, a number as scale.
     layer: Callable[[Tensor, Tensor, Adapter, Tensor | None], Tensor] | None = None

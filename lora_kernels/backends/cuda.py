@@ -30,6 +30,8 @@ WARPS = 4
 class CudaProducts(Products):
     """Products that read W once with 16-byte loads: exact in float32, on tensor cores in half types."""
 
+    reads_memory = True
+
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         a = adapter.A
         s = x.new_empty((x.shape[0], a.shape[1]), dtype=torch.float32)

@@ -187,6 +187,17 @@ def test_operands_decide_the_device(gpu_products):
     torch.testing.assert_close(there.cpu(), here.cpu())
 
 
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_lazy_operands_are_what_they_stand_for(name, usable):
+    """A negated view, and the zeros that torch.sgn's backward makes: kernels read memory as it is."""
+    usable(name)
+    x, weight, A, B, bias = operands(4, 64, 48, 4).values()
+    with use_backend(name):
+        y = lora_linear(torch._neg_view(-x.detach()), weight, A, B, 0.5, bias)
+        torch.testing.assert_close(y, lora_linear(x, weight, A, B, 0.5, bias))
+        assert not torch.autograd.grad(torch.sgn(y).sum(), A)[0].any()
+
+
 def test_training_is_the_references():
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 64).to(DEVICE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -125,6 +126,37 @@ def test_leading_shapes(shape, triton_products):
     for name, result in gradients(ours, operands).items():
         assert result.shape == expected[name].shape
         assert torch.allclose(result, expected[name], rtol=1e-4, atol=1e-5), name
+
+
+LAZY = {  # tensors that differ from their memory
+    "negated": lambda t: torch._neg_view(-t),
+    "zero": lambda t: torch._efficientzerotensor(t.shape),
+}
+
+
+@pytest.mark.parametrize("which", (*NAMES, "dy"))
+@pytest.mark.parametrize("kind", LAZY)
+def test_lazy_operands_are_what_they_stand_for(kind, which, triton_products):
+    """As an operand, in the forward and saved for the backward, and as the incoming gradient."""
+    triton_products("two_kernel")
+    values = {name: t.detach() for name, t in leaves(torch.float32, torch.float32).items()}
+    values["dy"] = torch.randn(2, 9, 38)
+    values[which] = LAZY[kind](values[which])
+    written = {
+        n: torch.zeros(t.shape) if t._is_zerotensor() else t.clone() for n, t in values.items()
+    }
+
+    def results(call, given):
+        tensors = [given[name] for name in NAMES]
+        for name, t in zip(NAMES, tensors, strict=True):
+            t.requires_grad_(name in ("A", "B") or name == "x")
+        y = call(*tensors[:4], 0.7, tensors[4])
+        trained = [given[name] for name in ("x", "A", "B")]
+        return [y, *torch.autograd.grad(y, trained, given["dy"])]
+
+    ours = results(functools.partial(lora_linear, backend="triton"), values)
+    for actual, expected in zip(ours, results(reference, written), strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_layer_with_use_backend(triton_products):

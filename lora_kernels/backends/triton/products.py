@@ -25,6 +25,8 @@ class TritonProducts(Products):
     `algorithm` is "two_kernel", "one_pass" or "decode"; `tiles` has a tile for each kernel that it launches.
     """
 
+    reads_memory = True
+
     def __init__(self, algorithm: str, problem: Problem, target: Target, tiles: Tiles) -> None:
         self.algorithm, self.problem, self.target, self.tiles = algorithm, problem, target, tiles
         self._by_width: dict[tuple[int, bool], Tiles] = {}
