@@ -33,7 +33,7 @@ from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.formulas import Needs
 from lora_kernels.once import once
-from lora_kernels.operands import Adapter
+from lora_kernels.operands import Adapter, name_of
 from lora_kernels.problem import Problem
 
 _EVERY = Needs(True, False, True, True, False)
@@ -93,7 +93,8 @@ class NoVerdictError(RuntimeError):
 def trusted(backend: Backend, device: torch.device) -> str | None:
     """None when `backend` passed its self-test on this device, else why it must not be used.
 
-    The test runs here where no verdict is kept."""
+    Where no verdict is kept, the test runs now, in a process of its own.
+    """
     index = device.index if device.index is not None else torch.cuda.current_device()
     return _verdict(backend, _fingerprint(backend.name, index), index)
 
@@ -290,8 +291,8 @@ def _problems(device: torch.device) -> Iterator[Problem]:
                 N=N,
                 K=K,
                 R=R,
-                dtype=str(dtype).removeprefix("torch."),
-                adapter_dtype=str(adapter_dtype).removeprefix("torch."),
+                dtype=name_of(dtype),
+                adapter_dtype=name_of(adapter_dtype),
                 device=device.type,
                 bias=i % 2 == 0,
                 dropout=i == 2,

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dropout import Dropout, threshold
-from lora_kernels.operands import Scale
+from lora_kernels.operands import HALF, Scale
 from lora_kernels.tuning.config import TileConfig
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def launch(
@@ -81,7 +79,7 @@ def needs_int64(*operands: Tensor | None) -> bool:
 
 def base_precision(dtype: torch.dtype) -> str:
     """`input_precision` of a product of two operands in `dtype`: float32 is exact unless the user allowed TF32."""
-    if dtype in _HALF or torch.version.hip or not _allows_tf32():
+    if dtype in HALF or torch.version.hip or not _allows_tf32():
         return "ieee"
     return "tf32"
 
@@ -92,11 +90,11 @@ def mixed_precision(wide: torch.dtype, result: torch.dtype) -> str:
     A bfloat16 or float16 number is a TF32 number, so only the float32 operand is rounded: to 11 bits, finer than a half
     result, or for a float32 result to 22 bits in three passes. AMD's matrix units take float32 as it is.
     """
-    if wide not in _HALF:
+    if wide not in HALF:
         return base_precision(wide)
     if torch.version.hip:
         return "ieee"
-    return "tf32" if result in _HALF else "tf32x3"
+    return "tf32" if result in HALF else "tf32x3"
 
 
 def shrink_precision(x: torch.dtype, a: torch.dtype) -> str:
