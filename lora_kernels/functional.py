@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from lora_kernels import autograd, formulas, ops, plan
 from lora_kernels.autograd import ALPHA_IS_NO_PARAMETER, Call, as_dropout
 from lora_kernels.operands import (
-    HALF,
+    DTYPES,
     Adapter,
     QuantizedWeight,
     Weight,
@@ -26,7 +26,6 @@ from lora_kernels.problem import Problem
 
 # Other types (fake and distributed tensors) intercept operators, so they must see a registered one.
 _EAGER_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
-DTYPES = (*HALF, torch.float32, torch.float64)
 
 
 def lora_linear(
@@ -277,15 +276,27 @@ def _apply(
             return layer(x, weight, adapter, bias)
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
-    if traced:
+    hidden = quantised and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+    if (
+        hidden
+    ):  # a Function does not show its packed tensors, which are no arguments, to a transform
+        y, _ = autograd.transparent(rows, weight, A, B, bias, alpha, dropout_p, seed, backend)
+    elif traced:
         if not torch.compiler.is_compiling():
             ops.count_flops()
         if not isinstance(alpha, Tensor):
             alpha = alpha_tensor(alpha, x.dtype, x.device)
         # Compiled code enters a dual level that the operator, when it runs, cannot see.
-        product = autograd.transparent if forward_ad._current_level >= 0 else ops.lora_linear
-        w = weight if isinstance(weight, Tensor) else weight.dense()
-        y, _ = product(rows, w, A, B, bias, alpha, dropout_p, seed, backend)
+        rest = A, B, bias, alpha, dropout_p, seed, backend
+        if forward_ad._current_level >= 0:
+            y, _ = autograd.transparent(rows, weight, *rest)
+        elif isinstance(weight, Tensor):
+            y, _ = ops.lora_linear(rows, weight, *rest)
+        else:
+            packed = list(weight.tensors), weight.format, list(weight.sizes)
+            y, _ = ops.lora_linear_quantized(rows, *packed, *rest)
     elif chosen is not None and not needs_grad:
         weight = chosen.readable(weight)
         y, _ = formulas.forward(chosen.products, rows, weight, adapter, bias)
