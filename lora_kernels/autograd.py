@@ -75,7 +75,7 @@ class LoRALinear(torch.autograd.Function):
             kept = kept._replace(weight=None)
             weight = None
         ctx.save_for_backward(*kept, scale_tensor, seed, *(packed if ctx.needs.x else ()))
-        ctx.save_for_forward(x, weight, A, B, None, scale_tensor, seed, *packed)
+        ctx.save_for_forward(x, weight, A, B, None, scale_tensor, seed)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -83,9 +83,7 @@ class LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, weight, A, B, _, scale, seed, *packed = ctx.saved_tensors
-        if ctx.weight is not None:
-            weight = ctx.weight.with_tensors(packed)
+        x, weight, A, B, _, scale, seed = ctx.saved_tensors
         adapter = _adapter(ctx, A, B, scale, seed)
         return formulas.jvp(COMPOSITE, x, weight, adapter, tangents[:6])
 

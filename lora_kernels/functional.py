@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from lora_kernels import autograd, formulas, ops, plan
 from lora_kernels.autograd import ALPHA_IS_NO_PARAMETER, Call, as_dropout
 from lora_kernels.operands import (
-    HALF,
+    DTYPES,
     Adapter,
     QuantizedWeight,
     Weight,
@@ -26,7 +26,6 @@ from lora_kernels.problem import Problem
 
 # Other types (fake and distributed tensors) intercept operators, so they must see a registered one.
 _EAGER_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
-DTYPES = (*HALF, torch.float32, torch.float64)
 
 
 def lora_linear(
@@ -278,15 +277,13 @@ def _apply(
             return layer(x, weight, adapter, bias)
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
-    if traced:
-        if not torch.compiler.is_compiling():
-            ops.count_flops()
-        if not isinstance(alpha, Tensor):
-            alpha = alpha_tensor(alpha, x.dtype, x.device)
-        # Compiled code enters a dual level that the operator, when it runs, cannot see.
-        product = autograd.transparent if forward_ad._current_level >= 0 else ops.lora_linear
-        w = weight if isinstance(weight, Tensor) else weight.dense()
-        y, _ = product(rows, w, A, B, bias, alpha, dropout_p, seed, backend)
+    rest = A, B, bias, alpha, dropout_p, seed, backend
+    if (
+        quantised and _is_differentiated_elsewhere()
+    ):  # a Function hides packed tensors, which are no arguments of its own
+        y, _ = autograd.transparent(rows, weight, *rest)
+    elif traced:
+        y, _ = _traced(rows, weight, *rest)
     elif chosen is not None and not needs_grad:
         weight = chosen.readable(weight)
         y, _ = formulas.forward(chosen.products, rows, weight, adapter, bias)
@@ -294,6 +291,36 @@ def _apply(
         call = Call(backend, chosen)
         y, _ = autograd.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, call)
     return y if x.ndim == 2 else y.reshape(*lead, weight.shape[0])
+
+
+def _traced(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    alpha: float | Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """(y, s) by the registered operators."""
+    if not torch.compiler.is_compiling():
+        ops.count_flops()
+    if not isinstance(alpha, Tensor):
+        alpha = alpha_tensor(alpha, x.dtype, x.device)
+    adapter = A, B, bias, alpha, *rest
+    if (
+        forward_ad._current_level >= 0
+    ):  # the operator, when it runs, cannot see compiled code's dual level
+        return autograd.transparent(x, weight, *adapter)
+    if isinstance(weight, Tensor):
+        return ops.lora_linear(x, weight, *adapter)
+    packed = list(weight.tensors), weight.format, list(weight.sizes)
+    return ops.lora_linear_quantized(x, *packed, *adapter)
+
+
+def _is_differentiated_elsewhere() -> bool:
+    """Whether a function transform or forward mode is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _has_usual_derivatives(
@@ -310,8 +337,7 @@ def _has_usual_derivatives(
                 or (bias is not None and bias.requires_grad)
             )
         )
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or _is_differentiated_elsewhere()
     )
 
 

@@ -17,6 +17,7 @@ from lora_kernels.dropout import Dropout
 from lora_kernels.problem import DENSE, Problem
 
 HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32, torch.float64)  # of x, A and B
 Scale = (
     float | Tensor
 )  # a number, or a 0-d tensor on the operands' device or the CPU, read when the product is computed
@@ -30,6 +31,10 @@ class QuantizedWeight(ABC):
     """
 
     format: str
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        _FORMATS[cls.format] = cls
 
     @property
     @abstractmethod
@@ -46,13 +51,17 @@ class QuantizedWeight(ABC):
     def tensors(self) -> tuple[Tensor, ...]:
         """The packed tensors, in an order of the format's own: what is saved for the backward."""
 
+    @property
     @abstractmethod
-    def with_tensors(self, tensors: Sequence[Tensor]) -> QuantizedWeight:
-        """The same weight over these tensors, which stand in the order of `tensors`."""
+    def sizes(self) -> tuple[int, ...]:
+        """Integers that with `tensors` and `dtype` say everything about the weight."""
 
+    @classmethod
     @abstractmethod
-    def to(self, dtype: torch.dtype) -> QuantizedWeight:
-        """The same weight with a `dense()` of another dtype, over the same tensors."""
+    def restored(
+        cls, tensors: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype
+    ) -> QuantizedWeight:
+        """The weight that has these `tensors`, `sizes` and `dtype`."""
 
     @abstractmethod
     def t(self) -> QuantizedWeight:
@@ -61,6 +70,14 @@ class QuantizedWeight(ABC):
     @abstractmethod
     def dense(self) -> Tensor:
         """The matrix as a new tensor of `shape` and `dtype`."""
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> QuantizedWeight:
+        """The same weight over these tensors, which stand in the order of `tensors`."""
+        return self.restored(tensors, self.sizes, self.dtype)
+
+    def to(self, dtype: torch.dtype) -> QuantizedWeight:
+        """The same weight with a `dense()` of another dtype, over the same tensors."""
+        return self.restored(self.tensors, self.sizes, dtype)
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +90,16 @@ class QuantizedWeight(ABC):
 
 
 Weight = Tensor | QuantizedWeight
+_FORMATS: dict[str, type[QuantizedWeight]] = {}  # by name
+
+
+def restored(
+    format: str, tensors: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype
+) -> QuantizedWeight:
+    """The weight that a registered operator was given as flat arguments. ValueError for an unknown format."""
+    if format not in _FORMATS:
+        raise ValueError(f"format must be one of {tuple(_FORMATS)}, got {format!r}")
+    return _FORMATS[format].restored(tensors, sizes, dtype)
 
 
 class Adapter(NamedTuple):

@@ -1,5 +1,6 @@
 """The registered operators that torch.compile, torch.export and make_fx record: one for forward, one for backward.
 
+Each has a second form over a quantised weight, which it is given as plain tensors and integers: a traced graph saves those.
 Their kernels choose a backend when they run, so that a traced graph holds no decision about sizes. Each has a fake
 kernel and every derivative: a function transform, forward mode and a derivative of a derivative get plain ATen instead.
 Eager mode takes `autograd.LoRALinear` or a backend's own operator, which cost less in a call.
@@ -20,8 +21,16 @@ from lora_kernels.autograd import LoRALinear, any_dual, as_dropout, gradients, t
 from lora_kernels.backends.base import Products
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.formulas import Gradients, Needs, Saved
-from lora_kernels.operands import Adapter, accumulated
+from lora_kernels.operands import (
+    Adapter,
+    QuantizedWeight,
+    Weight,
+    accumulated,
+    layout_of,
+    restored,
+)
 from lora_kernels.plan import plan_backward, plan_call
+from lora_kernels.problem import DENSE
 
 # `torch.library.custom_op` would infer these schemas, and take about 10 microseconds more in every call.
 torch.library.define(
@@ -35,13 +44,27 @@ torch.library.define(
     " Tensor? B, Tensor? s, Tensor alpha, float dropout_p, Tensor? seed, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+# The same over a `QuantizedWeight`: `packed` are its tensors.
+torch.library.define(
+    "lora_kernels::lora_linear_quantized",
+    "(Tensor x, Tensor[] packed, str format, SymInt[] sizes, Tensor A, Tensor B, Tensor? bias, Tensor alpha,"
+    " float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "lora_kernels::lora_linear_quantized_backward",
+    "(Tensor dy, ScalarType adapter_dtype, bool[] needs, SymInt K, SymInt R, Tensor? x, Tensor[] packed, str format,"
+    " SymInt[] sizes, Tensor? A, Tensor? B, Tensor? s, Tensor alpha, float dropout_p, Tensor? seed, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 lora_linear = torch.ops.lora_kernels.lora_linear.default
 lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.default
+lora_linear_quantized = torch.ops.lora_kernels.lora_linear_quantized.default
+lora_linear_quantized_backward = torch.ops.lora_kernels.lora_linear_quantized_backward.default
 
 
 def _lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     A: Tensor,
     B: Tensor,
     bias: Tensor | None,
@@ -52,17 +75,33 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, R]) of `formulas.forward` for x [M, K], weight [N, K], A [K, R], B [R, N], 0-d alpha and seed."""
     dropout = as_dropout(dropout_p, seed)
-    products = plan_call(backend, x, weight, A, bias, dropout is not None).products
-    return formulas.forward(products, x, weight, Adapter(A, B, alpha, dropout), bias)
+    plan = plan_call(backend, x, weight, A, bias, dropout is not None)
+    adapter = Adapter(A, B, alpha, dropout)
+    return formulas.forward(plan.products, x, plan.readable(weight), adapter, bias)
+
+
+def _lora_linear_quantized(
+    x: Tensor, packed: list[Tensor], format: str, sizes: list[int], *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """`_lora_linear` over the weight that these arguments describe, in x's dtype."""
+    return _lora_linear(x, restored(format, packed, sizes, x.dtype), *rest)
 
 
 torch.library.impl("lora_kernels::lora_linear", "CompositeExplicitAutograd", _lora_linear)
+torch.library.impl(
+    "lora_kernels::lora_linear_quantized", "CompositeExplicitAutograd", _lora_linear_quantized
+)
 
 
 @torch.library.register_fake("lora_kernels::lora_linear")
 def _lora_linear_fake(x, weight, A, B, bias, alpha, dropout_p, seed, backend):
     y = x.new_empty((x.shape[0], weight.shape[0]))
     return y, x.new_empty((x.shape[0], A.shape[1]), dtype=accumulated(x.dtype))
+
+
+@torch.library.register_fake("lora_kernels::lora_linear_quantized")
+def _lora_linear_quantized_fake(x, packed, format, sizes, A, B, *rest):
+    return _lora_linear_fake(x, B.t(), A, B, *rest)  # the weight's rows are B's columns
 
 
 def _lora_linear_backward(
@@ -72,7 +111,7 @@ def _lora_linear_backward(
     K: int,
     R: int,
     x: Tensor | None,
-    weight: Tensor | None,
+    weight: Weight | None,
     A: Tensor | None,
     B: Tensor | None,
     s: Tensor | None,
@@ -89,10 +128,10 @@ def _lora_linear_backward(
     """
     wide = weight if weight is not None else x  # under DTensor a shard, of which K is the whole
     N = K if wide is None else wide.shape[1]
-    w_k_major = weight is not None and weight.stride(1) != 1
+    k_major, weight_format = (True, DENSE) if weight is None else layout_of(weight)
     dropout = seed is not None
-    plan = plan_backward(backend, dy, N, R, adapter_dtype, dropout, w_k_major)
-    saved = Saved(x, weight, A, B, s)
+    plan = plan_backward(backend, dy, N, R, adapter_dtype, dropout, not k_major, weight_format)
+    saved = Saved(x, None if weight is None else plan.readable(weight), A, B, s)
     return _gradients(plan.products, dy, adapter_dtype, needs, saved, alpha, dropout_p, seed)
 
 
@@ -102,6 +141,38 @@ def _transparent_backward(
     """`_lora_linear_backward` by plain ATen, which autograd and transforms can differentiate."""
     saved = Saved(x, weight, A, B, s)
     return _gradients(COMPOSITE, dy, adapter_dtype, needs, saved, alpha, dropout_p, seed)
+
+
+def _restored_backward(backward: Any) -> Any:
+    """`backward` over the weight that flat arguments describe, or none where no tensors of it were saved."""
+
+    def restoring(
+        dy: Tensor,
+        adapter_dtype: torch.dtype,
+        needs: list[bool],
+        K: int,
+        R: int,
+        x: Tensor | None,
+        packed: list[Tensor],
+        format: str,
+        sizes: list[int],
+        *rest: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        weight = restored(format, packed, sizes, dy.dtype) if packed else None
+        return backward(dy, adapter_dtype, needs, K, R, x, weight, *rest)
+
+    return restoring
+
+
+_lora_linear_quantized_backward = _restored_backward(_lora_linear_backward)
+_transparent_quantized_backward = _restored_backward(_transparent_backward)
+
+
+def _transparent_quantized(
+    x: Tensor, packed: list[Tensor], format: str, sizes: list[int], *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """`_lora_linear_quantized` by plain ATen, which autograd and transforms see through."""
+    return transparent(x, restored(format, packed, sizes, x.dtype), *rest)
 
 
 def _gradients(
@@ -124,6 +195,11 @@ def _gradients(
 torch.library.impl(
     "lora_kernels::lora_linear_backward", "CompositeExplicitAutograd", _lora_linear_backward
 )
+torch.library.impl(
+    "lora_kernels::lora_linear_quantized_backward",
+    "CompositeExplicitAutograd",
+    _lora_linear_quantized_backward,
+)
 
 
 @torch.library.register_fake("lora_kernels::lora_linear_backward")
@@ -143,12 +219,24 @@ def _lora_linear_backward_fake(
     )
 
 
+@torch.library.register_fake("lora_kernels::lora_linear_quantized_backward")
+def _lora_linear_quantized_backward_fake(
+    dy, adapter_dtype, needs, K, R, x, packed, format, sizes, *rest
+):
+    weight = dy.new_empty(0, K)  # of which dx has the columns
+    return _lora_linear_backward_fake(dy, adapter_dtype, needs, K, R, x, weight, *rest)
+
+
 class _Registered(LoRALinear):
     """`LoRALinear` whose products are the registered operators below autograd; a last argument is their dispatch keys."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return _below_autograd(lora_linear, args[-1], args[:-1])
+        x, weight, *rest, keys = args
+        if isinstance(weight, Tensor):
+            return _below_autograd(lora_linear, keys, args[:-1])
+        flat = (x, list(weight.tensors), weight.format, weight.sizes, *rest)
+        return _below_autograd(lora_linear_quantized, keys, flat)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -160,13 +248,23 @@ class _Registered(LoRALinear):
 
 
 def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter) -> Gradients:
-    grads = lora_linear_backward(
+    backward: Any = lora_linear_backward
+    weight: tuple = (kept.weight,)
+    if ctx.weight is not None:
+        backward = lora_linear_quantized_backward
+        packed = list(kept.weight.tensors) if isinstance(kept.weight, QuantizedWeight) else []
+        weight = packed, ctx.weight.format, ctx.weight.sizes
+    grads = backward(
         dy,
         ctx.adapter_dtype,
         list(ctx.needs),
         ctx.K,
         ctx.R,
-        *kept,
+        kept.x,
+        *weight,
+        kept.A,
+        kept.B,
+        kept.s,
         adapter.scale,
         ctx.dropout_p,
         None if adapter.dropout_in is None else adapter.dropout_in.seed,
@@ -198,6 +296,27 @@ def _lora_linear_backward_autograd(keys: Any, *args: Any) -> tuple[Tensor, ...]:
     return _below_autograd(lora_linear_backward, keys, args)
 
 
+def _lora_linear_quantized_autograd(
+    keys: Any, x: Tensor, packed: list[Tensor], format: str, sizes: list[int], *rest: Any
+) -> tuple[Tensor, Tensor]:
+    weight = restored(format, packed, sizes, x.dtype)
+    if torch._C._any_requires_grad(*packed) or any_dual(*packed):
+        raise ValueError(f"packed must not require grad: a weight of {format} has no gradient")
+    if _must_be_transparent((x, *rest)):
+        return transparent(x, weight, *rest)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *rest):
+        return _Registered.apply(x, weight, *rest, keys)
+    return _below_autograd(lora_linear_quantized, keys, (x, packed, format, sizes, *rest))
+
+
+def _lora_linear_quantized_backward_autograd(keys: Any, *args: Any) -> tuple[Tensor, ...]:
+    if _must_be_transparent(args) or (
+        torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+    ):
+        return _transparent_quantized_backward(*args)
+    return _below_autograd(lora_linear_quantized_backward, keys, args)
+
+
 def _must_be_transparent(args: tuple) -> bool:
     """Whether a function transform or forward mode is active, which an autograd.Function in an operator cannot serve."""
     return torch._C._are_functorch_transforms_active() or (
@@ -208,14 +327,31 @@ def _must_be_transparent(args: tuple) -> bool:
 _LIBRARY = torch.library.Library("lora_kernels", "FRAGMENT")
 _LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd", with_keyset=True)
 _LIBRARY.impl("lora_linear_backward", _lora_linear_backward_autograd, "Autograd", with_keyset=True)
+_LIBRARY.impl(
+    "lora_linear_quantized", _lora_linear_quantized_autograd, "Autograd", with_keyset=True
+)
+_LIBRARY.impl(
+    "lora_linear_quantized_backward",
+    _lora_linear_quantized_backward_autograd,
+    "Autograd",
+    with_keyset=True,
+)
 _LIBRARY.impl("lora_linear", transparent, "FuncTorchBatched")
 _LIBRARY.impl("lora_linear_backward", _transparent_backward, "FuncTorchBatched")
+_LIBRARY.impl("lora_linear_quantized", _transparent_quantized, "FuncTorchBatched")
+_LIBRARY.impl("lora_linear_quantized_backward", _transparent_quantized_backward, "FuncTorchBatched")
 
 
 def _forward_flops(x_shape, weight_shape, A_shape, *_: Any, **__: Any) -> int:
     """FLOPs of the forward for FlopCounterMode: x·Wᵀ, and the products of the low-rank branch."""
     (M, K), N, R = x_shape, weight_shape[0], A_shape[1]
     return 2 * M * N * K + 2 * M * R * (K + N)
+
+
+def _quantized_flops(
+    x_shape: Any, _: Any, __: Any, ___: Any, A_shape: Any, B_shape: Any, *____: Any, **_____: Any
+) -> int:
+    return _forward_flops(x_shape, (B_shape[1],), A_shape)
 
 
 def _backward_flops(
@@ -233,12 +369,17 @@ def count_flops() -> None:
     counting = sys.modules.get("torch.utils.flop_counter")
     if counting is None:
         return
-    packets = lora_linear.overloadpacket, lora_linear_backward.overloadpacket
-    if packets[0] not in counting.flop_registry:
-        for packet, formula in zip(packets, (_forward_flops, _backward_flops), strict=True):
+    formulas_of = {
+        lora_linear.overloadpacket: _forward_flops,
+        lora_linear_backward.overloadpacket: _backward_flops,
+        lora_linear_quantized.overloadpacket: _quantized_flops,
+        lora_linear_quantized_backward.overloadpacket: _backward_flops,
+    }
+    if lora_linear.overloadpacket not in counting.flop_registry:
+        for packet, formula in formulas_of.items():
             counting.register_flop_formula(packet)(formula)
     for mode in _get_current_dispatch_mode_stack():
         counter = getattr(mode, "counter", mode)
         if isinstance(counter, counting.FlopCounterMode):
-            for packet in packets:  # it took a copy of the registry when it was made
+            for packet in formulas_of:  # it took a copy of the registry when it was made
                 counter.flop_registry.setdefault(packet, counting.flop_registry[packet])

@@ -154,11 +154,13 @@ def plan_backward(
     adapter_dtype: torch.dtype,
     dropout: bool,
     w_k_major: bool,
+    weight_format: str,
 ) -> Plan:
     """The plan of a registered operator's backward, which has no plan of its forward: dy [M, K] -> dx [M, N]."""
     M, K = dy.shape
     asked = _asked(backend)
-    key = (asked, dy.device, M, N, K, R, dy.dtype, adapter_dtype, dropout, w_k_major)
+    widths = M, N, K, R
+    key = (asked, dy.device, *widths, dy.dtype, adapter_dtype, dropout, w_k_major, weight_format)
     known = _plans.get(key)
     if known is not None:
         return known
@@ -173,6 +175,7 @@ def plan_backward(
         dropout=dropout,
         w_k_major=w_k_major,
         backward=True,
+        weight_format=weight_format,
     )
     return _remember(key, make_plan(problem, dy.device, asked))
 

@@ -120,7 +120,7 @@ def test_a_bad_log_level_is_one_warning():
 LAYERS = (
     ("problem", "dropout", "once"),
     ("env", "operands", "reference"),
-    ("tuning",),
+    ("quantized", "tuning"),
     ("backends.base",),
     ("backends.composite", "formulas"),
     ("backends",),

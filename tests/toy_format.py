@@ -33,11 +33,13 @@ class Int8Rows(QuantizedWeight):
     def tensors(self):
         return self.codes, self.scales
 
-    def with_tensors(self, tensors):
-        return Int8Rows(*tensors, self._dtype, self.transposed)
+    @property
+    def sizes(self):
+        return (int(self.transposed),)
 
-    def to(self, dtype):
-        return Int8Rows(self.codes, self.scales, dtype, self.transposed)
+    @classmethod
+    def restored(cls, tensors, sizes, dtype):
+        return cls(*tensors, dtype, bool(sizes[0]))
 
     def t(self):
         return Int8Rows(self.codes, self.scales, self._dtype, not self.transposed)
