@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import bases
 from lora_kernels.bases import features, has_hooks, is_linear
+from lora_kernels.declined import why_declined
 from lora_kernels.functional import (
     DTYPES,
     alpha_tensor,
@@ -171,16 +172,8 @@ class LinearWithLoRA(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not is_linear(linear):
-            raise TypeError(
-                "linear must be a torch.nn.Linear or Transformers' Conv1D, "
-                f"got {type(linear).__name__}"
-            )
+        bases.check_base(linear)
         weight: Any = linear.weight
-        if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise ValueError(
-                "linear must have its sizes: call the LazyLinear once before wrapping it"
-            )
         self.linear = linear
         self.lora = LoRALayer(
             *features(linear),
@@ -469,6 +462,9 @@ def _linear_places(model: nn.Module, wanted: Callable[[str], bool]) -> Iterator[
             name = prefix + key
             if child is None or has_lora(child):
                 continue
+            reason = why_declined(child)
+            if reason is not None and wanted(name):
+                raise ValueError(f"{name} must have a weight that products can read, but {reason}")
             if is_linear(child):
                 if isinstance(parent, nn.MultiheadAttention):
                     if wanted(name):
