@@ -12,6 +12,7 @@ from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels.declined import why_declined
@@ -89,6 +90,11 @@ def _quantized(linear: Any) -> _Quantized | None:
 def is_quantized(linear: Any) -> bool:
     """Whether a module is one of the quantised layers that products read, or a subclass with the same forward."""
     return _quantized(linear) is not None
+
+
+def is_packed(linear: Any) -> bool:
+    """Whether the weight of a base is quantised now; an FP8Linear that Transformers has dequantised is not."""
+    return is_quantized(linear) and isinstance(quantized_weight(linear), QuantizedWeight)
 
 
 def quantized_weight(linear: Any, dtype: torch.dtype | None = None) -> Weight:
@@ -222,6 +228,22 @@ def _on_quantized(
     with torch.autocast(device, enabled=False) if ignored else nullcontext():
         y = lora_linear(x.to(dtype), weight, A, B, scale, bias, dropout_p=dropout_p)
     return y if kind.under_autocast and linear.training and x.is_cpu else y.to(x.dtype)
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x·weightᵀ + bias in weight's dtype; y has x's."""
+    bias = None if bias is None else bias.to(weight.dtype)
+    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+def dense_dtype(linear: Any, A: Tensor) -> torch.dtype:
+    """The dtype of the dense weight that takes a quantised base's place, under the adapter of A.
+
+    A Linear4bit's compute_dtype, or the dtype from before it was quantised; of other bases that of the bias, or of A.
+    """
+    if hasattr(linear, "compute_dtype"):
+        return linear.compute_dtype or quantized_weight(linear).dtype
+    return A.dtype if linear.bias is None else linear.bias.dtype
 
 
 def _compute_dtype(linear: Any, x: Tensor) -> torch.dtype:
