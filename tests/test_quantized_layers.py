@@ -1,4 +1,4 @@
-"""LoRA over quantised layers: against float64 of the weight that the layer's own library dequantises, and against its forward."""
+"""LoRA over quantised layers: against float64 of the weight as its own library dequantises it, and against its forward."""
 
 from __future__ import annotations
 
