@@ -130,6 +130,7 @@ LAYERS = (
     ("autograd",),
     ("ops",),
     ("functional",),
+    ("bases",),
     ("modules",),
     ("adapter_file", "merge", "distributed"),
     ("adapters", "integrations"),
