@@ -1,10 +1,11 @@
-"""GPUs that are older or newer than those which kernels are compiled for: what computes there, and what is said. Stand-ins."""
+"""GPUs older or newer than those which kernels are compiled for, by stand-ins: what computes there, and what is said."""
 
 from __future__ import annotations
 
 import stat
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_a_chip_without_tensor_cores_promises_none(chip):
 class OnGPU(torch.Tensor):
     """A tensor that says it is on a GPU; `made` has each call with its result, and a product with out_dtype is computed."""
 
-    made: list[tuple[str, torch.Tensor]] = []
+    made: ClassVar[list[tuple[str, torch.Tensor]]] = []
     is_cuda = property(lambda self: True)
 
     @classmethod
@@ -118,7 +119,7 @@ def test_a_newer_chip_takes_the_tiles_of_the_nearest_older_one(chip, capability,
     chip(*capability)
     found = explain(Problem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", "cuda"), backend="triton")
     assert found.backend == "triton"
-    assert device.current_target().name == like == target_of("sm_%d%d" % capability).name
+    assert device.current_target().name == like == target_of("sm_{}{}".format(*capability)).name
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ def build(
     """Write the shared library `output` for the compute capabilities `archs` ("80", ...); returns what nvcc printed.
 
     The PTX for the capability `ptx` is included: a driver compiles it for every newer GPU without code of its own, such as
-    11.0, which a PTX for 12.0 would leave out; no kernel uses an instruction that came after 8.0. `more` are further sources and options.
+    11.0, which a PTX for 12.0 would leave out; no kernel uses an instruction that came after 8.0. `more` are further
+    sources and options.
     FileNotFoundError without nvcc; RuntimeError with nvcc's own words when it fails.
     """
     import torch

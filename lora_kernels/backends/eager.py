@@ -91,7 +91,7 @@ def _product(s: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def _widens(x: Tensor) -> bool:
-    """Whether ATen multiplies two half matrices like x into a float32 one: on NVIDIA GPUs, unless float16 sums are allowed."""
+    """Whether ATen multiplies half matrices like x into a float32 one: on NVIDIA GPUs, unless float16 sums are allowed."""
     if not x.is_cuda or torch.version.hip is not None:
         return False
     return x.dtype != torch.float16 or not getattr(
