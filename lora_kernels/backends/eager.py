@@ -31,7 +31,7 @@ class EagerProducts(Products):
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         a, scale, dropout = adapter.A, adapter.scale, adapter.dropout_in
         wide = accumulated(x.dtype)
-        if x.is_cuda and dropout is None and x.dtype == a.dtype != wide:
+        if dropout is None and x.dtype == a.dtype != wide and _widens(x):
             return torch.mm(x, a, out_dtype=wide).mul_(scale)
         s = x.new_empty((x.shape[0], a.shape[1]), dtype=wide)
         a = a.to(wide)
@@ -88,6 +88,15 @@ def _product(s: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.mm(s, b, out=out)
     else:
         torch.addmm(bias, s, b, out=out)
+
+
+def _widens(x: Tensor) -> bool:
+    """Whether ATen multiplies half matrices like x into a float32 one: on NVIDIA GPUs, unless float16 sums are allowed."""
+    if not x.is_cuda or torch.version.hip is not None:
+        return False
+    return x.dtype != torch.float16 or not getattr(
+        torch.backends.cuda.matmul, "allow_fp16_accumulation", False
+    )
 
 
 def _bits(dtype: torch.dtype) -> int:
