@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from lora_kernels import autograd, formulas, ops, plan
 from lora_kernels.autograd import ALPHA_IS_NO_PARAMETER, Call, as_dropout
+from lora_kernels.declined import why_declined
 from lora_kernels.operands import (
     DTYPES,
     Adapter,
@@ -115,6 +116,8 @@ def check_operands(
     `autocast`: x, weight and bias will be cast to one dtype.
     """
     device = x.device if isinstance(x, Tensor) else None
+    if type(weight) not in _EAGER_TYPES:
+        _check_kind(weight)
     for name, t in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)):
         if t is None and name == "bias":
             continue
@@ -180,6 +183,18 @@ def shown(number: Any) -> str:
     except OverflowError:
         bits = number.numerator.bit_length() - number.denominator.bit_length()
         return f"about {'-' if number < 0 else ''}2^{bits}"
+
+
+def _check_kind(weight: Any) -> None:
+    """TypeError for a tensor of a quantised kind that products cannot read as it is; it says why."""
+    reason = why_declined(weight)
+    if reason is not None:
+        raise TypeError(f"weight must be a dense tensor or a QuantizedWeight, but {reason}")
+    if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
+        raise TypeError(
+            f"weight must be a dense tensor or a QuantizedWeight, got a {type(weight).__name__}: give"
+            " lora_kernels.quantized.from_bitsandbytes(weight)"
+        )
 
 
 def _check_packed(weight: QuantizedWeight, device: torch.device | None) -> None:

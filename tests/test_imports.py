@@ -120,7 +120,7 @@ def test_a_bad_log_level_is_one_warning():
 # part of the folder's entry. Entries of one line do not import one another, and the modules of one folder may.
 LAYERS = (
     ("problem", "dropout", "once"),
-    ("env", "operands", "reference"),
+    ("declined", "env", "operands", "reference"),
     ("quantized", "tuning"),
     ("backends.base",),
     ("backends.composite", "formulas"),
