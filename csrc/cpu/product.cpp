@@ -62,6 +62,7 @@ class Run {
     // Few rows read w where it lies, along its memory. A skinny w is transposed for that: it is
     // small.
     const bool skinny = N <= DOT_COLS;
+    if (p.quantized != nullptr) return by_panels();
     const bool added = p.w.col_stride == 1 && p.w.row_stride != 1 && M <= MAX_ADDED_ROWS;
     if (p.w.row_stride == 1 || (skinny && !added)) {
       if (M <= MAX_DOT_ROWS) return in_place(DOT_COLS, pairs && !skinny ? k.dots_pairs : k.dots);
@@ -116,6 +117,9 @@ void Run::pack_w(float* to, int64_t from_unit, int64_t units, const Columns& col
   const int64_t first = from_unit * unit(), depth = std::min(units * unit(), K - first);
   if (cols.count < cols.pitch())
     std::memset(to + (cols.panels - 1) * units * cols.width, 0, units * cols.width * sizeof(float));
+  if (p.quantized != nullptr)
+    return pack_quantized(k, pairs, to, units * cols.width, cols.width, *p.quantized, p.w, first,
+                          cols.begin, depth, cols.count);
   (pairs ? k.pack_pairs : k.pack)(to, units * cols.width, cols.width, p.w.from(first, cols.begin),
                                   depth, cols.count);
 }
