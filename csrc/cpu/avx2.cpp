@@ -11,10 +11,9 @@
 
 namespace lora_kernels {
 namespace {
+#include "quantized_tiles.h"
 #include "vector_avx2.h"
 #include "vector_tiles.h"
-
-#include "quantized_tiles.h"
 }  // namespace
 
 const Kernels AVX2_KERNELS = {

@@ -13,10 +13,9 @@
 
 namespace lora_kernels {
 namespace {
+#include "quantized_tiles.h"
 #include "vector_avx512.h"
 #include "vector_tiles.h"
-
-#include "quantized_tiles.h"
 }  // namespace
 
 const Kernels AVX512_KERNELS = {

@@ -14,10 +14,9 @@
 
 namespace lora_kernels {
 namespace {
+#include "quantized_tiles.h"
 #include "vector_avx512.h"
 #include "vector_tiles.h"
-
-#include "quantized_tiles.h"
 
 struct PairUnit {
   using Element = BF16;

@@ -81,8 +81,8 @@ struct Kernels {
   void (*rows_of_w)(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
                     int64_t depth, float* c, int64_t c_pitch);
 
-  // dst[i] = element (row, col + i) of w as stored, rounded as w says, in `type`: float32, or bfloat16
-  // where w's elements are.
+  // dst[i] = element (row, col + i) of w as stored, rounded as w says, in `type`: float32, or
+  // bfloat16 where w's elements are.
   void (*decode)(void* dst, Type type, const Quantized& w, int64_t row, int64_t col, int64_t count);
 
   // The same on pairs of bfloat16; null where the processor has no instruction for them. Pairs run

@@ -49,7 +49,8 @@ void pack_quantized(const Kernels& k, bool pairs, float* dst, int64_t panel, int
       k.decode(strip + i * pitch * size_of(type), type, q, row + i, from, length);
     }
     if (across) {
-      pack(dst + r / width * panel, panel, width, {strip, type, depth, here, 1, pitch}, depth, here);
+      pack(dst + r / width * panel, panel, width, {strip, type, depth, here, 1, pitch}, depth,
+           here);
     } else {
       pack(dst + r / (pairs ? 2 : 1) * width, panel, width, {strip, type, here, cols, pitch, 1},
            here, cols);

@@ -8,16 +8,18 @@ namespace lora_kernels {
 
 enum class Format { NF4 };
 
-// A matrix as it is stored, [rows, cols]: element (row, col) is the value of its code times a scale,
-// a float32 product that is rounded to `type`. Elements that share a scale are adjacent: a run.
+// A matrix as it is stored, [rows, cols]: element (row, col) is the value of its code times a
+// scale, a float32 product that is rounded to `type`. Elements that share a scale are adjacent: a
+// run.
 struct Quantized {
   Format format;
   Type type;
   int64_t rows, cols;
   const uint8_t* codes;
 
-  // NF4, see lora_kernels/quantized.py: the values of the codes; a scale for each 64 elements of the
-  // flattened matrix, float32 in `absmax`, or, where code2 is not null, by 8-bit codes in `absmax8`.
+  // NF4, see lora_kernels/quantized.py: the values of the codes; a scale for each 64 elements of
+  // the flattened matrix, float32 in `absmax`, or, where code2 is not null, by 8-bit codes in
+  // `absmax8`.
   const float* code = nullptr;
   const float* absmax = nullptr;
   const uint8_t* absmax8 = nullptr;
