@@ -11,9 +11,9 @@
 
 namespace lora_kernels {
 namespace {
-#include "quantized_tiles.h"
 #include "vector_avx2.h"
 #include "vector_tiles.h"
+#include "vector_tiles_quantized.h"
 }  // namespace
 
 const Kernels AVX2_KERNELS = {
@@ -29,6 +29,8 @@ const Kernels AVX2_KERNELS = {
     .dots = dots,
     .rows_of_w = rows_of_w,
     .decode = decode,
+    .quantized_dots = quantized_dots,
+    .quantized_rows = quantized_rows,
 };
 
 }  // namespace lora_kernels

@@ -13,9 +13,9 @@
 
 namespace lora_kernels {
 namespace {
-#include "quantized_tiles.h"
 #include "vector_avx512.h"
 #include "vector_tiles.h"
+#include "vector_tiles_quantized.h"
 }  // namespace
 
 const Kernels AVX512_KERNELS = {
@@ -31,6 +31,8 @@ const Kernels AVX512_KERNELS = {
     .dots = dots,
     .rows_of_w = rows_of_w,
     .decode = decode,
+    .quantized_dots = quantized_dots,
+    .quantized_rows = quantized_rows,
 };
 
 }  // namespace lora_kernels

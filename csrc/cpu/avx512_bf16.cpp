@@ -14,9 +14,9 @@
 
 namespace lora_kernels {
 namespace {
-#include "quantized_tiles.h"
 #include "vector_avx512.h"
 #include "vector_tiles.h"
+#include "vector_tiles_quantized.h"
 
 struct PairUnit {
   using Element = BF16;
@@ -134,6 +134,8 @@ const Kernels AVX512_BF16_KERNELS = {
     .dots = dots,
     .rows_of_w = rows_of_w,
     .decode = decode,
+    .quantized_dots = quantized_dots,
+    .quantized_rows = quantized_rows,
     .copy_pairs = copy_pairs,
     .pack_pairs = pack_pairs,
     .multiply_pairs = multiply_rows<PairUnit, Vector::TILE_ROWS>,

@@ -9,6 +9,7 @@ namespace lora_kernels {
 namespace {
 
 constexpr int64_t STRIP_ROWS = 8;  // of a weight that are decoded before they are packed
+constexpr int64_t DOT_STRIP = 4;   // before they are multiplied
 
 // Asks for the codes of a part of a row that is decoded soon.
 void fetch(const Quantized& q, int64_t row, int64_t col, int64_t count) {
@@ -55,6 +56,22 @@ void pack_quantized(const Kernels& k, bool pairs, float* dst, int64_t panel, int
       pack(dst + r / (pairs ? 2 : 1) * width, panel, width, {strip, type, here, cols, pitch, 1},
            here, cols);
     }
+  }
+}
+
+void dots_with_quantized(const Kernels& k, bool pairs, const float* x, int64_t x_pitch,
+                         const Quantized& q, int64_t col, int64_t rows, int64_t cols, float* c,
+                         int64_t c_pitch) {
+  static thread_local Scratch scratch;
+  const auto dots = pairs ? k.dots_pairs : k.dots;
+  const Type type = pairs ? Type::BF16 : Type::F32;
+  const int64_t pitch = aligned(q.cols) + 16;
+  char* const strip = reinterpret_cast<char*>(scratch.reserve(DOT_STRIP * pitch));
+  for (int64_t n = 0; n < cols; n += DOT_STRIP) {
+    const int64_t here = std::min(DOT_STRIP, cols - n);
+    for (int64_t i = 0; i < here; ++i)
+      k.decode(strip + i * pitch * size_of(type), type, q, col + n + i, 0, q.cols);
+    dots(x, x_pitch, {strip, type, here, q.cols, pitch, 1}, rows, here, q.cols, c + n, c_pitch);
   }
 }
 

@@ -40,4 +40,10 @@ void pack_quantized(const Kernels& k, bool pairs, float* dst, int64_t panel, int
                     const Quantized& q, const Matrix& w, int64_t first, int64_t col, int64_t depth,
                     int64_t cols);
 
+// As Kernels::dots for the columns of the transpose of q from `col` on, at most MAX_DOT_ROWS rows
+// of x, in floats or, as Kernels::dots_pairs, in pairs.
+void dots_with_quantized(const Kernels& k, bool pairs, const float* x, int64_t x_pitch,
+                         const Quantized& q, int64_t col, int64_t rows, int64_t cols, float* c,
+                         int64_t c_pitch);
+
 }  // namespace lora_kernels

@@ -1,4 +1,6 @@
 // Quantised weights as tensors and sizes: checked, so that no kernel reads past their memory.
+#include <algorithm>
+
 #include "operators.h"
 
 namespace lora_kernels {
@@ -65,7 +67,10 @@ QuantizedTensors::QuantizedTensors(at::TensorList packed, const std::string& for
 }
 
 Matrix QuantizedTensors::view() const {
-  const Matrix stored{nullptr, weight.type, weight.rows, weight.cols, weight.cols, 1};
+  // Rows of one element too are more than one apart: a stride of 1 says along which dimension codes
+  // lie.
+  const int64_t row_stride = std::max<int64_t>(weight.cols, 2);
+  const Matrix stored{nullptr, weight.type, weight.rows, weight.cols, row_stride, 1};
   return transposed ? stored.transposed() : stored;
 }
 
