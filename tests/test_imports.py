@@ -130,7 +130,7 @@ LAYERS = (
     ("autograd",),
     ("ops",),
     ("functional",),
-    ("bases",),
+    ("bases", "grouped"),
     ("modules",),
     ("adapter_file", "merge", "distributed"),
     ("adapters", "integrations"),
