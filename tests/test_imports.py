@@ -70,6 +70,7 @@ for name in ("triton", "peft", "transformers", "matplotlib"):
     assert result.stdout == "" and result.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "blocked",
     [
@@ -129,6 +130,7 @@ LAYERS = (
     ("autograd",),
     ("ops",),
     ("functional",),
+    ("bases",),
     ("modules",),
     ("adapter_file", "merge", "distributed"),
     ("adapters", "integrations"),
