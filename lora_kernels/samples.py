@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lora_kernels.operands import QuantizedWeight
-from lora_kernels.quantized import BLOCK, BLOCK2, NF4Weight
+from lora_kernels.quantized import BLOCK, BLOCK2, Int8Weight, NF4Weight
 
 
 def sample(
@@ -35,9 +35,15 @@ def _nf4(N: int, K: int, generator: torch.Generator) -> NF4Weight:
         torch.linspace(-1, 1, 256),
         near(largest / 2, -(-blocks // BLOCK2)),
         near(largest, 1),
-        N,
-        K,
+        N=N,
+        K=K,
     )
 
 
-SAMPLES = {"nf4": _nf4}
+def _int8(N: int, K: int, generator: torch.Generator) -> Int8Weight:
+    codes = torch.randint(-127, 128, (N, K), generator=generator, dtype=torch.int8)
+    absmax = (1 + torch.rand(N, generator=generator)) / max(K, 1) ** 0.5
+    return Int8Weight(codes, absmax)
+
+
+SAMPLES = {"nf4": _nf4, "int8": _int8}

@@ -152,7 +152,7 @@ def smem_bytes(config: TileConfig, problem: Problem) -> int:
         "decode": (m + n) * k * size + k * ranks * adapter,
         "wgrad": m * n * size + m * ranks * 4,
         "shrink_wgrad": m * n * size + m * ranks * 4,
-        "dequantise": n * k,
+        "dequantise": n * k * size,
     }[config.kernel]
     extra = n * ranks * (adapter + 4) if config.kernel == "shrink_wgrad" else 0
     return max(1, config.num_stages - (not config.tma)) * stage + extra

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 from lora_kernels.backends.base import Backend, Candidate
 from lora_kernels.backends.triton import configs
@@ -32,9 +33,11 @@ class TritonBackend(Backend):
         assert target is not None
         if problem.dtype == "float64":
             return [Candidate("two_kernel", refusal="float64 is computed by ATen")]
-        tiles = configs.tiles_for(problem, target)
         entry = tables.lookup(problem, target)
         measured = {} if entry is None else entry.times
+        if problem.weight_format not in self.formats:  # the products get a dense copy
+            problem = replace(problem, weight_format=DENSE)
+        tiles = configs.tiles_for(problem, target)
         same = tables.bucketed(problem)
         before = ""
         if tiles.has("dequantise"):

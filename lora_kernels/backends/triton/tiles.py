@@ -1,4 +1,4 @@
-"""Device helpers that the kernels share: offsets, program order, the run-time scale, scales of NF4, a tile's dropout mask."""
+"""Device helpers that the kernels share: offsets, program order, alpha at run time, scales of NF4, the dropout mask of a tile."""
 
 import triton
 import triton.language as tl
@@ -50,7 +50,9 @@ def nf4_scale(
     if DOUBLE:
         index = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
         code2 = tl.load(code2_ptr + index, mask=mask, other=0.0)
-        return code2 * tl.load(absmax2_ptr + block // 256, mask=mask, other=0.0) + tl.load(offset_ptr)
+        return code2 * tl.load(absmax2_ptr + block // 256, mask=mask, other=0.0) + tl.load(
+            offset_ptr
+        )
     else:
         return tl.load(absmax_ptr + block, mask=mask, other=0.0)
 
