@@ -140,7 +140,7 @@ def dequantise(weight: QuantizedWeight, out: Tensor, config: TileConfig) -> None
 @contextmanager
 def decoded(weight: Any, config: TileConfig) -> Iterator[Tensor]:
     """A QuantizedWeight as a dense tensor in memory that is lent: for products launched within the block."""
-    stored = weight.t() if weight.transposed else weight
-    with lent(*stored.shape, weight.dtype, weight.device) as out:
+    N, K = (weight.t() if weight.transposed else weight).shape
+    with lent(N, K, weight.dtype, weight.device) as out:
         dequantise(weight, out, config)
         yield out.t() if weight.transposed else out

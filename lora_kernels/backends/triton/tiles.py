@@ -1,4 +1,4 @@
-"""Device helpers that the kernels share: offsets, program order, alpha at run time, scales of NF4, the dropout mask of a tile."""
+"""Device helpers that the kernels share: offsets, program order, alpha at run time, scales of NF4, dropout masks."""
 
 import triton
 import triton.language as tl
