@@ -122,7 +122,7 @@ LAYERS = (
     ("problem", "dropout", "once"),
     ("declined", "env", "operands", "reference"),
     ("quantized", "tuning"),
-    ("backends.base",),
+    ("samples", "backends.base"),
     ("backends.composite", "formulas"),
     ("backends",),
     ("selftest",),
