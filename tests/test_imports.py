@@ -70,6 +70,7 @@ for name in ("triton", "peft", "transformers", "matplotlib"):
     assert result.stdout == "" and result.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "blocked",
     [
@@ -121,7 +122,7 @@ LAYERS = (
     ("problem", "dropout", "once"),
     ("declined", "env", "operands", "reference"),
     ("quantized", "tuning"),
-    ("backends.base",),
+    ("samples", "backends.base"),
     ("backends.composite", "formulas"),
     ("backends",),
     ("selftest",),
@@ -129,7 +130,7 @@ LAYERS = (
     ("autograd",),
     ("ops",),
     ("functional",),
-    ("bases",),
+    ("bases", "grouped"),
     ("modules",),
     ("adapter_file", "merge", "distributed"),
     ("adapters", "integrations"),
