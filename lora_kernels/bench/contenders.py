@@ -209,7 +209,7 @@ def _dense_base(layer: Layer) -> nn.Linear:
     return base
 
 
-def _bitsandbytes_base(layer: Layer) -> nn.Linear:
+def _bitsandbytes_base(layer: Layer) -> Any:
     """A Linear4bit over the packed tensors themselves."""
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -228,10 +228,10 @@ def _bitsandbytes_base(layer: Layer) -> nn.Linear:
         state2=second,
     )
     options = {"compute_dtype": packed.dtype, "quant_type": "nf4", "device": "meta"}
-    base: nn.Linear = Linear4bit(K, N, bias=layer.bias is not None, **options)
+    base: Any = Linear4bit(K, N, bias=layer.bias is not None, **options)
     codes = packed.packed.view(-1, 1)
     base.weight = Params4bit(codes, quant_state=state, bnb_quantized=True, module=base)
-    base.quant_state = state  # type: ignore[assignment]
+    base.quant_state = state
     return base
 
 
