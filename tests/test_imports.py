@@ -128,6 +128,7 @@ LAYERS = (
     ("plan",),
     ("autograd",),
     ("ops",),
+    ("dora",),
     ("functional",),
     ("modules",),
     ("adapter_file", "merge", "distributed"),

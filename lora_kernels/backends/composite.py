@@ -32,6 +32,33 @@ class CompositeProducts(Products):
     ) -> Tensor:
         return (_masked(_widened(left), dropout).t() @ _widened(right)).to(dtype)
 
+    def scaled(
+        self,
+        x: Tensor,
+        w: Weight,
+        adapter: Adapter,
+        bias: Tensor | None = None,
+        *,
+        keeps_z: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        z, s = self.shrink_expand(x, w, adapter, None)
+        return with_column_scale(z, adapter.column_scale, bias), s, z  # type: ignore[arg-type]
+
+    def scaled_gradient(
+        self, dy: Tensor, c: Tensor, z: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        dc = None if z is None else (_widened(dy) * z).sum(0)
+        return (dy * c).to(dy.dtype), dc
+
+    def shrink_squares(self, w: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        return self.shrink(w, adapter), _widened(w).square().sum(1)
+
+
+def with_column_scale(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
+    """c∘z + bias in z's dtype: computed in c's and rounded once."""
+    y = z * c
+    return (y if bias is None else y + bias).to(z.dtype)
+
 
 def _widened(t: Tensor) -> Tensor:
     return t.to(accumulated(t.dtype))
