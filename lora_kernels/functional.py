@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lora_kernels import autograd, formulas, ops, plan
+from lora_kernels import autograd, dora, formulas, ops, plan
 from lora_kernels.autograd import ALPHA_IS_NO_PARAMETER, Call, as_dropout
+from lora_kernels.backends.composite import with_column_scale
 from lora_kernels.declined import why_declined
+from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.operands import (
     DTYPES,
     Adapter,
@@ -38,6 +40,7 @@ def lora_linear(
     alpha: float | Tensor,
     bias: Tensor | None = None,
     *,
+    magnitude: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     backend: str = "auto",
@@ -48,6 +51,11 @@ def lora_linear(
     zero included. x, weight and bias share one of float32, bfloat16, float16, float64; A and B share a dtype of their own
     (float32 adapters on a half base are used as they are, others are cast to x's). y has the dtype of
     `F.linear(x, weight)`, under autocast as well. Sums run in float32 (float64 for float64) and are rounded at the end.
+
+    magnitude [N], of any of these dtypes, makes it DoRA (Liu et al., ICML 2024): y = c∘(x·weightᵀ + alpha·(x·A)·B) + bias
+    with c = magnitude / n, n the norms of the rows of weight + alpha·(A·B)ᵀ. No derivative passes through n, that of a
+    trained weight included. With dropout y = x·weightᵀ + bias - v·weightᵀ + c∘(v·weightᵀ + alpha·(v·A)·B), v = dropout(x),
+    and a second product with weight.
 
     alpha: the final multiplier, a real number or a 0-d tensor that needs no gradient, read when the product is computed.
     dropout_p: probability in [0, 1) of dropping an element of x on the LoRA branch only. seed: an integer or 0-d int64
@@ -62,7 +70,7 @@ def lora_linear(
     >>> torch.allclose(y, layer(x) + 0.5 * (x @ A @ B), atol=1e-5)
     True
     """
-    return call(x, weight, A, B, alpha, bias, dropout_p, seed, backend)
+    return call(x, weight, A, B, alpha, bias, dropout_p, seed, backend, magnitude=magnitude)
 
 
 def call(
@@ -75,21 +83,26 @@ def call(
     dropout_p: float,
     seed: int | Tensor | None,
     backend: str,
+    *,
     offsets: Tensor | None = None,
+    magnitude: Tensor | None = None,
 ) -> Tensor:
     """`lora_linear`, over groups of rows where there are offsets: checks the operands and does what autocast asks for."""
     half = _autocast_to(x)
-    check_operands(x, weight, A, B, alpha, bias, autocast=half is not None, offsets=offsets)
+    check_operands(
+        x, weight, A, B, alpha, bias, magnitude, autocast=half is not None, offsets=offsets
+    )
     check_dropout("dropout_p", dropout_p)
     _check_seed(seed)
     plan.check_name(backend)
+    apply = _apply if magnitude is None or not dropout_p else _apply_dropped
     if half is not None:
         x = x.to(half)
         weight = weight.to(half)
         bias = None if bias is None else bias.to(half)
         with torch.autocast(x.device.type, enabled=False):
-            return _apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, offsets)
-    return _apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, offsets)
+            return apply(x, weight, A, B, alpha, bias, magnitude, dropout_p, seed, backend, offsets)
+    return apply(x, weight, A, B, alpha, bias, magnitude, dropout_p, seed, backend, offsets)
 
 
 def explain(
@@ -100,6 +113,7 @@ def explain(
     alpha: float | Tensor = 1.0,
     bias: Tensor | None = None,
     *,
+    magnitude: Tensor | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
     offsets: Tensor | None = None,
@@ -114,7 +128,9 @@ def explain(
     if weight is None or A is None or B is None:
         raise TypeError("explain needs a Problem, or x, weight, A and B")
     half = _autocast_to(x)
-    check_operands(x, weight, A, B, alpha, bias, autocast=half is not None, offsets=offsets)
+    check_operands(
+        x, weight, A, B, alpha, bias, magnitude, autocast=half is not None, offsets=offsets
+    )
     check_dropout("dropout_p", dropout_p)
     groups = groups_of(offsets, weight, bias)
     problem = problem_of(x, weight, A, bias, dropout=dropout_p > 0, dtype=half, groups=groups)
@@ -128,6 +144,7 @@ def check_operands(
     B: Tensor,
     alpha: float | Tensor,
     bias: Tensor | None,
+    magnitude: Tensor | None = None,
     *,
     autocast: bool,
     offsets: Tensor | None = None,
@@ -139,8 +156,9 @@ def check_operands(
     device = x.device if isinstance(x, Tensor) else None
     if type(weight) not in _EAGER_TYPES:
         _check_kind(weight)
-    for name, t in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)):
-        if t is None and name == "bias":
+    operands = ("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)
+    for name, t in (*operands, ("magnitude", magnitude)):
+        if t is None and name in ("bias", "magnitude"):
             continue
         if not isinstance(t, Tensor) and not (name == "weight" and isinstance(t, QuantizedWeight)):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
@@ -167,6 +185,8 @@ def check_operands(
             raise ValueError(f"B must be [R, N] = [{R}, {N}], got {_shape(B)}")
         if bias is not None and bias.shape != (N,):
             raise ValueError(f"bias must be [N] = [{N}], got {_shape(bias)}")
+        if magnitude is not None and magnitude.shape != (N,):
+            raise ValueError(f"magnitude must be [N] = [{N}], got {_shape(magnitude)}")
     if A.dtype != B.dtype:
         raise TypeError(f"B must have A's dtype, {A.dtype}, got {B.dtype}")
     if not autocast:
@@ -326,6 +346,7 @@ def _apply(
     B: Tensor,
     alpha: float | Tensor,
     bias: Tensor | None,
+    magnitude: Tensor | None,
     dropout_p: float,
     seed: int | Tensor | None,
     backend: str,
@@ -341,35 +362,89 @@ def _apply(
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or not _EAGER_TYPES.issuperset(
-            map(type, (x, A, B, bias) if quantised else (x, weight, A, B, bias))
+            map(
+                type,
+                (x, A, B, bias, magnitude) if quantised else (x, weight, A, B, bias, magnitude),
+            )
         )
         or autograd.modes_are_active()
     )
-    chosen = None
+    if traced and not isinstance(alpha, Tensor):
+        alpha = alpha_tensor(alpha, x.dtype, x.device)
+    chosen = c = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
+    if magnitude is not None:
+        norms = dora.row_norms(weight, A, B, alpha, backend, how=_way(traced))
+        c = dora.column_scale(magnitude, norms)
+        needs_grad = needs_grad or c.requires_grad
     usual = not traced and _has_usual_derivatives(weight, A, B, alpha, bias)
     if usual and (x.is_cpu or not needs_grad):
         groups = groups_of(offsets, weight, bias)
         chosen = plan.plan_call(backend, x, weight, A, bias, seed is not None, groups)
-        adapter = Adapter(A, B, alpha, None if seed is None else as_dropout(dropout_p, seed))
+        dropout = None if seed is None else as_dropout(dropout_p, seed)
+        adapter = Adapter(A, B, alpha, dropout, column_scale=c)
         layer = chosen.products.layer
-        if layer is not None and isinstance(weight, Tensor) and groups is None:
+        plain = groups is None and c is None
+        if layer is not None and isinstance(weight, Tensor) and plain:
             return layer(x, weight, adapter, bias)
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
     rest = A, B, bias, alpha, dropout_p, seed, backend
     # A Function hides packed tensors, which are no arguments of its own, and has no tangents over groups.
     if (quantised or offsets is not None) and _is_differentiated_elsewhere():
-        y, _ = autograd.transparent(rows, weight, *rest, offsets)
+        y, *_ = autograd.transparent(rows, weight, *rest, offsets, c)
+    elif traced and c is not None:
+        z, _ = _traced(rows, weight, A, B, None, *rest[3:])
+        y = with_column_scale(z, c, bias)
     elif traced:
         y, _ = _traced(rows, weight, *rest, offsets)
     elif chosen is not None and not needs_grad:
         weight = chosen.readable(weight)
-        y, _ = formulas.forward(chosen.products.bound(groups), rows, weight, adapter, bias)
+        products = chosen.products.bound(groups)
+        if c is None:
+            y, _ = formulas.forward(products, rows, weight, adapter, bias)
+        else:
+            y, *_ = formulas.scaled_forward(products, rows, weight, adapter, bias, False)
     else:
         call = Call(backend, chosen)
-        y, _ = autograd.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, call, offsets)
+        y, *_ = autograd.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, call, offsets, c)
     return y if x.ndim == 2 else y.reshape(*lead, weight.shape[-2])
+
+
+def _apply_dropped(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    alpha: float | Tensor,
+    bias: Tensor | None,
+    magnitude: Tensor | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    backend: str,
+) -> Tensor:
+    """DoRA with dropout: the whole layer on v = dropout(x), and the base on what is left, x - v.
+
+    y = (x - v)·Wᵀ + bias + c∘(v·Wᵀ + alpha·(v·A)·B) = x·Wᵀ + bias + (c-1)∘v·Wᵀ + c∘alpha·(v·A)·B, as PEFT has it.
+    """
+    if seed is None:
+        v = torch.nn.functional.dropout(x, dropout_p)
+    else:
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        dropout = Dropout(dropout_p, _seed(seed, x.device))
+        v = (rows * scaled_mask(dropout, *rows.shape, x.dtype)).view(x.shape)  # type: ignore[misc]
+    adapted = _apply(v, weight, A, B, alpha, None, magnitude, 0.0, None, backend)
+    left = _apply(x - v, weight, A[:, :0], B[:0], alpha, bias, None, 0.0, None, backend)
+    return left + adapted
+
+
+def _way(traced: bool) -> str:
+    """How `dora.row_norms` is computed now."""
+    if _is_differentiated_elsewhere():
+        return "transparent"
+    if not traced:
+        return "eager"
+    return "operator" if torch.compiler.is_compiling() else "transparent"
 
 
 def _traced(
@@ -378,14 +453,12 @@ def _traced(
     A: Tensor,
     B: Tensor,
     bias: Tensor | None,
-    alpha: float | Tensor,
+    alpha: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     """(y, s) by the registered operators."""
     if not torch.compiler.is_compiling():
         ops.count_flops()
-    if not isinstance(alpha, Tensor):
-        alpha = alpha_tensor(alpha, x.dtype, x.device)
     adapter = A, B, bias, alpha, *rest
     if (
         forward_ad._current_level >= 0

@@ -21,7 +21,7 @@ from lora_kernels import formulas
 from lora_kernels.autograd import LoRALinear, any_dual, as_dropout, gradients, transparent
 from lora_kernels.backends.base import Products
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
-from lora_kernels.formulas import Gradients, Needs, Saved
+from lora_kernels.formulas import Needs, Saved
 from lora_kernels.operands import (
     Adapter,
     Groups,
@@ -59,10 +59,17 @@ torch.library.define(
     " SymInt[] sizes, Tensor? A, Tensor? B, Tensor? s, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
     " Tensor? offsets=None, bool own_weight=False, bool own_bias=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+# n of DoRA, which has no derivative; `packed` are a quantised weight's tensors, or the weight itself.
+torch.library.define(
+    "lora_kernels::row_norms",
+    "(Tensor[] packed, str format, SymInt[] sizes, ScalarType dtype, Tensor A, Tensor B, Tensor alpha, str backend)"
+    " -> Tensor",
+)
 lora_linear = torch.ops.lora_kernels.lora_linear.default
 lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.default
 lora_linear_quantized = torch.ops.lora_kernels.lora_linear_quantized.default
 lora_linear_quantized_backward = torch.ops.lora_kernels.lora_linear_quantized_backward.default
+row_norms = torch.ops.lora_kernels.row_norms.default
 
 
 def _lora_linear(
@@ -106,6 +113,30 @@ def _lora_linear_fake(x, weight, A, B, bias, alpha, dropout_p, seed, backend, of
 @torch.library.register_fake("lora_kernels::lora_linear_quantized")
 def _lora_linear_quantized_fake(x, packed, format, sizes, A, B, *rest):
     return _lora_linear_fake(x, B.mT, A, B, *rest)  # the weight's rows are B's columns
+
+
+def _row_norms(
+    packed: list[Tensor],
+    format: str,
+    sizes: list[int],
+    dtype: torch.dtype,
+    A: Tensor,
+    B: Tensor,
+    alpha: Tensor,
+    backend: str,
+) -> Tensor:
+    """n [N] of `formulas.row_norms`, by the backend of a product over the weight's rows."""
+    weight = packed[0] if format == DENSE else restored(format, packed, sizes, dtype).dense()
+    plan = plan_call(backend, weight, weight, A, None, False)
+    return formulas.row_norms(plan.products, weight, Adapter(A, B, alpha))
+
+
+torch.library.impl("lora_kernels::row_norms", "CompositeExplicitAutograd", _row_norms)
+
+
+@torch.library.register_fake("lora_kernels::row_norms")
+def _row_norms_fake(packed, format, sizes, dtype, A, B, alpha, backend):
+    return A.new_empty(B.shape[1], dtype=accumulated(dtype))
 
 
 def _lora_linear_backward(
@@ -267,14 +298,19 @@ class _Registered(LoRALinear):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        LoRALinear.setup_context(ctx, inputs[:-1], output)
+        LoRALinear.setup_context(ctx, (*inputs[:-1], None), output)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*gradients(ctx, dy, ds, _fused), *(None,) * 6)
+    def backward(
+        ctx: Any, dy: Tensor | None, ds: Tensor | None, dz: None = None
+    ) -> tuple[Tensor | None, ...]:
+        *grads, _ = gradients(ctx, dy, ds, dz, _fused)
+        return (*grads, *(None,) * 6)
 
 
-def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter, groups: Groups | None) -> Gradients:
+def _fused(
+    ctx: Any, dy: Tensor, z: None, kept: Saved, adapter: Adapter, groups: Groups | None
+) -> tuple[Tensor | None, ...]:
     backward: Any = lora_linear_backward
     weight: tuple = (kept.weight,)
     if ctx.weight is not None:
@@ -298,7 +334,7 @@ def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter, groups: Groups |
         ctx.call,  # the name of the backend, which the operator asks for when it runs
         *(groups or ()),
     )
-    return tuple(g if need else None for g, need in zip(grads, ctx.needs, strict=True))  # type: ignore[return-value]
+    return (*(g if need else None for g, need in zip(grads, ctx.needs, strict=True)), None)
 
 
 def _below_autograd(op: Any, keys: Any, args: tuple) -> Any:

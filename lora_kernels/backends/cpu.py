@@ -45,7 +45,7 @@ class CpuProducts(Products):
         self, x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None
     ) -> Tensor:
         """y [..., N]: forward and backward are one call each, which is what a small layer's time depends on."""
-        A, B, scale, dropout, _ = adapter
+        A, B, scale, dropout = adapter[:4]
         p, limit, seed = 0.0, 0, 0
         if dropout is not None:
             p, (limit, seed, _) = dropout.p, _mask(dropout)
