@@ -28,6 +28,7 @@ const Kernels AVX512_KERNELS = {
     .multiply_in_place = multiply_in_place,
     .dots = dots,
     .rows_of_w = rows_of_w,
+    .squares = squares,
 };
 
 }  // namespace lora_kernels

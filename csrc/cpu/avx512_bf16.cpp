@@ -131,6 +131,7 @@ const Kernels AVX512_BF16_KERNELS = {
     .multiply_in_place = multiply_in_place,
     .dots = dots,
     .rows_of_w = rows_of_w,
+    .squares = squares,
     .copy_pairs = copy_pairs,
     .pack_pairs = pack_pairs,
     .multiply_pairs = multiply_rows<PairUnit, Vector::TILE_ROWS>,

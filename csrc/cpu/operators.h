@@ -6,6 +6,7 @@
 #include <c10/util/MaybeOwned.h>
 
 #include <optional>
+#include <tuple>
 
 namespace lora_kernels {
 
@@ -21,6 +22,18 @@ c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name);
 // s = alpha·(mask∘x)·a [M, R] float32
 Tensor shrink(const Tensor& x, const Tensor& a, double alpha, int64_t threshold, int64_t seed,
               double keep_scale);
+
+// (y, z) = (factor∘z + bias, z), z = x·w + s·b: [M, N]; no z unless it is kept
+std::tuple<Tensor, Tensor> scaled_expand(const Tensor& x, const Tensor& w, const Tensor& s,
+                                         const Tensor& b, const Tensor& factor,
+                                         const std::optional<Tensor>& bias, bool keeps_z);
+
+// (dz, dfactor) = (factor∘dy, the sums of dy∘z over rows); no dfactor without z
+std::tuple<Tensor, Tensor> scaled_gradient(const Tensor& dy, const Tensor& factor,
+                                           const std::optional<Tensor>& z);
+
+// (w·a [N, R], the sums of w² over columns [N]), float32
+std::tuple<Tensor, Tensor> shrink_squares(const Tensor& w, const Tensor& a);
 
 // y = x·w + bias + mask∘(s·b) [M, N]
 Tensor expand(const Tensor& x, const Tensor& w, const Tensor& s, const Tensor& b,
