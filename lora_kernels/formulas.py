@@ -13,9 +13,10 @@ backward   dz   = c∘dy,  dc = Σ dy∘z,  dm = dc / n
            q    = alpha·dy·(c∘B)ᵀ,  dB = c∘(sᵀ·dy)           so that only dx and dW read dz, and no rounding of it is in q
 
 x [M, K], weight W [N, K] as nn.Linear stores it, A [K, R], B [R, N], bias [N], y and dy [M, N], s and q [M, R]. The
-adjoint of a LoRA linear is a LoRA linear, so one product serves both directions. See Hu et al., "LoRA: low-rank
-adaptation of large language models", ICLR 2022, for the layer, and Liu et al., "DoRA: weight-decomposed low-rank
-adaptation", ICML 2024, for m [N] and for n as a constant (section 4.3).
+adjoint of a LoRA linear is a LoRA linear, so one product serves both directions. Over groups of rows the same lines hold
+for each group: the products are bound to the groups, and operands are stacks. See Hu et al., "LoRA: low-rank adaptation of
+large language models", ICLR 2022, for the layer, and Liu et al., "DoRA: weight-decomposed low-rank adaptation", ICML 2024,
+for m [N] and for n as a constant (section 4.3).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.base import Products
-from lora_kernels.operands import Adapter, Weight, in_memory
+from lora_kernels.operands import Adapter, Weight, in_memory, transposed
 
 # (dx, dW, dA, dB, dbias), each None where it is not needed.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -70,7 +71,7 @@ def forward(
     if products.reads_memory:
         x, weight, bias = map(in_memory, (x, weight, bias))
         adapter = Adapter(*map(in_memory, adapter))
-    return products.shrink_expand(x, weight.t(), adapter, bias)
+    return products.shrink_expand(x, transposed(weight), adapter, bias)
 
 
 def scaled_forward(
@@ -85,7 +86,7 @@ def scaled_forward(
     if products.reads_memory:
         x, weight, bias = map(in_memory, (x, weight, bias))
         adapter = Adapter(*map(in_memory, adapter))
-    return products.scaled(x, weight.t(), adapter, bias, keeps_z=keeps_z)
+    return products.shrink_expand_scaled(x, weight.t(), adapter, bias, keeps_z=keeps_z)
 
 
 def scaled_backward(
@@ -131,7 +132,7 @@ def row_norms(products: Products, weight: Tensor, adapter: Adapter) -> Tensor:
     """
     if products.reads_memory:
         weight, adapter = in_memory(weight), Adapter(*map(in_memory, adapter))
-    lowrank, squares = products.shrink_squares(weight, adapter._replace(scale=1.0))
+    lowrank, squares = products.shrink_squares(weight, adapter.A)
     A, u = adapter.A.to(lowrank.dtype), adapter.scale * adapter.B.t().to(lowrank.dtype)
     tail = torch.addmm(2.0 * lowrank, u, A.t() @ A).mul(u).sum(1)
     norms = (squares + tail).clamp(min=0.0).sqrt()
@@ -169,7 +170,7 @@ def backward(
     elif (needs.A and not needs.x) or (needs.x and (ds is not None or apart)):
         q = products.shrink(dy, adjoint)
     if ds is not None and q is not None:
-        q = q + adapter.scale * ds
+        q = q + products.scaled(ds, adapter.scale)
     if needs.x and q is None:
         dx, q = products.shrink_expand(dy, weight, adjoint)
     elif needs.x:
@@ -177,8 +178,8 @@ def backward(
     if needs.A:
         dA = products.wgrad(x, cast(Tensor, q), adapter_dtype, adapter.dropout_in)
     if needs.weight:
-        dW = dz.t() @ x
-    dbias = dy.sum(0) if needs.bias else None
+        dW = products.weight_grad(dz, x)
+    dbias = products.bias_grad(dy) if needs.bias else None
     return dx, dW, dA, dB, dbias
 
 
@@ -189,10 +190,7 @@ def jvp(
     adapter: Adapter,
     tangents: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor]:
-    """The tangents of (y, s) for those of (x, weight, A, B, bias, scale), by the product rule; None is a zero tangent.
-
-    Without a column scale: with one, this y is z.
-    """
+    """The tangents of (y, s) for those of (x, weight, A, B, bias, scale), by the product rule; None is a zero tangent."""
     tx, tweight, tA, tB, tbias, tscale = tangents
     s = products.shrink(x, adapter)
     ts = torch.zeros_like(s)
@@ -209,23 +207,3 @@ def jvp(
     if tB is not None:
         ty = ty + (s @ tB.to(s.dtype)).to(ty.dtype)
     return ty, ts
-
-
-def scaled_jvp(
-    products: Products,
-    x: Tensor,
-    weight: Weight,
-    adapter: Adapter,
-    tangents: tuple[Tensor | None, ...],
-    tbias: Tensor | None,
-    tc: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The tangents of (y, s, z) of `scaled_forward`: `tangents` as `jvp` takes them, without the bias's."""
-    c = cast(Tensor, adapter.column_scale)
-    plain = adapter._replace(column_scale=None)
-    tz, ts = jvp(products, x, weight, plain, tangents)
-    ty, _ = products.scaled_gradient(tz, c, None)
-    if tc is not None:
-        z, _ = forward(products, x, weight, plain, None)
-        ty = ty + products.scaled_gradient(z, tc, None)[0]
-    return ty if tbias is None else ty + tbias, ts, tz

@@ -120,9 +120,9 @@ def test_a_bad_log_level_is_one_warning():
 # part of the folder's entry. Entries of one line do not import one another, and the modules of one folder may.
 LAYERS = (
     ("problem", "dropout", "once"),
-    ("env", "operands", "reference"),
+    ("declined", "env", "operands", "reference"),
     ("quantized", "tuning"),
-    ("backends.base",),
+    ("samples", "backends.base"),
     ("backends.composite", "formulas"),
     ("backends",),
     ("selftest",),
@@ -131,7 +131,7 @@ LAYERS = (
     ("ops",),
     ("dora",),
     ("functional",),
-    ("bases",),
+    ("bases", "grouped"),
     ("modules",),
     ("adapter_file", "merge", "distributed"),
     ("adapters", "integrations"),

@@ -45,6 +45,10 @@ struct Mask {
   int64_t cols;
 };
 
+constexpr int64_t FEW_CODED_ROWS = 4;
+
+struct Quantized;  // a weight in a packed format, see quantized.h
+
 struct Kernels {
   const char* name;
   int64_t rows;   // of a tile
@@ -56,8 +60,8 @@ struct Kernels {
   // each panel.
   void (*pack)(float* dst, int64_t panel, int64_t width, const Matrix& src, int64_t rows,
                int64_t cols);
-  // out[r][c] = scale·factor[c]·src[r][c] + bias[c], rounded to `type`; factor and bias may be null.
-  // out may be src.
+  // out[r][c] = scale·factor[c]·src[r][c] + bias[c], rounded to `type`; factor and bias may be
+  // null. out may be src.
   void (*store)(void* out, Type type, int64_t row_stride, int64_t col_stride, const float* src,
                 int64_t pitch, int64_t rows, int64_t cols, float scale, const float* factor,
                 const float* bias);
@@ -80,6 +84,15 @@ struct Kernels {
   void (*rows_of_w)(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
                     int64_t depth, float* c, int64_t c_pitch);
 
+  // dst[i] = element (row, col + i) of w as stored, rounded as w says, in `type`: float32, or
+  // bfloat16 where w's elements are.
+  void (*decode)(void* dst, Type type, const Quantized& w, int64_t row, int64_t col, int64_t count);
+  // As `dots`, with the rows row .. row + cols of w as stored, and as `rows_of_w`, with its columns
+  // from `col` on: 1 to FEW_CODED_ROWS rows of x, w's elements not rounded. Nothing need follow x.
+  void (*quantized_dots)(const float* x, int64_t x_pitch, const Quantized& w, int64_t row,
+                         int64_t rows, int64_t cols, float* c, int64_t c_pitch);
+  void (*quantized_rows)(const float* x, int64_t x_pitch, const Quantized& w, int64_t col,
+                         int64_t rows, int64_t cols, float* c, int64_t c_pitch);
   // out[r] = the sum of src[r][c]² over c, src's rows contiguous.
   void (*squares)(float* out, const Matrix& src, int64_t rows, int64_t cols);
 

@@ -2,7 +2,7 @@
 // and q.
 #pragma once
 
-#include "kernels.h"
+#include "quantized.h"
 
 namespace lora_kernels {
 
@@ -10,14 +10,15 @@ namespace lora_kernels {
 constexpr int64_t MAX_DOT_ROWS = 16;
 
 struct Product {
-  Matrix x;                        // [M, K]
-  Matrix w;                        // [K, N]
-  const Matrix* s = nullptr;       // [M, R] float32
-  const Matrix* b = nullptr;       // [R, N]
-  const Matrix* factor = nullptr;  // [1, N] float32, of the columns
-  const Matrix* bias = nullptr;    // [1, N]
-  const Mask* mask_in = nullptr;   // of x
-  const Mask* mask_out = nullptr;  // of s·b
+  Matrix x;                              // [M, K]
+  Matrix w;                              // [K, N]; without data where `quantized` has its elements
+  const Matrix* s = nullptr;             // [M, R] float32
+  const Matrix* b = nullptr;             // [R, N]
+  const Matrix* factor = nullptr;        // [1, N] float32, of the columns
+  const Matrix* bias = nullptr;          // [1, N]
+  const Mask* mask_in = nullptr;         // of x
+  const Mask* mask_out = nullptr;        // of s·b
+  const Quantized* quantized = nullptr;  // w, or its transpose; the strides of w say which
   float scale = 1.0f;
   void* out = nullptr;     // [M, N], contiguous
   void* before = nullptr;  // [M, N] like out: the results before factor and bias, where not null

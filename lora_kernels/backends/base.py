@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dropout import Dropout
-from lora_kernels.operands import Adapter, Weight
+from lora_kernels.operands import Adapter, Groups, Scale, Weight
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
 
@@ -22,6 +22,7 @@ class Products(ABC):
     least float32; the skinny results s and q are float32 (float64 for float64 operands). Equal input gives equal bits.
     """
 
+    scales_columns = False  # whether `shrink_expand_scaled` is one product
     reads_memory = False  # whether `formulas` must give it each operand `in_memory`
     # (x [..., K], weight [N, K], adapter, bias) -> y with derivatives, where the layer is one operator: for a frozen
     # weight and bias, A and B both trained or both not, a number as scale.
@@ -62,7 +63,33 @@ class Products(ABC):
         """
         return self.shrink(dy, adapter), self.wgrad(s, dy, dtype)
 
-    def scaled(
+    def scaled(self, s: Tensor, scale: Scale) -> Tensor:
+        """scale·s: s [M, R]."""
+        return scale * s
+
+    def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
+        """dW = dyᵀ·x of a trained base: dy [M, N], x [M, K] -> [N, K]."""
+        return dy.t() @ x
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        """dbias, the sum of dy's rows: dy [M, N] -> [N]."""
+        return dy.sum(0)
+
+    def bound(self, groups: Groups | None) -> Products:
+        """The products for a call's rows: `grouped`, or these where there are no groups."""
+        return self if groups is None else self.grouped(groups)
+
+    def grouped(self, groups: Groups) -> Products:
+        """The same products, each group of rows by its own operands: see `Groups` for their shapes.
+
+        w is [G, K, N], or [K, N] for all; bias [G, N] or [N]. Gradients are stacks over the groups, of zeros for one
+        without rows: `wgrad` gives [G, C, D], `weight_grad` and `bias_grad` likewise unless the base is shared. A NaN or an
+        infinity stays in its group. Offsets that break their rule raise ValueError or RuntimeError on a CPU; elsewhere
+        results are unspecified, but nothing outside of the operands is read or written.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no products over groups")
+
+    def shrink_expand_scaled(
         self,
         x: Tensor,
         w: Weight,
@@ -96,12 +123,12 @@ class Products(ABC):
             dc += (dy[rows].to(c.dtype) * z[rows]).sum(0)
         return dz, dc
 
-    def shrink_squares(self, w: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        """(scale·w·A, the sums of w² over columns), from one reading of w where the products have that.
+    def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """(w·A, the sums of w² over columns), from one reading of w where the products have that.
 
         w [N, K], A [K, R] -> [N, R] and [N], float32 (float64 for float64): what DoRA's row norms are made of.
         """
-        lowrank = self.shrink(w, adapter)
+        lowrank = self.shrink(w, Adapter(A, A.t(), 1.0))
         squares = w.new_empty(w.shape[0], dtype=lowrank.dtype)
         for rows in row_blocks(w):
             norms = torch.linalg.vector_norm(w[rows].to(lowrank.dtype), dim=1)
@@ -133,6 +160,7 @@ class Backend(ABC):
     name: str
     devices: tuple[str, ...] = ()  # device types; empty for all
     formats: tuple[str, ...] = (DENSE,)  # of weights that its products read; see QuantizedWeight
+    groups: bool = False  # whether its products have `grouped`
     needs_target: bool = (
         False  # whether its kernels are made for the GPU architectures of tuning/targets.py
     )

@@ -14,7 +14,7 @@ from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.dropout import Dropout, threshold
 from lora_kernels.once import once
 from lora_kernels.operands import Adapter, Weight
-from lora_kernels.problem import Problem
+from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
@@ -22,6 +22,8 @@ LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 
 class CpuProducts(Products):
     """Products by the extension's own kernels: float32, bfloat16 and float16, float32 adapters on a half base."""
+
+    scales_columns = True
 
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         mask = _mask(adapter.dropout_in)
@@ -31,12 +33,40 @@ class CpuProducts(Products):
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
     ) -> Tensor:
         mask = _mask(adapter.dropout_out)
-        return torch.ops.lora_kernels_cpu.expand(x, w, s, adapter.B, bias, *mask)
+        if isinstance(w, Tensor):
+            return torch.ops.lora_kernels_cpu.expand(x, w, s, adapter.B, bias, *mask)
+        packed = w.tensors, w.format, w.sizes
+        return torch.ops.lora_kernels_cpu.expand_quantized(x, *packed, s, adapter.B, bias, *mask)
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
         return torch.ops.lora_kernels_cpu.wgrad(left, right, dtype, *_mask(dropout))
+
+    def shrink_expand_scaled(
+        self,
+        x: Tensor,
+        w: Weight,
+        adapter: Adapter,
+        bias: Tensor | None = None,
+        *,
+        keeps_z: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not isinstance(w, Tensor):
+            return super().shrink_expand_scaled(x, w, adapter, bias, keeps_z=keeps_z)
+        s, c = self.shrink(x, adapter), adapter.column_scale
+        op = torch.ops.lora_kernels_cpu.expand_scaled
+        y, z = op(x, w, s, adapter.B, c, bias, keeps_z)
+        return y, s, z if keeps_z else None
+
+    def scaled_gradient(
+        self, dy: Tensor, c: Tensor, z: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        dz, dc = torch.ops.lora_kernels_cpu.scaled_gradient(dy, c, z)
+        return dz, None if z is None else dc
+
+    def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.lora_kernels_cpu.shrink_squares(w, A)
 
     def layer(  # type: ignore[override]
         self, x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None
@@ -56,6 +86,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     devices = ("cpu",)
+    formats = (DENSE, "nf4")
 
     def unavailable(self) -> str | None:
         return _load()
