@@ -210,11 +210,8 @@ def row_norms_on(linear: Any, A: Tensor, B: Tensor, scale: float | Tensor) -> Te
 
     ValueError where the weight cannot be read.
     """
-    weight: Weight
-    if is_quantized(linear):
-        weight = _quantized_weight(linear, None)
-    else:
-        weight = linear.weight.t() if is_conv1d(linear) else linear.weight
+    weight: Weight = quantized_weight(linear) if is_packed(linear) else linear.weight
+    weight = weight.t() if is_conv1d(linear) else weight
     if weight.dtype not in DTYPES:
         raise ValueError(f"linear must have a floating-point weight for DoRA, got {weight.dtype}")
     plain = not isinstance(weight, Tensor) or is_plain_tensor(weight)

@@ -86,7 +86,7 @@ def scaled_forward(
     if products.reads_memory:
         x, weight, bias = map(in_memory, (x, weight, bias))
         adapter = Adapter(*map(in_memory, adapter))
-    return products.scaled(x, weight.t(), adapter, bias, keeps_z=keeps_z)
+    return products.shrink_expand_scaled(x, weight.t(), adapter, bias, keeps_z=keeps_z)
 
 
 def scaled_backward(
@@ -132,7 +132,7 @@ def row_norms(products: Products, weight: Tensor, adapter: Adapter) -> Tensor:
     """
     if products.reads_memory:
         weight, adapter = in_memory(weight), Adapter(*map(in_memory, adapter))
-    lowrank, squares = products.shrink_squares(weight, adapter._replace(scale=1.0))
+    lowrank, squares = products.shrink_squares(weight, adapter.A)
     A, u = adapter.A.to(lowrank.dtype), adapter.scale * adapter.B.t().to(lowrank.dtype)
     tail = torch.addmm(2.0 * lowrank, u, A.t() @ A).mul(u).sum(1)
     norms = (squares + tail).clamp(min=0.0).sqrt()
@@ -170,7 +170,7 @@ def backward(
     elif (needs.A and not needs.x) or (needs.x and (ds is not None or apart)):
         q = products.shrink(dy, adjoint)
     if ds is not None and q is not None:
-        q = q + products.scale_s(ds, adapter.scale)
+        q = q + products.scaled(ds, adapter.scale)
     if needs.x and q is None:
         dx, q = products.shrink_expand(dy, weight, adjoint)
     elif needs.x:
@@ -190,10 +190,7 @@ def jvp(
     adapter: Adapter,
     tangents: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor]:
-    """The tangents of (y, s) for those of (x, weight, A, B, bias, scale), by the product rule; None is a zero tangent.
-
-    Without a column scale: with one, this y is z.
-    """
+    """The tangents of (y, s) for those of (x, weight, A, B, bias, scale), by the product rule; None is a zero tangent."""
     tx, tweight, tA, tB, tbias, tscale = tangents
     s = products.shrink(x, adapter)
     ts = torch.zeros_like(s)
@@ -210,23 +207,3 @@ def jvp(
     if tB is not None:
         ty = ty + (s @ tB.to(s.dtype)).to(ty.dtype)
     return ty, ts
-
-
-def scaled_jvp(
-    products: Products,
-    x: Tensor,
-    weight: Weight,
-    adapter: Adapter,
-    tangents: tuple[Tensor | None, ...],
-    tbias: Tensor | None,
-    tc: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The tangents of (y, s, z) of `scaled_forward`: `tangents` as `jvp` takes them, without the bias's."""
-    c = cast(Tensor, adapter.column_scale)
-    plain = adapter._replace(column_scale=None)
-    tz, ts = jvp(products, x, weight, plain, tangents)
-    ty, _ = products.scaled_gradient(tz, c, None)
-    if tc is not None:
-        z, _ = forward(products, x, weight, plain, None)
-        ty = ty + products.scaled_gradient(z, tc, None)[0]
-    return ty if tbias is None else ty + tbias, ts, tz

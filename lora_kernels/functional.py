@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,15 +53,15 @@ def lora_linear(
     (float32 adapters on a half base are used as they are, others are cast to x's). y has the dtype of
     `F.linear(x, weight)`, under autocast as well. Sums run in float32 (float64 for float64) and are rounded at the end.
 
-    magnitude [N], of any of these dtypes, makes it DoRA (Liu et al., ICML 2024): y = c∘(x·weightᵀ + alpha·(x·A)·B) + bias
-    with c = magnitude / n, n the norms of the rows of weight + alpha·(A·B)ᵀ. No derivative passes through n, that of a
-    trained weight included. With dropout y = x·weightᵀ + bias - v·weightᵀ + c∘(v·weightᵀ + alpha·(v·A)·B), v = dropout(x),
-    and a second product with weight.
-
     alpha: the final multiplier, a real number or a 0-d tensor that needs no gradient, read when the product is computed.
     dropout_p: probability in [0, 1) of dropping an element of x on the LoRA branch only. seed: an integer or 0-d int64
     tensor that fixes the mask; drawn from torch's generator when None, so a replay under checkpointing draws it again.
     backend: "auto", or a backend's name, which then computes or raises RuntimeError.
+
+    magnitude [N], of any of these dtypes, makes it DoRA (Liu et al., ICML 2024): y = c∘(x·weightᵀ + alpha·(x·A)·B) + bias
+    with c = magnitude / n, n the norms of the rows of weight + alpha·(A·B)ᵀ. n is a constant for every derivative, that of
+    a trained weight included. With dropout y = x·weightᵀ + bias - v·weightᵀ + c∘(v·weightᵀ + alpha·(v·A)·B) for
+    v = dropout(x), which takes a second product with weight.
 
     ValueError or TypeError names the argument, its value and the rule.
 
@@ -83,7 +84,6 @@ def call(
     dropout_p: float,
     seed: int | Tensor | None,
     backend: str,
-    *,
     offsets: Tensor | None = None,
     magnitude: Tensor | None = None,
 ) -> Tensor:
@@ -95,14 +95,15 @@ def call(
     check_dropout("dropout_p", dropout_p)
     _check_seed(seed)
     plan.check_name(backend)
-    apply = _apply if magnitude is None or not dropout_p else _apply_dropped
+    apply: Any = _apply if magnitude is None else _apply_dora
+    last = offsets if magnitude is None else magnitude
     if half is not None:
         x = x.to(half)
         weight = weight.to(half)
         bias = None if bias is None else bias.to(half)
         with torch.autocast(x.device.type, enabled=False):
-            return apply(x, weight, A, B, alpha, bias, magnitude, dropout_p, seed, backend, offsets)
-    return apply(x, weight, A, B, alpha, bias, magnitude, dropout_p, seed, backend, offsets)
+            return apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, last)
+    return apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, last)
 
 
 def explain(
@@ -134,7 +135,7 @@ def explain(
     check_dropout("dropout_p", dropout_p)
     groups = groups_of(offsets, weight, bias)
     problem = problem_of(x, weight, A, bias, dropout=dropout_p > 0, dtype=half, groups=groups)
-    return plan.explain(problem, backend)
+    return replace(plan.explain(problem, backend), magnitude=magnitude is not None)
 
 
 def check_operands(
@@ -346,7 +347,6 @@ def _apply(
     B: Tensor,
     alpha: float | Tensor,
     bias: Tensor | None,
-    magnitude: Tensor | None,
     dropout_p: float,
     seed: int | Tensor | None,
     backend: str,
@@ -358,57 +358,67 @@ def _apply(
         alpha = _number(alpha)
     seed = _seed(seed, x.device) if dropout_p else None
     quantised = not isinstance(weight, Tensor)  # the type check of an abstract class takes longer
-    traced = (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or not _EAGER_TYPES.issuperset(
-            map(
-                type,
-                (x, A, B, bias, magnitude) if quantised else (x, weight, A, B, bias, magnitude),
-            )
-        )
-        or autograd.modes_are_active()
-    )
-    if traced and not isinstance(alpha, Tensor):
-        alpha = alpha_tensor(alpha, x.dtype, x.device)
-    chosen = c = None
+    traced = _is_traced(x, None if quantised else weight, A, B, bias)
+    chosen = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
-    if magnitude is not None:
-        norms = dora.row_norms(weight, A, B, alpha, backend, how=_way(traced))
-        c = dora.column_scale(magnitude, norms)
-        needs_grad = needs_grad or c.requires_grad
     usual = not traced and _has_usual_derivatives(weight, A, B, alpha, bias)
     if usual and (x.is_cpu or not needs_grad):
         groups = groups_of(offsets, weight, bias)
         chosen = plan.plan_call(backend, x, weight, A, bias, seed is not None, groups)
-        dropout = None if seed is None else as_dropout(dropout_p, seed)
-        adapter = Adapter(A, B, alpha, dropout, column_scale=c)
+        adapter = Adapter(A, B, alpha, None if seed is None else as_dropout(dropout_p, seed))
         layer = chosen.products.layer
-        plain = groups is None and c is None
-        if layer is not None and isinstance(weight, Tensor) and plain:
+        if layer is not None and isinstance(weight, Tensor) and groups is None:
             return layer(x, weight, adapter, bias)
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
     rest = A, B, bias, alpha, dropout_p, seed, backend
     # A Function hides packed tensors, which are no arguments of its own, and has no tangents over groups.
     if (quantised or offsets is not None) and _is_differentiated_elsewhere():
-        y, *_ = autograd.transparent(rows, weight, *rest, offsets, c)
-    elif traced and c is not None:
-        z, _ = _traced(rows, weight, A, B, None, *rest[3:])
-        y = with_column_scale(z, c, bias)
+        y, _ = autograd.transparent(rows, weight, *rest, offsets)
     elif traced:
         y, _ = _traced(rows, weight, *rest, offsets)
     elif chosen is not None and not needs_grad:
         weight = chosen.readable(weight)
-        products = chosen.products.bound(groups)
-        if c is None:
-            y, _ = formulas.forward(products, rows, weight, adapter, bias)
-        else:
-            y, *_ = formulas.scaled_forward(products, rows, weight, adapter, bias, False)
+        y, _ = formulas.forward(chosen.products.bound(groups), rows, weight, adapter, bias)
     else:
         call = Call(backend, chosen)
-        y, *_ = autograd.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, call, offsets, c)
+        y, _ = autograd.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, call, offsets)
     return y if x.ndim == 2 else y.reshape(*lead, weight.shape[-2])
+
+
+def _apply_dora(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    alpha: float | Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    backend: str,
+    magnitude: Tensor,
+) -> Tensor:
+    """`_apply` with DoRA's magnitude: in eager mode in one product, else as a scale of the columns of `_apply`'s result."""
+    A, B = adapters_as_used(A, B, x.dtype)
+    alpha = _number(alpha)
+    if dropout_p:
+        rest = A, B, alpha, bias, magnitude, dropout_p, seed, backend
+        return _apply_dropped(x, weight, *rest)
+    dense = weight if isinstance(weight, Tensor) else None
+    traced = _is_traced(x, dense, A, B, bias, magnitude)
+    elsewhere = _is_differentiated_elsewhere()
+    if traced and not isinstance(alpha, Tensor):
+        alpha = alpha_tensor(alpha, x.dtype, x.device)
+    how = "operator" if torch.compiler.is_compiling() else "transparent"
+    how = "transparent" if elsewhere else how if traced else "eager"
+    c = dora.column_scale(magnitude, dora.row_norms(weight, A, B, alpha, backend, how=how))
+    if how != "eager":
+        z = _apply(x, weight, A, B, alpha, None, 0.0, None, backend)
+        return with_column_scale(z, c, bias)
+    lead = x.shape[:-1]
+    rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
+    y = dora.dora_linear(rows, weight, A, B, bias, alpha, backend, c)
+    return y if x.ndim == 2 else y.reshape(*lead, weight.shape[0])
 
 
 def _apply_dropped(
@@ -418,7 +428,7 @@ def _apply_dropped(
     B: Tensor,
     alpha: float | Tensor,
     bias: Tensor | None,
-    magnitude: Tensor | None,
+    magnitude: Tensor,
     dropout_p: float,
     seed: int | Tensor | None,
     backend: str,
@@ -433,18 +443,19 @@ def _apply_dropped(
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         dropout = Dropout(dropout_p, _seed(seed, x.device))
         v = (rows * scaled_mask(dropout, *rows.shape, x.dtype)).view(x.shape)  # type: ignore[misc]
-    adapted = _apply(v, weight, A, B, alpha, None, magnitude, 0.0, None, backend)
-    left = _apply(x - v, weight, A[:, :0], B[:0], alpha, bias, None, 0.0, None, backend)
+    adapted = _apply_dora(v, weight, A, B, alpha, None, 0.0, None, backend, magnitude)
+    left = _apply(x - v, weight, A[:, :0], B[:0], alpha, bias, 0.0, None, backend)
     return left + adapted
 
 
-def _way(traced: bool) -> str:
-    """How `dora.row_norms` is computed now."""
-    if _is_differentiated_elsewhere():
-        return "transparent"
-    if not traced:
-        return "eager"
-    return "operator" if torch.compiler.is_compiling() else "transparent"
+def _is_traced(*operands: Tensor | None) -> bool:
+    """Whether registered operators must be called, which compilers, modes and other kinds of tensors see."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or not _EAGER_TYPES.issuperset(map(type, operands))
+        or autograd.modes_are_active()
+    )
 
 
 def _traced(
@@ -453,12 +464,14 @@ def _traced(
     A: Tensor,
     B: Tensor,
     bias: Tensor | None,
-    alpha: Tensor,
+    alpha: float | Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     """(y, s) by the registered operators."""
     if not torch.compiler.is_compiling():
         ops.count_flops()
+    if not isinstance(alpha, Tensor):
+        alpha = alpha_tensor(alpha, x.dtype, x.device)
     adapter = A, B, bias, alpha, *rest
     if (
         forward_ad._current_level >= 0

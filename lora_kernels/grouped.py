@@ -42,5 +42,4 @@ def grouped_lora_linear(
     >>> torch.allclose(y[2:], lora_linear(x[2:], weight[2], A[2], B[2], 0.5), atol=1e-5)
     True
     """
-    rest = bias, dropout_p, seed, backend
-    return functional.call(x, weight, A, B, scale, *rest, offsets=offsets)
+    return functional.call(x, weight, A, B, scale, bias, dropout_p, seed, backend, offsets)

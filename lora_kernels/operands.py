@@ -150,8 +150,7 @@ def groups_of(offsets: Tensor | None, weight: Weight, bias: Tensor | None) -> Gr
 
 
 class Adapter(NamedTuple):
-    """The low-rank branch scale·(mask∘x)·A·B of one layer, or of each group (see `Groups`), and DoRA's factor of each column
-    of the layer's result.
+    """The low-rank branch scale·(mask∘x)·A·B of one layer, or of each group: see `Groups`.
 
     `dropout_in` masks the branch's input [M, K], `dropout_out` its output [M, N]: an adapter has the first, its transpose
     the second. `column_scale`: the result without its bias is multiplied by it; None without DoRA.

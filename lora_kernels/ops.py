@@ -21,7 +21,7 @@ from lora_kernels import formulas
 from lora_kernels.autograd import LoRALinear, any_dual, as_dropout, gradients, transparent
 from lora_kernels.backends.base import Products
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
-from lora_kernels.formulas import Needs, Saved
+from lora_kernels.formulas import Gradients, Needs, Saved
 from lora_kernels.operands import (
     Adapter,
     Groups,
@@ -298,19 +298,14 @@ class _Registered(LoRALinear):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        LoRALinear.setup_context(ctx, (*inputs[:-1], None), output)
+        LoRALinear.setup_context(ctx, inputs[:-1], output)
 
     @staticmethod
-    def backward(
-        ctx: Any, dy: Tensor | None, ds: Tensor | None, dz: None = None
-    ) -> tuple[Tensor | None, ...]:
-        *grads, _ = gradients(ctx, dy, ds, dz, _fused)
-        return (*grads, *(None,) * 6)
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*gradients(ctx, dy, ds, _fused), *(None,) * 6)
 
 
-def _fused(
-    ctx: Any, dy: Tensor, z: None, kept: Saved, adapter: Adapter, groups: Groups | None
-) -> tuple[Tensor | None, ...]:
+def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter, groups: Groups | None) -> Gradients:
     backward: Any = lora_linear_backward
     weight: tuple = (kept.weight,)
     if ctx.weight is not None:
@@ -334,7 +329,7 @@ def _fused(
         ctx.call,  # the name of the backend, which the operator asks for when it runs
         *(groups or ()),
     )
-    return (*(g if need else None for g, need in zip(grads, ctx.needs, strict=True)), None)
+    return tuple(g if need else None for g, need in zip(grads, ctx.needs, strict=True))  # type: ignore[return-value]
 
 
 def _below_autograd(op: Any, keys: Any, args: tuple) -> Any:

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import dora, explain, formulas, lora_linear, use_backend
+from lora_kernels import (
+    LinearWithLoRA,
+    dora,
+    explain,
+    formulas,
+    freeze_base,
+    load_adapter,
+    lora_linear,
+    lora_parameters,
+    lora_state_dict,
+    merge_lora,
+    replace_linear_with_lora,
+    save_adapter,
+    unmerge_lora,
+    use_backend,
+)
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.backends.cpu import PRODUCTS as CPU
 from lora_kernels.backends.eager import PRODUCTS as EAGER
 from lora_kernels.bench.memory import peak_bytes
 from lora_kernels.dropout import Dropout, scaled_mask
+from lora_kernels.integrations.peft import accelerate, restore, why_not_fused
 from lora_kernels.operands import Adapter
 from tests.oracle import AWKWARD, FLOAT64, assert_budget
 from tests.toy_format import Int8Rows
@@ -492,3 +511,260 @@ def test_bad_magnitudes(change, error, words):
         explain(
             *(tensors[n] for n in NAMES[:4]), 0.75, tensors["bias"], magnitude=tensors["magnitude"]
         )
+
+
+class Net(nn.Module):
+    """Two layers of different widths, the first without a bias."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(4)
+        self.up, self.down = (
+            nn.Linear(12, 20, bias=False, dtype=dtype),
+            nn.Linear(20, 9, dtype=dtype),
+        )
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+def moved(model):
+    """The model with adapters that are not those it began with."""
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for p in lora_parameters(model):
+            p.add_(torch.randn(p.shape, generator=generator).mul(0.3).to(p.dtype))
+    return model
+
+
+def dora_net(dtype=torch.float32, **options):
+    model = Net(dtype)
+    replace_linear_with_lora(model, 3, 2.0, dora=True, scaling="alpha/rank", **options)
+    freeze_base(model)
+    return model
+
+
+def peft_net(dtype=torch.float32, **options):
+    config = LoraConfig(r=3, lora_alpha=2, target_modules=["up", "down"], use_dora=True, **options)
+    return get_peft_model(Net(dtype), config)
+
+
+def batch(dtype=torch.float32):
+    return torch.randn(7, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+class TestModules:
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+    def test_it_begins_as_the_base(self, dtype):
+        x = batch(dtype)
+        torch.testing.assert_close(dora_net(dtype)(x), Net(dtype)(x), rtol=0.02, atol=0.02)
+        if dtype == torch.float32:
+            torch.testing.assert_close(dora_net()(x), Net()(x))
+
+    def test_its_parameters(self):
+        model = dora_net()
+        keys = [f"{layer}.lora.{p}" for layer in ("up", "down") for p in ("A", "B", "magnitude")]
+        assert sorted(lora_state_dict(model)) == sorted(keys)
+        assert len(list(lora_parameters(model))) == 6
+        model(batch()).sum().backward()
+        trained = {name for name, p in model.named_parameters() if p.grad is not None}
+        assert trained == set(keys)
+        assert "magnitude" not in dict(
+            LinearWithLoRA(nn.Linear(3, 3), 1, 1.0).lora.named_parameters()
+        )
+
+    def test_the_state_comes_back(self):
+        model, other = moved(dora_net()), dora_net()
+        other.load_state_dict(copy.deepcopy(model.state_dict()))
+        torch.testing.assert_close(other(batch()), model(batch()))
+        torch.testing.assert_close(copy.deepcopy(model)(batch()), model(batch()))
+        torch.testing.assert_close(model.double()(batch().double()).float(), other(batch()))
+
+    def test_meta(self):
+        with torch.device("meta"):
+            model = dora_net()
+        assert model.up.lora.magnitude.is_meta
+        model.to_empty(device="cpu").load_state_dict(moved(dora_net()).state_dict())
+        torch.testing.assert_close(model(batch()), moved(dora_net())(batch()))
+
+    def test_hooks_on_its_parts_run(self):
+        model, calls = moved(dora_net()), []
+        expected = model(batch())
+        model.up.linear.register_forward_hook(lambda *_: calls.append("linear"))
+        model.down.lora.register_forward_hook(lambda *_: calls.append("lora"))
+        torch.testing.assert_close(model(batch()), expected)
+        assert calls == ["linear", "lora"]
+
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+    @pytest.mark.parametrize("unload", (True, False))
+    def test_merged_and_undone(self, dtype, unload):
+        model = moved(dora_net(dtype))
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        expected = model(batch(dtype))
+        assert merge_lora(model, unload=unload) == ["up", "down"]
+        rounding = {"rtol": 0.03, "atol": 0.03} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(model(batch(dtype)), expected, **rounding)
+        if not unload:
+            unmerge_lora(model)
+            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+            assert torch.equal(model(batch(dtype)), expected)
+
+    def test_a_conv1d(self):
+        from transformers.pytorch_utils import Conv1D
+
+        torch.manual_seed(0)
+        base = Conv1D(9, 12)
+        layer = LinearWithLoRA(base, 3, 2.0, dora=True)
+        torch.testing.assert_close(layer(batch()), base(batch()))
+        moved(layer)
+        lora = layer.lora
+        plain = reference(batch(), base.weight.t(), lora.A, lora.B, 2.0, base.bias, lora.magnitude)
+        torch.testing.assert_close(layer(batch()), plain)
+        merge_lora(layer)
+        torch.testing.assert_close(layer(batch()), plain)
+
+    def test_sharding_by_tensor_parallel_styles_is_refused(self):
+        from lora_kernels.distributed import ColwiseLoRA
+
+        with pytest.raises(ValueError, match="must not be DoRA"):
+            ColwiseLoRA()._apply(dora_net().up, None)
+
+
+class TestFiles:
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+    def test_ours_into_peft_and_back(self, tmp_path, dtype):
+        model = moved(dora_net(dtype))
+        save_adapter(model, tmp_path / "ours")
+        theirs = PeftModel.from_pretrained(
+            Net(dtype), tmp_path / "ours", autocast_adapter_dtype=False
+        )
+        close = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(theirs(batch(dtype)), model(batch(dtype)), **close)
+        theirs.save_pretrained(tmp_path / "theirs")
+        for start in (Net(dtype), dora_net(dtype)):
+            assert sorted(load_adapter(start, tmp_path / "theirs")) == ["down", "up"]
+            assert torch.equal(start(batch(dtype)), model(batch(dtype)))
+
+    def test_what_does_not_fit_changes_nothing(self, tmp_path):
+        save_adapter(moved(dora_net()), tmp_path / "dora")
+        plain = Net()
+        replace_linear_with_lora(plain, 3, 2.0)
+        save_adapter(plain, tmp_path / "plain")
+        for model, file in ((plain, "dora"), (dora_net(), "plain")):
+            before = copy.deepcopy(model.state_dict())
+            with pytest.raises(ValueError, match="DoRA"):
+                load_adapter(model, tmp_path / file)
+            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        mixed = dora_net()
+        mixed.up.lora.magnitude = None
+        with pytest.raises(ValueError, match="all be DoRA or all plain"):
+            save_adapter(mixed, tmp_path / "mixed")
+        assert not (tmp_path / "mixed").exists()
+
+    def damaged(self, folder, change):
+        save_adapter(moved(dora_net()), folder)
+        weights = folder / "adapter_model.safetensors"
+        tensors = load_file(weights)
+        change(tensors)
+        save_file(tensors, weights)
+
+    @pytest.mark.parametrize("value", (None, torch.ones(4), torch.ones(20, 1)), ids=str)
+    def test_a_damaged_magnitude(self, tmp_path, value):
+        key = "base_model.model.up.lora_magnitude_vector"
+        self.damaged(tmp_path, lambda t: t.pop(key) if value is None else t.update({key: value}))
+        model = dora_net()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match="magnitude"):
+            load_adapter(model, tmp_path)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def peft_step(model, x, training=True):
+    """y and the gradients of what PEFT trains."""
+    model.train(training)
+    model.zero_grad()
+    y = model(x)
+    y.float().square().sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return y.detach(), grads
+
+
+class TestPeft:
+    @pytest.mark.parametrize(
+        "dtype, cast",
+        ((torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)),
+        ids=str,
+    )
+    def test_fused_and_restored(self, dtype, cast):
+        config = LoraConfig(r=3, lora_alpha=2, target_modules=["up", "down"], use_dora=True)
+        model = get_peft_model(Net(dtype), config, autocast_adapter_dtype=cast)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_" in name:
+                    p.add_(torch.randn(p.shape, generator=generator).mul(0.3).to(p.dtype))
+        plain = peft_step(model, batch(dtype))
+        report = accelerate(model)
+        assert len(report.fused) == 2 and not report.left_alone
+        fused = peft_step(model, batch(dtype))
+        close = {"rtol": 0.05, "atol": 0.3} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(fused, plain, **close)
+        assert sum("magnitude" in name for name in fused[1]) == 2
+        restore(model)
+        torch.testing.assert_close(peft_step(model, batch(dtype)), plain, rtol=0, atol=0)
+
+    def test_dropout_is_peft_s(self):
+        """Both draw a mask of x by torch's own dropout."""
+        torch.manual_seed(0)
+        model = peft_net(lora_dropout=0.5, init_lora_weights=False)
+        torch.manual_seed(7)
+        plain = peft_step(model, batch())
+        accelerate(model)
+        torch.manual_seed(7)
+        torch.testing.assert_close(peft_step(model, batch()), plain)
+        torch.testing.assert_close(
+            peft_step(model, batch(), training=False)[0],
+            peft_step((restore(model), model)[1], batch(), training=False)[0],
+        )
+
+    def test_merging_takes_peft_s_own_path(self):
+        model = peft_net(init_lora_weights=False)
+        expected = model(batch())
+        accelerate(model)
+        model.merge_adapter()
+        torch.testing.assert_close(model(batch()), expected)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(batch()), expected)
+
+    def test_hooks_on_the_magnitude_are_left_to_peft(self):
+        model = peft_net(init_lora_weights=False)
+        accelerate(model)
+        layer, calls = model.base_model.model.up, []
+        layer.lora_magnitude_vector["default"].register_forward_hook(lambda *_: calls.append(1))
+        assert "magnitude" in why_not_fused(layer)
+        model(batch())
+        assert calls
+
+    def test_a_quantised_base(self):
+        """bitsandbytes' NF4: the norms are those of the weight as it is read."""
+        kind = pytest.importorskip("bitsandbytes").nn.Linear4bit
+        torch.manual_seed(2)
+        host = nn.Sequential(kind(128, 64, quant_type="nf4", compute_dtype=torch.float32).to("cpu"))
+        host.is_loaded_in_4bit = True
+        config = LoraConfig(r=4, target_modules=["0"], use_dora=True, init_lora_weights=False)
+        model = get_peft_model(host, config)
+        x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+        plain = peft_step(model, x)
+        assert len(accelerate(model).fused) == 1
+        torch.testing.assert_close(peft_step(model, x), plain, rtol=2e-3, atol=2e-3)
+        layer = LinearWithLoRA(host[0].base_layer, 4, 2.0, dora=True)
+        torch.testing.assert_close(layer(x), host[0].base_layer(x), rtol=1e-3, atol=1e-3)
+
+
+def test_what_explain_says_of_the_scale():
+    tensors = [t.detach() for t in operands()]
+    operands_of = (*tensors[:4], 0.75, tensors[4])
+    for backend, where in (("cpu", "in the same product"), ("eager", "in a pass of its own")):
+        told = str(explain(*operands_of, magnitude=tensors[5], backend=backend))
+        assert f"DoRA's scale {where}" in told
+        assert "DoRA" not in str(explain(*operands_of, backend=backend))

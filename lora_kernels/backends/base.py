@@ -22,6 +22,7 @@ class Products(ABC):
     least float32; the skinny results s and q are float32 (float64 for float64 operands). Equal input gives equal bits.
     """
 
+    scales_columns = False  # whether `shrink_expand_scaled` is one product
     reads_memory = False  # whether `formulas` must give it each operand `in_memory`
     # (x [..., K], weight [N, K], adapter, bias) -> y with derivatives, where the layer is one operator: for a frozen
     # weight and bias, A and B both trained or both not, a number as scale.
@@ -62,7 +63,7 @@ class Products(ABC):
         """
         return self.shrink(dy, adapter), self.wgrad(s, dy, dtype)
 
-    def scale_s(self, s: Tensor, scale: Scale) -> Tensor:
+    def scaled(self, s: Tensor, scale: Scale) -> Tensor:
         """scale·s: s [M, R]."""
         return scale * s
 
@@ -88,7 +89,7 @@ class Products(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no products over groups")
 
-    def scaled(
+    def shrink_expand_scaled(
         self,
         x: Tensor,
         w: Weight,
@@ -122,12 +123,12 @@ class Products(ABC):
             dc += (dy[rows].to(c.dtype) * z[rows]).sum(0)
         return dz, dc
 
-    def shrink_squares(self, w: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        """(scale·w·A, the sums of w² over columns), from one reading of w where the products have that.
+    def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """(w·A, the sums of w² over columns), from one reading of w where the products have that.
 
         w [N, K], A [K, R] -> [N, R] and [N], float32 (float64 for float64): what DoRA's row norms are made of.
         """
-        lowrank = self.shrink(w, adapter)
+        lowrank = self.shrink(w, Adapter(A, A.t(), 1.0))
         squares = w.new_empty(w.shape[0], dtype=lowrank.dtype)
         for rows in row_blocks(w):
             norms = torch.linalg.vector_norm(w[rows].to(lowrank.dtype), dim=1)

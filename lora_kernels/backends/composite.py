@@ -37,26 +37,14 @@ class CompositeProducts(Products):
     ) -> Tensor:
         return (_masked(_widened(left), dropout).t() @ _widened(right)).to(dtype)
 
-    def scaled(
-        self,
-        x: Tensor,
-        w: Weight,
-        adapter: Adapter,
-        bias: Tensor | None = None,
-        *,
-        keeps_z: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        z, s = self.shrink_expand(x, w, adapter, None)
-        return with_column_scale(z, adapter.column_scale, bias), s, z  # type: ignore[arg-type]
-
     def scaled_gradient(
         self, dy: Tensor, c: Tensor, z: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         dc = None if z is None else (_widened(dy) * z).sum(0)
         return (dy * c).to(dy.dtype), dc
 
-    def shrink_squares(self, w: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        return self.shrink(w, adapter), _widened(w).square().sum(1)
+    def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        return _widened(w) @ _widened(A), _widened(w).square().sum(1)
 
     def grouped(self, groups: Groups) -> Products:
         return GroupedCompositeProducts(groups)
@@ -71,7 +59,7 @@ class GroupedCompositeProducts(Products):
 
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         s = self._product(_masked(_widened(x), adapter.dropout_in), _widened(adapter.A))
-        return self.scale_s(s, adapter.scale)
+        return self.scaled(s, adapter.scale)
 
     def expand(
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
@@ -93,10 +81,10 @@ class GroupedCompositeProducts(Products):
         )
         return blocks.sums(left.mT @ right).to(dtype)
 
-    def scale_s(self, s: Tensor, scale: Scale) -> Tensor:
+    def scaled(self, s: Tensor, scale: Scale) -> Tensor:
         if isinstance(scale, Tensor) and scale.ndim:
             scale = self._blocks_of(s.shape[0]).of_rows(scale)[:, None]
-        return super().scale_s(s, scale)
+        return super().scaled(s, scale)
 
     def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
         if not self.groups.own_weight:

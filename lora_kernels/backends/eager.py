@@ -142,7 +142,7 @@ class GroupedEagerProducts(Products):
 
 
 def _of_group(adapter: Adapter, g: int, rows: slice) -> Adapter:
-    A, B, scale, *masks, _ = adapter
+    A, B, scale, *masks = adapter
     scale = scale[g] if isinstance(scale, Tensor) and scale.ndim else scale
     return Adapter(A[g], B[g], scale, *(_from_row(mask, rows) for mask in masks))
 
