@@ -67,8 +67,10 @@ def short(path):
 @pytest.mark.parametrize("document", with_python(), ids=short)
 def test_python_blocks_run(document, tmp_path):
     """Top to bottom in one process, as a reader would; a block that needs a package that is not here is left out."""
-    has_peft = importlib.util.find_spec("peft") is not None
-    code = "\n".join(b for b in blocks(document, "python") if has_peft or "from peft" not in b)
+    optional = {"from peft": "peft", "import bitsandbytes": "bitsandbytes"}
+    missing = [line for line, name in optional.items() if importlib.util.find_spec(name) is None]
+    kept = [b for b in blocks(document, "python") if not any(line in b for line in missing)]
+    code = "\n".join(kept)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LORA_KERNELS_CACHE": str(tmp_path)}
     # Each document says what its names stand for; the README's line of the formula names a layer without making one.
     prologue = "import torch\nlinear, x = torch.nn.Linear(8, 4), torch.randn(3, 8)\n"

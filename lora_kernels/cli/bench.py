@@ -106,8 +106,7 @@ def _order(args: argparse.Namespace, baseline: Results | None) -> Order:
         preset = args.preset or (None if args.shape else default)
         if preset == "gpu" and device != "cuda":
             raise RuntimeError("--preset gpu needs a GPU that PyTorch can use")
-        names = presets.GRID_NAMES if preset == "grid" else presets.ALL
-        names = tuple(args.contender or names)
+        names = tuple(args.contender or presets.names(preset))
         cases = [] if preset is None else presets.cases(preset, device, dtypes)
         shapes = [tuple(shape) for shape in args.shape or ()]
         for shape in shapes:
