@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from lora_kernels import bases
+from lora_kernels.bases import features, has_hooks, is_linear
+from lora_kernels.declined import why_declined
 from lora_kernels.functional import (
     DTYPES,
     alpha_tensor,
     autocast_dtype,
     check_dropout,
-    lora_linear,
     shown,
 )
 
@@ -170,16 +172,8 @@ class LinearWithLoRA(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not is_linear(linear):
-            raise TypeError(
-                "linear must be a torch.nn.Linear or Transformers' Conv1D, "
-                f"got {type(linear).__name__}"
-            )
+        bases.check_base(linear)
         weight: Any = linear.weight
-        if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise ValueError(
-                "linear must have its sizes: call the LazyLinear once before wrapping it"
-            )
         self.linear = linear
         self.lora = LoRALayer(
             *features(linear),
@@ -187,13 +181,13 @@ class LinearWithLoRA(nn.Module):
             alpha,
             scaling=scaling,
             dropout=dropout,
-            dtype=dtype or (weight.dtype if weight.dtype in DTYPES else None),
+            dtype=dtype or bases.adapter_dtype(linear),
             device=device or weight.device,
         )
         self.train(linear.training)
-        self.unmerged_weight: Tensor | None = (
-            None  # the base weight while it is merged, see `merge`
-        )
+        # While the layer is merged, see `merge`: the base weight as it was, or the dense one in a quantised base's place.
+        self.unmerged_weight: Tensor | None = None
+        self.merged_weight: Tensor | None = None
         self.register_state_dict_post_hook(_save_unmerged)
         self.register_load_state_dict_pre_hook(_refuse_merged)
 
@@ -217,8 +211,11 @@ class LinearWithLoRA(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether the base weight holds the low-rank product now (`merge_lora`), so that forward is the base's."""
-        return self.unmerged_weight is not None
+        """Whether the base weight holds the low-rank product now (`merge_lora`), so that forward is the base's.
+
+        Over a quantised base a dense weight beside it does.
+        """
+        return self.unmerged_weight is not None or self.merged_weight is not None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`weight` and `bias` are those of `linear`: who ties weights assigns to the layer."""
@@ -229,8 +226,10 @@ class LinearWithLoRA(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearWithLoRA:
         super()._apply(fn, recurse)
-        if self.unmerged_weight is not None:
-            self.unmerged_weight = fn(self.unmerged_weight)
+        for name in ("unmerged_weight", "merged_weight"):
+            kept = getattr(self, name)
+            if kept is not None:
+                setattr(self, name, fn(kept))
         return self
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -247,23 +246,13 @@ class LinearWithLoRA(nn.Module):
         lora: Any = inner["lora"]
         if self.unmerged_weight is not None:
             return linear(x)
-        weight = linear.weight
-        if (
-            x.is_nested
-            or x.is_sparse
-            or not is_plain(linear, lora, weight)
-            or _has_any_global_hook()
-        ):
-            return linear(x) + lora(x)
-        return lora_linear(
-            x,
-            weight if isinstance(linear, nn.Linear) else weight.t(),
-            lora.A,
-            lora.B,
-            lora.run_time_scale(),
-            linear.bias,
-            dropout_p=lora.dropout if lora.training else 0.0,
-        )
+        if self.merged_weight is not None:
+            return bases.dense_linear(x, self.merged_weight, linear.bias)
+        y = None
+        if is_plain(linear, lora) and not (x.is_nested or x.is_sparse or _has_any_global_hook()):
+            p = lora.dropout if lora.training else 0.0
+            y = bases.lora_linear_on(linear, x, lora.A, lora.B, lora.run_time_scale(), dropout_p=p)
+        return linear(x) + lora(x) if y is None else y
 
 
 def replace_linear_with_lora(
@@ -440,55 +429,13 @@ def _number(alpha: float) -> float:
     return alpha if type(alpha) in (int, float) else float(alpha)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` can be the base of a `LinearWithLoRA`."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is Transformers' Conv1D, a Linear that stores W [in, out]; by name, without importing it."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def features(linear: Any) -> tuple[int, int]:
-    """(in, out) of an nn.Linear or a Conv1D."""
-    if is_conv1d(linear):
-        return linear.weight.shape[0], linear.weight.shape[1]
-    return linear.in_features, linear.out_features
-
-
-def is_plain(linear: nn.Module, lora: LoRALayer, weight: Tensor) -> bool:
-    """Whether calling `linear`, which has `weight`, and `lora` would do nothing but the formula, so that it may be fused."""
+def is_plain(linear: nn.Module, lora: LoRALayer) -> bool:
+    """Whether calling `linear` and `lora` would do nothing but the formula, so that it may be fused."""
     return (
-        (type(linear).forward is nn.Linear.forward or is_conv1d(linear))
+        bases.is_plain(linear)
         and type(lora).forward is LoRALayer.forward
-        and "forward" not in linear.__dict__
         and "forward" not in lora.__dict__
-        and not has_hooks(linear)
         and not has_hooks(lora)
-        and (is_plain_tensor(weight) or type(weight).__module__ == _SHARDED)
-    )
-
-
-def is_plain_tensor(t: Tensor) -> bool:
-    """Whether t is a dense tensor, or one that stands for it while torch.export traces."""
-    return type(t) in _PLAIN_TENSORS or type(t).__module__ in _TRACED
-
-
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
-_TRACED = ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
-# By name, so that torch.distributed is not imported; the operators have sharding rules for it, see `distributed`.
-_SHARDED = "torch.distributed.tensor"
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` runs more than its forward, hooks on all modules aside."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
     )
 
 
@@ -522,6 +469,9 @@ def _linear_places(model: nn.Module, wanted: Callable[[str], bool]) -> Iterator[
             name = prefix + key
             if child is None or has_lora(child):
                 continue
+            reason = why_declined(child)
+            if reason is not None and wanted(name):
+                raise ValueError(f"{name} must have a weight that products can read, but {reason}")
             if is_linear(child):
                 if isinstance(parent, nn.MultiheadAttention):
                     if wanted(name):
@@ -559,7 +509,7 @@ def _save_unmerged(
 
 
 def _refuse_merged(module: LinearWithLoRA, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    if module.unmerged_weight is not None and any(key.startswith(prefix) for key in state):
+    if module.merged and any(key.startswith(prefix) for key in state):
         raise RuntimeError(
             f"{prefix[:-1] or 'layer'} is merged: unmerge_lora(model) before loading"
         )
