@@ -80,9 +80,14 @@ _PROGRAM = """
 import sys
 sys.path[:] = [folder for folder in sys.path if folder]
 import json
-sys.path[:], name, index, uuid = json.loads(sys.argv[1])
-from lora_kernels import selftest
-selftest.answer(name, index, uuid)
+sys.path[:], package, folder, name, index, uuid = json.loads(sys.argv[1])
+import importlib.util
+# By its file, as the package may have been loaded from a folder that is on no path.
+file = folder + "/__init__.py"
+spec = importlib.util.spec_from_file_location(package, file, submodule_search_locations=[folder])
+sys.modules[package] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[package])
+importlib.import_module(package + ".selftest").answer(name, index, uuid)
 """
 
 
@@ -133,7 +138,8 @@ def _failure_elsewhere(name: str, index: int) -> str | None:
     python = os.fsdecode(get_executable() or "")  # what multiprocessing.set_executable can change
     if not python or (getattr(sys, "frozen", False) and python == sys.executable):
         raise NoVerdictError("this program has no Python interpreter to start")
-    asked = json.dumps([list(map(str, sys.path)), name, index, _uuid(index)])
+    package = [__package__, str(Path(__file__).resolve().parent)]
+    asked = json.dumps([list(map(str, sys.path)), *package, name, index, _uuid(index)])
     env.logger().info("the %s backend is tested on device %d, for the first time", name, index)
     try:
         code, output, errors = _run_apart([python, "-c", _PROGRAM, asked], LIMIT)
