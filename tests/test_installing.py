@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lora_kernels.backends import cpu
+from lora_kernels.cli import info
+
+ROOT = Path(__file__).parent.parent
+RELEASE = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
 
 # What Windows has not: modules, and functions that only POSIX has.
 _ELSEWHERE = """
@@ -99,3 +105,48 @@ def test_elsewhere_than_on_linux_x86_64_eager_trains_and_says_why(system, machin
     assert "cuda    not usable: " in run.stdout and "triton  not usable: " in run.stdout
     assert "takes eager for float32, bfloat16, float16" in run.stdout
     assert run.stderr == "", "nothing that the user of such a machine could change"
+
+
+def test_a_strangers_first_steps_here():
+    """The program that the release workflow runs where a package is installed."""
+    expected = "eager" if cpu.BACKEND.unavailable() else "cpu"
+    code = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[1:] = [{expected!r}]\n"
+    code += f"runpy.run_path({str(ROOT / 'tests/first_steps.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith(f": {expected}")
+
+
+def test_first_steps_need_nothing_of_the_sources():
+    imported = re.findall(
+        r"^(?:import|from) (\w+)", (ROOT / "tests/first_steps.py").read_text(), re.M
+    )
+    assert set(imported) - {"__future__", "sys", "tempfile"} == {"torch", "lora_kernels"}
+
+
+def test_a_release_is_installed_and_tested_before_it_is_published():
+    jobs = RELEASE["jobs"]
+    order = ["library", "packages", "install", "publish"]
+    assert list(jobs) == order
+    assert [jobs[name].get("needs") for name in order] == [None, *order[:-1]]
+    assert RELEASE[True]["push"]["tags"] == ["v*"]  # YAML reads the key `on` as true
+    assert "refs/tags/" in jobs["publish"]["if"]
+    assert RELEASE["permissions"] == {"contents": "read"}
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    text = (ROOT / ".github/workflows/release.yml").read_text()
+    assert not re.search(r"password|secrets\.", text.replace("there is no password", ""))
+
+
+def test_a_release_has_a_library_for_each_torch_that_it_is_tested_with():
+    """And is installed beside the oldest and the newest of them, and on each system."""
+    minors = RELEASE["jobs"]["library"]["strategy"]["matrix"]["torch"]
+    numbers = [tuple(map(int, minor.split("."))) for minor in minors]
+    assert minors[0] == info.SUPPORTED["torch"][0]
+    assert numbers == [(2, minor) for minor in range(numbers[0][1], numbers[-1][1] + 1)]
+    tried = RELEASE["jobs"]["install"]["strategy"]["matrix"]["include"]
+    linux = [each for each in tried if each["os"].startswith("ubuntu") and "from" not in each]
+    assert {minors[0], minors[-1]} <= {each["torch"].rpartition(".")[0] for each in linux}
+    assert all(each["expects"] == "cpu" for each in linux)
+    others = [each for each in tried if each not in linux]
+    assert {each["os"].partition("-")[0] for each in others} == {"ubuntu", "windows", "macos"}
+    assert all(each["expects"] == "eager" for each in others)

@@ -14,8 +14,9 @@ import torch
 
 from lora_kernels import backends
 from lora_kernels.backends.triton.configs import tiles_of
-from lora_kernels.bench.linear import Effort
+from lora_kernels.bench.linear import Effort, first_line
 from lora_kernels.bench.presets import MODELS
+from lora_kernels.bench.progress import Progress
 from lora_kernels.bench.tiles import Measured, Narrow, Product
 from lora_kernels.cli import check_output, check_sizes, say
 from lora_kernels.problem import ITEMSIZE, Problem
@@ -66,14 +67,24 @@ def run(args: argparse.Namespace) -> int:
         if args.output is not None:
             args.output.write_text(as_text(measured) + "\n", encoding="utf-8")
 
-    entries, measured, failures = tune(problems, target, args.seconds, keep=keep)
+    stopped = False
+    kept: Kept = ([], [], [])
+    entries, measured, failures = kept
+    try:
+        tune(problems, target, args.seconds, keep=keep, into=kept)
+    except KeyboardInterrupt:
+        stopped = True
+        say(f"stopped: {len(measured)} measurements were made")
     if entries and not args.dry_run:
         say(f"{len(entries)} entries written to {tables.path(target)}")
     if args.json:
         print(as_text(measured))
     for failure in failures:
         say(f"NOT COUNTED {failure}")
-    return 1 if failures else 0
+    return 130 if stopped else 1 if failures else 0
+
+
+Kept = tuple[list[Entry], list[dict[str, Any]], list[str]]
 
 
 def tune(
@@ -83,30 +94,37 @@ def tune(
     device: str = "cuda",
     clock: Any = None,
     keep: Callable[[list[Entry], list[dict[str, Any]]], object] = lambda entries, measured: None,
-) -> tuple[list[Entry], list[dict[str, Any]], list[str]]:
+    into: Kept | None = None,
+) -> Kept:
     """(table entries, all that was measured, failures in words): each product, and the narrow kernels of each x or dy.
 
-    `keep` gets the first two after each problem, in case it is the last.
+    `keep` gets the first two after each problem, in case it is the last; the lists are those of `into`, which an interrupt
+    leaves with what was complete. A problem that cannot be measured at all is a failure, and the others go on.
     """
     effort = Effort(seconds)
-    entries: list[Entry] = []
-    measured: list[dict[str, Any]] = []
-    failures: list[str] = []
+    entries, measured, failures = into or ([], [], [])
     problems = [*problems, *dict.fromkeys(map(narrow, problems))]
-    for index, problem in enumerate(problems, 1):
+    progress = Progress(len(problems))
+    for problem in problems:
+        place = progress.next()
         alone = problem == narrow(problem)
-        subject: Measured = Narrow(problem, device) if alone else Product(problem, device)
-        measure = functools.partial(subject.measure, effort=effort, clock=clock)
-        if alone:
-            entry, done = search_narrow(problem, target, measure, tiles_of)
-        else:
-            entry, done = search(problem, target, measure, tiles_of, _untiled(problem, target))
+        try:
+            subject: Measured = Narrow(problem, device) if alone else Product(problem, device)
+            measure = functools.partial(subject.measure, effort=effort, clock=clock)
+            if alone:
+                entry, done = search_narrow(problem, target, measure, tiles_of)
+            else:
+                entry, done = search(problem, target, measure, tiles_of, _untiled(problem, target))
+        except Exception as error:  # such as too little memory for this one
+            failures.append(f"{problem}: {type(error).__name__}: {first_line(error)}")
+            say(f"{place} {failures[-1]}")
+            continue
         if entry is not None:
             entries.append(entry)
         layout = "x·A, xᵀ·q" if alone else "x·W" if problem.w_k_major else "dy·Wᵀ"
         found = min(entry.times, key=entry.times.__getitem__) if entry else "nothing works"
         chosen = "each alone" if entry and alone else found
-        say(f"[{index}/{len(problems)}] {layout} {problem}: {chosen}")
+        say(f"{place} {layout} {problem}: {chosen}")
         for timed in sorted(done, key=lambda timed: timed.us or float("inf")):
             say(f"    {timed}")
             failures += [f"{problem}: {timed}"] if timed.us is None else []
