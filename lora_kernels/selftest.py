@@ -292,7 +292,7 @@ def _write(file: Path, fingerprint: str, failure: str | None) -> None:
 
 def _problems(backend: Backend, device: torch.device) -> Iterator[Problem]:
     """Each type with every size; and each format of a weight that the backend reads, with few rows and with many."""
-    for weight_format in set(backend.formats) & SAMPLES.keys():
+    for weight_format in sorted(SAMPLES.keys() & set(backend.formats)):
         for dtype, adapter_dtype in _DTYPES:
             for M, N, K, R in _PACKED_SIZES:
                 names = name_of(dtype), name_of(adapter_dtype)

@@ -82,7 +82,7 @@ def test_few_rows_read_the_packed_bytes_once(target, name, bytes_of_w):
     config = replace(config, split=2)
     x, a, b = (torch.randn(size).bfloat16() for size in ((16, K), (K, 16), (16, N)))
     with emulate(target, 5) as executed:
-        y, s = decode(x, weight.t(), a, b, 0.5, None, config)
+        y, _ = decode(x, weight.t(), a, b, 0.5, None, config)
         dense, _ = decode(x, weight.t().dense(), a, b, 0.5, None, config)
     packed, other = (launch.counters.tensors for launch in executed)
     assert torch.equal(y, dense)

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import explain, lora_linear
-from lora_kernels.backends.triton import dequantise, scratch
+from lora_kernels import explain, lora_linear, selftest
+from lora_kernels.backends.triton import BACKEND, dequantise, scratch
 from lora_kernels.operands import Adapter
 from lora_kernels.quantized import NF4Weight
 from lora_kernels.samples import SAMPLES, sample
 from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter import strict
 from tests.interpreter.test_memory import reserved
 from tests.oracle import Case, assert_budget, made_inside, reference
@@ -388,3 +389,28 @@ class TestDecode:
                 found = products.shrink_expand(x, w, adapter)
             assert launches[0].kernel == "_dequantise_nf4_kernel"
             torch.testing.assert_close(found, products.shrink_expand(x, w.dense(), adapter))
+
+
+def test_the_self_test_covers_every_format(monkeypatch):
+    """Both ways to read each: in the loop of the kernel for few rows, and decoded before."""
+
+    class OnSm80:
+        formats = BACKEND.formats
+
+        @staticmethod
+        def candidates(problem, target):
+            found = BACKEND.candidates(problem, TARGETS["sm_80"])
+            return [c for c in found if c.name == ("decode" if problem.M < 16 else "two_kernel")]
+
+    monkeypatch.setattr(selftest, "_SIZES", ())
+    monkeypatch.setattr(selftest, "_DTYPES", ((torch.bfloat16, torch.float32),))
+    with strict.recording() as launches:
+        results = selftest.run(OnSm80, "cpu")
+    assert results and all(result.passed for result in results)
+    tested = {(r.problem.weight_format, r.problem.M, r.tensor) for r in results}
+    assert len(tested) == len(SAMPLES) * 2 * 4
+    kernels = {launch.kernel for launch in launches}
+    assert {"_decode_kernel", *(f"_dequantise_{name}_kernel" for name in SAMPLES)} <= kernels
+    monkeypatch.setattr(dequantise, "dequantise", lambda weight, out, config: out.zero_())
+    broken = [r for r in selftest.run(OnSm80, "cpu") if not r.passed]
+    assert {r.tensor for r in broken if r.problem.M > 16} == {"y", "dx"}
