@@ -6,7 +6,7 @@ import argparse
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from lora_kernels.bench.presets import MODELS
 from lora_kernels.bench.progress import Progress
 from lora_kernels.bench.tiles import Measured, Narrow, Product
 from lora_kernels.cli import check_output, check_sizes, say
-from lora_kernels.problem import ITEMSIZE, Problem
+from lora_kernels.problem import DENSE, ITEMSIZE, Problem
+from lora_kernels.samples import SAMPLES
 from lora_kernels.tuning import tables
 from lora_kernels.tuning.search import search, search_narrow
 from lora_kernels.tuning.tables import Entry, bucket, narrow
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=int, action="append", help=f"of x, with --preset; repeatable ({ROWS})")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of x, W and y (default: bfloat16)")
     add("--adapter-dtype", choices=DTYPES, help="of A and B (default: --dtype)")
+    add("--weight", choices=(DENSE, *SAMPLES), default=DENSE, help="W's format (default: dense)")
     add("--seconds", type=float, default=0.3, help="for each set of candidates (default: 0.3)")
     add("--dry-run", action="store_true", help="measure, but write no table")
     add("--output", type=Path, help="write everything that was measured to this JSON file as well")
@@ -161,7 +163,8 @@ def _problems(args: argparse.Namespace) -> list[Problem]:
     for shape in shapes:
         check_sizes(shape, 1)
         M, K, N, R = shape
-        types = args.dtype, args.adapter_dtype or args.dtype
-        found[Problem(bucket(M), N, K, R, *types, device="cuda")] = None
-        found[Problem(bucket(M), K, N, R, *types, device="cuda", w_k_major=False)] = None
+        types = args.dtype, args.adapter_dtype or args.dtype, "cuda"
+        forward = Problem(bucket(M), N, K, R, *types, weight_format=args.weight)
+        found[forward] = None
+        found[replace(forward.adjoint(), backward=False)] = None
     return list(found)
