@@ -129,6 +129,7 @@ LAYERS = (
     ("autograd",),
     ("ops",),
     ("functional",),
+    ("bases",),
     ("modules",),
     ("adapter_file", "merge", "distributed"),
     ("adapters", "integrations"),

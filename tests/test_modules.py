@@ -335,7 +335,7 @@ class TestHooks:
         seen = []
         layer.register_forward_hook(lambda module, args, out: seen.append(out))
         y = layer(torch.randn(4, 6))
-        assert is_plain(layer.linear, layer.lora, layer.weight) and seen[0] is y
+        assert is_plain(layer.linear, layer.lora) and seen[0] is y
 
     def test_parametrized_weight(self, layer):
         class Doubled(nn.Module):
