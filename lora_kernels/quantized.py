@@ -90,8 +90,10 @@ class NF4Weight(QuantizedWeight):
         cls, tensors: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype
     ) -> NF4Weight:
         N, K, transposed = sizes
-        parts = [*tensors, None, None, None][:6]  # without scales of scales there are three tensors
-        return cls(*parts, N, K, dtype=dtype, transposed=bool(transposed))  # type: ignore[arg-type]
+        packed, absmax, code, *second = tensors
+        code2, absmax2, offset = second or (None, None, None)
+        more = {"dtype": dtype, "transposed": bool(transposed)}
+        return cls(packed, absmax, code, code2, absmax2, offset, N, K, **more)  # type: ignore[arg-type]
 
     def t(self) -> NF4Weight:
         return replace(self, transposed=not self.transposed)
@@ -174,10 +176,6 @@ def from_bitsandbytes(
     `dtype`: of x; by default a 4-bit weight has the dtype that it had before it was quantised, an 8-bit one float32.
     ValueError names what cannot be read, and why; TypeError for a tensor that bitsandbytes did not quantise.
     """
-    if getattr(weight, "requires_grad", False):
-        raise ValueError(
-            "weight must not require grad: a quantised weight has no gradient, got one that does"
-        )
     if hasattr(weight, "SCB"):
         return _int8(weight, state, dtype or torch.float32)
     quantised = getattr(weight, "quant_state", None)
@@ -196,6 +194,7 @@ def from_bitsandbytes(
             " reordered it in an eval() forward of its own. The state_dict() of the Linear4bit"
             " puts it back"
         )
+    _check_frozen(weight)
     if len(quantised.shape) != 2:
         raise ValueError(f"weight.quant_state.shape must be [N, K], got {list(quantised.shape)}")
     N, K = quantised.shape
@@ -233,8 +232,18 @@ def _int8(weight: Any, state: Any, dtype: torch.dtype) -> Int8Weight:
             " has_fp16_weights=False is quantised when it is moved to a device), got"
             f" {weight.dtype} and SCB {None if scales is None else 'a tensor'}"
         )
+    _check_frozen(weight)
     # An operator's result is a plain tensor, which a Parameter's subclass is not.
     return Int8Weight(weight.view(torch.int8), scales, dtype)
+
+
+def _check_frozen(weight: Any) -> None:
+    """ValueError where a gradient is asked of a quantised parameter; those of an integer dtype cannot require one."""
+    if weight.requires_grad:
+        raise ValueError(
+            "weight must not require grad: a quantised weight has no gradient, got one that does;"
+            " freeze_base(model) freezes every weight that is not an adapter's"
+        )
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

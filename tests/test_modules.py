@@ -426,7 +426,7 @@ class TestConv1D:
     def test_the_weight_is_not_copied(self, layer, monkeypatch):
         seen = []
         monkeypatch.setattr(
-            "lora_kernels.modules.lora_linear", lambda x, weight, *_, **__: seen.append(weight)
+            "lora_kernels.bases.lora_linear", lambda x, weight, *_, **__: seen.append(weight)
         )
         layer(torch.randn(4, 6))
         assert seen[0].shape == (3, 6) and seen[0].data_ptr() == layer.weight.data_ptr()

@@ -123,7 +123,11 @@ class TestBadInput:
                 ValueError,
                 r"packed must have 340 elements for a weight \[7, 97\], got 336",
             ),
-            ({"packed": None}, ValueError, r"packed must be a tensor for a weight \[7, 96\], got None"),
+            (
+                {"packed": None},
+                ValueError,
+                r"packed must be a tensor for a weight \[7, 96\], got None",
+            ),
             (
                 {"absmax": None},
                 ValueError,
@@ -153,7 +157,7 @@ class TestBadInput:
         packed = params(7, 96, storage=torch.float32)
         state = packed.quant_state
         cast = bnb.nn.Params4bit(packed.data.bfloat16(), quant_state=state, bnb_quantized=True)
-        with pytest.raises(ValueError, match="packed must have 336 elements .* got 168"):
+        with pytest.raises(ValueError, match=r"packed must have 336 elements .* got 168"):
             from_bitsandbytes(cast)
 
     def test_what_is_declined(self):
