@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import bases
 from lora_kernels.bases import features, has_hooks, is_linear
+from lora_kernels.declined import why_declined
 from lora_kernels.functional import (
     DTYPES,
     alpha_tensor,
@@ -171,16 +172,8 @@ class LinearWithLoRA(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not is_linear(linear):
-            raise TypeError(
-                "linear must be a torch.nn.Linear or Transformers' Conv1D, "
-                f"got {type(linear).__name__}"
-            )
+        bases.check_base(linear)
         weight: Any = linear.weight
-        if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise ValueError(
-                "linear must have its sizes: call the LazyLinear once before wrapping it"
-            )
         self.linear = linear
         self.lora = LoRALayer(
             *features(linear),
@@ -192,9 +185,9 @@ class LinearWithLoRA(nn.Module):
             device=device or weight.device,
         )
         self.train(linear.training)
-        self.unmerged_weight: Tensor | None = (
-            None  # the base weight while it is merged, see `merge`
-        )
+        # While the layer is merged, see `merge`: the base weight as it was, or the dense one in a quantised base's place.
+        self.unmerged_weight: Tensor | None = None
+        self.merged_weight: Tensor | None = None
         self.register_state_dict_post_hook(_save_unmerged)
         self.register_load_state_dict_pre_hook(_refuse_merged)
 
@@ -218,8 +211,11 @@ class LinearWithLoRA(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether the base weight holds the low-rank product now (`merge_lora`), so that forward is the base's."""
-        return self.unmerged_weight is not None
+        """Whether the base weight holds the low-rank product now (`merge_lora`), so that forward is the base's.
+
+        Over a quantised base a dense weight beside it does.
+        """
+        return self.unmerged_weight is not None or self.merged_weight is not None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`weight` and `bias` are those of `linear`: who ties weights assigns to the layer."""
@@ -230,8 +226,10 @@ class LinearWithLoRA(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearWithLoRA:
         super()._apply(fn, recurse)
-        if self.unmerged_weight is not None:
-            self.unmerged_weight = fn(self.unmerged_weight)
+        for name in ("unmerged_weight", "merged_weight"):
+            kept = getattr(self, name)
+            if kept is not None:
+                setattr(self, name, fn(kept))
         return self
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -248,6 +246,8 @@ class LinearWithLoRA(nn.Module):
         lora: Any = inner["lora"]
         if self.unmerged_weight is not None:
             return linear(x)
+        if self.merged_weight is not None:
+            return bases.dense_linear(x, self.merged_weight, linear.bias)
         y = None
         if is_plain(linear, lora) and not (x.is_nested or x.is_sparse or _has_any_global_hook()):
             p = lora.dropout if lora.training else 0.0
@@ -469,6 +469,9 @@ def _linear_places(model: nn.Module, wanted: Callable[[str], bool]) -> Iterator[
             name = prefix + key
             if child is None or has_lora(child):
                 continue
+            reason = why_declined(child)
+            if reason is not None and wanted(name):
+                raise ValueError(f"{name} must have a weight that products can read, but {reason}")
             if is_linear(child):
                 if isinstance(parent, nn.MultiheadAttention):
                     if wanted(name):
@@ -506,7 +509,7 @@ def _save_unmerged(
 
 
 def _refuse_merged(module: LinearWithLoRA, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    if module.unmerged_weight is not None and any(key.startswith(prefix) for key in state):
+    if module.merged and any(key.startswith(prefix) for key in state):
         raise RuntimeError(
             f"{prefix[:-1] or 'layer'} is merged: unmerge_lora(model) before loading"
         )

@@ -70,6 +70,7 @@ for name in ("triton", "peft", "transformers", "matplotlib"):
     assert result.stdout == "" and result.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "blocked",
     [
@@ -119,9 +120,9 @@ def test_a_bad_log_level_is_one_warning():
 # part of the folder's entry. Entries of one line do not import one another, and the modules of one folder may.
 LAYERS = (
     ("problem", "dropout", "once"),
-    ("env", "operands", "reference"),
+    ("declined", "env", "operands", "reference"),
     ("quantized", "tuning"),
-    ("backends.base",),
+    ("samples", "backends.base"),
     ("backends.composite", "formulas"),
     ("backends",),
     ("selftest",),
@@ -129,7 +130,7 @@ LAYERS = (
     ("autograd",),
     ("ops",),
     ("functional",),
-    ("bases",),
+    ("bases", "grouped"),
     ("modules",),
     ("adapter_file", "merge", "distributed"),
     ("adapters", "integrations"),

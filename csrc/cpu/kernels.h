@@ -45,6 +45,10 @@ struct Mask {
   int64_t cols;
 };
 
+constexpr int64_t FEW_CODED_ROWS = 4;
+
+struct Quantized;  // a weight in a packed format, see quantized.h
+
 struct Kernels {
   const char* name;
   int64_t rows;   // of a tile
@@ -78,6 +82,16 @@ struct Kernels {
   // c[r][n] = sum over k of x[r][k]·w[k][n], w's rows contiguous in n: 1 to 4 rows x cols.
   void (*rows_of_w)(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
                     int64_t depth, float* c, int64_t c_pitch);
+
+  // dst[i] = element (row, col + i) of w as stored, rounded as w says, in `type`: float32, or
+  // bfloat16 where w's elements are.
+  void (*decode)(void* dst, Type type, const Quantized& w, int64_t row, int64_t col, int64_t count);
+  // As `dots`, with the rows row .. row + cols of w as stored, and as `rows_of_w`, with its columns
+  // from `col` on: 1 to FEW_CODED_ROWS rows of x, w's elements not rounded. Nothing need follow x.
+  void (*quantized_dots)(const float* x, int64_t x_pitch, const Quantized& w, int64_t row,
+                         int64_t rows, int64_t cols, float* c, int64_t c_pitch);
+  void (*quantized_rows)(const float* x, int64_t x_pitch, const Quantized& w, int64_t col,
+                         int64_t rows, int64_t cols, float* c, int64_t c_pitch);
 
   // The same on pairs of bfloat16; null where the processor has no instruction for them. Pairs run
   // along src's columns in a tile, along its rows in a panel; depth counts pairs, and an odd last

@@ -12,13 +12,6 @@
 namespace lora_kernels {
 namespace {
 
-Type type_of(at::ScalarType type) {
-  if (type == at::kFloat) return Type::F32;
-  if (type == at::kBFloat16) return Type::BF16;
-  TORCH_CHECK(type == at::kHalf, "the cpu kernels take float32, bfloat16 and float16, got ", type);
-  return Type::F16;
-}
-
 // `t` is as `in_memory` gives it.
 Matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
   TORCH_CHECK(t.device().is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name,
@@ -60,7 +53,42 @@ bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
   return (keys.raw_repr() & ~allowed.raw_repr()) == 0;
 }
 
+// y of `expand` for a w without data where its elements are in `quantized`.
+Tensor expand_by(const Tensor& x, const Matrix& w, const Quantized* quantized, const Tensor& any_s,
+                 const Tensor& any_b, const std::optional<Tensor>& any_bias, int64_t threshold,
+                 int64_t seed, double keep_scale) {
+  const auto s = in_memory(any_s, "s"), b = in_memory(any_b, "b");
+  TORCH_CHECK(s->dim() == 2, "s must be 2-D");
+  TORCH_CHECK(s->scalar_type() == at::kFloat, "s must be float32, got ", s->scalar_type());
+  const int64_t M = x.size(0), K = w.rows, N = w.cols, R = s->size(1);
+  const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, N);
+  const Matrix tail = matrix(*s, "s", M, R), rows_b = matrix(*b, "b", R, N);
+  Tensor y = at::empty({M, N}, x.options());
+  Product product{matrix(x, "x", M, K), w, &tail, &rows_b};
+  c10::MaybeOwned<Tensor> bias;
+  std::optional<Matrix> row;
+  if (any_bias) {
+    bias = in_memory(*any_bias, "bias");
+    TORCH_CHECK(bias->dim() == 1, "bias must be 1-D, got ", bias->sizes());
+    row = matrix(bias->unsqueeze(0), "bias", 1, N);
+    product.bias = &*row;
+  }
+  product.mask_out = mask ? &*mask : nullptr;
+  product.quantized = quantized;
+  product.out = y.data_ptr();
+  product.out_type = type_of(y.scalar_type());
+  compute(product);
+  return y;
+}
+
 }  // namespace
+
+Type type_of(at::ScalarType type) {
+  if (type == at::kFloat) return Type::F32;
+  if (type == at::kBFloat16) return Type::BF16;
+  TORCH_CHECK(type == at::kHalf, "the cpu kernels take float32, bfloat16 and float16, got ", type);
+  return Type::F16;
+}
 
 bool readable(const Tensor& t) { return within(t.key_set(), DENSE | LAZY); }
 
@@ -95,32 +123,25 @@ Tensor shrink(const Tensor& any_x, const Tensor& any_a, double alpha, int64_t th
   return s;
 }
 
-Tensor expand(const Tensor& any_x, const Tensor& any_w, const Tensor& any_s, const Tensor& any_b,
-              const std::optional<Tensor>& any_bias, int64_t threshold, int64_t seed,
+Tensor expand(const Tensor& any_x, const Tensor& any_w, const Tensor& s, const Tensor& b,
+              const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
               double keep_scale) {
   check_usable();
   const auto x = in_memory(any_x, "x"), w = in_memory(any_w, "w");
-  const auto s = in_memory(any_s, "s"), b = in_memory(any_b, "b");
-  TORCH_CHECK(x->dim() == 2 && w->dim() == 2 && s->dim() == 2, "x, w and s must be 2-D");
-  TORCH_CHECK(s->scalar_type() == at::kFloat, "s must be float32, got ", s->scalar_type());
-  const int64_t M = x->size(0), K = x->size(1), N = w->size(1), R = s->size(1);
-  const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, N);
-  const Matrix tail = matrix(*s, "s", M, R), rows_b = matrix(*b, "b", R, N);
-  Tensor y = at::empty({M, N}, x->options());
-  Product product{matrix(*x, "x", M, K), matrix(*w, "w", K, N), &tail, &rows_b};
-  c10::MaybeOwned<Tensor> bias;
-  std::optional<Matrix> row;
-  if (any_bias) {
-    bias = in_memory(*any_bias, "bias");
-    TORCH_CHECK(bias->dim() == 1, "bias must be 1-D, got ", bias->sizes());
-    row = matrix(bias->unsqueeze(0), "bias", 1, N);
-    product.bias = &*row;
-  }
-  product.mask_out = mask ? &*mask : nullptr;
-  product.out = y.data_ptr();
-  product.out_type = type_of(y.scalar_type());
-  compute(product);
-  return y;
+  TORCH_CHECK(x->dim() == 2 && w->dim() == 2, "x and w must be 2-D");
+  const Matrix dense = matrix(*w, "w", x->size(1), w->size(1));
+  return expand_by(*x, dense, nullptr, s, b, bias, threshold, seed, keep_scale);
+}
+
+Tensor expand_quantized(const Tensor& any_x, at::TensorList packed, const std::string& format,
+                        at::IntArrayRef sizes, const Tensor& s, const Tensor& b,
+                        const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
+                        double keep_scale) {
+  check_usable();
+  const auto x = in_memory(any_x, "x");
+  TORCH_CHECK(x->dim() == 2, "x must be 2-D");
+  const QuantizedTensors w(packed, format, sizes, x->scalar_type());
+  return expand_by(*x, w.view(), &w.weight, s, b, bias, threshold, seed, keep_scale);
 }
 
 Tensor wgrad(const Tensor& any_left, const Tensor& any_right, at::ScalarType dtype,
@@ -148,6 +169,9 @@ TORCH_LIBRARY(lora_kernels_cpu, m) {
       "expand(Tensor x, Tensor w, Tensor s, Tensor b, Tensor? bias, int threshold, int seed, "
       "float keep_scale) -> Tensor");
   m.def(
+      "expand_quantized(Tensor x, Tensor[] packed, str format, int[] sizes, Tensor s, Tensor b, "
+      "Tensor? bias, int threshold, int seed, float keep_scale) -> Tensor");
+  m.def(
       "wgrad(Tensor left, Tensor right, ScalarType dtype, int threshold, int seed, "
       "float keep_scale) -> Tensor");
   m.def(
@@ -163,6 +187,7 @@ TORCH_LIBRARY(lora_kernels_cpu, m) {
 TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, m) {
   m.impl("shrink", &shrink);
   m.impl("expand", &expand);
+  m.impl("expand_quantized", &expand_quantized);
   m.impl("wgrad", &wgrad);
 }
 

@@ -6,6 +6,10 @@
 #include <c10/util/MaybeOwned.h>
 
 #include <optional>
+#include <string>
+#include <vector>
+
+#include "quantized.h"
 
 namespace lora_kernels {
 
@@ -18,6 +22,20 @@ bool readable(const Tensor& t);
 // t with its elements in memory: t itself, a copy of a negated or zero tensor, or an error.
 c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name);
 
+Type type_of(at::ScalarType type);
+
+// A quantised weight over the tensors and sizes that lora_kernels/operands.py has of it. An error
+// names what does not fit.
+struct QuantizedTensors {
+  QuantizedTensors(at::TensorList packed, const std::string& format, at::IntArrayRef sizes,
+                   at::ScalarType dtype);
+  Matrix view() const;  // the matrix that they stand for, without data
+
+  std::vector<Tensor> tensors;
+  Quantized weight{};
+  bool transposed = false;
+};
+
 // s = alpha·(mask∘x)·a [M, R] float32
 Tensor shrink(const Tensor& x, const Tensor& a, double alpha, int64_t threshold, int64_t seed,
               double keep_scale);
@@ -26,6 +44,10 @@ Tensor shrink(const Tensor& x, const Tensor& a, double alpha, int64_t threshold,
 Tensor expand(const Tensor& x, const Tensor& w, const Tensor& s, const Tensor& b,
               const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
               double keep_scale);
+Tensor expand_quantized(const Tensor& x, at::TensorList tensors, const std::string& format,
+                        at::IntArrayRef sizes, const Tensor& s, const Tensor& b,
+                        const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
+                        double keep_scale);
 
 // (mask∘left)ᵀ·right [C, D]
 Tensor wgrad(const Tensor& left, const Tensor& right, at::ScalarType dtype, int64_t threshold,

@@ -63,8 +63,9 @@ class Run {
     // small.
     const bool skinny = N <= DOT_COLS;
     const bool added = p.w.col_stride == 1 && p.w.row_stride != 1 && M <= MAX_ADDED_ROWS;
-    if (p.w.row_stride == 1 || (skinny && !added)) {
-      if (M <= MAX_DOT_ROWS) return in_place(DOT_COLS, pairs && !skinny ? k.dots_pairs : k.dots);
+    if (p.w.row_stride == 1 || (skinny && !added && p.quantized == nullptr)) {
+      const bool by_pairs = pairs && !skinny && (p.quantized == nullptr || M > FEW_CODED_ROWS);
+      if (M <= MAX_DOT_ROWS) return in_place(DOT_COLS, by_pairs ? k.dots_pairs : k.dots);
     } else if (added) {
       // Long pieces of w's rows: 3.2 ms for 4096 x 4096 float32 in one piece, 5.2 in pieces of 512.
       // A large rank shortens them, since its part of b is packed for each.
@@ -116,6 +117,9 @@ void Run::pack_w(float* to, int64_t from_unit, int64_t units, const Columns& col
   const int64_t first = from_unit * unit(), depth = std::min(units * unit(), K - first);
   if (cols.count < cols.pitch())
     std::memset(to + (cols.panels - 1) * units * cols.width, 0, units * cols.width * sizeof(float));
+  if (p.quantized != nullptr)
+    return pack_quantized(k, pairs, to, units * cols.width, cols.width, *p.quantized, p.w, first,
+                          cols.begin, depth, cols.count);
   (pairs ? k.pack_pairs : k.pack)(to, units * cols.width, cols.width, p.w.from(first, cols.begin),
                                   depth, cols.count);
 }
@@ -255,13 +259,21 @@ void Run::in_place(int64_t block, decltype(Kernels::dots) kernel) const {
     float* c = w_copy + w_floats;
     take_tail(cols, c + M * block);
     pack_b(cols);
-    Matrix w = p.w.from(0, cols.begin);
+    Matrix w = p.quantized == nullptr ? p.w.from(0, cols.begin) : p.w;
     if (kernel != k.rows_of_w) w = w.transposed();
     if (copied) {
       k.copy(w_copy, x_pitch, w, cols.count, K);
       w = {reinterpret_cast<const char*>(w_copy), Type::F32, cols.count, K, x_pitch, 1};
     }
-    kernel(x, x_pitch, w, M, cols.count, K, c, block);
+    if (p.quantized == nullptr) {
+      kernel(x, x_pitch, w, M, cols.count, K, c, block);
+    } else if (M > FEW_CODED_ROWS) {
+      dots_with_quantized(k, kernel == k.dots_pairs, x, x_pitch, *p.quantized, cols.begin, M,
+                          cols.count, c, block);
+    } else {
+      (kernel == k.rows_of_w ? k.quantized_rows : k.quantized_dots)(
+          x, x_pitch, *p.quantized, cols.begin, M, cols.count, c, block);
+    }
     for (int64_t row = 0; row < M; row += k.rows)
       finish(row, std::min(k.rows, M - row), cols, c + row * block, block);
   });

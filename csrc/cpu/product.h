@@ -1,7 +1,7 @@
 // y = scale·(mask_in∘x)·w + mask_out∘(s·b) + bias: forward, dx, and the skinny products s and q.
 #pragma once
 
-#include "kernels.h"
+#include "quantized.h"
 
 namespace lora_kernels {
 
@@ -9,13 +9,14 @@ namespace lora_kernels {
 constexpr int64_t MAX_DOT_ROWS = 16;
 
 struct Product {
-  Matrix x;                        // [M, K]
-  Matrix w;                        // [K, N]
-  const Matrix* s = nullptr;       // [M, R] float32
-  const Matrix* b = nullptr;       // [R, N]
-  const Matrix* bias = nullptr;    // [1, N]
-  const Mask* mask_in = nullptr;   // of x
-  const Mask* mask_out = nullptr;  // of s·b
+  Matrix x;                              // [M, K]
+  Matrix w;                              // [K, N]; without data where `quantized` has its elements
+  const Matrix* s = nullptr;             // [M, R] float32
+  const Matrix* b = nullptr;             // [R, N]
+  const Matrix* bias = nullptr;          // [1, N]
+  const Mask* mask_in = nullptr;         // of x
+  const Mask* mask_out = nullptr;        // of s·b
+  const Quantized* quantized = nullptr;  // w, or its transpose; the strides of w say which
   float scale = 1.0f;
   void* out = nullptr;     // [M, N], contiguous
   bool transpose = false;  // out is [N, M] instead

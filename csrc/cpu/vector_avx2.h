@@ -28,6 +28,7 @@ struct Vector {
   }
   Vector multiply_add(Vector a, Vector b) const { return {_mm256_fmadd_ps(a.v, b.v, v)}; }
   Vector plus(Vector b) const { return {_mm256_add_ps(v, b.v)}; }
+  Vector times(Vector b) const { return {_mm256_mul_ps(v, b.v)}; }
   float sum() const {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -54,5 +55,29 @@ struct Vector {
       r[i].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
       r[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
     }
+  }
+};
+
+// Sixteen floats that are looked up by four bits.
+struct Table16 {
+  Vector low, high;
+
+  static Table16 load(const float* p) { return {Vector::load(p), Vector::load(p + 8)}; }
+  void store(float* p) const { low.store(p), high.store(p + 8); }
+  template <class F>
+  void each(const F& f) {
+    low = f(low), high = f(high);
+  }
+  // The values of 8 codes in 4 bytes, the high four bits of a byte first.
+  Vector at(const uint8_t* p) const {
+    uint32_t eight;
+    std::memcpy(&eight, p, 4);
+    const __m256i codes = _mm256_set1_epi32(eight);
+    const __m256i low_bits = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+    const __m256i high_bit = _mm256_setr_epi32(24, 28, 16, 20, 8, 12, 0, 4);  // to the sign
+    const __m256i index = _mm256_srlv_epi32(codes, low_bits);
+    const __m256i upper = _mm256_sllv_epi32(codes, high_bit);
+    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low.v, index),
+                             _mm256_permutevar8x32_ps(high.v, index), _mm256_castsi256_ps(upper))};
   }
 };

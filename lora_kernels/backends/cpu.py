@@ -14,7 +14,7 @@ from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.dropout import Dropout, threshold
 from lora_kernels.once import once
 from lora_kernels.operands import Adapter, Weight
-from lora_kernels.problem import Problem
+from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
@@ -31,7 +31,10 @@ class CpuProducts(Products):
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
     ) -> Tensor:
         mask = _mask(adapter.dropout_out)
-        return torch.ops.lora_kernels_cpu.expand(x, w, s, adapter.B, bias, *mask)
+        if isinstance(w, Tensor):
+            return torch.ops.lora_kernels_cpu.expand(x, w, s, adapter.B, bias, *mask)
+        packed = w.tensors, w.format, w.sizes
+        return torch.ops.lora_kernels_cpu.expand_quantized(x, *packed, s, adapter.B, bias, *mask)
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
@@ -56,6 +59,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     devices = ("cpu",)
+    formats = (DENSE, "nf4")
 
     def unavailable(self) -> str | None:
         return _load()

@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import bases
 from lora_kernels.bases import has_hooks, is_conv1d, is_plain_tensor, is_quantized
+from lora_kernels.declined import why_declined
 from lora_kernels.functional import DTYPES, autocast_dtype
 from lora_kernels.modules import check_model
 
@@ -37,6 +38,8 @@ class Fused:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         layer: Any = self
         base, y = layer.base_layer, None
+        if is_quantized(base):
+            bases.check_order(base, x)
         if why_not_fused(layer) is None and (is_quantized(base) or _same_dtype(x, base.weight)):
             name = _active(self)[0]
             scaling, dropout = layer.scaling[name], layer.lora_dropout[name]
@@ -166,6 +169,9 @@ def why_not_fused(module: nn.Module) -> str | None:
     if not isinstance(module, LoraLayer):
         return f"it is a {type(module).__name__}, not a LoRA layer of PEFT"
     # fully_shard makes a subclass for each layer that it is given, and that is still ours.
+    declined = why_declined(module.base_layer)
+    if declined is not None:
+        return f"its base layer cannot be read: {declined}"
     if not _can_be_fused(type(module)) and type(module).forward is not Fused.forward:
         return f"it is a lora.{type(module).__name__}, not a lora.Linear"
     return _why_not_linear(module)
@@ -211,7 +217,7 @@ def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str |
         return "its lora_A or lora_B is no plain Linear (parametrized or replaced)"
     if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
         return "its dropout is no plain Dropout with p < 1"
-    packs = is_quantized(base)
+    packs = is_quantized(base)  # whose forward casts a bias
     weights = {"base weight": base.weight, "lora_A": lora_A.weight, "lora_B": lora_B.weight}
     if packs:
         del weights["base weight"]
