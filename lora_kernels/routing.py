@@ -12,7 +12,7 @@ class Routing(NamedTuple):
     """Where the rows of a product over G groups come from: `slots` rows a token, sorted by group.
 
     Row s of the sorted ones is slot `order[s]` of the list that has each token's slots side by side, so token
-    `order[s] // slots`. Rows of group g are offsets[g] to offsets[g+1]; those from offsets[G] on belong to no group.
+    `order[s] // slots`. Rows of group g are offsets[g] up to offsets[g + 1].
     """
 
     order: Tensor  # [S] int64
@@ -37,7 +37,7 @@ class Routing(NamedTuple):
 
 
 def sorted_by_group(groups: Tensor, G: int) -> Routing:
-    """The routing of tokens to groups [T, slots] or [T], each in [0, G); G and more: to none. Nothing is read on the host."""
+    """The routing of tokens to groups [T, slots] or [T], each in [0, G). The host reads nothing."""
     flat = groups.reshape(-1)
     ids, order = torch.sort(flat, stable=True)
     inverse = torch.empty_like(order)
