@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_kernels import dora
 from lora_kernels.declined import why_declined
 from lora_kernels.functional import autocast_dtype, lora_linear
-from lora_kernels.operands import DTYPES, QuantizedWeight, Weight
+from lora_kernels.operands import DTYPES, QuantizedWeight, Weight, adapters_as_used
 from lora_kernels.quantized import NotFrozen, from_bitsandbytes, from_fp8_linear
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -182,23 +183,41 @@ def lora_linear_on(
     scale: float | Tensor,
     shift: Tensor | None = None,
     *,
+    magnitude: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor | None:
     """`linear(x) + shift + scale·(dropout(x)·A)·B` in one product, for a base that `is_plain`.
 
-    x [..., K], A [K, R], B [R, N], shift [N]. None where only the base's own forward can compute it now: on LLM.int8's
-    outliers, and without gradients on a weight that bitsandbytes reordered. RuntimeError where x needs a gradient that
-    bitsandbytes would leave out, ValueError or TypeError for a quantised weight that cannot be read.
+    x [..., K], A [K, R], B [R, N], shift and magnitude [N]; DoRA with a magnitude, see `lora_linear`. None where only the
+    base's own forward can compute it now: on LLM.int8's outliers, and without gradients on a weight that bitsandbytes
+    reordered. RuntimeError where x needs a gradient that bitsandbytes would leave out, ValueError or TypeError for a
+    quantised weight that cannot be read.
     """
+    options: Any = {"magnitude": magnitude, "dropout_p": dropout_p}
     kind = _quantized(linear)
     if kind is not None:
-        return _on_quantized(kind, linear, x, A, B, scale, shift, dropout_p)
+        return _on_quantized(kind, linear, x, A, B, scale, shift, options)
     weight, bias = linear.weight, linear.bias
     if shift is not None:
         shift = shift.to(weight.dtype)
         bias = shift if bias is None else bias + shift
     w = weight if isinstance(linear, nn.Linear) else weight.t()
-    return lora_linear(x, w, A, B, scale, bias, dropout_p=dropout_p)
+    return lora_linear(x, w, A, B, scale, bias, **options)
+
+
+def row_norms_on(linear: Any, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
+    """The row norms of W + scale·(A·B)ᵀ of a base, in A's dtype and without a derivative: DoRA's n, and its first magnitude.
+
+    ValueError where the weight cannot be read.
+    """
+    weight: Weight = quantized_weight(linear) if is_packed(linear) else linear.weight
+    weight = weight.t() if is_conv1d(linear) else weight
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"linear must have a floating-point weight for DoRA, got {weight.dtype}")
+    plain = not isinstance(weight, Tensor) or is_plain_tensor(weight)
+    A, B = adapters_as_used(A, B, weight.dtype)
+    how = "eager" if plain and not torch.compiler.is_compiling() else "transparent"
+    return dora.row_norms(weight, A, B, scale, "auto", how=how).to(A.dtype)
 
 
 def _on_quantized(
@@ -209,7 +228,7 @@ def _on_quantized(
     B: Tensor,
     scale: float | Tensor,
     shift: Tensor | None,
-    dropout_p: float,
+    options: dict[str, Any],
 ) -> Tensor | None:
     """`lora_linear_on` with the casts of the base's own forward: y has x's dtype.
 
@@ -226,7 +245,7 @@ def _on_quantized(
     device = x.device.type
     ignored = not kind.under_autocast and autocast_dtype(device) is not None
     with torch.autocast(device, enabled=False) if ignored else nullcontext():
-        y = lora_linear(x.to(dtype), weight, A, B, scale, bias, dropout_p=dropout_p)
+        y = lora_linear(x.to(dtype), weight, A, B, scale, bias, **options)
     return y if kind.under_autocast and linear.training and x.is_cpu else y.to(x.dtype)
 
 

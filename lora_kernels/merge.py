@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.bases import dense_dtype, is_conv1d, is_packed, quantized_weight
+from lora_kernels.dora import column_scale
 from lora_kernels.modules import (
     LinearWithLoRA,
     Place,
@@ -25,6 +26,8 @@ def merge_lora(
     model: nn.Module, *, unload: bool = False, dequantize: bool | torch.dtype = False
 ) -> list[str]:
     """W ← W + (scale·A·B)ᵀ in every LoRA layer of `model`; returns the names of the layers it merged.
+
+    In a DoRA layer W ← c∘(W + (scale·A·B)ᵀ), a factor for each row, c as `lora_linear` has it.
 
     The sum runs in float32 (float64 for float64), under autocast too, and is then rounded once to W's dtype: on a half
     base that rounding of W is the difference between a merged layer and the unmerged one; in float32 and float64 the
@@ -89,7 +92,7 @@ def unmerge_lora(model: nn.Module) -> list[str]:
 
 
 def merged_weight(layer: LinearWithLoRA, dequantize: bool | torch.dtype = True) -> Tensor:
-    """W + (scale·A·B)ᵀ, laid out and rounded as the layer's base stores W, summed in float32 or better.
+    """W + (scale·A·B)ᵀ, times DoRA's c, laid out and rounded as the layer's base stores W, summed in float32 or better.
 
     Of a quantised base: as nn.Linear stores it, rounded to the dtype `dequantize`, or to the base's own for True.
     """
@@ -104,7 +107,12 @@ def merged_weight(layer: LinearWithLoRA, dequantize: bool | torch.dtype = True) 
     has_autocast = torch.amp.is_autocast_available(device)  # "meta" has no autocast
     with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
         delta = torch.mm(lora.A.to(wide), lora.B.to(wide)).mul_(lora.scale)  # [in, out]
-    return (delta if is_conv1d(linear) else delta.t()).add_(weight).to(dtype)
+    merged = (delta if is_conv1d(linear) else delta.t()).add_(weight)
+    if lora.magnitude is not None:
+        rows = merged.t() if is_conv1d(linear) else merged
+        norms = torch.linalg.vector_norm(rows, dim=1).to(lora.A.dtype).to(wide)
+        rows.mul_(column_scale(lora.magnitude.to(wide), norms)[:, None])
+    return merged.to(dtype)
 
 
 def _restore(layer: LinearWithLoRA) -> None:

@@ -153,7 +153,7 @@ class Adapter(NamedTuple):
     """The low-rank branch scale·(mask∘x)·A·B of one layer, or of each group: see `Groups`.
 
     `dropout_in` masks the branch's input [M, K], `dropout_out` its output [M, N]: an adapter has the first, its transpose
-    the second.
+    the second. `column_scale`: the result without its bias is multiplied by it; None without DoRA.
     """
 
     A: Tensor  # [K, R]
@@ -161,9 +161,13 @@ class Adapter(NamedTuple):
     scale: Scale
     dropout_in: Dropout | None = None
     dropout_out: Dropout | None = None
+    column_scale: Tensor | None = None  # [N], in the dtype of sums
 
     def t(self) -> Adapter:
-        """The adapter of dx = dy·Wᵀ + mask∘(scale·dy·Bᵀ·Aᵀ). An A or B that was not saved stays None."""
+        """The adapter of dx = dz·Wᵀ + mask∘(scale·dz·Bᵀ·Aᵀ). An A or B that was not saved stays None.
+
+        dz is the gradient of the result before its column scale: that is no part of the transpose.
+        """
         A, B = (None if t is None else t.mT for t in (self.A, self.B))
         return Adapter(B, A, self.scale, self.dropout_out, self.dropout_in)  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ from lora_kernels import backends, env, selftest
 from lora_kernels.backends.base import Backend, Candidate, Products, fastest
 from lora_kernels.backends.device import current_target
 from lora_kernels.operands import Groups, Weight, layout_of, name_of
-from lora_kernels.problem import Problem
+from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
 
 _MOST_PLANS = 4096
@@ -47,6 +47,7 @@ class Plan:
     rejected: dict[str, str]
     algorithm: str | None = None  # the only one that may be taken; None: any
     dequantises: bool = False
+    magnitude: bool = False  # of a call with DoRA's magnitude, which `explain` was asked about
 
     @functools.cached_property
     def products(self) -> Products:
@@ -69,6 +70,10 @@ class Plan:
         steps = [chosen.how] if chosen.how else []
         if self.dequantises:
             steps.insert(0, f"a dense copy of the {self.problem.weight_format} weight")
+        if self.magnitude:
+            dense = self.dequantises or self.problem.weight_format == DENSE
+            fused = dense and self.products.scales_columns
+            steps.append(f"DoRA's scale in {'the same product' if fused else 'a pass of its own'}")
         if self.compared:
             name = "" if chosen.name in (self.backend, "eager") else chosen.name
             steps = [part for part in (name, *steps, _times(self.compared)) if part]

@@ -129,6 +129,7 @@ LAYERS = (
     ("plan",),
     ("autograd",),
     ("ops",),
+    ("dora",),
     ("functional",),
     ("bases", "grouped"),
     ("modules",),

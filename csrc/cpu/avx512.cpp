@@ -33,6 +33,8 @@ const Kernels AVX512_KERNELS = {
     .decode = decode,
     .quantized_dots = quantized_dots,
     .quantized_rows = quantized_rows,
+    .arrange = arrange,
+    .squares = squares,
 };
 
 }  // namespace lora_kernels

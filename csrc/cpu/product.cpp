@@ -20,7 +20,8 @@ constexpr int64_t SHALLOW = 256;
 constexpr int64_t MAX_SCRATCH_ROWS = 516;  // of float32 results that wait for their rounding
 constexpr int64_t BLOCK_DEPTH = 512;       // deeper blocks are narrower, and read x more often
 constexpr int64_t MAX_ADDED_ROWS = 4;
-constexpr int64_t DOT_COLS = 64;  // a task's share of w in the forms for few rows
+constexpr int64_t MAX_CODED_ROWS_BESIDE_PAIRS = 4;  // more are faster as pairs, after rounding
+constexpr int64_t DOT_COLS = 64;                    // a task's share of w in the forms for few rows
 
 // Half of the L2 cache, in floats: what a thread's packed panels may take.
 int64_t panel_floats() {
@@ -42,6 +43,7 @@ struct Columns {
   float* tail;            // [rows, panels·width]: mask_out∘(s·b)
   float* b;               // [panels, R, width]
   float* bias;            // [panels·width]
+  float* factor;          // [panels·width]
   int64_t pitch() const { return panels * width; }
 };
 
@@ -55,23 +57,26 @@ class Run {
         K(p.x.cols),
         R(p.s == nullptr ? 0 : p.s->cols),
         pairs(k.multiply_pairs != nullptr && p.x.type == Type::BF16 && p.w.type == Type::BF16 &&
-              p.mask_in == nullptr) {}
+              p.mask_in == nullptr),
+        coded(p.quantized != nullptr && p.quantized->grouped() &&
+              M <= (pairs ? MAX_CODED_ROWS_BESIDE_PAIRS : MAX_DOT_ROWS)) {}
 
   void operator()() const {
     if (M == 0 || N == 0) return;
     // Few rows read w where it lies, along its memory. A skinny w is transposed for that: it is
     // small.
     const bool skinny = N <= DOT_COLS;
-    const bool added = p.w.col_stride == 1 && p.w.row_stride != 1 && M <= MAX_ADDED_ROWS;
+    const bool added = p.w.col_stride == 1 && p.w.row_stride != 1 &&
+                       (p.quantized == nullptr ? M <= MAX_ADDED_ROWS : coded);
     if (p.w.row_stride == 1 || (skinny && !added && p.quantized == nullptr)) {
-      const bool by_pairs = pairs && !skinny && (p.quantized == nullptr || M > FEW_CODED_ROWS);
+      const bool by_pairs = pairs && !skinny && !coded;
       if (M <= MAX_DOT_ROWS) return in_place(DOT_COLS, by_pairs ? k.dots_pairs : k.dots);
     } else if (added) {
       // Long pieces of w's rows: 3.2 ms for 4096 x 4096 float32 in one piece, 5.2 in pieces of 512.
       // A large rank shortens them, since its part of b is packed for each.
       const int64_t share = ceil_div(ceil_div(N, at::get_num_threads()), 64) * 64;
-      const int64_t most =
-          std::clamp<int64_t>((1 << 18) / std::max<int64_t>(R, 1) / 64 * 64, 128, 4096);
+      const int64_t most = std::clamp<int64_t>((1 << 18) / std::max<int64_t>(R, 1) / 64 * 64, 128,
+                                               coded ? 4096 / M / 64 * 64 : 4096);  // results in L1
       return in_place(std::clamp<int64_t>(share, 128, most), k.rows_of_w);
     }
     by_panels();
@@ -82,6 +87,7 @@ class Run {
   const Kernels& k;
   const int64_t M, N, K, R;
   const bool pairs;
+  const bool coded;  // few rows multiply the codes of a quantised w where they lie
 
   void by_panels() const;
   std::pair<int64_t, int64_t> division(int64_t all, int64_t most, int64_t width) const;
@@ -101,7 +107,8 @@ class Run {
   }
   int64_t unit() const { return pairs ? 2 : 1; }
   int64_t tail_floats(int64_t block) const {
-    return aligned(k.rows * PITCH) + aligned(k.rows * block) + aligned(R * block) + aligned(block);
+    return aligned(k.rows * PITCH) + aligned(k.rows * block) + aligned(R * block) +
+           2 * aligned(block);
   }
   // Sets the tail's pointers to consecutive pieces of `scratch`; the floats behind them.
   float* take_tail(Columns& cols, float* scratch) const {
@@ -109,7 +116,8 @@ class Run {
     cols.tail = cols.tile + aligned(k.rows * PITCH);
     cols.b = cols.tail + aligned(k.rows * cols.pitch());
     cols.bias = cols.b + aligned(R * cols.pitch());
-    return cols.bias + aligned(cols.pitch());
+    cols.factor = cols.bias + aligned(cols.pitch());
+    return cols.factor + aligned(cols.pitch());
   }
 };
 
@@ -139,10 +147,11 @@ void Run::pack_b(const Columns& cols) const {
   }
   if (R > 0) k.pack(cols.b, R * cols.width, cols.width, p.b->from(0, cols.begin), R, cols.count);
   if (p.bias != nullptr) k.copy(cols.bias, 0, p.bias->from(0, cols.begin), 1, cols.count);
+  if (p.factor != nullptr) k.copy(cols.factor, 0, p.factor->from(0, cols.begin), 1, cols.count);
 }
 
 // Adds the tail to the float32 results c of some rows, scales them, adds the bias and stores them;
-// c may be the output itself.
+// c may be the output itself, or what is kept before the factor.
 void Run::finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const {
   float* sum = p.mask_out == nullptr ? c : cols.tail;
   const int64_t sum_pitch = p.mask_out == nullptr ? c_pitch : cols.pitch();
@@ -159,11 +168,17 @@ void Run::finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64
       for (int64_t j = 0; j < cols.pitch(); ++j) c[i * c_pitch + j] += sum[i * sum_pitch + j];
   }
   const int64_t row_stride = p.transpose ? 1 : N, col_stride = p.transpose ? M : 1;
-  char* out = static_cast<char*>(p.out) +
-              (row * row_stride + cols.begin * col_stride) * size_of(p.out_type);
+  const int64_t offset = (row * row_stride + cols.begin * col_stride) * size_of(p.out_type);
   const float* bias = p.bias == nullptr ? nullptr : cols.bias;
-  if (static_cast<void*>(c) != out || bias != nullptr)
-    k.store(out, p.out_type, row_stride, col_stride, c, c_pitch, rows, cols.count, p.scale, bias);
+  const float* factor = p.factor == nullptr ? nullptr : cols.factor;
+  const auto store = [&](void* to, const float* times, const float* plus) {
+    char* out = static_cast<char*>(to) + offset;
+    if (static_cast<void*>(c) != out || times != nullptr || plus != nullptr)
+      k.store(out, p.out_type, row_stride, col_stride, c, c_pitch, rows, cols.count, p.scale, times,
+              plus);
+  };
+  if (p.before != nullptr) store(p.before, nullptr, nullptr);
+  store(p.out, factor, bias);
 }
 
 void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* c) const {
@@ -171,7 +186,8 @@ void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* 
   const int64_t tile_rows = ceil_div(rows, ceil_div(rows, k.rows));
   const bool in_place = direct(cols), one_tile = !in_place && units <= step;
   const int64_t c_pitch = in_place ? N : cols.pitch();
-  if (in_place) c = static_cast<float*>(p.out) + row * N + cols.begin;
+  if (in_place)
+    c = static_cast<float*>(p.before == nullptr ? p.out : p.before) + row * N + cols.begin;
   for (int64_t u = 0; u == 0 || u < units; u += step) {
     const int64_t depth = std::min(step, units - u);
     pack_w(w, u, depth, cols);
@@ -241,7 +257,8 @@ void Run::by_panels() const {
 // Few rows: x as floats, `block` columns of w a task.
 void Run::in_place(int64_t block, decltype(Kernels::dots) kernel) const {
   const bool copied = kernel == k.dots && p.w.row_stride != 1;
-  const int64_t x_pitch = aligned(K) + 16, w_floats = copied ? block * x_pitch : 0;
+  const int64_t x_pitch = aligned(K) + 16;
+  const int64_t w_floats = copied ? block * x_pitch : coded ? M * block * k.lanes : 0;
   static thread_local Scratch caller;  // x, decoded once for all tasks
   float* const x = caller.reserve(M * x_pitch);
   const int64_t used = kernel == k.dots_pairs ? K / 2 : K;
@@ -249,6 +266,7 @@ void Run::in_place(int64_t block, decltype(Kernels::dots) kernel) const {
     std::memset(x + row * x_pitch + used, 0, (x_pitch - used) * sizeof(float));
   (kernel == k.dots_pairs ? k.copy_pairs : k.copy)(x, x_pitch, p.x, M, K);
   if (p.mask_in != nullptr) k.mask(x, x_pitch, *p.mask_in, 0, 0, M, K);
+  if (coded && kernel == k.dots) k.arrange(x, x_pitch, *p.quantized, M, K);
   for_each_task(ceil_div(N, block), M * N * (K + R), [&](int64_t task) {
     Columns cols{};
     cols.begin = task * block;
@@ -265,14 +283,14 @@ void Run::in_place(int64_t block, decltype(Kernels::dots) kernel) const {
       k.copy(w_copy, x_pitch, w, cols.count, K);
       w = {reinterpret_cast<const char*>(w_copy), Type::F32, cols.count, K, x_pitch, 1};
     }
-    if (p.quantized == nullptr) {
-      kernel(x, x_pitch, w, M, cols.count, K, c, block);
-    } else if (M > FEW_CODED_ROWS) {
+    if (coded) {
+      (kernel == k.rows_of_w ? k.quantized_rows : k.quantized_dots)(
+          x, x_pitch, *p.quantized, cols.begin, M, cols.count, w_copy, c, block);
+    } else if (p.quantized != nullptr) {
       dots_with_quantized(k, kernel == k.dots_pairs, x, x_pitch, *p.quantized, cols.begin, M,
                           cols.count, c, block);
     } else {
-      (kernel == k.rows_of_w ? k.quantized_rows : k.quantized_dots)(
-          x, x_pitch, *p.quantized, cols.begin, M, cols.count, c, block);
+      kernel(x, x_pitch, w, M, cols.count, K, c, block);
     }
     for (int64_t row = 0; row < M; row += k.rows)
       finish(row, std::min(k.rows, M - row), cols, c + row * block, block);

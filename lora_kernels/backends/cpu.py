@@ -23,6 +23,8 @@ LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 class CpuProducts(Products):
     """Products by the extension's own kernels: float32, bfloat16 and float16, float32 adapters on a half base."""
 
+    scales_columns = True
+
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         mask = _mask(adapter.dropout_in)
         return torch.ops.lora_kernels_cpu.shrink(x, adapter.A, float(adapter.scale), *mask)
@@ -41,11 +43,36 @@ class CpuProducts(Products):
     ) -> Tensor:
         return torch.ops.lora_kernels_cpu.wgrad(left, right, dtype, *_mask(dropout))
 
+    def shrink_expand_scaled(
+        self,
+        x: Tensor,
+        w: Weight,
+        adapter: Adapter,
+        bias: Tensor | None = None,
+        *,
+        keeps_z: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not isinstance(w, Tensor):
+            return super().shrink_expand_scaled(x, w, adapter, bias, keeps_z=keeps_z)
+        s, c = self.shrink(x, adapter), adapter.column_scale
+        op = torch.ops.lora_kernels_cpu.expand_scaled
+        y, z = op(x, w, s, adapter.B, c, bias, keeps_z)
+        return y, s, z if keeps_z else None
+
+    def scaled_gradient(
+        self, dy: Tensor, c: Tensor, z: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        dz, dc = torch.ops.lora_kernels_cpu.scaled_gradient(dy, c, z)
+        return dz, None if z is None else dc
+
+    def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.lora_kernels_cpu.shrink_squares(w, A)
+
     def layer(  # type: ignore[override]
         self, x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None
     ) -> Tensor:
         """y [..., N]: forward and backward are one call each, which is what a small layer's time depends on."""
-        A, B, scale, dropout, _ = adapter
+        A, B, scale, dropout = adapter[:4]
         p, limit, seed = 0.0, 0, 0
         if dropout is not None:
             p, (limit, seed, _) = dropout.p, _mask(dropout)

@@ -10,24 +10,19 @@ the composite's batched ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.base import Backend, Candidate, Products
-from lora_kernels.dropout import Dropout, scaled_mask
+from lora_kernels.backends.base import Backend, Candidate, Products, row_blocks
 from lora_kernels.backends.composite import GroupedCompositeProducts
+from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.operands import Adapter, Groups, Weight, accumulated, bounds_of
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.tables import times_of
 from lora_kernels.tuning.targets import Target
-
-_BLOCK_BYTES = {
-    "cpu": 1 << 20,
-    "cuda": 1 << 28,
-}  # a block stays in L2 on a CPU; on a GPU launches count, not caches
 
 
 class EagerProducts(Products):
@@ -198,13 +193,11 @@ def _masked(block: Tensor, dropout: Dropout | None, rows: slice) -> Tensor:
     return block * scaled_mask(dropout, height, width, block.dtype, row_start=rows.start)
 
 
-def _row_blocks(t: Tensor, convert: bool) -> Iterator[slice]:
+def _row_blocks(t: Tensor, convert: bool) -> Iterable[slice]:
     """Slices of t's rows: all at once, or, when each block is converted, as many as a cache holds in float32."""
-    rows, cols = t.shape
-    size = rows
     if convert:
-        size = max(16, _BLOCK_BYTES.get(t.device.type, 1 << 28) // (4 * max(cols, 1)))
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, max(size, 1)))
+        return row_blocks(t)
+    return (slice(0, len(t)),) if len(t) else ()
 
 
 PRODUCTS = EagerProducts()

@@ -177,6 +177,8 @@ def _why_not_wrapper(wrapper: Any, experts: Any, *, called: bool) -> str | None:
     if reason is not None:
         return reason
     (name,) = active(wrapper)
+    if name in wrapper.lora_variant:
+        return f"its adapter {name!r} is a variant"
     return _why_not_adapter(wrapper, wrapper.lora_A[name], wrapper.lora_B[name], name)
 
 

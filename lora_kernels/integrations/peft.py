@@ -15,7 +15,9 @@ from typing import Any
 
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from lora_kernels import bases
@@ -30,8 +32,9 @@ from lora_kernels.modules import check_model
 class Fused:
     """What a LoRA layer of PEFT's becomes: its forward is one fused product, y = x·Wᵀ + bias + scaling·(dropout(x)·A)·B.
 
-    Parameters and state are read inside forward. A call with several adapters, `adapter_names`, a variant such as DoRA,
-    hooks on the inner layers or on all modules, or merged or disabled adapters takes PEFT's own forward.
+    With DoRA it is y = c∘(x·Wᵀ + scaling·(x·A)·B) + bias. Parameters and state are read inside forward. A call with several
+    adapters, `adapter_names`, another variant, hooks on the inner layers or on all modules, or merged or disabled adapters
+    takes PEFT's own forward.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -80,6 +83,7 @@ def _forward(layer: Any, x: Tensor, *args: Any) -> Tensor | None:
         lora_B.weight.t(),
         scaling,
         None if lora_B.bias is None else scaling * lora_B.bias,
+        magnitude=layer.lora_magnitude_vector[name].weight if name in layer.lora_variant else None,
         dropout_p=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
     )
 
@@ -224,9 +228,32 @@ def _why_not_linear(module: Any) -> str | None:
     if reason is not None:
         return reason
     (name,) = active(module)
+    if name in module.lora_variant:
+        reason = _why_not_variant(module, name)
+        if reason is not None:
+            return reason
     return _why_not_adapter(
         base, module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
     )
+
+
+def _why_not_variant(module: Any, name: str) -> str | None:
+    """None if the variant of this adapter is DoRA, with nothing added to it, else the reason."""
+    variant = module.lora_variant[name]
+    kind = variant if isinstance(variant, type) else type(variant)
+    if kind is not DoraLinearVariant:
+        return f"its adapter {name!r} is a variant, {kind.__name__}"
+    layer = module.lora_magnitude_vector[name]
+    if type(layer) is not DoraLinearLayer or has_hooks(layer) or "forward" in layer.__dict__:
+        return "its lora_magnitude_vector has hooks or a forward of its own"
+    magnitude, A = layer.weight, module.lora_A[name].weight
+    if not is_plain_tensor(magnitude) or magnitude.dtype not in DTYPES:
+        return f"its magnitude is a {type(magnitude).__name__} of {magnitude.dtype}, no plain floating-point tensor"
+    if magnitude.device != A.device:
+        return f"its magnitude is on {magnitude.device}, its lora_A on {A.device}"
+    if module.lora_B[name].bias is not None:
+        return "it has DoRA and a lora_bias"
+    return None
 
 
 def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str | None:

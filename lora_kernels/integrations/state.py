@@ -13,7 +13,7 @@ def active(layer: Any) -> list[str]:
 
 
 def why_not_one_adapter(layer: Any) -> str | None:
-    """None if the layer computes with exactly one plain adapter now, else the reason."""
+    """None if the layer computes with exactly one adapter now, else the reason."""
     if "forward" in layer.__dict__:
         return "its forward was replaced"
     if _has_any_global_hook():
@@ -25,7 +25,4 @@ def why_not_one_adapter(layer: Any) -> str | None:
     names = active(layer)
     if len(names) != 1:
         return f"{len(names)} adapters are active in it, not one"
-    name = names[0]
-    if name in layer.lora_variant:
-        return f"its adapter {name!r} is a variant, {type(layer.lora_variant[name]).__name__}"
     return None

@@ -49,7 +49,7 @@ class TritonProducts(Products):
     def shrink_expand(
         self, x: Tensor, w: Weight, adapter: Adapter, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        A, B, scale, dropout_in, dropout_out = adapter
+        A, B, scale, dropout_in, dropout_out, _ = adapter
         if 0 in (x.shape[0], w.shape[1], A.shape[1]):
             return super().shrink_expand(x, w, adapter, bias)
         if not isinstance(w, Tensor):
