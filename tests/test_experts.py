@@ -238,6 +238,23 @@ def test_the_base_may_be_trained():
     assert_same(run(net, batch()), want)
 
 
+@pytest.mark.parametrize("trained", ["lora_A", "lora_B"])
+def test_some_gradients_only(trained):
+    """The first layer's x needs no gradient, and one of A and B may be frozen."""
+    net = block()
+    for name, p in net.named_parameters():
+        p.requires_grad_(trained in name)
+    x, index, weights = (t.detach() for t in batch())
+    found = []
+    for _ in range(2):
+        net.zero_grad()
+        net(x, index, weights).square().sum().backward()
+        found.append({n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None})
+        accelerate(net)
+    assert len(found[0]) == 2
+    assert_same(found[1], found[0])
+
+
 def test_no_weight_is_built_for_any_expert():
     net = block(dtype=torch.float32, hidden_size=64, intermediate_size=48)
     x, index, weights = batch(torch.float32, width=64)
