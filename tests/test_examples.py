@@ -19,6 +19,7 @@ STEPS = {
     "ddp": 6,
     "fsdp": 6,
     "tensor_parallel": 6,
+    "moe_finetune": 6,
 }
 ON_TWO_RANKS = ("ddp", "fsdp", "tensor_parallel")
 NEEDS = {
@@ -70,5 +71,8 @@ def test_example(name, tmp_path):
         )  # of 1000 words, after the same steps
         for mine, other in re.findall(r"loss ([\d.]+)  \(PEFT ([\d.]+)\)", output):
             assert abs(float(mine) - float(other)) <= 2e-3, output
+    if name == "moe_finetune":
+        assert "8 of 8 LoRA layers fused" in output
+        assert float(re.search(r"differ from PEFT's by ([\d.e+-]+)", output)[1]) < 1e-3, output
     if name == "fsdp":
         assert "14 of 14 LoRA layers fused" in output
