@@ -313,7 +313,7 @@ def test_the_pictures_are_those_that_the_results_draw():
         assert (ROOT / "docs/pictures" / name).read_text(encoding="utf-8") == drawn(), name
 
 
-def test_answers_quote_what_info_prints(capsys, monkeypatch):
+def test_answers_quote_what_info_prints():
     """Ten questions and more; what an answer says that `info` prints is in its own words."""
     text = (ROOT / "docs/faq.md").read_text()
     answers = text.split("\n## ")[1:]
