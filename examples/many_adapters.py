@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_kernels import freeze_base, lora_parameters
-from lora_kernels.named import (
+from lora_kernels import (
     add_adapter,
+    freeze_base,
     load_named_adapter,
+    lora_parameters,
     save_named_adapter,
     select_adapters,
 )

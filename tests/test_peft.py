@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, VeloraConfig, get_peft_model
 from torch import nn
 
 from lora_kernels import bases, load_adapter, save_adapter
+from lora_kernels.integrations import peft as integration
 from lora_kernels.integrations.peft import (
     FusedLinear,
     accelerate,
@@ -269,10 +270,8 @@ class TestState:
             for each in (names, names[::-1], ["__base__"] * 3, ["default"] * 3):
                 fused(tokens(), adapter_names=each)
         fused.base_model.model.first.base_layer.register_forward_hook(lambda *_: None)
-        assert (
-            integration._mixed_forward(fused.base_model.model.first, torch.randn(3, 16), names)
-            is None
-        )
+        first = fused.base_model.model.first
+        assert integration._mixed_forward(first, torch.randn(3, 16), names) is None
         torch.testing.assert_close(fused(tokens(), adapter_names=names), want, atol=2e-5, rtol=1e-4)
         with pytest.raises(ValueError, match="in training mode"):
             fused.train()(tokens(), adapter_names=names)
