@@ -31,6 +31,7 @@ const Kernels AVX2_KERNELS = {
     .decode = decode,
     .quantized_dots = quantized_dots,
     .quantized_rows = quantized_rows,
+    .arrange = arrange,
     .squares = squares,
 };
 

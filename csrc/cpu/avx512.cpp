@@ -33,6 +33,7 @@ const Kernels AVX512_KERNELS = {
     .decode = decode,
     .quantized_dots = quantized_dots,
     .quantized_rows = quantized_rows,
+    .arrange = arrange,
     .squares = squares,
 };
 

@@ -136,6 +136,7 @@ const Kernels AVX512_BF16_KERNELS = {
     .decode = decode,
     .quantized_dots = quantized_dots,
     .quantized_rows = quantized_rows,
+    .arrange = arrange,
     .squares = squares,
     .copy_pairs = copy_pairs,
     .pack_pairs = pack_pairs,

@@ -45,8 +45,6 @@ struct Mask {
   int64_t cols;
 };
 
-constexpr int64_t FEW_CODED_ROWS = 4;
-
 struct Quantized;  // a weight in a packed format, see quantized.h
 
 struct Kernels {
@@ -87,12 +85,16 @@ struct Kernels {
   // dst[i] = element (row, col + i) of w as stored, rounded as w says, in `type`: float32, or
   // bfloat16 where w's elements are.
   void (*decode)(void* dst, Type type, const Quantized& w, int64_t row, int64_t col, int64_t count);
-  // As `dots`, with the rows row .. row + cols of w as stored, and as `rows_of_w`, with its columns
-  // from `col` on: 1 to FEW_CODED_ROWS rows of x, w's elements not rounded. Nothing need follow x.
+  // As `dots` with the rows row .. row + cols of w as stored, and as `rows_of_w` with its columns
+  // from `col` on, whole groups: at most MAX_DOT_ROWS rows of x, w's elements not rounded, each
+  // decoded once. w is of `grouped`. `sums` takes rows·cols·lanes floats. x of `quantized_dots` is
+  // arranged.
   void (*quantized_dots)(const float* x, int64_t x_pitch, const Quantized& w, int64_t row,
-                         int64_t rows, int64_t cols, float* c, int64_t c_pitch);
+                         int64_t rows, int64_t cols, float* sums, float* c, int64_t c_pitch);
   void (*quantized_rows)(const float* x, int64_t x_pitch, const Quantized& w, int64_t col,
-                         int64_t rows, int64_t cols, float* c, int64_t c_pitch);
+                         int64_t rows, int64_t cols, float* sums, float* c, int64_t c_pitch);
+  // Puts the elements of x into the order in which those of w are decoded.
+  void (*arrange)(float* x, int64_t pitch, const Quantized& w, int64_t rows, int64_t cols);
   // out[r] = the sum of src[r][c]² over c, src's rows contiguous.
   void (*squares)(float* out, const Matrix& src, int64_t rows, int64_t cols);
 

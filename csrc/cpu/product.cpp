@@ -20,7 +20,8 @@ constexpr int64_t SHALLOW = 256;
 constexpr int64_t MAX_SCRATCH_ROWS = 516;  // of float32 results that wait for their rounding
 constexpr int64_t BLOCK_DEPTH = 512;       // deeper blocks are narrower, and read x more often
 constexpr int64_t MAX_ADDED_ROWS = 4;
-constexpr int64_t DOT_COLS = 64;  // a task's share of w in the forms for few rows
+constexpr int64_t MAX_CODED_ROWS_BESIDE_PAIRS = 4;  // more are faster as pairs, after rounding
+constexpr int64_t DOT_COLS = 64;                    // a task's share of w in the forms for few rows
 
 // Half of the L2 cache, in floats: what a thread's packed panels may take.
 int64_t panel_floats() {
@@ -56,23 +57,26 @@ class Run {
         K(p.x.cols),
         R(p.s == nullptr ? 0 : p.s->cols),
         pairs(k.multiply_pairs != nullptr && p.x.type == Type::BF16 && p.w.type == Type::BF16 &&
-              p.mask_in == nullptr) {}
+              p.mask_in == nullptr),
+        coded(p.quantized != nullptr && p.quantized->grouped() &&
+              M <= (pairs ? MAX_CODED_ROWS_BESIDE_PAIRS : MAX_DOT_ROWS)) {}
 
   void operator()() const {
     if (M == 0 || N == 0) return;
     // Few rows read w where it lies, along its memory. A skinny w is transposed for that: it is
     // small.
     const bool skinny = N <= DOT_COLS;
-    const bool added = p.w.col_stride == 1 && p.w.row_stride != 1 && M <= MAX_ADDED_ROWS;
+    const bool added = p.w.col_stride == 1 && p.w.row_stride != 1 &&
+                       (p.quantized == nullptr ? M <= MAX_ADDED_ROWS : coded);
     if (p.w.row_stride == 1 || (skinny && !added && p.quantized == nullptr)) {
-      const bool by_pairs = pairs && !skinny && (p.quantized == nullptr || M > FEW_CODED_ROWS);
+      const bool by_pairs = pairs && !skinny && !coded;
       if (M <= MAX_DOT_ROWS) return in_place(DOT_COLS, by_pairs ? k.dots_pairs : k.dots);
     } else if (added) {
       // Long pieces of w's rows: 3.2 ms for 4096 x 4096 float32 in one piece, 5.2 in pieces of 512.
       // A large rank shortens them, since its part of b is packed for each.
       const int64_t share = ceil_div(ceil_div(N, at::get_num_threads()), 64) * 64;
-      const int64_t most =
-          std::clamp<int64_t>((1 << 18) / std::max<int64_t>(R, 1) / 64 * 64, 128, 4096);
+      const int64_t most = std::clamp<int64_t>((1 << 18) / std::max<int64_t>(R, 1) / 64 * 64, 128,
+                                               coded ? 4096 / M / 64 * 64 : 4096);  // results in L1
       return in_place(std::clamp<int64_t>(share, 128, most), k.rows_of_w);
     }
     by_panels();
@@ -83,6 +87,7 @@ class Run {
   const Kernels& k;
   const int64_t M, N, K, R;
   const bool pairs;
+  const bool coded;  // few rows multiply the codes of a quantised w where they lie
 
   void by_panels() const;
   std::pair<int64_t, int64_t> division(int64_t all, int64_t most, int64_t width) const;
@@ -252,7 +257,8 @@ void Run::by_panels() const {
 // Few rows: x as floats, `block` columns of w a task.
 void Run::in_place(int64_t block, decltype(Kernels::dots) kernel) const {
   const bool copied = kernel == k.dots && p.w.row_stride != 1;
-  const int64_t x_pitch = aligned(K) + 16, w_floats = copied ? block * x_pitch : 0;
+  const int64_t x_pitch = aligned(K) + 16;
+  const int64_t w_floats = copied ? block * x_pitch : coded ? M * block * k.lanes : 0;
   static thread_local Scratch caller;  // x, decoded once for all tasks
   float* const x = caller.reserve(M * x_pitch);
   const int64_t used = kernel == k.dots_pairs ? K / 2 : K;
@@ -260,6 +266,7 @@ void Run::in_place(int64_t block, decltype(Kernels::dots) kernel) const {
     std::memset(x + row * x_pitch + used, 0, (x_pitch - used) * sizeof(float));
   (kernel == k.dots_pairs ? k.copy_pairs : k.copy)(x, x_pitch, p.x, M, K);
   if (p.mask_in != nullptr) k.mask(x, x_pitch, *p.mask_in, 0, 0, M, K);
+  if (coded && kernel == k.dots) k.arrange(x, x_pitch, *p.quantized, M, K);
   for_each_task(ceil_div(N, block), M * N * (K + R), [&](int64_t task) {
     Columns cols{};
     cols.begin = task * block;
@@ -276,14 +283,14 @@ void Run::in_place(int64_t block, decltype(Kernels::dots) kernel) const {
       k.copy(w_copy, x_pitch, w, cols.count, K);
       w = {reinterpret_cast<const char*>(w_copy), Type::F32, cols.count, K, x_pitch, 1};
     }
-    if (p.quantized == nullptr) {
-      kernel(x, x_pitch, w, M, cols.count, K, c, block);
-    } else if (M > FEW_CODED_ROWS) {
+    if (coded) {
+      (kernel == k.rows_of_w ? k.quantized_rows : k.quantized_dots)(
+          x, x_pitch, *p.quantized, cols.begin, M, cols.count, w_copy, c, block);
+    } else if (p.quantized != nullptr) {
       dots_with_quantized(k, kernel == k.dots_pairs, x, x_pitch, *p.quantized, cols.begin, M,
                           cols.count, c, block);
     } else {
-      (kernel == k.rows_of_w ? k.quantized_rows : k.quantized_dots)(
-          x, x_pitch, *p.quantized, cols.begin, M, cols.count, c, block);
+      kernel(x, x_pitch, w, M, cols.count, K, c, block);
     }
     for (int64_t row = 0; row < M; row += k.rows)
       finish(row, std::min(k.rows, M - row), cols, c + row * block, block);

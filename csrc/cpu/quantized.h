@@ -7,6 +7,7 @@
 namespace lora_kernels {
 
 enum class Format { NF4 };
+constexpr int64_t NF4_BLOCK = 64, NF4_BLOCK2 = 256;
 
 // A matrix as it is stored, [rows, cols]: element (row, col) is the value of its code times a
 // scale, a float32 product that is rounded to `type`. Elements that share a scale are adjacent: a
@@ -29,10 +30,10 @@ struct Quantized {
 
   // The scale of each run that has a part in the `count` elements from (row, col) on. Compiled
   // without fused multiply-adds: product and sum are rounded one after the other.
+  // Whether rows are whole groups of codes, so that few rows of x can multiply them where they lie.
+  bool grouped() const { return cols % NF4_BLOCK == 0; }
   void scales(float* to, int64_t row, int64_t col, int64_t count) const;
 };
-
-constexpr int64_t NF4_BLOCK = 64, NF4_BLOCK2 = 256;
 
 // As Kernels::pack and Kernels::pack_pairs: depth x cols of w from (first, col) on, where w is the
 // view of q, or of its transpose, that a product multiplies by; its strides say which.

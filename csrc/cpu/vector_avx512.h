@@ -91,3 +91,19 @@ struct Table16 {
     return {_mm512_permutexvar_ps(_mm512_srlv_epi32(twice, shift), all.v)};
   }
 };
+
+// The values of 64 codes in 32 bytes, half of them at a time.
+struct Groups16 {
+  Vector all;
+
+  explicit Groups16(const Quantized& w) : all(Vector::load(w.code)) {}
+  // The element of the group that is decoded as number i: of 16 bytes the even ones, then the odd.
+  static constexpr int64_t order(int64_t i) { return i / 32 * 32 + 2 * (i % 16) + i / 16 % 2; }
+  template <int WHICH>
+  void half(const uint8_t* p, Vector scale, Vector* out) const {
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + 16 * WHICH)));
+    const __m512 scaled = all.times(scale).v;
+    out[0] = {_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), scaled)};
+    out[1] = {_mm512_permutexvar_ps(codes, scaled)};
+  }
+};

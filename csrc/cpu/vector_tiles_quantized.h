@@ -15,21 +15,20 @@ inline Vector rounded(Vector v, Type type) {
   return v;
 }
 
-// A run of 4-bit codes that share a scale: sixteen values are scaled, and then looked up.
+// 4-bit codes. A decoder has the values of one run: `at` and `part` give them in the order of the
+// matrix, `half` gives those of half a group in the order that `order` says.
 struct Nf4 {
   static constexpr int64_t RUN = NF4_BLOCK;  // the most elements of a run
+  static constexpr int64_t BITS = 4;
   const uint8_t* codes;
   Table16 values;
 
-  Nf4() = default;
   Nf4(const Quantized& w, float scale) : codes(w.codes), values(Table16::load(w.code)) {
     values.each([&](Vector v) { return v.times(Vector::all(scale)); });
   }
   void round(Type type) {
     values.each([&](Vector v) { return rounded(v, type); });
   }
-  // Whether runs begin at the same columns in every row.
-  static bool aligned(const Quantized& w) { return w.cols % RUN == 0; }
   // How many elements from (row, col) on belong to the run.
   static int64_t left(const Quantized& w, int64_t row, int64_t col) {
     return RUN - (row * w.cols + col) % RUN;
@@ -39,7 +38,7 @@ struct Nf4 {
     return (row * w.cols + col) % 2;
   }
   Vector at(int64_t e) const { return values.at(codes + e / 2); }  // an even e
-  void fetch(int64_t e) const { _mm_prefetch((const char*)(codes + e / 2), _MM_HINT_T0); }
+  using Values = Groups16;
   Vector part(int64_t e, int64_t count) const {
     float all[16], some[Vector::LANES] = {};
     values.store(all);
@@ -89,137 +88,150 @@ void decode(void* dst, Type type, const Quantized& w, int64_t row, int64_t col, 
   decode_elements<Nf4>((float*)dst, w, row, col, count);
 }
 
-// c[r] = x[r]·(row `row` of w) for ROWS rows of x: each value is looked up once for all of them.
-template <class Codes, int ROWS>
-void dots_of_codes(const float* x, int64_t x_pitch, const Quantized& w, int64_t row, float* c,
-                   int64_t c_pitch) {
-  constexpr int64_t L = Vector::LANES;
-  constexpr int CHAINS = ROWS == 1 ? 4 : 2;  // of additions, so that none waits for another
-  Vector acc[ROWS][CHAINS];
-#pragma GCC unroll 4
-  for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-    for (int j = 0; j < CHAINS; ++j) acc[r][j] = Vector::zero();
+constexpr int64_t GROUP = 64;  // codes that are decoded together, of one run
+
+// The codes of a weight whose rows are whole groups, and the scales of a part of a row.
+template <class Codes>
+struct Groups {
+  static constexpr int64_t PIECE = 4096;
+  static constexpr int VECTORS = GROUP / Vector::LANES, HALF = VECTORS / 2;
+  float scales[PIECE / Codes::RUN + 1];
+  const uint8_t* codes;
+
+  void seek(const Quantized& w, int64_t row, int64_t col, int64_t count) {
+    w.scales(scales, row, col, count);
+    codes = w.codes + (row * w.cols + col) * Codes::BITS / 8;
   }
-  for_each_run<Codes>(w, row, 0, w.cols, [&](float scale, int64_t col, int64_t count) {
-    const Codes run(w, scale);
-    const float* from = x + col;
-    const int64_t e = row * w.cols + col;
-    const auto add_part = [&](int64_t i, int64_t some) {
-      const Vector b = run.part(e + i, some);
-      for (int r = 0; r < ROWS; ++r)
-        acc[r][0] = acc[r][0].multiply_add(load_part(from + r * x_pitch + i, some), b);
-    };
-    int64_t i = Codes::head(w, row, col);
-    if (i > 0) add_part(0, i);
-    for (; i + CHAINS * L <= count; i += CHAINS * L) {
-#pragma GCC unroll 4
-      for (int j = 0; j < CHAINS; ++j) {
-        const Vector b = run.at(e + i + j * L);
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r)
-          acc[r][j] = acc[r][j].multiply_add(Vector::load(from + r * x_pitch + i + j * L), b);
-      }
+  // The scaled values of half a group, `at` elements behind the place sought.
+  template <int WHICH>
+  inline __attribute__((always_inline)) void half(const typename Codes::Values& values, int64_t at,
+                                                  Vector* out) const {
+    values.template half<WHICH>(codes + at * Codes::BITS / 8, Vector::all(scales[at / Codes::RUN]),
+                                out);
+  }
+};
+
+// Rows of x with the elements of each group in the order in which they are decoded.
+template <class Codes>
+void arrange_groups(float* x, int64_t pitch, int64_t rows, int64_t cols) {
+  float natural[GROUP];
+  for (int64_t r = 0; r < rows; ++r) {
+    for (float* group = x + r * pitch; group < x + r * pitch + cols; group += GROUP) {
+      std::memcpy(natural, group, sizeof natural);
+      for (int64_t i = 0; i < GROUP; ++i) group[i] = natural[Codes::Values::order(i)];
     }
-    for (; i < count; i += L) add_part(i, count - i < L ? count - i : L);
-  });
-#pragma GCC unroll 4
-  for (int r = 0; r < ROWS; ++r) {
-    Vector sum = acc[r][0].plus(acc[r][1]);
-    if constexpr (CHAINS == 4) sum = sum.plus(acc[r][2].plus(acc[r][3]));
-    c[r * c_pitch] = sum.sum();
   }
 }
 
-template <class Codes, int ROWS>
-void dots_of_rows(const float* x, int64_t x_pitch, const Quantized& w, int64_t row, int64_t rows,
-                  int64_t cols, float* c, int64_t c_pitch) {
-  if constexpr (ROWS > 0) {
-    if (rows < ROWS)
-      return dots_of_rows<Codes, ROWS - 1>(x, x_pitch, w, row, rows, cols, c, c_pitch);
-    for (int64_t n = 0; n < cols; ++n)
-      dots_of_codes<Codes, ROWS>(x, x_pitch, w, row + n, c + n, c_pitch);
+// c[r][n] = x[r]·(row `row` + n of w), x arranged; `sums` takes cols·rows vectors. Each code is
+// decoded once for all rows of x, of which a piece stays in the L1 cache.
+template <class Codes>
+void dots_of_groups(const float* x, int64_t x_pitch, const Quantized& w, int64_t row, int64_t rows,
+                    int64_t cols, float* sums, float* c, int64_t c_pitch) {
+  constexpr int64_t L = Vector::LANES;
+  constexpr int HALF = Groups<Codes>::HALF;
+  const typename Codes::Values values(w);
+  Groups<Codes> groups;
+  const int64_t step = Groups<Codes>::PIECE / rows / GROUP * GROUP;
+  std::memset(sums, 0, cols * rows * L * sizeof(float));
+  for (int64_t k = 0; k < w.cols; k += step) {
+    const int64_t depth = w.cols - k < step ? w.cols - k : step;
+    for (int64_t n = 0; n < cols; ++n) {
+      groups.seek(w, row + n, k, depth);
+      for (int64_t at = 0; at < depth; at += GROUP) {
+        _mm_prefetch((const char*)groups.codes + (at + 16 * GROUP) * Codes::BITS / 8, _MM_HINT_T0);
+        Vector b[2 * HALF];
+        groups.template half<0>(values, at, b);
+        groups.template half<1>(values, at, b + HALF);
+        for (int64_t r = 0; r < rows; ++r) {
+          const float* from = x + r * x_pitch + k + at;
+          float* to = sums + (n * rows + r) * L;
+          Vector even = Vector::load(to), odd = Vector::zero();
+#pragma GCC unroll 4
+          for (int j = 0; j < 2 * HALF; j += 2) {
+            even = even.multiply_add(Vector::load(from + j * L), b[j]);
+            odd = odd.multiply_add(Vector::load(from + (j + 1) * L), b[j + 1]);
+          }
+          even.plus(odd).store(to);
+        }
+      }
+    }
   }
+  for (int64_t n = 0; n < cols; ++n) {
+    for (int64_t r = 0; r < rows; ++r)
+      c[r * c_pitch + n] = Vector::load(sums + (n * rows + r) * L).sum();
+  }
+}
+
+// sums[r][n] += x[r][k]·(row k of w)[col + n] for STEPS rows k of w, n in the order of decoding.
+template <class Codes, int STEPS>
+void add_rows_of_groups(const typename Codes::Values& values, const float* x, int64_t x_pitch,
+                        const Quantized& w, int64_t k, int64_t col, int64_t rows, int64_t cols,
+                        float* sums) {
+  constexpr int64_t L = Vector::LANES;
+  constexpr int HALF = Groups<Codes>::HALF;
+  Groups<Codes> groups[STEPS];
+  for (int i = 0; i < STEPS; ++i) groups[i].seek(w, k + i, col, cols);
+  const auto add = [&](int64_t at, const Vector* b) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = sums + r * cols + at;
+      Vector a[STEPS];
+#pragma GCC unroll 2
+      for (int i = 0; i < STEPS; ++i) a[i] = Vector::all(x[r * x_pitch + k + i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < HALF; ++j) {
+        Vector acc = Vector::load(to + j * L);
+#pragma GCC unroll 2
+        for (int i = 0; i < STEPS; ++i) acc = acc.multiply_add(a[i], b[i * HALF + j]);
+        acc.store(to + j * L);
+      }
+    }
+  };
+  for (int64_t at = 0; at < cols; at += GROUP) {
+    Vector b[STEPS * HALF];
+#pragma GCC unroll 2
+    for (int i = 0; i < STEPS; ++i) {
+      const int64_t ahead = at + STEPS * w.cols;
+      _mm_prefetch((const char*)groups[i].codes + ahead * Codes::BITS / 8, _MM_HINT_T0);
+      groups[i].template half<0>(values, at, b + i * HALF);
+    }
+    add(at, b);
+#pragma GCC unroll 2
+    for (int i = 0; i < STEPS; ++i) groups[i].template half<1>(values, at, b + i * HALF);
+    add(at + GROUP / 2, b);
+  }
+}
+
+// c[r][n] = sum over k of x[r][k]·(row k of w)[col + n]; `sums` takes rows·cols floats.
+template <class Codes>
+void rows_of_groups(const float* x, int64_t x_pitch, const Quantized& w, int64_t col, int64_t rows,
+                    int64_t cols, float* sums, float* c, int64_t c_pitch) {
+  const typename Codes::Values values(w);
+  for (int64_t r = 0; r < rows; ++r) std::memset(c + r * c_pitch, 0, cols * sizeof(float));
+  for (int64_t begin = 0; begin < w.rows; begin += CHAIN) {
+    const int64_t end = w.rows - begin < CHAIN ? w.rows : begin + CHAIN;
+    std::memset(sums, 0, rows * cols * sizeof(float));
+    int64_t k = begin;
+    for (; k + 2 <= end; k += 2)
+      add_rows_of_groups<Codes, 2>(values, x, x_pitch, w, k, col, rows, cols, sums);
+    if (k < end) add_rows_of_groups<Codes, 1>(values, x, x_pitch, w, k, col, rows, cols, sums);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t n = 0; n < cols; ++n)
+        c[r * c_pitch + n / GROUP * GROUP + Codes::Values::order(n % GROUP)] += sums[r * cols + n];
+    }
+  }
+}
+
+void arrange(float* x, int64_t pitch, const Quantized&, int64_t rows, int64_t cols) {
+  arrange_groups<Nf4>(x, pitch, rows, cols);
 }
 
 void quantized_dots(const float* x, int64_t x_pitch, const Quantized& w, int64_t row, int64_t rows,
-                    int64_t cols, float* c, int64_t c_pitch) {
-  dots_of_rows<Nf4, FEW_CODED_ROWS>(x, x_pitch, w, row, rows, cols, c, c_pitch);
-}
-
-// c[r][n] += the sum over k < STEPS of x[r][k]·(row `row` + k of w)[n], for ROWS rows of x and
-// `count` elements from `col` on, which belong to one run in each row of w.
-template <class Codes, int ROWS, int STEPS>
-inline __attribute__((always_inline)) void add_run_of_rows(const float* x, int64_t x_pitch,
-                                                           const Quantized& w, const Codes* runs,
-                                                           int64_t row, int64_t col, int64_t count,
-                                                           float* c, int64_t c_pitch) {
-  constexpr int64_t L = Vector::LANES;
-  const int64_t e = row * w.cols + col;
-  const auto add = [&](int64_t n, int64_t some) __attribute__((always_inline)) {
-    Vector acc[ROWS];
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) acc[r] = Vector::zero();
-#pragma GCC unroll 4
-    for (int k = 0; k < STEPS; ++k) {
-      const int64_t first = e + k * w.cols + n;
-      const Vector b = some == L ? runs[k].at(first) : runs[k].part(first, some);
-#pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r)
-        acc[r] = acc[r].multiply_add(Vector::all(x[r * x_pitch + k]), b);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-      float* to = c + r * c_pitch + n;
-      store_part(to, acc[r].plus(some == L ? Vector::load(to) : load_part(to, some)), some);
-    }
-  };
-  int64_t n = Codes::head(w, row, col);
-  if (n > 0) add(0, n);
-  for (; n + L <= count; n += L) add(n, L);
-  if (n < count) add(n, count - n);
-}
-
-template <class Codes, int ROWS, int STEPS>
-void add_rows_of_codes(const float* x, int64_t x_pitch, const Quantized& w, int64_t row,
-                       int64_t col, int64_t cols, float* c, int64_t c_pitch) {
-  constexpr int64_t PIECE = 16 * Codes::RUN;
-  float scales[STEPS][PIECE / Codes::RUN + 1];
-  for (int64_t at = col, end = col + cols; at < end;) {
-    const int64_t piece_end = end - at < PIECE ? end : at + PIECE;
-    for (int k = 0; k < STEPS; ++k) w.scales(scales[k], row + k, at, piece_end - at);
-    for (int64_t i = 0; at < piece_end; ++i) {
-      const int64_t left = Codes::left(w, row, at);
-      const int64_t count = left < piece_end - at ? left : piece_end - at;
-      Codes runs[STEPS];
-      for (int k = 0; k < STEPS; ++k) {
-        runs[k] = Codes(w, scales[k][i]);
-        runs[k].fetch(((row + k + STEPS) * w.cols + at));
-      }
-      add_run_of_rows<Codes, ROWS, STEPS>(x, x_pitch, w, runs, row, at, count, c + at - col,
-                                          c_pitch);
-      at += count;
-    }
-  }
-}
-
-template <class Codes, int ROWS>
-void rows_of_codes(const float* x, int64_t x_pitch, const Quantized& w, int64_t col, int64_t rows,
-                   int64_t cols, float* c, int64_t c_pitch) {
-  if constexpr (ROWS > 0) {
-    if (rows < ROWS)
-      return rows_of_codes<Codes, ROWS - 1>(x, x_pitch, w, col, rows, cols, c, c_pitch);
-    constexpr int STEPS = 4;
-    for (int64_t r = 0; r < rows; ++r) std::memset(c + r * c_pitch, 0, cols * sizeof(float));
-    int64_t k = 0;
-    for (; Codes::aligned(w) && k + STEPS <= w.rows; k += STEPS)
-      add_rows_of_codes<Codes, ROWS, STEPS>(x + k, x_pitch, w, k, col, cols, c, c_pitch);
-    for (; k < w.rows; ++k)
-      add_rows_of_codes<Codes, ROWS, 1>(x + k, x_pitch, w, k, col, cols, c, c_pitch);
-  }
+                    int64_t cols, float* sums, float* c, int64_t c_pitch) {
+  dots_of_groups<Nf4>(x, x_pitch, w, row, rows, cols, sums, c, c_pitch);
 }
 
 void quantized_rows(const float* x, int64_t x_pitch, const Quantized& w, int64_t col, int64_t rows,
-                    int64_t cols, float* c, int64_t c_pitch) {
-  rows_of_codes<Nf4, FEW_CODED_ROWS>(x, x_pitch, w, col, rows, cols, c, c_pitch);
+                    int64_t cols, float* sums, float* c, int64_t c_pitch) {
+  rows_of_groups<Nf4>(x, x_pitch, w, col, rows, cols, sums, c, c_pitch);
 }
