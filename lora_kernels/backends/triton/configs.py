@@ -173,9 +173,10 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
 def _decode(problem: Problem, target: Target) -> list[TileConfig]:
     block_n, block_k = (64, 64) if _all_half(problem) else (32, 32)
     warps = 4
-    if target.name == "sm_90" and _all_half(problem) and problem.weight_format != DENSE:
-        # Warp groups multiply 64 rows of w. Triton 3.9 lets them read x while the next x is fetched over it, if w comes
-        # from registers: the emulator finds the race. Half as many rows for half as many warps take mma.sync.
+    if target.name in ("sm_90", "sm_100") and _all_half(problem) and problem.weight_format != DENSE:
+        # A tile of 64 rows of w takes a warp group's matrix instructions. On sm_90 Triton 3.9 lets them read x while the
+        # next x is fetched over it, as w comes from registers: the emulator finds the race. On sm_100 the loop has 903
+        # instructions. Half as many rows for half as many warps take mma.sync.
         block_n, warps = 32, 2
     programs = max(1, problem.N // block_n)
     split = _split(2 * target.multiprocessors // programs, problem.K // (4 * block_k))
