@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_kernels.modules import SCALINGS, LinearWithLoRA, fits_float32, is_conv1d
+from lora_kernels.bases import is_conv1d
+from lora_kernels.modules import SCALINGS, LinearWithLoRA, fits_float32
 
 try:
     import fcntl

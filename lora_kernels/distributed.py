@@ -29,7 +29,8 @@ from torch.distributed.tensor import (
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from lora_kernels.modules import LinearWithLoRA, is_conv1d
+from lora_kernels.bases import is_conv1d
+from lora_kernels.modules import LinearWithLoRA
 from lora_kernels.once import once
 
 _WHOLE, _SUM = Replicate(), Partial()

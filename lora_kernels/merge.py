@@ -8,16 +8,16 @@ from contextlib import nullcontext, suppress
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.functional import DTYPES
+from lora_kernels.bases import is_conv1d
 from lora_kernels.modules import (
     LinearWithLoRA,
     Place,
-    is_conv1d,
     is_plain,
     lora_layers,
     put,
     rename_tied,
 )
+from lora_kernels.operands import DTYPES
 
 
 def merge_lora(model: nn.Module, *, unload: bool = False) -> list[str]:
@@ -110,7 +110,7 @@ def _check_mergeable(model: nn.Module, layers: list[tuple[str, LinearWithLoRA]])
     for name, layer in layers:
         what = f"{name}.linear" if name else "linear"
         linear, weight = layer.linear, layer.linear._parameters.get("weight")
-        if weight is None or not is_plain(linear, layer.lora, weight):
+        if weight is None or not is_plain(linear, layer.lora):
             raise ValueError(
                 f"{what} must be a plain Linear to merge into, beside a plain lora, but it is "
                 "hooked, pruned, parametrized, quantized or has a forward of its own"

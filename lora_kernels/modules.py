@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from lora_kernels import bases
+from lora_kernels.bases import features, has_hooks, is_linear
 from lora_kernels.functional import (
     DTYPES,
     alpha_tensor,
     autocast_dtype,
     check_dropout,
-    lora_linear,
     shown,
 )
 
@@ -187,7 +188,7 @@ class LinearWithLoRA(nn.Module):
             alpha,
             scaling=scaling,
             dropout=dropout,
-            dtype=dtype or (weight.dtype if weight.dtype in DTYPES else None),
+            dtype=dtype or bases.adapter_dtype(linear),
             device=device or weight.device,
         )
         self.train(linear.training)
@@ -247,23 +248,11 @@ class LinearWithLoRA(nn.Module):
         lora: Any = inner["lora"]
         if self.unmerged_weight is not None:
             return linear(x)
-        weight = linear.weight
-        if (
-            x.is_nested
-            or x.is_sparse
-            or not is_plain(linear, lora, weight)
-            or _has_any_global_hook()
-        ):
-            return linear(x) + lora(x)
-        return lora_linear(
-            x,
-            weight if isinstance(linear, nn.Linear) else weight.t(),
-            lora.A,
-            lora.B,
-            lora.run_time_scale(),
-            linear.bias,
-            dropout_p=lora.dropout if lora.training else 0.0,
-        )
+        y = None
+        if is_plain(linear, lora) and not (x.is_nested or x.is_sparse or _has_any_global_hook()):
+            p = lora.dropout if lora.training else 0.0
+            y = bases.lora_linear_on(linear, x, lora.A, lora.B, lora.run_time_scale(), dropout_p=p)
+        return linear(x) + lora(x) if y is None else y
 
 
 def replace_linear_with_lora(
@@ -440,55 +429,13 @@ def _number(alpha: float) -> float:
     return alpha if type(alpha) in (int, float) else float(alpha)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` can be the base of a `LinearWithLoRA`."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is Transformers' Conv1D, a Linear that stores W [in, out]; by name, without importing it."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def features(linear: Any) -> tuple[int, int]:
-    """(in, out) of an nn.Linear or a Conv1D."""
-    if is_conv1d(linear):
-        return linear.weight.shape[0], linear.weight.shape[1]
-    return linear.in_features, linear.out_features
-
-
-def is_plain(linear: nn.Module, lora: LoRALayer, weight: Tensor) -> bool:
-    """Whether calling `linear`, which has `weight`, and `lora` would do nothing but the formula, so that it may be fused."""
+def is_plain(linear: nn.Module, lora: LoRALayer) -> bool:
+    """Whether calling `linear` and `lora` would do nothing but the formula, so that it may be fused."""
     return (
-        (type(linear).forward is nn.Linear.forward or is_conv1d(linear))
+        bases.is_plain(linear)
         and type(lora).forward is LoRALayer.forward
-        and "forward" not in linear.__dict__
         and "forward" not in lora.__dict__
-        and not has_hooks(linear)
         and not has_hooks(lora)
-        and (is_plain_tensor(weight) or type(weight).__module__ == _SHARDED)
-    )
-
-
-def is_plain_tensor(t: Tensor) -> bool:
-    """Whether t is a dense tensor, or one that stands for it while torch.export traces."""
-    return type(t) in _PLAIN_TENSORS or type(t).__module__ in _TRACED
-
-
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
-_TRACED = ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
-# By name, so that torch.distributed is not imported; the operators have sharding rules for it, see `distributed`.
-_SHARDED = "torch.distributed.tensor"
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` runs more than its forward, hooks on all modules aside."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
     )
 
 

@@ -1,10 +1,8 @@
-"""The 4-bit NF4 weight of bitsandbytes as an operand: plain tensors, read by attribute and decoded by plain PyTorch.
+"""Weights that bitsandbytes quantised, as operands: NF4, with scales of float32 or of 8 bits, and int8 rows.
 
-The format, for a matrix [N, K] of n = N·K elements in row-major order: element e is code[nibble e]·scale[e // 64], a
-product in float32 that is rounded once to the dtype; an even e is the high nibble of byte e // 2. So blocks of 64 may
-straddle rows, and the last may be partial. Scales are float32, or doubly quantised: scale[b] =
-code2[absmax[b]]·absmax2[b // 256] + offset, product and sum rounded one after the other. The format is that of
-Dettmers et al., "QLoRA: efficient finetuning of quantized LLMs", NeurIPS 2023.
+bitsandbytes is never imported: the attributes of its parameters are read, in every call, so that what it moves, loads or
+quantises again is seen. The forward and the backward use one dense weight, rounded once to the dtype that the product runs
+in. bitsandbytes' own backward of NF4 rounds to the dtype of the unquantised weight in between.
 """
 
 from __future__ import annotations
@@ -17,18 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels.operands import QuantizedWeight
+from lora_kernels.operands import DTYPES, QuantizedWeight
 
-BLOCK, BLOCK2 = 64, 256  # elements that share a scale; scales that share one of their own
+BLOCK = 64  # elements of W that share a scale
+BLOCK2 = 256  # scales that share one, where the scales are quantised too
 
 
 @dataclass(frozen=True, eq=False)
 class NF4Weight(QuantizedWeight):
-    """A frozen weight [N, K] of 4-bit codes with a scale for each 64 elements, as bitsandbytes stores it.
+    """A matrix W [N, K] of 4-bit codes, row after row, in the layout of bitsandbytes.
 
-    `packed` has any dtype: its bytes hold two codes each. `absmax` are the blocks' scales, or, where `code2`, `absmax2`
-    and `offset` are given, their 8-bit codes. `dtype` is that of `dense()`. ValueError or TypeError names the argument,
-    its value and the rule.
+    Element e of the flattened W has its code in byte e // 2 of `packed`, an even e in the high four bits. W is
+    `code[code of e]` times the scale of block e // `block`, a float32 product that is rounded to `dtype`. The scales are
+    `absmax` in float32; or, with `code2`, `absmax2` and `offset`, block i's is `code2[absmax[i]]` times
+    `absmax2[i // 256]`, rounded to float32, plus `offset`. Blocks may straddle rows; the last one may be a part of one. See
+    Dettmers et al., "QLoRA: efficient finetuning of quantized LLMs", NeurIPS 2023, for the codes.
+
+    TypeError or ValueError names the argument, its value and the rule.
 
     >>> weight = NF4Weight(torch.zeros(3, dtype=torch.uint8), torch.ones(1), torch.linspace(-1, 1, 16), N=2, K=3)
     >>> weight.dense()
@@ -36,12 +39,12 @@ class NF4Weight(QuantizedWeight):
             [-1., -1., -1.]])
     """
 
-    packed: Tensor
-    absmax: Tensor
-    code: Tensor
-    code2: Tensor | None = None
-    absmax2: Tensor | None = None
-    offset: Tensor | None = None
+    packed: Tensor  # uint8 [ceil(N·K / 2)]
+    absmax: Tensor  # [ceil(N·K / block)] float32, or uint8 beside code2
+    code: Tensor  # [16] float32
+    code2: Tensor | None = None  # [256] float32
+    absmax2: Tensor | None = None  # [ceil(absmax / 256)] float32
+    offset: Tensor | None = None  # one float32
     N: int = 0
     K: int = 0
     block: int = BLOCK
@@ -51,40 +54,22 @@ class NF4Weight(QuantizedWeight):
     format = "nf4"
 
     def __post_init__(self) -> None:
+        _check_dtype(self.dtype)
         if self.block != BLOCK:
             raise ValueError(f"block must be {BLOCK}, got {self.block}")
         elements = self.N * self.K
         blocks = -(-elements // BLOCK)
-        if not isinstance(self.packed, Tensor):
-            raise TypeError(f"packed must be a Tensor, got {type(self.packed).__name__}")
-        got, needed = self.packed.numel() * self.packed.itemsize, (elements + 1) // 2
-        if not needed <= got < needed + self.packed.itemsize:
-            raise ValueError(
-                f"packed must have {needed} bytes, two elements of [{self.N}, {self.K}] in each, got {got}"
-            )
-        doubly = self.code2 is not None
-        if doubly != (self.absmax2 is not None) or doubly != (self.offset is not None):
+        double = self.code2 is not None
+        if double != (self.absmax2 is not None) or double != (self.offset is not None):
             raise ValueError("code2, absmax2 and offset must be given together or not at all")
-        _check_part("absmax", self.absmax, blocks, torch.uint8 if doubly else torch.float32)
-        _check_part("code", self.code, 16, torch.float32)
-        if doubly:
-            _check_part("code2", self.code2, 256, torch.float32)
-            _check_part("absmax2", self.absmax2, -(-blocks // BLOCK2), torch.float32)
-            _check_part("offset", self.offset, 1, torch.float32)
-
-    @classmethod
-    def restored(
-        cls, tensors: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype
-    ) -> NF4Weight:
-        N, K, transposed = sizes
-        packed, absmax, code, *second = tensors
-        code2, absmax2, offset = second or (None, None, None)
-        parts = packed, absmax, code, code2, absmax2, offset
-        return cls(*parts, N, K, dtype=dtype, transposed=bool(transposed))
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return self.N, self.K, int(self.transposed)
+        what = f"for a weight [{self.N}, {self.K}]"
+        _check("packed", self.packed, torch.uint8, (elements + 1) // 2, what)
+        _check("absmax", self.absmax, torch.uint8 if double else torch.float32, blocks, what)
+        _check("code", self.code, torch.float32, 16, what)
+        if double:
+            _check("code2", self.code2, torch.float32, 256, what)
+            _check("absmax2", self.absmax2, torch.float32, -(-blocks // BLOCK2), what)
+            _check("offset", self.offset, torch.float32, 1, what)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,135 +81,183 @@ class NF4Weight(QuantizedWeight):
             return self.packed, self.absmax, self.code
         return self.packed, self.absmax, self.code, self.code2, self.absmax2, self.offset
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.N, self.K, int(self.transposed)
+
+    @classmethod
+    def restored(
+        cls, tensors: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype
+    ) -> NF4Weight:
+        N, K, transposed = sizes
+        packed, absmax, code, *second = tensors
+        code2, absmax2, offset = second or (None, None, None)
+        more = {"dtype": dtype, "transposed": bool(transposed)}
+        return cls(packed, absmax, code, code2, absmax2, offset, N, K, **more)  # type: ignore[arg-type]
+
     def t(self) -> NF4Weight:
         return replace(self, transposed=not self.transposed)
 
     def scales(self) -> Tensor:
         """The scale of each block, float32."""
         if self.code2 is None or self.absmax2 is None or self.offset is None:
-            return self.absmax.flatten()
-        ranges = self.absmax2.flatten().repeat_interleave(BLOCK2)[: self.absmax.numel()]
-        return self.code2[self.absmax.flatten().int()] * ranges + self.offset.flatten()
+            return self.absmax
+        each = self.absmax2.repeat_interleave(BLOCK2)[: self.absmax.numel()]
+        return self.code2[self.absmax.int()] * each + self.offset
 
     def dense(self) -> Tensor:
-        elements = self.N * self.K
+        # Both elements of a byte are looked up at once.
         pairs = torch.stack((self.code.repeat_interleave(16), self.code.repeat(16)), 1)
-        packed = self.packed.contiguous().flatten().view(torch.uint8)[: (elements + 1) // 2]
-        values = F.embedding(packed.int(), pairs).flatten()
-        padded = F.pad(values, (0, -elements % BLOCK)) if elements % BLOCK else values
-        padded = padded[: -(-elements // BLOCK) * BLOCK].view(-1, BLOCK) * self.scales()[:, None]
-        weight = padded.flatten()[:elements].view(self.N, self.K).to(self.dtype)
+        values = F.embedding(self.packed.int(), pairs).flatten()
+        elements, scales = self.N * self.K, self.scales()
+        missing = scales.numel() * self.block - values.numel()
+        if missing:  # of the last block
+            values = F.pad(values, (0, missing))
+        scaled = values.view(-1, self.block).mul_(scales[:, None])
+        weight = scaled.to(self.dtype).view(-1)[:elements].view(self.N, self.K)
         return weight.t() if self.transposed else weight
 
 
-def _check_part(name: str, t: Any, size: int, dtype: torch.dtype) -> None:
-    """TypeError or ValueError unless t is a tensor of `dtype` with `size` elements."""
-    if t is None:
-        raise ValueError(f"{name} must be a tensor of {size} elements, got None")
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-    if t.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {t.dtype}")
-    if t.numel() != size:
-        raise ValueError(f"{name} must have {size} elements, got {t.numel()}")
+@dataclass(frozen=True, eq=False)
+class Int8Weight(QuantizedWeight):
+    """A matrix W [N, K] of int8 codes with a float32 scale for each row: W = codes · (absmax / 127), rounded to `dtype`."""
+
+    codes: Tensor  # int8 [N, K]
+    absmax: Tensor  # [N] float32
+    dtype: torch.dtype = torch.float32
+    transposed: bool = False
+
+    format = "int8"
+
+    def __post_init__(self) -> None:
+        _check_dtype(self.dtype)
+        codes = self.codes
+        if codes.ndim != 2:
+            raise ValueError(f"codes must be [N, K], got {list(codes.shape)}")
+        what = f"for codes {list(codes.shape)}"
+        _check("codes", codes, torch.int8, codes.numel(), what)
+        _check("absmax", self.absmax, torch.float32, codes.shape[0], what)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        N, K = self.codes.shape
+        return (K, N) if self.transposed else (N, K)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.codes, self.absmax
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (int(self.transposed),)
+
+    @classmethod
+    def restored(
+        cls, tensors: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype
+    ) -> Int8Weight:
+        codes, absmax = tensors
+        return cls(codes, absmax, dtype, bool(sizes[0]))
+
+    def t(self) -> Int8Weight:
+        return replace(self, transposed=not self.transposed)
+
+    def dense(self) -> Tensor:
+        # Multiplied by the reciprocal, as bitsandbytes does: the same bits.
+        weight = (self.codes.float() * (self.absmax * (1.0 / 127.0))[:, None]).to(self.dtype)
+        return weight.t() if self.transposed else weight
 
 
 def from_bitsandbytes(
     weight: Any, dtype: torch.dtype | None = None, state: Any = None
-) -> NF4Weight:
-    """The `NF4Weight` over the tensors of a quantised bitsandbytes `Params4bit`, which is read, never changed.
+) -> QuantizedWeight:
+    """The NF4Weight of a `Params4bit`, or the Int8Weight of an `Int8Params`, over the same memory; no copy is made.
 
-    `dtype`: that of `dense()`, by default the one that the weight had before it was quantised. `state`: the quant_state
-    of its Linear4bit, read where the parameter has lost its own, as after pickle. TypeError or ValueError
-    for another type, fp4, another block size, a weight that is not quantised yet and one that bitsandbytes has repacked.
-
-    >>> import bitsandbytes  # doctest: +SKIP
-    >>> layer = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu")  # doctest: +SKIP
-    >>> from_bitsandbytes(layer.weight).dense().shape  # doctest: +SKIP
-    torch.Size([32, 64])
+    `state`: the quant_state of a Linear4bit, or the state of a Linear8bitLt, read where the parameter itself has lost it.
+    `dtype`: of x; by default a 4-bit weight has the dtype that it had before it was quantised, an 8-bit one float32.
+    ValueError names what cannot be read, and why; TypeError for a tensor that bitsandbytes did not quantise.
     """
-    reason = why_declined(weight, state)
-    if reason is not None:
-        raise (ValueError if _is_params4bit(weight) else TypeError)(f"weight {reason}")
-    state = _state_of(weight, state)
-    second = state.state2
-    N, K = state.shape
+    if hasattr(weight, "SCB"):
+        return _int8(weight, state, dtype or torch.float32)
+    quantised = getattr(weight, "quant_state", None)
+    if quantised is None:
+        quantised = state
+    if quantised is None:
+        raise TypeError(
+            "weight must be a parameter that bitsandbytes has quantised (a Linear4bit is quantised"
+            f" when it is moved to a device), got a {type(weight).__name__} without quant_state"
+        )
+    if quantised.quant_type != "nf4":
+        raise ValueError(f"weight must have quant_type 'nf4', got {quantised.quant_type!r}")
+    if getattr(quantised, "packing_format_for_cpu", False):
+        raise ValueError(
+            "weight must be packed row after row, got packing_format_for_cpu: bitsandbytes"
+            " reordered it in an eval() forward of its own. The state_dict() of the Linear4bit"
+            " puts it back"
+        )
+    _check_frozen(weight)
+    if len(quantised.shape) != 2:
+        raise ValueError(f"weight.quant_state.shape must be [N, K], got {list(quantised.shape)}")
+    N, K = quantised.shape
+    second = quantised.state2
+    if second is not None and second.blocksize != BLOCK2:
+        raise ValueError(
+            f"weight.quant_state.state2.blocksize must be {BLOCK2}, got {second.blocksize}"
+        )
     with torch._C.DisableTorchFunctionSubclass():
-        packed = weight.view(weight.shape)  # a plain Tensor; compilers cannot trace as_subclass
+        packed = weight.view(torch.uint8).view(
+            -1
+        )  # a plain Tensor; compilers cannot trace as_subclass
     return NF4Weight(
         packed,
-        state.absmax,
-        state.code,
+        quantised.absmax,
+        quantised.code,
         None if second is None else second.code,
         None if second is None else second.absmax,
-        None if second is None else state.offset,
-        N=N,
-        K=K,
-        dtype=dtype or state.dtype,
+        None if second is None else quantised.offset,
+        N,
+        K,
+        quantised.blocksize,
+        dtype or quantised.dtype,
     )
 
 
-def why_declined(weight: Any, state: Any = None) -> str | None:
-    """None if this parameter of bitsandbytes is NF4 as `NF4Weight` reads it, else the rule that it breaks."""
-    if not _is_params4bit(weight) and (state is None or not isinstance(weight, Tensor)):
-        kind = type(weight)
-        return f"must be a Params4bit of bitsandbytes, got {kind.__module__}.{kind.__qualname__}"
-    state = _state_of(weight, state)
-    if state is None:
-        return "must be quantised before it is used, got one without a quant_state: move its layer to its device"
-    if state.quant_type != "nf4":
-        return f"must have quant_type 'nf4', got {state.quant_type!r}"
-    if state.blocksize != BLOCK:
-        return f"must have blocksize {BLOCK}, got {state.blocksize}"
-    if getattr(state, "packing_format_for_cpu", False):
-        return (
-            "must be packed as it was quantised, got one that bitsandbytes has repacked for inference on"
-            " a CPU: taking its layer's state_dict() undoes that"
+def _int8(weight: Any, state: Any, dtype: torch.dtype) -> Int8Weight:
+    """The Int8Weight of an Int8Params; after a first forward its scales are in the layer's state."""
+    scales = weight.SCB
+    if scales is None and state is not None:
+        scales = state.SCB
+    if scales is None or weight.dtype != torch.int8:
+        raise ValueError(
+            "weight must be quantised, int8 with a tensor SCB (a Linear8bitLt of"
+            " has_fp16_weights=False is quantised when it is moved to a device), got"
+            f" {weight.dtype} and SCB {None if scales is None else 'a tensor'}"
         )
-    if len(state.shape) != 2:
-        return f"must be a matrix, got shape {list(state.shape)}"
-    if state.state2 is not None and state.state2.blocksize != BLOCK2:
-        return f"must have scales in blocks of {BLOCK2}, got {state.state2.blocksize}"
-    return None
+    _check_frozen(weight)
+    # An operator's result is a plain tensor, which a Parameter's subclass is not.
+    return Int8Weight(weight.view(torch.int8), scales, dtype)
 
 
-def is_quantized(linear: Any) -> bool:
-    """Whether a module is bitsandbytes' Linear4bit, or a subclass with the same forward; by name, lest it be imported."""
-    forward = type(linear).forward
-    where = getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")
-    return where == ("bitsandbytes.nn.modules", "Linear4bit.forward")
+def _check_frozen(weight: Any) -> None:
+    """ValueError where a gradient is asked of a quantised parameter; those of an integer dtype cannot require one."""
+    if weight.requires_grad:
+        raise ValueError(
+            "weight must not require grad: a quantised weight has no gradient, got one that does;"
+            " freeze_base(model) freezes every weight that is not an adapter's"
+        )
 
 
-def base_weight(linear: Any, dtype: torch.dtype | None = None) -> NF4Weight:
-    """The weight of a Linear4bit as a product in `dtype` reads it; raises what `from_bitsandbytes` raises."""
-    return from_bitsandbytes(linear.weight, dtype, linear.quant_state)
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
 
 
-def why_unreadable(linear: Any) -> str | None:
-    """None if a product can read the weight of this Linear4bit, else why not."""
-    return why_declined(linear.weight, linear.quant_state)
-
-
-def compute_dtype(linear: Any, x: Tensor) -> torch.dtype:
-    """The dtype that a Linear4bit casts x, weight and bias to: its compute_dtype, or x's where it has none yet."""
-    if linear.compute_type_is_set or x.dtype not in (torch.float32, torch.bfloat16):
-        return linear.compute_dtype or x.dtype
-    return x.dtype
-
-
-def is_repacked(linear: Any) -> bool:
-    """Whether bitsandbytes repacked a Linear4bit for inference on a CPU, after which it computes no gradient of x."""
-    state = _state_of(linear.weight, linear.quant_state)
-    return bool(getattr(state, "packing_format_for_cpu", False))
-
-
-def _state_of(weight: Any, state: Any) -> Any:
-    """The quant_state of a parameter, or that of its module where it has none."""
-    own = getattr(weight, "quant_state", None)
-    return state if own is None else own
-
-
-def _is_params4bit(weight: Any) -> bool:
-    """Whether it is bitsandbytes' 4-bit parameter; by name, lest bitsandbytes be imported."""
-    kind = type(weight)
-    return kind.__name__ == "Params4bit" and kind.__module__.split(".")[0] == "bitsandbytes"
+def _check(name: str, t: Any, dtype: torch.dtype, numel: int, what: str) -> None:
+    """TypeError or ValueError unless t is a tensor of this dtype and number of elements."""
+    if t is None:
+        raise ValueError(f"{name} must be a tensor {what}, got None")
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    if t.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype} {what}, got {t.dtype}")
+    if t.numel() != numel:
+        raise ValueError(f"{name} must have {numel} elements {what}, got {t.numel()}")

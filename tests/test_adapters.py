@@ -829,6 +829,7 @@ def test_two_saves_at_once(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == [CONFIG_FILE, WEIGHTS_FILE]
 
 
+@pytest.mark.slow
 def test_a_killed_save(folder):
     """It loads as before, and the next save removes what was left behind."""
     code = """

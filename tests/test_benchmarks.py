@@ -846,6 +846,7 @@ def test_a_contender_that_cannot_be_timed_is_left_out(monkeypatch):
     assert notes == {"addmm": "operation not permitted when stream is capturing"}
 
 
+@pytest.mark.slow
 def test_a_suite_that_fails_does_not_stop_the_rest(monkeypatch, fast_machine):
     def training_measure(which, device, effort, left_out, dtype):
         raise RuntimeError(f"{which} is wrong\nmore")
@@ -955,6 +956,7 @@ def run_gpu_script(python, tmp_path, *steps, limit=600):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_script_without_a_gpu(tmp_path):
     import sys
@@ -974,6 +976,7 @@ def stand_in(tmp_path, pattern, does):
     return python
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "does", "limit", "text"),
     [

@@ -211,6 +211,7 @@ class TestCompiledTransforms:
     def test_values(self, name):
         self.check(TRANSFORMS[name], backend="aot_eager")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("backend", ["eager", "inductor"])
     @pytest.mark.parametrize("name", ["per sample", "jvp"])
     def test_values_of_other_compilers(self, name, backend):

@@ -297,6 +297,7 @@ print(explain(x, weight, A, B).rejected["cpu"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken, word", [(False, "not built"), (True, "does not load")])
 def test_without_its_library_eager_computes_and_says_so_once(tmp_path, broken, word):
     library = tmp_path / "_cpu.so"
@@ -342,6 +343,7 @@ assert explain(x, weight, A, B).backend == "cpu" and cpu._load() is None
 """
 
 
+@pytest.mark.slow
 def test_threads_that_make_their_first_call_together():
     """One of them loads and registers, the others wait; afterwards the backend is there, for all of them."""
     run = subprocess.run([sys.executable, "-c", _TOGETHER], capture_output=True, text=True)

@@ -102,6 +102,7 @@ def test_what_became_slower_fails_from_the_second_run_on(tmp_path, monkeypatch):
     assert run_gpu_script(slower, tmp_path, "compare").returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_action_fails_on_a_runner_that_has_lost_its_gpu():
     action = yaml.safe_load((ROOT / "action.yml").read_text())

@@ -70,6 +70,7 @@ for name in ("triton", "peft", "transformers", "matplotlib"):
     assert result.stdout == "" and result.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "blocked",
     [
@@ -130,6 +131,7 @@ LAYERS = (
     ("ops",),
     ("functional",),
     ("grouped",),
+    ("bases",),
     ("modules",),
     ("adapter_file", "merge", "distributed"),
     ("adapters", "integrations"),

@@ -45,6 +45,7 @@ def test_forward_registration(options):
     torch.library.opcheck(torch.ops.lora_kernels.lora_linear, arguments(operands(**options)))
 
 
+@pytest.mark.slow
 def test_forward_registration_with_strides_and_dropout():
     x, weight, A, B, bias = operands()
     x = torch.randn(6, 9).t().requires_grad_()
@@ -245,6 +246,7 @@ class TestFlops:
         again = 2 * self.M * self.K * self.R if backend == "cpu" else 0
         assert counter.get_total_flops() == self.base + 2 * self.lowrank + again
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("imported", ["before", "after"])
     def test_the_order_of_imports_does_not_matter(self, imported):
         """A counter that was made before the first call, in inference mode, knows the formula."""
@@ -299,6 +301,7 @@ class TestCompile:
             self.check(layer, compiled, torch.randn(M, 6))
         assert counter.frame_count == 2
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_inductor_forward_and_backward(self, dtype):
         # Large enough that the largest of many errors is compared, not one of a few.

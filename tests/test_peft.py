@@ -12,8 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from lora_kernels import load_adapter, save_adapter
-from lora_kernels.integrations import peft as integration
+from lora_kernels import bases, load_adapter, save_adapter
 from lora_kernels.integrations.peft import FusedLinear, accelerate, restore, why_not_fused
 from tests.test_functional import LAYOUTS
 
@@ -163,7 +162,7 @@ def left_to_peft(monkeypatch, net, *args, **kwargs):
         raise AssertionError("the fused product ran")
 
     with monkeypatch.context() as patch:
-        patch.setattr(integration, "lora_linear", forbidden)
+        patch.setattr(bases, "lora_linear", forbidden)
         return net(*args, **kwargs)
 
 
@@ -504,9 +503,9 @@ def test_weights_are_not_copied(monkeypatch):
     net = model()
     accelerate(net)
     seen = []
-    original = integration.lora_linear
+    original = bases.lora_linear
     monkeypatch.setattr(
-        integration, "lora_linear", lambda *args, **kw: seen.append(args) or original(*args, **kw)
+        bases, "lora_linear", lambda *args, **kw: seen.append(args) or original(*args, **kw)
     )
     net(tokens())
     layer = net.base_model.model.first

@@ -118,16 +118,32 @@ class TestBadInput:
         "change, error, message",
         [
             ({"block": 128}, ValueError, "block must be 64, got 128"),
-            ({"K": 97}, ValueError, r"packed must have 340 bytes, .* \[7, 97\] .* got 336"),
-            ({"packed": None}, TypeError, "packed must be a Tensor, got NoneType"),
-            ({"absmax": None}, ValueError, "absmax must be a tensor of 11 elements, got None"),
+            (
+                {"K": 97},
+                ValueError,
+                r"packed must have 340 elements for a weight \[7, 97\], got 336",
+            ),
+            (
+                {"packed": None},
+                ValueError,
+                r"packed must be a tensor for a weight \[7, 96\], got None",
+            ),
+            (
+                {"absmax": None},
+                ValueError,
+                r"absmax must be a tensor for a weight \[7, 96\], got None",
+            ),
             ({"absmax": 1.0}, TypeError, "absmax must be a Tensor, got float"),
-            ({"absmax": torch.ones(11)}, TypeError, "absmax must be torch.uint8, got torch.float"),
-            ({"code": torch.ones(15)}, ValueError, "code must have 16 elements, got 15"),
+            (
+                {"absmax": torch.ones(11)},
+                TypeError,
+                "absmax must be torch.uint8 .* got torch.float",
+            ),
+            ({"code": torch.ones(15)}, ValueError, "code must have 16 elements .* got 15"),
             ({"code2": None}, ValueError, "code2, absmax2 and offset must be given together"),
             ({"offset": None}, ValueError, "code2, absmax2 and offset must be given together"),
-            ({"absmax2": torch.ones(2)}, ValueError, "absmax2 must have 1 elements, got 2"),
-            ({"dtype": torch.int8}, TypeError, "weight must be float32, .* got torch.int8"),
+            ({"absmax2": torch.ones(2)}, ValueError, "absmax2 must have 1 elements .* got 2"),
+            ({"dtype": torch.int8}, TypeError, "dtype must be float32, .* got torch.int8"),
         ],
         ids=str,
     )
@@ -141,7 +157,7 @@ class TestBadInput:
         packed = params(7, 96, storage=torch.float32)
         state = packed.quant_state
         cast = bnb.nn.Params4bit(packed.data.bfloat16(), quant_state=state, bnb_quantized=True)
-        with pytest.raises(ValueError, match=r"packed must have 336 bytes, .* got 168"):
+        with pytest.raises(ValueError, match=r"packed must have 336 elements .* got 168"):
             from_bitsandbytes(cast)
 
     def test_what_is_declined(self):
@@ -151,12 +167,24 @@ class TestBadInput:
         unknown = bnb.nn.Int8Params(torch.randn(4, 64))
         for weight, error, message in (
             (params(4, 64, kind="fp4"), ValueError, "weight must have quant_type 'nf4', got 'fp4'"),
-            (params(4, 64, blocksize=128), ValueError, "weight must have blocksize 64, got 128"),
-            (repacked, ValueError, "weight must be packed as it was quantised, got one that bits"),
-            (new, ValueError, "weight must be quantised before it is used"),
-            (params(64, 1).quant_state, TypeError, "weight must be a Params4bit .*QuantState"),
-            (torch.randn(4, 64), TypeError, "weight must be a Params4bit .*torch.Tensor"),
-            (unknown, TypeError, "weight must be a Params4bit .*Int8Params"),
+            (params(4, 64, blocksize=128), ValueError, "block must be 64, got 128"),
+            (
+                repacked,
+                ValueError,
+                "weight must be packed row after row, got packing_format_for_cpu",
+            ),
+            (new, TypeError, "weight must be a parameter .* got a Params4bit without quant_state"),
+            (
+                params(64, 1).quant_state,
+                TypeError,
+                "weight must be a parameter .* got a QuantState",
+            ),
+            (torch.randn(4, 64), TypeError, "weight must be a parameter .* got a Tensor"),
+            (
+                unknown,
+                ValueError,
+                "weight must be quantised, int8 with a tensor SCB .* got torch.float32",
+            ),
         ):
             with pytest.raises(error, match=message):
                 from_bitsandbytes(weight)

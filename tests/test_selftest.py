@@ -306,6 +306,7 @@ class TestAnswer:
         assert answer["unable"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_real_process_has_this_ones_path_and_finds_no_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(selftest, "_uuid", lambda index: "GPU-1")

@@ -166,6 +166,7 @@ class Sentences(torch.utils.data.Dataset):
         return {"input_ids": self.tokens[i], "labels": self.tokens[i]}
 
 
+@pytest.mark.slow
 def test_trainer(tmp_path):
     """Some steps of the Trainer: its losses and the adapter it saves are those of plain PEFT."""
     losses, adapters = [], []

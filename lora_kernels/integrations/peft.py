@@ -1,13 +1,16 @@
 """Fused forward and backward for the LoRA layers of a PEFT model: one call, undone by another.
 
 A `peft.tuners.lora.Linear` gets the class `FusedLinear`, its subclass, and stays the same object with the same parameters,
-so that adapters are switched, merged, saved and added as before. Whatever a call needs that the fused product does not
-compute is left to PEFT's own forward, call by call.
+so that adapters are switched, merged, saved and added as before; PEFT's `Linear4bit` and `Linear8bitLt` over bitsandbytes'
+layers get `FusedLinear4bit` and `FusedLinear8bitLt`, which exist where bitsandbytes does. Whatever a call needs that the
+fused product does not compute is left to PEFT's own forward, call by call.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from peft.tuners.lora import Linear as PeftLinear
@@ -15,12 +18,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from lora_kernels.functional import DTYPES, autocast_dtype, lora_linear
-from lora_kernels.modules import check_model, has_hooks, is_conv1d, is_plain_tensor
+from lora_kernels import bases
+from lora_kernels.bases import has_hooks, is_conv1d, is_plain_tensor, is_quantized
+from lora_kernels.functional import DTYPES, autocast_dtype
+from lora_kernels.modules import check_model
 
 
-class FusedLinear(PeftLinear):
-    """PEFT's LoRA Linear whose forward is one fused product: y = x·Wᵀ + bias + scaling·(dropout(x)·A)·B.
+class Fused:
+    """What a LoRA layer of PEFT's becomes: its forward is one fused product, y = x·Wᵀ + bias + scaling·(dropout(x)·A)·B.
 
     Parameters and state are read inside forward. A call with several adapters, `adapter_names`, a variant such as DoRA,
     hooks on the inner layers or on all modules, or merged or disabled adapters takes PEFT's own forward.
@@ -29,29 +34,62 @@ class FusedLinear(PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]; arguments are those of PEFT's forward."""
         if args or any(value is not None for value in kwargs.values()):
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         layer: Any = self
-        if why_not_fused(self) is not None or not _same_dtype(x, layer.base_layer.weight):
-            return super().forward(x, *args, **kwargs)
-        name = _active(self)[0]
-        base, scaling, dropout = layer.base_layer, layer.scaling[name], layer.lora_dropout[name]
-        lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
-        bias = base.bias
-        if lora_B.bias is not None:
-            shift = (scaling * lora_B.bias).to(base.weight.dtype)
-            bias = shift if bias is None else bias + shift
-        return lora_linear(
-            x,
-            base.weight.t() if is_conv1d(base) else base.weight,
-            lora_A.weight.t(),
-            lora_B.weight.t(),
-            scaling,
-            bias,
-            dropout_p=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
-        )
+        base, y = layer.base_layer, None
+        if why_not_fused(layer) is None and (is_quantized(base) or _same_dtype(x, base.weight)):
+            name = _active(self)[0]
+            scaling, dropout = layer.scaling[name], layer.lora_dropout[name]
+            lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+            y = bases.lora_linear_on(
+                base,
+                x,
+                lora_A.weight.t(),
+                lora_B.weight.t(),
+                scaling,
+                None if lora_B.bias is None else scaling * lora_B.bias,
+                dropout_p=dropout.p
+                if isinstance(dropout, nn.Dropout) and dropout.training
+                else 0.0,
+            )
+        return super().forward(x, *args, **kwargs) if y is None else y  # type: ignore[misc]
+
+    def _get_name(self) -> str:
+        return type(self).__name__.removeprefix("Fused")
+
+
+class FusedLinear(Fused, PeftLinear):
+    """PEFT's LoRA Linear with the fused forward."""
 
     def _get_name(self) -> str:
         return "Linear"
+
+
+@functools.cache
+def fused_class(kind: type) -> type:
+    """The class that takes the place of a LoRA layer's class of PEFT's, `kind`, with the fused forward."""
+    if kind is PeftLinear:
+        return FusedLinear
+    name = f"Fused{kind.__name__}"
+    doc = f"PEFT's LoRA {kind.__name__} with the fused forward."
+    return type(name, (Fused, kind), {"__module__": __name__, "__doc__": doc})
+
+
+def __getattr__(name: str) -> Any:
+    """The classes over bitsandbytes' layers, by which pickle finds them."""
+    if name in _QUANTIZED:
+        return fused_class(getattr(import_module(_QUANTIZED_MODULE), name.removeprefix("Fused")))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_QUANTIZED = ("FusedLinear4bit", "FusedLinear8bitLt")
+_QUANTIZED_MODULE = "peft.tuners.lora.bnb"  # it imports bitsandbytes
+
+
+def _can_be_fused(kind: type) -> bool:
+    """Whether objects of this class can get the fused forward."""
+    named = f"Fused{kind.__name__}" in _QUANTIZED and kind.__module__ == _QUANTIZED_MODULE
+    return kind is PeftLinear or named
 
 
 @dataclass(frozen=True)
@@ -99,25 +137,26 @@ def accelerate(model: nn.Module, *, allow_none: bool = False) -> Report:
             raise ValueError("model must contain LoRA layers of PEFT, but it has none")
         raise ValueError(f"model must contain a LoRA layer that can be fused, but: {report}")
     for _, module in found:
-        if type(module) is PeftLinear:
-            module.__class__ = FusedLinear
+        if _can_be_fused(type(module)):
+            kind: Any = type(module)
+            module.__class__ = fused_class(kind)
     return report
 
 
 def restore(model: nn.Module) -> list[str]:
     """Give every fused layer PEFT's own class back; returns their names. ValueError if another class was built on ours."""
-    fused = _layers(model, FusedLinear)
+    fused = _layers(model, Fused)
     for name, module in fused:
-        if type(module) is not FusedLinear:
+        if Fused not in type(module).__bases__:
             raise ValueError(
                 f"model must be restored before it is sharded: {name} is a {type(module).__name__}"
             )
     for _, module in fused:
-        module.__class__ = PeftLinear
+        module.__class__ = type(module).__bases__[1]
     return [name for name, _ in fused]
 
 
-def _layers(model: nn.Module, kind: type) -> list[tuple[str, Any]]:
+def _layers(model: nn.Module, kind: Any) -> list[tuple[str, Any]]:
     check_model(model)
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 
@@ -127,7 +166,7 @@ def why_not_fused(module: nn.Module) -> str | None:
     if not isinstance(module, LoraLayer):
         return f"it is a {type(module).__name__}, not a LoRA layer of PEFT"
     # fully_shard makes a subclass for each layer that it is given, and that is still ours.
-    if type(module) is not PeftLinear and type(module).forward is not FusedLinear.forward:
+    if not _can_be_fused(type(module)) and type(module).forward is not Fused.forward:
         return f"it is a lora.{type(module).__name__}, not a lora.Linear"
     return _why_not_linear(module)
 
@@ -136,7 +175,11 @@ def _why_not_linear(module: Any) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced"
     base = module.base_layer
-    if type(base) is not nn.Linear and not is_conv1d(base):
+    if is_quantized(base):
+        reason = bases.why_unreadable(base)
+        if reason is not None:
+            return f"its base layer, {type(base).__name__}, cannot be read: {reason}"
+    elif type(base) is not nn.Linear and not is_conv1d(base):
         kind = type(base)
         what = "a subclass of" if isinstance(base, nn.Linear) else "not"
         return f"its base layer is a {kind.__module__}.{kind.__qualname__}, {what} nn.Linear"
@@ -168,16 +211,16 @@ def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str |
         return "its lora_A or lora_B is no plain Linear (parametrized or replaced)"
     if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
         return "its dropout is no plain Dropout with p < 1"
-    for part, weight in (
-        ("base weight", base.weight),
-        ("lora_A", lora_A.weight),
-        ("lora_B", lora_B.weight),
-    ):
+    packs = is_quantized(base)
+    weights = {"base weight": base.weight, "lora_A": lora_A.weight, "lora_B": lora_B.weight}
+    if packs:
+        del weights["base weight"]
+    for part, weight in weights.items():
         if not is_plain_tensor(weight) or weight.dtype not in DTYPES:
             return f"its {part} is a {type(weight).__name__} of {weight.dtype}, no plain floating-point tensor"
     if lora_A.weight.dtype != lora_B.weight.dtype:
         return "its lora_A and lora_B have different dtypes"
-    if lora_B.bias is not None and lora_B.bias.dtype != base.weight.dtype:
+    if lora_B.bias is not None and not packs and lora_B.bias.dtype != base.weight.dtype:
         return f"its lora_bias is {lora_B.bias.dtype} on a base of {base.weight.dtype}"
     return None
 
