@@ -23,5 +23,7 @@ struct Product {
 };
 
 void compute(const Product& product);
+// Several products at once: the threads share the tasks of all of them.
+void compute(const Product* products, int64_t count);
 
 }  // namespace lora_kernels
