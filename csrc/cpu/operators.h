@@ -7,6 +7,8 @@
 
 #include <optional>
 
+#include "kernels.h"
+
 namespace lora_kernels {
 
 using at::Tensor;
@@ -17,6 +19,22 @@ bool readable(const Tensor& t);
 
 // t with its elements in memory: t itself, a copy of a negated or zero tensor, or an error.
 c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name);
+
+void check_usable();
+Type type_of(at::ScalarType type);
+Matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols);
+// The matrices of a [count, rows, cols] tensor; one of count 1 is every group's.
+struct Stack {
+  Matrix first;
+  int64_t count, stride;  // in elements
+  Matrix operator[](int64_t g) const {
+    Matrix matrix = first;
+    if (count > 1) matrix.data += g * stride * size_of(matrix.type);
+    return matrix;
+  }
+};
+Stack stack(const Tensor& t, const char* name, int64_t count, int64_t rows, int64_t cols);
+std::optional<Mask> mask_of(int64_t threshold, int64_t seed, double scale, int64_t cols);
 
 // s = alpha·(mask∘x)·a [M, R] float32
 Tensor shrink(const Tensor& x, const Tensor& a, double alpha, int64_t threshold, int64_t seed,

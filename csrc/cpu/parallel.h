@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <new>
 #include <vector>
@@ -26,6 +27,12 @@ void for_each_task(int64_t count, int64_t work, const Task& task) {
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1)) < count;) task(i);
   });
+}
+
+// How many of the threads a part of some work may expect for itself.
+inline int64_t threads_for(int64_t part, int64_t work) {
+  const double share = work == 0 ? 1.0 : double(part) / double(work);
+  return std::max<int64_t>(std::llround(share * double(at::get_num_threads())), 1);
 }
 
 // Every task of every run, as `for_each_task` does: run.task(0) .. run.task(run.tasks() - 1).

@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -44,6 +43,7 @@ struct Columns {
   float* tail;            // [rows, panels·width]: mask_out∘(s·b)
   float* b;               // [panels, R, width]
   float* bias;            // [panels·width]
+  int64_t group = -1;     // whose b and bias are there
   int64_t pitch() const { return panels * width; }
 };
 
@@ -113,8 +113,9 @@ class Run {
   void panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* c) const;
   void pack_w(float* to, int64_t from_unit, int64_t units, const Columns& cols) const;
   void load_x(float* to, int64_t row, int64_t rows, int64_t from_unit, int64_t units) const;
-  void pack_b(const Columns& cols) const;
-  void finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const;
+  void pack_b(Columns& cols, int64_t group) const;
+  void finish(int64_t row, int64_t rows, Columns& cols, float* c, int64_t c_pitch) const;
+  void finish_rows(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const;
   bool direct(const Columns& cols) const {
     return p.out_type == Type::F32 && p.scale == 1.0f && p.mask_out == nullptr && !p.transpose &&
            cols.count == cols.pitch();
@@ -154,18 +155,39 @@ void Run::load_x(float* to, int64_t row, int64_t rows, int64_t from_unit, int64_
   if (p.mask_in != nullptr) k.mask(to, PITCH, *p.mask_in, row, first, rows, depth);
 }
 
-void Run::pack_b(const Columns& cols) const {
+void Run::pack_b(Columns& cols, int64_t group) const {
+  if (cols.group == group) return;
+  cols.group = group;
   if (cols.count < cols.pitch()) {
     std::memset(cols.b + (cols.panels - 1) * R * cols.width, 0, R * cols.width * sizeof(float));
     std::memset(cols.bias, 0, cols.pitch() * sizeof(float));
   }
-  if (R > 0) k.pack(cols.b, R * cols.width, cols.width, p.b->from(0, cols.begin), R, cols.count);
-  if (p.bias != nullptr) k.copy(cols.bias, 0, p.bias->from(0, cols.begin), 1, cols.count);
+  if (R > 0)
+    k.pack(cols.b, R * cols.width, cols.width, p.b[group].from(0, cols.begin), R, cols.count);
+  if (p.bias != nullptr)
+    k.copy(cols.bias, 0, p.bias[p.biases ? group : 0].from(0, cols.begin), 1, cols.count);
+}
+
+// `finish_rows` for each group's part of some rows, which come in order.
+void Run::finish(int64_t row, int64_t rows, Columns& cols, float* c, int64_t c_pitch) const {
+  if (p.ends == nullptr) {
+    pack_b(cols, 0);
+    return finish_rows(row, rows, cols, c, c_pitch);
+  }
+  int64_t group = std::max<int64_t>(cols.group, 0);
+  for (int64_t first = row, last = row + rows; first < last;) {
+    while (p.ends[group] <= first) ++group;
+    const int64_t end = std::min(p.ends[group], last);
+    pack_b(cols, group);
+    finish_rows(first, end - first, cols, c + (first - row) * c_pitch, c_pitch);
+    first = end;
+  }
 }
 
 // Adds the tail to the float32 results c of some rows, scales them, adds the bias and stores them;
 // c may be the output itself.
-void Run::finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const {
+void Run::finish_rows(int64_t row, int64_t rows, const Columns& cols, float* c,
+                      int64_t c_pitch) const {
   float* sum = p.mask_out == nullptr ? c : cols.tail;
   const int64_t sum_pitch = p.mask_out == nullptr ? c_pitch : cols.pitch();
   for (int64_t r = 0; r < R; r += DEPTH) {
@@ -257,7 +279,6 @@ void Run::panels_task(int64_t task) const {
   float* w = thread_scratch().reserve(tail_floats(block_) + aligned(depth() * block_) + results);
   float* c = w + aligned(depth() * block_);
   take_tail(cols, c + results);
-  pack_b(cols);
   for (int64_t row = begin; row < end; row += step)
     panel_task(row, std::min(step, end - row), cols, w, c);
 }
@@ -284,7 +305,6 @@ void Run::in_place_task(int64_t task) const {
   float* w_copy = thread_scratch().reserve(M * block_ + w_floats + tail_floats(block_));
   float* c = w_copy + w_floats;
   take_tail(cols, c + M * block_);
-  pack_b(cols);
   Matrix w = p.w.from(0, cols.begin);
   if (in_place_ != k.rows_of_w) w = w.transposed();
   if (copied) {
@@ -302,17 +322,25 @@ int64_t work_of(const Product& p) {
 
 }  // namespace
 
-void compute(const Product& product) { compute(&product, 1); }
+Product shrink_product(const Matrix& x, const Matrix& a, const Mask* mask, float scale, void* s) {
+  // A few columns are better computed as the rows of sᵀ = aᵀ·xᵀ, along x's memory.
+  const bool transpose = a.cols <= MAX_DOT_ROWS && x.col_stride == 1 && mask == nullptr;
+  Product product{x, a};
+  if (transpose) product = {a.transposed(), x.transposed()};
+  product.transpose = transpose;
+  product.mask_in = mask;
+  product.scale = scale;
+  product.out = s;
+  return product;
+}
 
-void compute(const Product* products, int64_t count) {
-  const int64_t threads = at::get_num_threads();
+void compute(const std::vector<Product>& products) {
   int64_t work = 0, floats = 0;
-  for (int64_t i = 0; i < count; ++i) work += work_of(products[i]);
+  for (const Product& product : products) work += work_of(product);
   std::vector<Run> runs;
-  runs.reserve(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const double share = work == 0 ? 1.0 : double(work_of(products[i])) / double(work);
-    runs.emplace_back(products[i], std::max<int64_t>(std::llround(share * double(threads)), 1));
+  runs.reserve(products.size());
+  for (const Product& product : products) {
+    runs.emplace_back(product, threads_for(work_of(product), work));
     floats += runs.back().shared_floats();
   }
   static thread_local Scratch caller;

@@ -1,6 +1,8 @@
 // y = scale·(mask_in∘x)·w + mask_out∘(s·b) + bias: forward, dx, and the skinny products s and q.
 #pragma once
 
+#include <vector>
+
 #include "kernels.h"
 
 namespace lora_kernels {
@@ -12,18 +14,24 @@ struct Product {
   Matrix x;                        // [M, K]
   Matrix w;                        // [K, N]
   const Matrix* s = nullptr;       // [M, R] float32
-  const Matrix* b = nullptr;       // [R, N]
-  const Matrix* bias = nullptr;    // [1, N]
+  const Matrix* b = nullptr;       // [R, N], one or one a group of rows
+  const Matrix* bias = nullptr;    // [1, N], likewise
   const Mask* mask_in = nullptr;   // of x
   const Mask* mask_out = nullptr;  // of s·b
   float scale = 1.0f;
   void* out = nullptr;     // [M, N], contiguous
   bool transpose = false;  // out is [N, M] instead
   Type out_type = Type::F32;
+  // Groups of rows with a b each, and a bias each where there are `biases`: group g ends before row
+  // ends[g]. All rows are one group where it is null.
+  const int64_t* ends = nullptr;
+  bool biases = false;
 };
 
-void compute(const Product& product);
-// Several products at once: the threads share the tasks of all of them.
-void compute(const Product* products, int64_t count);
+// s = scale·(mask∘x)·a [M, R]
+Product shrink_product(const Matrix& x, const Matrix& a, const Mask* mask, float scale, void* s);
+
+// All of them at once: threads share their tasks.
+void compute(const std::vector<Product>& products);
 
 }  // namespace lora_kernels

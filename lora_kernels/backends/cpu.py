@@ -13,10 +13,11 @@ from lora_kernels.backends.base import Backend, Candidate, Products
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.dropout import Dropout, threshold
 from lora_kernels.once import once
-from lora_kernels.operands import Adapter, Weight
+from lora_kernels.operands import Adapter, Groups, Weight
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.targets import Target
 
+_OPS = torch.ops.lora_kernels_cpu
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 
 
@@ -25,18 +26,21 @@ class CpuProducts(Products):
 
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         mask = _mask(adapter.dropout_in)
-        return torch.ops.lora_kernels_cpu.shrink(x, adapter.A, float(adapter.scale), *mask)
+        return _OPS.shrink(x, adapter.A, float(adapter.scale), *mask)
 
     def expand(
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
     ) -> Tensor:
         mask = _mask(adapter.dropout_out)
-        return torch.ops.lora_kernels_cpu.expand(x, w, s, adapter.B, bias, *mask)
+        return _OPS.expand(x, w, s, adapter.B, bias, *mask)
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
-        return torch.ops.lora_kernels_cpu.wgrad(left, right, dtype, *_mask(dropout))
+        return _OPS.wgrad(left, right, dtype, *_mask(dropout))
+
+    def grouped(self, groups: Groups) -> Products:
+        return GroupedCpuProducts(groups)
 
     def layer(  # type: ignore[override]
         self, x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None
@@ -46,15 +50,48 @@ class CpuProducts(Products):
         p, limit, seed = 0.0, 0, 0
         if dropout is not None:
             p, (limit, seed, _) = dropout.p, _mask(dropout)
-        return torch.ops.lora_kernels_cpu.lora_linear.default(
+        return _OPS.lora_linear.default(
             x, weight, A, B, bias, scale, p, limit, seed
         )
+
+
+class GroupedCpuProducts(Products):
+    """`CpuProducts` over groups of rows: the threads share the tasks of all groups, whose offsets the operators read."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+
+    def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
+        scale = adapter.scale
+        scales = scale.flatten().tolist() if isinstance(scale, Tensor) else [float(scale)]
+        mask = _mask(adapter.dropout_in)
+        return _OPS.grouped_shrink(x, adapter.A, self.groups.offsets, scales, *mask)
+
+    def expand(
+        self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
+    ) -> Tensor:
+        mask = _mask(adapter.dropout_out)
+        return _OPS.grouped_expand(x, w, s, adapter.B, bias, self.groups.offsets, *mask)
+
+    def wgrad(
+        self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
+    ) -> Tensor:
+        return _OPS.grouped_wgrad(left, right, self.groups.offsets, dtype, *_mask(dropout))
+
+    def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
+        if not self.groups.own_weight:
+            return super().weight_grad(dy, x)
+        return _OPS.grouped_weight_grad(dy, x, self.groups.offsets)
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        return COMPOSITE.grouped(self.groups).bias_grad(dy)
 
 
 class CpuBackend(Backend):
     """The extension's kernels, on processors with AVX2 and FMA."""
 
     name = "cpu"
+    groups = True
     devices = ("cpu",)
 
     def unavailable(self) -> str | None:
@@ -75,7 +112,7 @@ class CpuBackend(Backend):
 
 
 def _how(problem: Problem) -> str:
-    isa = torch.ops.lora_kernels_cpu.isa()
+    isa = _OPS.isa()
     halves = problem.dtype == "bfloat16" and isa == "avx512_bf16"
     arithmetic = f"{isa} kernels" + ("" if problem.itemsize == 4 or halves else " in float32")
     if problem.w_k_major and problem.M <= 16:
@@ -127,7 +164,7 @@ def _load() -> str | None:
     else:
         try:
             torch.ops.load_library(str(LIBRARY))
-            isa = torch.ops.lora_kernels_cpu.isa()
+            isa = _OPS.isa()
             operator, key = "lora_kernels_cpu::differentiable_backward", "CompositeImplicitAutograd"
             # A second kernel is an error or a warning, by the version of torch.
             if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
