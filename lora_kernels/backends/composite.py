@@ -46,7 +46,7 @@ class GroupedCompositeProducts(Products):
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
-        self._blocks: dict[int, _Blocks] = {}  # by the number of rows
+        self._blocks: _Blocks | None = None
 
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         s = self._product(_masked(_widened(x), adapter.dropout_in), _widened(adapter.A))
@@ -94,9 +94,9 @@ class GroupedCompositeProducts(Products):
         return blocks.rows(blocks.padded(x) @ blocks.of_blocks(w))
 
     def _blocks_of(self, rows: int) -> _Blocks:
-        if rows not in self._blocks:
-            self._blocks[rows] = _Blocks.of(self.groups, rows)
-        return self._blocks[rows]
+        if self._blocks is None:  # every operand has these rows
+            self._blocks = _Blocks.of(self.groups, rows)
+        return self._blocks
 
 
 class _Blocks(NamedTuple):

@@ -50,9 +50,7 @@ class CpuProducts(Products):
         p, limit, seed = 0.0, 0, 0
         if dropout is not None:
             p, (limit, seed, _) = dropout.p, _mask(dropout)
-        return _OPS.lora_linear.default(
-            x, weight, A, B, bias, scale, p, limit, seed
-        )
+        return _OPS.lora_linear.default(x, weight, A, B, bias, scale, p, limit, seed)
 
 
 class GroupedCpuProducts(Products):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.base import Backend, Candidate, Products
-from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.backends.composite import GroupedCompositeProducts
+from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.operands import Adapter, Groups, Weight, accumulated, bounds_of
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.tables import times_of
@@ -147,9 +147,11 @@ class GroupedEagerProducts(Products):
 
 
 def _of_group(adapter: Adapter, g: int, rows: slice) -> Adapter:
-    A, B, scale, *masks = adapter
+    """The adapter of group g; an A or B that was not saved stays None."""
+    A, B = (t if t is None else t[g] for t in adapter[:2])
+    scale, *masks = adapter[2:]
     scale = scale[g] if isinstance(scale, Tensor) and scale.ndim else scale
-    return Adapter(A[g], B[g], scale, *(_from_row(mask, rows) for mask in masks))
+    return Adapter(A, B, scale, *(_from_row(mask, rows) for mask in masks))
 
 
 def _from_row(dropout: Dropout | None, rows: slice) -> Dropout | None:
