@@ -9,12 +9,13 @@ import torch
 
 from lora_kernels import explain, grouped_lora_linear, lora_linear
 from lora_kernels.backends.cpu import BACKEND
-from tests.test_cpu_backend import isa, poisoned  # noqa: F401  (fixtures)
+from tests import test_cpu_backend
 
 if (_why_not := BACKEND.unavailable()) is not None:
     pytest.skip(f"cpu backend: {_why_not}", allow_module_level=True)
 
 OPS = torch.ops.lora_kernels_cpu
+isa, poisoned = test_cpu_backend.isa, test_cpu_backend.poisoned  # fixtures
 f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 # Few rows, the edges of the forms (4, 16 and 32 rows), packed panels; none at the ends.
 OFFSETS = [0, 0, 1, 5, 21, 38, 38, 71, 240, 241, 241]
@@ -97,7 +98,7 @@ def test_a_shared_weight_is_one_product_with_many_adapters(dtype, isa, poisoned)
 
 
 def test_the_weight_gradient_is_written_for_every_group(poisoned):
-    x, weight, *_ = operands()
+    x, *_ = operands()
     dy = torch.randn(OFFSETS[-1], 150)
     dW = OPS.grouped_weight_grad(dy, x.detach(), as_offsets(OFFSETS))
     for g, (begin, end) in enumerate(pairwise(OFFSETS)):
@@ -142,7 +143,7 @@ def test_offsets_are_checked_before_anything_is_read(numbers, message):
     ],
 )
 def test_the_operator_refuses_operands_of_other_sizes(change, message):
-    x, weight, A, B, bias = (t.detach() for t in operands())
+    x, weight, _, B, bias = (t.detach() for t in operands())
     good = {"x": x, "w": weight.mT, "s": torch.randn(241, 8), "b": B, "bias": bias}
     good |= {"offsets": as_offsets(OFFSETS), "threshold": 0, "seed": 0, "keep_scale": 1.0}
     OPS.grouped_expand(**good)
@@ -152,7 +153,7 @@ def test_the_operator_refuses_operands_of_other_sizes(change, message):
 
 
 def test_a_storage_that_was_freed_is_an_error():
-    x, weight, A, B, bias = (t.detach() for t in operands())
+    x, weight, _, B, bias = (t.detach() for t in operands())
     w, s = weight.mT, torch.randn(241, 8)
     weight.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="w must have memory for 105000 elements"):

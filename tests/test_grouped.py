@@ -128,7 +128,7 @@ def test_any_subset_of_gradients(needs, shared, backend):
 @pytest.mark.parametrize("scale", [0.75, "0-d", "[G]", "[G] float64"])
 @pytest.mark.parametrize("shared", [False, True], ids=["experts", "shared"])
 def test_scales_and_biases(scale, bias, shared, backend):
-    (x, weight, A, B, own), offsets, scales = operands(ROUTINGS["mixed"], shared=shared)
+    (x, weight, A, B, _), offsets, scales = operands(ROUTINGS["mixed"], shared=shared)
     given = {"0-d": torch.tensor(0.3), "[G]": scales, "[G] float64": scales.double()}.get(
         scale, scale
     )
@@ -307,8 +307,8 @@ def test_the_operators_are_registered_as_they_are(shared):
 
 def test_what_is_saved_for_backward():
     """Of a frozen base x, s in float32 and the operands themselves; nothing else, and no x where A is frozen."""
-    tensors, offsets, scale = operands(ROUTINGS["mixed"])
-    x, weight, A, B, bias = tensors
+    tensors, offsets, _ = operands(ROUTINGS["mixed"])
+    _, weight, A, B, bias = tensors
     for t in (weight, bias):
         t.requires_grad_(False)
 
