@@ -139,7 +139,7 @@ def gradients(
         dy = ds.new_zeros((ds.shape[0], kept.B.shape[-1]), dtype=ctx.dtype)
     adapter = _adapter(ctx, kept.A, kept.B, scale, seed)
     groups = None if offsets is None else Groups(offsets, *ctx.owned)
-    if torch.is_grad_enabled() or ds is not None or _under_transform(dy) or any_dual(dy, *saved):
+    if torch.is_grad_enabled() or ds is not None or under_transform(dy) or any_dual(dy, *saved):
         products = COMPOSITE.bound(groups)
         return formulas.backward(products, dy, kept, ctx.needs, adapter, ctx.adapter_dtype, ds)
     return fused(ctx, dy, kept, adapter, groups)
@@ -184,7 +184,7 @@ def modes_are_active() -> bool:
     )
 
 
-def _under_transform(t: Tensor) -> bool:
+def under_transform(t: Tensor) -> bool:
     """Whether t is a wrapper of a function transform (vmap of a backward), which only plain ATen can compute."""
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)

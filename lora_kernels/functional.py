@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import numbers
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lora_kernels import autograd, formulas, ops, plan
+from lora_kernels import autograd, dora, formulas, ops, plan
 from lora_kernels.autograd import ALPHA_IS_NO_PARAMETER, Call, as_dropout
+from lora_kernels.backends.composite import with_column_scale
+from lora_kernels.declined import why_declined
+from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.operands import (
     DTYPES,
     Adapter,
@@ -19,6 +23,7 @@ from lora_kernels.operands import (
     Weight,
     accumulated,
     adapters_as_used,
+    bounds_of,
     groups_of,
     problem_of,
 )
@@ -37,6 +42,7 @@ def lora_linear(
     alpha: float | Tensor,
     bias: Tensor | None = None,
     *,
+    magnitude: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     backend: str = "auto",
@@ -53,6 +59,11 @@ def lora_linear(
     tensor that fixes the mask; drawn from torch's generator when None, so a replay under checkpointing draws it again.
     backend: "auto", or a backend's name, which then computes or raises RuntimeError.
 
+    magnitude [N], of any of these dtypes, makes it DoRA (Liu et al., ICML 2024): y = c∘(x·weightᵀ + alpha·(x·A)·B) + bias
+    with c = magnitude / n, n the norms of the rows of weight + alpha·(A·B)ᵀ. n is a constant for every derivative, that of
+    a trained weight included. With dropout y = x·weightᵀ + bias - v·weightᵀ + c∘(v·weightᵀ + alpha·(v·A)·B) for
+    v = dropout(x), which takes a second product with weight.
+
     ValueError or TypeError names the argument, its value and the rule.
 
     >>> x, layer = torch.randn(4, 8), torch.nn.Linear(8, 6)
@@ -61,7 +72,7 @@ def lora_linear(
     >>> torch.allclose(y, layer(x) + 0.5 * (x @ A @ B), atol=1e-5)
     True
     """
-    return call(x, weight, A, B, alpha, bias, dropout_p, seed, backend)
+    return call(x, weight, A, B, alpha, bias, dropout_p, seed, backend, magnitude=magnitude)
 
 
 def call(
@@ -75,20 +86,25 @@ def call(
     seed: int | Tensor | None,
     backend: str,
     offsets: Tensor | None = None,
+    magnitude: Tensor | None = None,
 ) -> Tensor:
     """`lora_linear`, over groups of rows where there are offsets: checks the operands and does what autocast asks for."""
     half = _autocast_to(x)
-    check_operands(x, weight, A, B, alpha, bias, autocast=half is not None, offsets=offsets)
+    check_operands(
+        x, weight, A, B, alpha, bias, magnitude, autocast=half is not None, offsets=offsets
+    )
     check_dropout("dropout_p", dropout_p)
     _check_seed(seed)
     plan.check_name(backend)
+    apply: Any = _apply if magnitude is None else _apply_dora
+    last = offsets if magnitude is None else magnitude
     if half is not None:
         x = x.to(half)
         weight = weight.to(half)
         bias = None if bias is None else bias.to(half)
         with torch.autocast(x.device.type, enabled=False):
-            return _apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, offsets)
-    return _apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, offsets)
+            return apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, last)
+    return apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, last)
 
 
 def explain(
@@ -99,6 +115,7 @@ def explain(
     alpha: float | Tensor = 1.0,
     bias: Tensor | None = None,
     *,
+    magnitude: Tensor | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
     offsets: Tensor | None = None,
@@ -113,11 +130,13 @@ def explain(
     if weight is None or A is None or B is None:
         raise TypeError("explain needs a Problem, or x, weight, A and B")
     half = _autocast_to(x)
-    check_operands(x, weight, A, B, alpha, bias, autocast=half is not None, offsets=offsets)
+    check_operands(
+        x, weight, A, B, alpha, bias, magnitude, autocast=half is not None, offsets=offsets
+    )
     check_dropout("dropout_p", dropout_p)
     groups = groups_of(offsets, weight, bias)
     problem = problem_of(x, weight, A, bias, dropout=dropout_p > 0, dtype=half, groups=groups)
-    return plan.explain(problem, backend)
+    return replace(plan.explain(problem, backend), magnitude=magnitude is not None)
 
 
 def check_operands(
@@ -127,6 +146,7 @@ def check_operands(
     B: Tensor,
     alpha: float | Tensor,
     bias: Tensor | None,
+    magnitude: Tensor | None = None,
     *,
     autocast: bool,
     offsets: Tensor | None = None,
@@ -136,8 +156,11 @@ def check_operands(
     `autocast`: x, weight and bias will be cast to one dtype. With `offsets` they are those of `grouped_lora_linear`.
     """
     device = x.device if isinstance(x, Tensor) else None
-    for name, t in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)):
-        if t is None and name == "bias":
+    if type(weight) not in _EAGER_TYPES:
+        _check_kind(weight)
+    operands = ("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)
+    for name, t in (*operands, ("magnitude", magnitude)):
+        if t is None and name in ("bias", "magnitude"):
             continue
         if not isinstance(t, Tensor) and not (name == "weight" and isinstance(t, QuantizedWeight)):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
@@ -164,6 +187,8 @@ def check_operands(
             raise ValueError(f"B must be [R, N] = [{R}, {N}], got {_shape(B)}")
         if bias is not None and bias.shape != (N,):
             raise ValueError(f"bias must be [N] = [{N}], got {_shape(bias)}")
+        if magnitude is not None and magnitude.shape != (N,):
+            raise ValueError(f"magnitude must be [N] = [{N}], got {_shape(magnitude)}")
     if A.dtype != B.dtype:
         raise TypeError(f"B must have A's dtype, {A.dtype}, got {B.dtype}")
     if not autocast:
@@ -245,6 +270,18 @@ def shown(number: Any) -> str:
         return f"about {'-' if number < 0 else ''}2^{bits}"
 
 
+def _check_kind(weight: Any) -> None:
+    """TypeError for a tensor of a quantised kind that products cannot read as it is; it says why."""
+    reason = why_declined(weight)
+    if reason is not None:
+        raise TypeError(f"weight must be a dense tensor or a QuantizedWeight, but {reason}")
+    if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
+        raise TypeError(
+            f"weight must be a dense tensor or a QuantizedWeight, got a {type(weight).__name__}: give"
+            " lora_kernels.quantized.from_bitsandbytes(weight)"
+        )
+
+
 def _check_packed(weight: QuantizedWeight, device: torch.device | None) -> None:
     """ValueError unless every packed tensor is on x's device and none requires grad."""
     for t in weight.tensors:
@@ -322,14 +359,7 @@ def _apply(
         alpha = _number(alpha)
     seed = _seed(seed, x.device) if dropout_p else None
     quantised = not isinstance(weight, Tensor)  # the type check of an abstract class takes longer
-    traced = (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or not _EAGER_TYPES.issuperset(
-            map(type, (x, A, B, bias) if quantised else (x, weight, A, B, bias))
-        )
-        or autograd.modes_are_active()
-    )
+    traced = _is_traced(x, None if quantised else weight, A, B, bias)
     chosen = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
     usual = not traced and _has_usual_derivatives(weight, A, B, alpha, bias)
@@ -345,6 +375,8 @@ def _apply(
     rest = A, B, bias, alpha, dropout_p, seed, backend
     # A Function hides packed tensors, which are no arguments of its own, and has no tangents over groups.
     if (quantised or offsets is not None) and _is_differentiated_elsewhere():
+        if type(offsets) is Tensor and offsets.is_cpu and not traced:
+            bounds_of(offsets, x.shape[0])  # which plain ATen does not read
         y, _ = autograd.transparent(rows, weight, *rest, offsets)
     elif traced:
         y, _ = _traced(rows, weight, *rest, offsets)
@@ -355,6 +387,78 @@ def _apply(
         call = Call(backend, chosen)
         y, _ = autograd.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, call, offsets)
     return y if x.ndim == 2 else y.reshape(*lead, weight.shape[-2])
+
+
+def _apply_dora(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    alpha: float | Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    backend: str,
+    magnitude: Tensor,
+) -> Tensor:
+    """`_apply` with DoRA's magnitude: in eager mode in one product, else as a scale of the columns of `_apply`'s result."""
+    A, B = adapters_as_used(A, B, x.dtype)
+    alpha = _number(alpha)
+    if dropout_p:
+        rest = A, B, alpha, bias, magnitude, dropout_p, seed, backend
+        return _apply_dropped(x, weight, *rest)
+    dense = weight if isinstance(weight, Tensor) else None
+    traced = _is_traced(x, dense, A, B, bias, magnitude)
+    elsewhere = _is_differentiated_elsewhere()
+    if traced and not isinstance(alpha, Tensor):
+        alpha = alpha_tensor(alpha, x.dtype, x.device)
+    how = "operator" if torch.compiler.is_compiling() else "transparent"
+    how = "transparent" if elsewhere else how if traced else "eager"
+    c = dora.column_scale(magnitude, dora.row_norms(weight, A, B, alpha, backend, how=how))
+    if how != "eager":
+        z = _apply(x, weight, A, B, alpha, None, 0.0, None, backend)
+        return with_column_scale(z, c, bias)
+    lead = x.shape[:-1]
+    rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
+    y = dora.dora_linear(rows, weight, A, B, bias, alpha, backend, c)
+    return y if x.ndim == 2 else y.reshape(*lead, weight.shape[0])
+
+
+def _apply_dropped(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    alpha: float | Tensor,
+    bias: Tensor | None,
+    magnitude: Tensor,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    backend: str,
+) -> Tensor:
+    """DoRA with dropout: the whole layer on v = dropout(x), and the base on what is left, x - v.
+
+    y = (x - v)·Wᵀ + bias + c∘(v·Wᵀ + alpha·(v·A)·B) = x·Wᵀ + bias + (c-1)∘v·Wᵀ + c∘alpha·(v·A)·B, as PEFT has it.
+    """
+    if seed is None:
+        v = torch.nn.functional.dropout(x, dropout_p)
+    else:
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        dropout = Dropout(dropout_p, _seed(seed, x.device))
+        v = (rows * scaled_mask(dropout, *rows.shape, x.dtype)).view(x.shape)  # type: ignore[misc]
+    adapted = _apply_dora(v, weight, A, B, alpha, None, 0.0, None, backend, magnitude)
+    left = _apply(x - v, weight, A[:, :0], B[:0], alpha, bias, 0.0, None, backend)
+    return left + adapted
+
+
+def _is_traced(*operands: Tensor | None) -> bool:
+    """Whether registered operators must be called, which compilers, modes and other kinds of tensors see."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or not _EAGER_TYPES.issuperset(map(type, operands))
+        or autograd.modes_are_active()
+    )
 
 
 def _traced(

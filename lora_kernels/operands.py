@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -107,7 +108,8 @@ def transposed(weight: Weight) -> Weight:
     return weight.mT if isinstance(weight, Tensor) else weight.t()
 
 
-class Groups(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Groups:
     """Rows sorted into G groups, each with an adapter of its own: rows offsets[g] up to offsets[g + 1] are group g.
 
     Over groups A is [G, K, R], B [G, R, N], and the scale a number or [G]. The base's weight and bias are stacks, [G, N, K]
@@ -129,9 +131,9 @@ class Groups(NamedTuple):
         return self.count if self.own_weight else 1
 
 
-def bounds_of(groups: Groups, rows: int) -> list[int]:
+def bounds_of(offsets: Tensor, rows: int) -> list[int]:
     """The offsets as numbers; ValueError unless they are 0, then never falling, `rows` last."""
-    bounds = groups.offsets.tolist()
+    bounds = offsets.tolist()
     if bounds[0] != 0:
         raise ValueError(f"offsets must begin with 0, got {bounds[0]}")
     for g, (begin, end) in enumerate(pairwise(bounds)):
@@ -153,7 +155,7 @@ class Adapter(NamedTuple):
     """The low-rank branch scale·(mask∘x)·A·B of one layer, or of each group: see `Groups`.
 
     `dropout_in` masks the branch's input [M, K], `dropout_out` its output [M, N]: an adapter has the first, its transpose
-    the second.
+    the second. `column_scale`: the result without its bias is multiplied by it; None without DoRA.
     """
 
     A: Tensor  # [K, R]
@@ -161,9 +163,13 @@ class Adapter(NamedTuple):
     scale: Scale
     dropout_in: Dropout | None = None
     dropout_out: Dropout | None = None
+    column_scale: Tensor | None = None  # [N], in the dtype of sums
 
     def t(self) -> Adapter:
-        """The adapter of dx = dy·Wᵀ + mask∘(scale·dy·Bᵀ·Aᵀ). An A or B that was not saved stays None."""
+        """The adapter of dx = dz·Wᵀ + mask∘(scale·dz·Bᵀ·Aᵀ). An A or B that was not saved stays None.
+
+        dz is the gradient of the result before its column scale: that is no part of the transpose.
+        """
         A, B = (None if t is None else t.mT for t in (self.A, self.B))
         return Adapter(B, A, self.scale, self.dropout_out, self.dropout_in)  # type: ignore[arg-type]
 

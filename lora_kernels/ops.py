@@ -59,10 +59,17 @@ torch.library.define(
     " SymInt[] sizes, Tensor? A, Tensor? B, Tensor? s, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
     " Tensor? offsets=None, bool own_weight=False, bool own_bias=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+# n of DoRA, which has no derivative; `packed` are a quantised weight's tensors, or the weight itself.
+torch.library.define(
+    "lora_kernels::row_norms",
+    "(Tensor[] packed, str format, SymInt[] sizes, ScalarType dtype, Tensor A, Tensor B, Tensor alpha, str backend)"
+    " -> Tensor",
+)
 lora_linear = torch.ops.lora_kernels.lora_linear.default
 lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.default
 lora_linear_quantized = torch.ops.lora_kernels.lora_linear_quantized.default
 lora_linear_quantized_backward = torch.ops.lora_kernels.lora_linear_quantized_backward.default
+row_norms = torch.ops.lora_kernels.row_norms.default
 
 
 def _lora_linear(
@@ -106,6 +113,30 @@ def _lora_linear_fake(x, weight, A, B, bias, alpha, dropout_p, seed, backend, of
 @torch.library.register_fake("lora_kernels::lora_linear_quantized")
 def _lora_linear_quantized_fake(x, packed, format, sizes, A, B, *rest):
     return _lora_linear_fake(x, B.mT, A, B, *rest)  # the weight's rows are B's columns
+
+
+def _row_norms(
+    packed: list[Tensor],
+    format: str,
+    sizes: list[int],
+    dtype: torch.dtype,
+    A: Tensor,
+    B: Tensor,
+    alpha: Tensor,
+    backend: str,
+) -> Tensor:
+    """n [N] of `formulas.row_norms`, by the backend of a product over the weight's rows."""
+    weight = packed[0] if format == DENSE else restored(format, packed, sizes, dtype).dense()
+    plan = plan_call(backend, weight, weight, A, None, False)
+    return formulas.row_norms(plan.products, weight, Adapter(A, B, alpha))
+
+
+torch.library.impl("lora_kernels::row_norms", "CompositeExplicitAutograd", _row_norms)
+
+
+@torch.library.register_fake("lora_kernels::row_norms")
+def _row_norms_fake(packed, format, sizes, dtype, A, B, alpha, backend):
+    return A.new_empty(B.shape[1], dtype=accumulated(dtype))
 
 
 def _lora_linear_backward(
@@ -296,7 +327,7 @@ def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter, groups: Groups |
         ctx.dropout_p,
         None if adapter.dropout_in is None else adapter.dropout_in.seed,
         ctx.call,  # the name of the backend, which the operator asks for when it runs
-        *(groups or ()),
+        *(() if groups is None else (groups.offsets, groups.own_weight, groups.own_bias)),
     )
     return tuple(g if need else None for g, need in zip(grads, ctx.needs, strict=True))  # type: ignore[return-value]
 

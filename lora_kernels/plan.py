@@ -20,10 +20,12 @@ from lora_kernels import backends, env, selftest
 from lora_kernels.backends.base import Backend, Candidate, Products, fastest
 from lora_kernels.backends.device import current_target
 from lora_kernels.operands import Groups, Weight, layout_of, name_of
-from lora_kernels.problem import Problem
+from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
 
 _MOST_PLANS = 4096
+# Moved for each element by `QuantizedWeight.dense`, whose operations read and write float32: 22 of nf4, 19 of int8.
+_DENSE_BYTES = 20
 _plans: dict[tuple, Plan] = {}
 _requested: tuple[str, bool] | None = None  # (name, strict) of the innermost use_backend
 
@@ -45,6 +47,7 @@ class Plan:
     rejected: dict[str, str]
     algorithm: str | None = None  # the only one that may be taken; None: any
     dequantises: bool = False
+    magnitude: bool = False  # of a call with DoRA's magnitude, which `explain` was asked about
 
     @functools.cached_property
     def products(self) -> Products:
@@ -67,6 +70,10 @@ class Plan:
         steps = [chosen.how] if chosen.how else []
         if self.dequantises:
             steps.insert(0, f"a dense copy of the {self.problem.weight_format} weight")
+        if self.magnitude:
+            dense = self.dequantises or self.problem.weight_format == DENSE
+            fused = dense and self.products.scales_columns
+            steps.append(f"DoRA's scale in {'the same product' if fused else 'a pass of its own'}")
         if self.compared:
             name = "" if chosen.name in (self.backend, "eager") else chosen.name
             steps = [part for part in (name, *steps, _times(self.compared)) if part]
@@ -318,14 +325,14 @@ def _offers(
 
 
 def _after_dequantising(candidate: Candidate, problem: Problem, target: Target | None) -> Candidate:
-    """The candidate with the time of making a dense copy of the weight added, where times are known."""
+    """The candidate with the time of making a dense copy of the weight added to the predicted one.
+
+    A measured time has it already: `tune` measures what a call does with a weight of this format.
+    """
     if candidate.predicted_us is None or target is None:
         return candidate
-    # A quarter as many bytes are read as are written, for a format of four bits beside a half type.
-    copied = 1.25 * problem.N * problem.K * problem.itemsize
-    us = copied / (target.bandwidth_gbs * 1e3)
-    measured = None if candidate.measured_us is None else candidate.measured_us + us
-    return replace(candidate, measured_us=measured, predicted_us=candidate.predicted_us + us)
+    us = _DENSE_BYTES * problem.N * problem.K / (target.bandwidth_gbs * 1e3)
+    return replace(candidate, predicted_us=candidate.predicted_us + us)
 
 
 def _target(device: torch.device) -> Target | str:

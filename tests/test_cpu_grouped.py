@@ -9,6 +9,7 @@ import torch
 
 from lora_kernels import explain, grouped_lora_linear, lora_linear
 from lora_kernels.backends.cpu import BACKEND
+from lora_kernels.quantized import NF4Weight
 from tests import test_cpu_backend
 
 if (_why_not := BACKEND.unavailable()) is not None:
@@ -95,6 +96,29 @@ def test_a_shared_weight_is_one_product_with_many_adapters(dtype, isa, poisoned)
     y = grouped_lora_linear(x, weight, same_A, same_B, offsets, 0.75, bias, backend="cpu")
     s = OPS.grouped_shrink(x.detach(), same_A, offsets, [0.75], 0, 0, 1.0)
     assert torch.equal(y, OPS.expand(x.detach(), weight.t(), s, same_B[0], bias, 0, 0, 1.0))
+
+
+@pytest.mark.parametrize("T", [3, 241])
+def test_a_shared_quantised_weight_is_read_packed(T):
+    """Few rows and many: what the same weight and adapter give without groups, and every gradient."""
+    torch.manual_seed(3)
+    K, N, R = 128, 192, 8
+    packed = torch.randint(0, 256, (N * K // 2,), dtype=torch.uint8)
+    weight = NF4Weight(packed, torch.rand(N * K // 64), torch.randn(16).sort().values, N=N, K=K)
+    offsets = as_offsets([0, 1, T])
+    A, B = torch.randn(K, R).requires_grad_(), torch.randn(R, N).requires_grad_()
+    x, dy = torch.randn(T, K).requires_grad_(), torch.randn(T, N)
+    stacks = A.expand(2, K, R), B.expand(2, R, N)
+    assert explain(x, weight, *stacks, 0.5, offsets=offsets).dequantises is False
+    y = grouped_lora_linear(x, weight, *stacks, offsets, 0.5, backend="cpu")
+    right = lora_linear(x, weight, A, B, 0.5, backend="cpu")
+    torch.testing.assert_close(y, right)
+    for got, same in zip(
+        torch.autograd.grad(y, (x, A, B), dy),
+        torch.autograd.grad(right, (x, A, B), dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, same, rtol=1e-5, atol=1e-4)
 
 
 def test_the_weight_gradient_is_written_for_every_group(poisoned):

@@ -18,7 +18,10 @@ from lora_kernels.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(
+        ROOT / f"{name}.md"
+        for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY", "CODE_OF_CONDUCT")
+    ),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 RUN_TIMEOUT_S = 240

@@ -222,6 +222,7 @@ def test_function_transforms(backend):
     def loss(function):
         return lambda *leaves: (function(leaves, offsets, scale) * dy).sum()
 
+    scale = scale.double()  # of a wider dtype than s
     ours = torch.func.grad(loss(called), (0, 1, 2, 3, 4))(*tensors)
     right = torch.func.grad(loss(loop), (0, 1, 2, 3, 4))(*tensors)
     torch.testing.assert_close(ours, right)
@@ -230,6 +231,13 @@ def test_function_transforms(backend):
     torch.testing.assert_close(
         each, torch.stack([loop((x, *tensors[1:]), offsets, scale) for x in batch])
     )
+
+
+def test_a_transform_checks_offsets_that_it_can_read():
+    tensors, _, scale = operands(ROUTINGS["mixed"])
+    wrong = as_offsets([0, 3, 3, 4, 11, 39])
+    with pytest.raises(ValueError, match="offsets must end at T = 40"):
+        torch.func.grad(lambda x: called((x, *tensors[1:]), wrong, scale).sum())(tensors[0])
 
 
 def test_the_host_does_not_read_offsets_of_composite_products():

@@ -1,6 +1,7 @@
 // The table for processors with AVX2, FMA and F16C.
 #if defined(__x86_64__)
 #include "elements.h"
+#include "quantized.h"
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -12,6 +13,7 @@ namespace lora_kernels {
 namespace {
 #include "vector_avx2.h"
 #include "vector_tiles.h"
+#include "vector_tiles_quantized.h"
 }  // namespace
 
 const Kernels AVX2_KERNELS = {
@@ -26,6 +28,11 @@ const Kernels AVX2_KERNELS = {
     .multiply_in_place = multiply_in_place,
     .dots = dots,
     .rows_of_w = rows_of_w,
+    .decode = decode,
+    .quantized_dots = quantized_dots,
+    .quantized_rows = quantized_rows,
+    .arrange = arrange,
+    .squares = squares,
 };
 
 }  // namespace lora_kernels

@@ -1,6 +1,7 @@
 // The table for processors with AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
 #include "elements.h"
+#include "quantized.h"
 
 #ifdef __clang__
 #pragma clang attribute push(                                                    \
@@ -14,6 +15,7 @@ namespace lora_kernels {
 namespace {
 #include "vector_avx512.h"
 #include "vector_tiles.h"
+#include "vector_tiles_quantized.h"
 }  // namespace
 
 const Kernels AVX512_KERNELS = {
@@ -28,6 +30,11 @@ const Kernels AVX512_KERNELS = {
     .multiply_in_place = multiply_in_place,
     .dots = dots,
     .rows_of_w = rows_of_w,
+    .decode = decode,
+    .quantized_dots = quantized_dots,
+    .quantized_rows = quantized_rows,
+    .arrange = arrange,
+    .squares = squares,
 };
 
 }  // namespace lora_kernels

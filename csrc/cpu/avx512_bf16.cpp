@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #define LORA_KERNELS_AVX512_BF16
 #include "elements.h"
+#include "quantized.h"
 
 #ifdef __clang__
 #pragma clang attribute push(                                                               \
@@ -15,6 +16,7 @@ namespace lora_kernels {
 namespace {
 #include "vector_avx512.h"
 #include "vector_tiles.h"
+#include "vector_tiles_quantized.h"
 
 struct PairUnit {
   using Element = BF16;
@@ -131,6 +133,11 @@ const Kernels AVX512_BF16_KERNELS = {
     .multiply_in_place = multiply_in_place,
     .dots = dots,
     .rows_of_w = rows_of_w,
+    .decode = decode,
+    .quantized_dots = quantized_dots,
+    .quantized_rows = quantized_rows,
+    .arrange = arrange,
+    .squares = squares,
     .copy_pairs = copy_pairs,
     .pack_pairs = pack_pairs,
     .multiply_pairs = multiply_rows<PairUnit, Vector::TILE_ROWS>,

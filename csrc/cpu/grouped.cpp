@@ -46,6 +46,64 @@ std::vector<Mask> masks_of(const Groups& groups, const std::optional<Mask>& whol
   return masks;
 }
 
+// y of each group's rows: by a w of its own, or by one of count 1, whose elements may be in
+// `quantized`.
+Tensor expand_groups(const Tensor& x, const Stack& w, const Quantized* quantized,
+                     const Tensor& any_s, const Tensor& any_b,
+                     const std::optional<Tensor>& any_bias, const Groups& groups, bool shared,
+                     int64_t threshold, int64_t seed, double keep_scale) {
+  const auto s = in_memory(any_s, "s"), b = in_memory(any_b, "b");
+  TORCH_CHECK(s->dim() == 2, "s must be 2-D");
+  TORCH_CHECK(s->scalar_type() == at::kFloat, "s must be float32, got ", s->scalar_type());
+  const int64_t T = x.size(0), K = w.first.rows, N = w.first.cols, R = s->size(1);
+  const int64_t G = groups.count();
+  const Matrix rows = matrix(x, "x", T, K), tail = matrix(*s, "s", T, R);
+  const Stack stack_b = stack(*b, "b", G, R, N);
+  c10::MaybeOwned<Tensor> bias;
+  Stack biases{};
+  if (any_bias) {
+    bias = in_memory(*any_bias, "bias");
+    TORCH_CHECK(bias->dim() == 1 || bias->dim() == 2, "bias must be 1-D or 2-D");
+    const bool one = bias->dim() == 1;
+    biases = stack(one ? bias->view({1, 1, -1}) : bias->unsqueeze(1), "bias", one ? 1 : G, 1, N);
+  }
+  const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, N);
+  const auto masks = masks_of(groups, mask);
+  Tensor y = at::empty({T, N}, x.options());
+  std::vector<Matrix> parts, each_b, each_bias;  // what the products point to
+  for (int64_t g = 0; g < G; ++g) {
+    parts.push_back(tail.part(groups.begin(g), groups.rows(g)));
+    each_b.push_back(stack_b[g]);
+    if (any_bias) each_bias.push_back(biases[g]);
+  }
+  Product whole{rows, w.first, &tail, each_b.data()};
+  whole.out_type = type_of(y.scalar_type());
+  whole.out = y.data_ptr();
+  whole.bias = any_bias ? each_bias.data() : nullptr;
+  whole.mask_out = mask ? &*mask : nullptr;
+  whole.quantized = quantized;
+  if (shared) {  // one product, whose rows have the b of their group
+    whole.ends = groups.offsets.data() + 1;
+    compute({whole});
+    return y;
+  }
+  std::vector<Product> products;
+  products.reserve(G);
+  for (int64_t g = 0; g < G; ++g) {
+    if (groups.rows(g) == 0) continue;
+    Product& own = products.emplace_back(whole);
+    own.x = rows.part(groups.begin(g), groups.rows(g));
+    own.w = w[g];
+    own.s = &parts[g];
+    own.b = &each_b[g];
+    if (any_bias) own.bias = &each_bias[g];
+    if (mask) own.mask_out = &masks[g];
+    own.out = static_cast<char*>(whole.out) + groups.begin(g) * N * size_of(whole.out_type);
+  }
+  compute(products);
+  return y;
+}
+
 }  // namespace
 
 Tensor grouped_shrink(const Tensor& any_x, const Tensor& any_a, const Tensor& offsets,
@@ -76,66 +134,31 @@ Tensor grouped_shrink(const Tensor& any_x, const Tensor& any_a, const Tensor& of
   return s;
 }
 
-Tensor grouped_expand(const Tensor& any_x, const Tensor& any_w, const Tensor& any_s,
-                      const Tensor& any_b, const std::optional<Tensor>& any_bias,
-                      const Tensor& offsets, int64_t threshold, int64_t seed, double keep_scale) {
+Tensor grouped_expand(const Tensor& any_x, const Tensor& any_w, const Tensor& s, const Tensor& b,
+                      const std::optional<Tensor>& bias, const Tensor& offsets, int64_t threshold,
+                      int64_t seed, double keep_scale) {
   check_usable();
   const auto x = in_memory(any_x, "x"), w = in_memory(any_w, "w");
-  const auto s = in_memory(any_s, "s"), b = in_memory(any_b, "b");
-  TORCH_CHECK(x->dim() == 2 && (w->dim() == 2 || w->dim() == 3) && s->dim() == 2,
-              "x and s must be 2-D, w 2-D or 3-D");
-  TORCH_CHECK(s->scalar_type() == at::kFloat, "s must be float32, got ", s->scalar_type());
-  const int64_t T = x->size(0), K = x->size(1), N = w->size(-1), R = s->size(1);
-  const Groups groups(offsets, T);
-  const int64_t G = groups.count();
+  TORCH_CHECK(x->dim() == 2 && (w->dim() == 2 || w->dim() == 3), "x must be 2-D, w 2-D or 3-D");
+  const Groups groups(offsets, x->size(0));
   const bool shared = w->dim() == 2;
-  const Matrix rows = matrix(*x, "x", T, K), tail = matrix(*s, "s", T, R);
-  const Stack weights = stack(shared ? w->unsqueeze(0) : *w, "w", shared ? 1 : G, K, N);
-  const Stack tails = stack(*b, "b", G, R, N);
-  c10::MaybeOwned<Tensor> bias;
-  Stack biases{};
-  if (any_bias) {
-    bias = in_memory(*any_bias, "bias");
-    TORCH_CHECK(bias->dim() == 1 || bias->dim() == 2, "bias must be 1-D or 2-D");
-    const bool one = bias->dim() == 1;
-    biases = stack(one ? bias->view({1, 1, N}) : bias->unsqueeze(1), "bias", one ? 1 : G, 1, N);
-  }
-  const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, N);
-  const auto masks = shared ? std::vector<Mask>() : masks_of(groups, mask);
-  Tensor y = at::empty({T, N}, x->options());
-  std::vector<Matrix> parts, each_b, each_bias;  // what the products point to
-  for (int64_t g = 0; g < G; ++g) {
-    parts.push_back(tail.part(groups.begin(g), groups.rows(g)));
-    each_b.push_back(tails[g]);
-    if (any_bias) each_bias.push_back(biases[g]);
-  }
-  Product product{rows, weights[0], &tail, each_b.data()};
-  product.out_type = type_of(y.scalar_type());
-  product.out = y.data_ptr();
-  product.bias = any_bias ? each_bias.data() : nullptr;
-  product.mask_out = mask ? &*mask : nullptr;
-  product.ends = groups.offsets.data() + 1;
-  product.biases = true;
-  if (shared) {  // one product, whose rows have a b of their group
-    compute({product});
-    return y;
-  }
-  std::vector<Product> products;
-  products.reserve(G);
-  for (int64_t g = 0; g < G; ++g) {
-    if (groups.rows(g) == 0) continue;
-    Product& own = products.emplace_back(product);
-    own.x = rows.part(groups.begin(g), groups.rows(g));
-    own.w = weights[g];
-    own.s = &parts[g];
-    own.b = &each_b[g];
-    if (any_bias) own.bias = &each_bias[g];
-    if (mask) own.mask_out = &masks[g];
-    own.out = static_cast<char*>(product.out) + groups.begin(g) * N * size_of(product.out_type);
-    own.ends = nullptr;
-  }
-  compute(products);
-  return y;
+  const Stack weights = stack(shared ? w->unsqueeze(0) : *w, "w", shared ? 1 : groups.count(),
+                              x->size(1), w->size(-1));
+  return expand_groups(*x, weights, nullptr, s, b, bias, groups, shared, threshold, seed,
+                       keep_scale);
+}
+
+Tensor grouped_expand_quantized(const Tensor& any_x, at::TensorList packed,
+                                const std::string& format, at::IntArrayRef sizes, const Tensor& s,
+                                const Tensor& b, const std::optional<Tensor>& bias,
+                                const Tensor& offsets, int64_t threshold, int64_t seed,
+                                double keep_scale) {
+  check_usable();
+  const auto x = in_memory(any_x, "x");
+  TORCH_CHECK(x->dim() == 2, "x must be 2-D");
+  const QuantizedTensors w(packed, format, sizes, x->scalar_type());
+  return expand_groups(*x, Stack{w.view(), 1, 0}, &w.weight, s, b, bias,
+                       Groups(offsets, x->size(0)), true, threshold, seed, keep_scale);
 }
 
 Tensor grouped_wgrad(const Tensor& any_left, const Tensor& any_right, const Tensor& offsets,
@@ -200,6 +223,10 @@ TORCH_LIBRARY_FRAGMENT(lora_kernels_cpu, m) {
       "grouped_expand(Tensor x, Tensor w, Tensor s, Tensor b, Tensor? bias, Tensor offsets, "
       "int threshold, int seed, float keep_scale) -> Tensor");
   m.def(
+      "grouped_expand_quantized(Tensor x, Tensor[] packed, str format, int[] sizes, Tensor s, "
+      "Tensor b, Tensor? bias, Tensor offsets, int threshold, int seed, float keep_scale) -> "
+      "Tensor");
+  m.def(
       "grouped_wgrad(Tensor left, Tensor right, Tensor offsets, ScalarType dtype, int threshold, "
       "int seed, float keep_scale) -> Tensor");
   m.def("grouped_weight_grad(Tensor dy, Tensor x, Tensor offsets) -> Tensor");
@@ -208,6 +235,7 @@ TORCH_LIBRARY_FRAGMENT(lora_kernels_cpu, m) {
 TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, m) {
   m.impl("grouped_shrink", &grouped_shrink);
   m.impl("grouped_expand", &grouped_expand);
+  m.impl("grouped_expand_quantized", &grouped_expand_quantized);
   m.impl("grouped_wgrad", &grouped_wgrad);
   m.impl("grouped_weight_grad", &grouped_weight_grad);
 }

@@ -49,6 +49,8 @@ struct Mask {
   int64_t row = 0;  // of the operand's first row in that matrix
 };
 
+struct Quantized;  // a weight in a packed format, see quantized.h
+
 struct Kernels {
   const char* name;
   int64_t rows;   // of a tile
@@ -60,10 +62,11 @@ struct Kernels {
   // each panel.
   void (*pack)(float* dst, int64_t panel, int64_t width, const Matrix& src, int64_t rows,
                int64_t cols);
-  // out[r][c] = scale·src[r][c] + bias[c], rounded to `type`; no bias where it is null. out may be
-  // src.
+  // out[r][c] = scale·factor[c]·src[r][c] + bias[c], rounded to `type`; factor and bias may be
+  // null. out may be src.
   void (*store)(void* out, Type type, int64_t row_stride, int64_t col_stride, const float* src,
-                int64_t pitch, int64_t rows, int64_t cols, float scale, const float* bias);
+                int64_t pitch, int64_t rows, int64_t cols, float scale, const float* factor,
+                const float* bias);
   // Mask the rows x cols floats that are (row, col) onward of the operand; col is a multiple
   // of 4.
   void (*mask)(float* dst, int64_t pitch, const Mask& mask, int64_t row, int64_t col, int64_t rows,
@@ -82,6 +85,22 @@ struct Kernels {
   // c[r][n] = sum over k of x[r][k]·w[k][n], w's rows contiguous in n: 1 to 4 rows x cols.
   void (*rows_of_w)(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
                     int64_t depth, float* c, int64_t c_pitch);
+
+  // dst[i] = element (row, col + i) of w as stored, rounded as w says, in `type`: float32, or
+  // bfloat16 where w's elements are.
+  void (*decode)(void* dst, Type type, const Quantized& w, int64_t row, int64_t col, int64_t count);
+  // As `dots` with the rows row .. row + cols of w as stored, and as `rows_of_w` with its columns
+  // from `col` on, whole groups: at most MAX_DOT_ROWS rows of x, w's elements not rounded, each
+  // decoded once. w is of `grouped`. `sums` takes rows·cols·lanes floats. x of `quantized_dots` is
+  // arranged.
+  void (*quantized_dots)(const float* x, int64_t x_pitch, const Quantized& w, int64_t row,
+                         int64_t rows, int64_t cols, float* sums, float* c, int64_t c_pitch);
+  void (*quantized_rows)(const float* x, int64_t x_pitch, const Quantized& w, int64_t col,
+                         int64_t rows, int64_t cols, float* sums, float* c, int64_t c_pitch);
+  // Puts the elements of x into the order in which those of w are decoded.
+  void (*arrange)(float* x, int64_t pitch, const Quantized& w, int64_t rows, int64_t cols);
+  // out[r] = the sum of src[r][c]² over c, src's rows contiguous.
+  void (*squares)(float* out, const Matrix& src, int64_t rows, int64_t cols);
 
   // The same on pairs of bfloat16; null where the processor has no instruction for them. Pairs run
   // along src's columns in a tile, along its rows in a panel; depth counts pairs, and an odd last

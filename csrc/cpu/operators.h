@@ -6,8 +6,11 @@
 #include <c10/util/MaybeOwned.h>
 
 #include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
 
-#include "kernels.h"
+#include "quantized.h"
 
 namespace lora_kernels {
 
@@ -22,7 +25,10 @@ c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name);
 
 void check_usable();
 Type type_of(at::ScalarType type);
+
+// `t`, as `in_memory` gives it, of these sizes.
 Matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols);
+
 // The matrices of a [count, rows, cols] tensor; one of count 1 is every group's.
 struct Stack {
   Matrix first;
@@ -34,7 +40,21 @@ struct Stack {
   }
 };
 Stack stack(const Tensor& t, const char* name, int64_t count, int64_t rows, int64_t cols);
+
+// The mask of a [rows, cols] matrix, or nothing when all of it is kept as it is.
 std::optional<Mask> mask_of(int64_t threshold, int64_t seed, double scale, int64_t cols);
+
+// A quantised weight over the tensors and sizes that lora_kernels/operands.py has of it. An error
+// names what does not fit.
+struct QuantizedTensors {
+  QuantizedTensors(at::TensorList packed, const std::string& format, at::IntArrayRef sizes,
+                   at::ScalarType dtype);
+  Matrix view() const;  // the matrix that they stand for, without data
+
+  std::vector<Tensor> tensors;
+  Quantized weight{};
+  bool transposed = false;
+};
 
 // s = alpha·(mask∘x)·a [M, R] float32
 Tensor shrink(const Tensor& x, const Tensor& a, double alpha, int64_t threshold, int64_t seed,
@@ -44,6 +64,22 @@ Tensor shrink(const Tensor& x, const Tensor& a, double alpha, int64_t threshold,
 Tensor expand(const Tensor& x, const Tensor& w, const Tensor& s, const Tensor& b,
               const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
               double keep_scale);
+Tensor expand_quantized(const Tensor& x, at::TensorList tensors, const std::string& format,
+                        at::IntArrayRef sizes, const Tensor& s, const Tensor& b,
+                        const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
+                        double keep_scale);
+
+// (y, z) = (factor∘z + bias, z), z = x·w + s·b: [M, N]; no z unless it is kept
+std::tuple<Tensor, Tensor> expand_scaled(const Tensor& x, const Tensor& w, const Tensor& s,
+                                         const Tensor& b, const Tensor& factor,
+                                         const std::optional<Tensor>& bias, bool keeps_z);
+
+// (dz, dfactor) = (factor∘dy, the sums of dy∘z over rows); no dfactor without z
+std::tuple<Tensor, Tensor> scaled_gradient(const Tensor& dy, const Tensor& factor,
+                                           const std::optional<Tensor>& z);
+
+// (w·a [N, R], the sums of w² over columns [N]), float32
+std::tuple<Tensor, Tensor> shrink_squares(const Tensor& w, const Tensor& a);
 
 // (mask∘left)ᵀ·right [C, D]
 Tensor wgrad(const Tensor& left, const Tensor& right, at::ScalarType dtype, int64_t threshold,

@@ -21,7 +21,8 @@ constexpr int64_t SHALLOW = 256;
 constexpr int64_t MAX_SCRATCH_ROWS = 516;  // of float32 results that wait for their rounding
 constexpr int64_t BLOCK_DEPTH = 512;       // deeper blocks are narrower, and read x more often
 constexpr int64_t MAX_ADDED_ROWS = 4;
-constexpr int64_t DOT_COLS = 64;  // a task's share of w in the forms for few rows
+constexpr int64_t MAX_CODED_ROWS_BESIDE_PAIRS = 4;  // more are faster as pairs, after rounding
+constexpr int64_t DOT_COLS = 64;                    // a task's share of w in the forms for few rows
 
 // Half of the L2 cache, in floats: what a thread's packed panels may take.
 int64_t panel_floats() {
@@ -43,6 +44,7 @@ struct Columns {
   float* tail;            // [rows, panels·width]: mask_out∘(s·b)
   float* b;               // [panels, R, width]
   float* bias;            // [panels·width]
+  float* factor;          // [panels·width]
   int64_t group = -1;     // whose b and bias are there
   int64_t pitch() const { return panels * width; }
 };
@@ -60,7 +62,9 @@ class Run {
         K(p.x.cols),
         R(p.s == nullptr ? 0 : p.s->cols),
         pairs(k.multiply_pairs != nullptr && p.x.type == Type::BF16 && p.w.type == Type::BF16 &&
-              p.mask_in == nullptr) {
+              p.mask_in == nullptr),
+        coded(p.quantized != nullptr && p.quantized->grouped() &&
+              M <= (pairs ? MAX_CODED_ROWS_BESIDE_PAIRS : MAX_DOT_ROWS)) {
     if (M > 0 && N > 0) divide();
   }
 
@@ -78,6 +82,7 @@ class Run {
   const Kernels& k;
   const int64_t M, N, K, R;
   const bool pairs;
+  const bool coded;                // few rows multiply the codes of a quantised w where they lie
   int64_t tasks_ = 0, block_ = 0;  // of columns
   // A task is `block_` columns of w in place, or `rows_` rows of packed panels.
   decltype(Kernels::dots) in_place_ = nullptr;
@@ -88,16 +93,17 @@ class Run {
     // Few rows read w where it lies, along its memory. A skinny w is transposed for that: it is
     // small.
     const bool skinny = N <= DOT_COLS;
-    const bool added = p.w.col_stride == 1 && p.w.row_stride != 1 && M <= MAX_ADDED_ROWS;
-    if (p.w.row_stride == 1 || (skinny && !added)) {
-      if (M <= MAX_DOT_ROWS)
-        return divide_in_place(DOT_COLS, pairs && !skinny ? k.dots_pairs : k.dots);
+    const bool added = p.w.col_stride == 1 && p.w.row_stride != 1 &&
+                       (p.quantized == nullptr ? M <= MAX_ADDED_ROWS : coded);
+    if (p.w.row_stride == 1 || (skinny && !added && p.quantized == nullptr)) {
+      const bool by_pairs = pairs && !skinny && !coded;
+      if (M <= MAX_DOT_ROWS) return divide_in_place(DOT_COLS, by_pairs ? k.dots_pairs : k.dots);
     } else if (added) {
       // Long pieces of w's rows: 3.2 ms for 4096 x 4096 float32 in one piece, 5.2 in pieces of 512.
       // A large rank shortens them, since its part of b is packed for each.
       const int64_t share = ceil_div(ceil_div(N, threads), 64) * 64;
-      const int64_t most =
-          std::clamp<int64_t>((1 << 18) / std::max<int64_t>(R, 1) / 64 * 64, 128, 4096);
+      const int64_t most = std::clamp<int64_t>((1 << 18) / std::max<int64_t>(R, 1) / 64 * 64, 128,
+                                               coded ? 4096 / M / 64 * 64 : 4096);  // results in L1
       return divide_in_place(std::clamp<int64_t>(share, 128, most), k.rows_of_w);
     }
     divide_panels();
@@ -127,7 +133,8 @@ class Run {
   int64_t depth() const { return std::min(chunk(), std::max<int64_t>(ceil_div(K, unit()), 1)); }
   int64_t unit() const { return pairs ? 2 : 1; }
   int64_t tail_floats(int64_t block) const {
-    return aligned(k.rows * PITCH) + aligned(k.rows * block) + aligned(R * block) + aligned(block);
+    return aligned(k.rows * PITCH) + aligned(k.rows * block) + aligned(R * block) +
+           2 * aligned(block);
   }
   // Sets the tail's pointers to consecutive pieces of `scratch`; the floats behind them.
   float* take_tail(Columns& cols, float* scratch) const {
@@ -135,7 +142,8 @@ class Run {
     cols.tail = cols.tile + aligned(k.rows * PITCH);
     cols.b = cols.tail + aligned(k.rows * cols.pitch());
     cols.bias = cols.b + aligned(R * cols.pitch());
-    return cols.bias + aligned(cols.pitch());
+    cols.factor = cols.bias + aligned(cols.pitch());
+    return cols.factor + aligned(cols.pitch());
   }
 };
 
@@ -143,6 +151,9 @@ void Run::pack_w(float* to, int64_t from_unit, int64_t units, const Columns& col
   const int64_t first = from_unit * unit(), depth = std::min(units * unit(), K - first);
   if (cols.count < cols.pitch())
     std::memset(to + (cols.panels - 1) * units * cols.width, 0, units * cols.width * sizeof(float));
+  if (p.quantized != nullptr)
+    return pack_quantized(k, pairs, to, units * cols.width, cols.width, *p.quantized, p.w, first,
+                          cols.begin, depth, cols.count);
   (pairs ? k.pack_pairs : k.pack)(to, units * cols.width, cols.width, p.w.from(first, cols.begin),
                                   depth, cols.count);
 }
@@ -164,11 +175,11 @@ void Run::pack_b(Columns& cols, int64_t group) const {
   }
   if (R > 0)
     k.pack(cols.b, R * cols.width, cols.width, p.b[group].from(0, cols.begin), R, cols.count);
-  if (p.bias != nullptr)
-    k.copy(cols.bias, 0, p.bias[p.biases ? group : 0].from(0, cols.begin), 1, cols.count);
+  if (p.bias != nullptr) k.copy(cols.bias, 0, p.bias[group].from(0, cols.begin), 1, cols.count);
+  if (p.factor != nullptr) k.copy(cols.factor, 0, p.factor->from(0, cols.begin), 1, cols.count);
 }
 
-// `finish_rows` for each group's part of some rows, which come in order.
+// `finish_rows` for each group's part of some rows; a task gives its rows in order.
 void Run::finish(int64_t row, int64_t rows, Columns& cols, float* c, int64_t c_pitch) const {
   if (p.ends == nullptr) {
     pack_b(cols, 0);
@@ -185,7 +196,7 @@ void Run::finish(int64_t row, int64_t rows, Columns& cols, float* c, int64_t c_p
 }
 
 // Adds the tail to the float32 results c of some rows, scales them, adds the bias and stores them;
-// c may be the output itself.
+// c may be the output itself, or what is kept before the factor.
 void Run::finish_rows(int64_t row, int64_t rows, const Columns& cols, float* c,
                       int64_t c_pitch) const {
   float* sum = p.mask_out == nullptr ? c : cols.tail;
@@ -203,11 +214,17 @@ void Run::finish_rows(int64_t row, int64_t rows, const Columns& cols, float* c,
       for (int64_t j = 0; j < cols.pitch(); ++j) c[i * c_pitch + j] += sum[i * sum_pitch + j];
   }
   const int64_t row_stride = p.transpose ? 1 : N, col_stride = p.transpose ? M : 1;
-  char* out = static_cast<char*>(p.out) +
-              (row * row_stride + cols.begin * col_stride) * size_of(p.out_type);
+  const int64_t offset = (row * row_stride + cols.begin * col_stride) * size_of(p.out_type);
   const float* bias = p.bias == nullptr ? nullptr : cols.bias;
-  if (static_cast<void*>(c) != out || bias != nullptr)
-    k.store(out, p.out_type, row_stride, col_stride, c, c_pitch, rows, cols.count, p.scale, bias);
+  const float* factor = p.factor == nullptr ? nullptr : cols.factor;
+  const auto store = [&](void* to, const float* times, const float* plus) {
+    char* out = static_cast<char*>(to) + offset;
+    if (static_cast<void*>(c) != out || times != nullptr || plus != nullptr)
+      k.store(out, p.out_type, row_stride, col_stride, c, c_pitch, rows, cols.count, p.scale, times,
+              plus);
+  };
+  if (p.before != nullptr) store(p.before, nullptr, nullptr);
+  store(p.out, factor, bias);
 }
 
 void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* c) const {
@@ -215,7 +232,8 @@ void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* 
   const int64_t tile_rows = ceil_div(rows, ceil_div(rows, k.rows));
   const bool in_place = direct(cols), one_tile = !in_place && units <= step;
   const int64_t c_pitch = in_place ? N : cols.pitch();
-  if (in_place) c = static_cast<float*>(p.out) + row * N + cols.begin;
+  if (in_place)
+    c = static_cast<float*>(p.before == nullptr ? p.out : p.before) + row * N + cols.begin;
   for (int64_t u = 0; u == 0 || u < units; u += step) {
     const int64_t depth = std::min(step, units - u);
     pack_w(w, u, depth, cols);
@@ -283,20 +301,21 @@ void Run::panels_task(int64_t task) const {
     panel_task(row, std::min(step, end - row), cols, w, c);
 }
 
+// Few rows: x as floats, `block_` columns of w a task.
 void Run::prepare(float* shared) {
   if (in_place_ == nullptr) return;
-  const bool as_pairs = in_place_ == k.dots_pairs;
-  const int64_t used = as_pairs ? K / 2 : K;
+  const int64_t pitch = x_pitch(), used = in_place_ == k.dots_pairs ? K / 2 : K;
   for (int64_t row = 0; row < M; ++row)
-    std::memset(shared + row * x_pitch() + used, 0, (x_pitch() - used) * sizeof(float));
-  (as_pairs ? k.copy_pairs : k.copy)(shared, x_pitch(), p.x, M, K);
-  if (p.mask_in != nullptr) k.mask(shared, x_pitch(), *p.mask_in, 0, 0, M, K);
+    std::memset(shared + row * pitch + used, 0, (pitch - used) * sizeof(float));
+  (in_place_ == k.dots_pairs ? k.copy_pairs : k.copy)(shared, pitch, p.x, M, K);
+  if (p.mask_in != nullptr) k.mask(shared, pitch, *p.mask_in, 0, 0, M, K);
+  if (coded && in_place_ == k.dots) k.arrange(shared, pitch, *p.quantized, M, K);
   x_ = shared;
 }
 
 void Run::in_place_task(int64_t task) const {
   const bool copied = in_place_ == k.dots && p.w.row_stride != 1;
-  const int64_t w_floats = copied ? block_ * x_pitch() : 0;
+  const int64_t w_floats = copied ? block_ * x_pitch() : coded ? M * block_ * k.lanes : 0;
   Columns cols{};
   cols.begin = task * block_;
   cols.count = std::min(block_, N - cols.begin);
@@ -305,13 +324,21 @@ void Run::in_place_task(int64_t task) const {
   float* w_copy = thread_scratch().reserve(M * block_ + w_floats + tail_floats(block_));
   float* c = w_copy + w_floats;
   take_tail(cols, c + M * block_);
-  Matrix w = p.w.from(0, cols.begin);
+  Matrix w = p.quantized == nullptr ? p.w.from(0, cols.begin) : p.w;
   if (in_place_ != k.rows_of_w) w = w.transposed();
   if (copied) {
     k.copy(w_copy, x_pitch(), w, cols.count, K);
     w = {reinterpret_cast<const char*>(w_copy), Type::F32, cols.count, K, x_pitch(), 1};
   }
-  in_place_(x_, x_pitch(), w, M, cols.count, K, c, block_);
+  if (coded) {
+    (in_place_ == k.rows_of_w ? k.quantized_rows : k.quantized_dots)(
+        x_, x_pitch(), *p.quantized, cols.begin, M, cols.count, w_copy, c, block_);
+  } else if (p.quantized != nullptr) {
+    dots_with_quantized(k, in_place_ == k.dots_pairs, x_, x_pitch(), *p.quantized, cols.begin, M,
+                        cols.count, c, block_);
+  } else {
+    in_place_(x_, x_pitch(), w, M, cols.count, K, c, block_);
+  }
   for (int64_t row = 0; row < M; row += k.rows)
     finish(row, std::min(k.rows, M - row), cols, c + row * block_, block_);
 }

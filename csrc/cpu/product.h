@@ -1,9 +1,10 @@
-// y = scale·(mask_in∘x)·w + mask_out∘(s·b) + bias: forward, dx, and the skinny products s and q.
+// y = factor∘(scale·(mask_in∘x)·w + mask_out∘(s·b)) + bias: forward, dx, and the skinny products s
+// and q.
 #pragma once
 
 #include <vector>
 
-#include "kernels.h"
+#include "quantized.h"
 
 namespace lora_kernels {
 
@@ -11,21 +12,23 @@ namespace lora_kernels {
 constexpr int64_t MAX_DOT_ROWS = 16;
 
 struct Product {
-  Matrix x;                        // [M, K]
-  Matrix w;                        // [K, N]
-  const Matrix* s = nullptr;       // [M, R] float32
-  const Matrix* b = nullptr;       // [R, N], one or one a group of rows
-  const Matrix* bias = nullptr;    // [1, N], likewise
-  const Mask* mask_in = nullptr;   // of x
-  const Mask* mask_out = nullptr;  // of s·b
+  Matrix x;                              // [M, K]
+  Matrix w;                              // [K, N]; without data where `quantized` has its elements
+  const Matrix* s = nullptr;             // [M, R] float32
+  const Matrix* b = nullptr;             // [R, N], one or one a group of rows
+  const Matrix* factor = nullptr;        // [1, N] float32, of the columns
+  const Matrix* bias = nullptr;          // [1, N], likewise
+  const Mask* mask_in = nullptr;         // of x
+  const Mask* mask_out = nullptr;        // of s·b
+  const Quantized* quantized = nullptr;  // w, or its transpose; the strides of w say which
   float scale = 1.0f;
   void* out = nullptr;     // [M, N], contiguous
+  void* before = nullptr;  // [M, N] like out: the results before factor and bias, where not null
   bool transpose = false;  // out is [N, M] instead
   Type out_type = Type::F32;
-  // Groups of rows with a b each, and a bias each where there are `biases`: group g ends before row
+  // Groups of rows with a b each, and a bias each where there is one: group g ends before row
   // ends[g]. All rows are one group where it is null.
   const int64_t* ends = nullptr;
-  bool biases = false;
 };
 
 // s = scale·(mask∘x)·a [M, R]

@@ -28,6 +28,7 @@ struct Vector {
   }
   Vector multiply_add(Vector a, Vector b) const { return {_mm256_fmadd_ps(a.v, b.v, v)}; }
   Vector plus(Vector b) const { return {_mm256_add_ps(v, b.v)}; }
+  Vector times(Vector b) const { return {_mm256_mul_ps(v, b.v)}; }
   float sum() const {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -54,5 +55,65 @@ struct Vector {
       r[i].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
       r[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
     }
+  }
+};
+
+// Sixteen floats that are looked up by four bits.
+struct Table16 {
+  Vector low, high;
+
+  static Table16 load(const float* p) { return {Vector::load(p), Vector::load(p + 8)}; }
+  void store(float* p) const { low.store(p), high.store(p + 8); }
+  template <class F>
+  void each(const F& f) {
+    low = f(low), high = f(high);
+  }
+  // The values of 8 codes in 4 bytes, the high four bits of a byte first.
+  Vector at(const uint8_t* p) const {
+    uint32_t eight;
+    std::memcpy(&eight, p, 4);
+    const __m256i codes = _mm256_set1_epi32(eight);
+    const __m256i low_bits = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+    const __m256i high_bit = _mm256_setr_epi32(24, 28, 16, 20, 8, 12, 0, 4);  // to the sign
+    const __m256i index = _mm256_srlv_epi32(codes, low_bits);
+    const __m256i upper = _mm256_sllv_epi32(codes, high_bit);
+    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low.v, index),
+                             _mm256_permutevar8x32_ps(high.v, index), _mm256_castsi256_ps(upper))};
+  }
+};
+
+// The values of 64 codes in 32 bytes, half of them at a time: by their four bytes, which takes
+// fewer shuffles than `Table16` does.
+struct Groups16 {
+  __m256i bytes[4];  // byte i of each of the sixteen floats, twice
+
+  explicit Groups16(const Quantized& w) {
+    for (int i = 0; i < 4; ++i) {
+      uint8_t of_each[16];
+      for (int j = 0; j < 16; ++j) of_each[j] = ((const uint8_t*)(w.code + j))[i];
+      bytes[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)of_each));
+    }
+  }
+  // The element of the group that is decoded as number i: first the even ones, then the odd ones.
+  static constexpr int64_t order(int64_t i) {
+    const int64_t vector = i / 8 % 4, lane = i % 8;
+    return 2 * (4 * vector + lane % 4 + 16 * (lane / 4)) + i / 32;
+  }
+  template <int WHICH>
+  void half(const uint8_t* p, Vector scale, Vector* out) const {
+    __m256i codes = _mm256_loadu_si256((const __m256i*)p);
+    if constexpr (WHICH == 0) codes = _mm256_srli_epi16(codes, 4);
+    codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));
+    const __m256i b0 = _mm256_shuffle_epi8(bytes[0], codes);
+    const __m256i b1 = _mm256_shuffle_epi8(bytes[1], codes);
+    const __m256i b2 = _mm256_shuffle_epi8(bytes[2], codes);
+    const __m256i b3 = _mm256_shuffle_epi8(bytes[3], codes);
+    const __m256i low0 = _mm256_unpacklo_epi8(b0, b1), high0 = _mm256_unpacklo_epi8(b2, b3);
+    const __m256i low1 = _mm256_unpackhi_epi8(b0, b1), high1 = _mm256_unpackhi_epi8(b2, b3);
+    const auto scaled = [&](__m256i x) { return Vector{_mm256_castsi256_ps(x)}.times(scale); };
+    out[0] = scaled(_mm256_unpacklo_epi16(low0, high0));
+    out[1] = scaled(_mm256_unpackhi_epi16(low0, high0));
+    out[2] = scaled(_mm256_unpacklo_epi16(low1, high1));
+    out[3] = scaled(_mm256_unpackhi_epi16(low1, high1));
   }
 };

@@ -32,6 +32,7 @@ struct Vector {
   }
   Vector multiply_add(Vector a, Vector b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
   Vector plus(Vector b) const { return {_mm512_add_ps(v, b.v)}; }
+  Vector times(Vector b) const { return {_mm512_mul_ps(v, b.v)}; }
   float sum() const {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -69,5 +70,40 @@ struct Vector {
       r[i + 4].v = _mm512_shuffle_f32x4(c, d, 0x88);
       r[i + 12].v = _mm512_shuffle_f32x4(c, d, 0xDD);
     }
+  }
+};
+
+// Sixteen floats that are looked up by four bits.
+struct Table16 {
+  Vector all;
+
+  static Table16 load(const float* p) { return {Vector::load(p)}; }
+  void store(float* p) const { all.store(p); }
+  template <class F>
+  void each(const F& f) {
+    all = f(all);
+  }
+  // The values of 16 codes in 8 bytes, the high four bits of a byte first.
+  Vector at(const uint8_t* p) const {
+    const __m128i bytes = _mm_loadl_epi64((const __m128i*)p);
+    const __m512i twice = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, bytes));
+    const __m512i shift = _mm512_set1_epi64(4);  // of the first of a pair
+    return {_mm512_permutexvar_ps(_mm512_srlv_epi32(twice, shift), all.v)};
+  }
+};
+
+// The values of 64 codes in 32 bytes, half of them at a time.
+struct Groups16 {
+  Vector all;
+
+  explicit Groups16(const Quantized& w) : all(Vector::load(w.code)) {}
+  // The element of the group that is decoded as number i: of 16 bytes the even ones, then the odd.
+  static constexpr int64_t order(int64_t i) { return i / 32 * 32 + 2 * (i % 16) + i / 16 % 2; }
+  template <int WHICH>
+  void half(const uint8_t* p, Vector scale, Vector* out) const {
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + 16 * WHICH)));
+    const __m512 scaled = all.times(scale).v;
+    out[0] = {_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), scaled)};
+    out[1] = {_mm512_permutexvar_ps(codes, scaled)};
   }
 };

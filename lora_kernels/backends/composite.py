@@ -37,6 +37,15 @@ class CompositeProducts(Products):
     ) -> Tensor:
         return (_masked(_widened(left), dropout).t() @ _widened(right)).to(dtype)
 
+    def scaled_gradient(
+        self, dy: Tensor, c: Tensor, z: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        dc = None if z is None else (_widened(dy) * z).sum(0)
+        return (dy * c).to(dy.dtype), dc
+
+    def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        return _widened(w) @ _widened(A), _widened(w).square().sum(1)
+
     def grouped(self, groups: Groups) -> Products:
         return GroupedCompositeProducts(groups)
 
@@ -66,15 +75,12 @@ class GroupedCompositeProducts(Products):
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
         blocks = self._blocks_of(left.shape[0])
-        left, right = (
-            blocks.padded(_masked(_widened(left), dropout)),
-            blocks.padded(_widened(right)),
-        )
-        return blocks.sums(left.mT @ right).to(dtype)
+        wide = blocks.padded(_masked(_widened(left), dropout))
+        return blocks.sums(wide.mT @ blocks.padded(_widened(right))).to(dtype)
 
     def scaled(self, s: Tensor, scale: Scale) -> Tensor:
         if isinstance(scale, Tensor) and scale.ndim:
-            scale = self._blocks_of(s.shape[0]).of_rows(scale)[:, None]
+            scale = self._blocks_of(s.shape[0]).of_rows(scale.to(s.dtype))[:, None]
         return super().scaled(s, scale)
 
     def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
@@ -148,6 +154,12 @@ class _Blocks(NamedTuple):
         if t.is_cuda:  # index_add has atomics there, this one sorts
             return total.index_put((self.group_of_block,), t, accumulate=True)[: self.groups]
         return total.index_add(0, self.group_of_block, t)[: self.groups]
+
+
+def with_column_scale(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
+    """c∘z + bias in z's dtype: computed in c's and rounded once."""
+    y = z * c
+    return (y if bias is None else y + bias).to(z.dtype)
 
 
 def _widened(t: Tensor) -> Tensor:

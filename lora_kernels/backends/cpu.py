@@ -14,7 +14,7 @@ from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.dropout import Dropout, threshold
 from lora_kernels.once import once
 from lora_kernels.operands import Adapter, Groups, Weight
-from lora_kernels.problem import Problem
+from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
 
 _OPS = torch.ops.lora_kernels_cpu
@@ -24,6 +24,8 @@ LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 class CpuProducts(Products):
     """Products by the extension's own kernels: float32, bfloat16 and float16, float32 adapters on a half base."""
 
+    scales_columns = True
+
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         mask = _mask(adapter.dropout_in)
         return _OPS.shrink(x, adapter.A, float(adapter.scale), *mask)
@@ -32,12 +34,40 @@ class CpuProducts(Products):
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
     ) -> Tensor:
         mask = _mask(adapter.dropout_out)
-        return _OPS.expand(x, w, s, adapter.B, bias, *mask)
+        if isinstance(w, Tensor):
+            return _OPS.expand(x, w, s, adapter.B, bias, *mask)
+        packed = w.tensors, w.format, w.sizes
+        return _OPS.expand_quantized(x, *packed, s, adapter.B, bias, *mask)
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
         return _OPS.wgrad(left, right, dtype, *_mask(dropout))
+
+    def shrink_expand_scaled(
+        self,
+        x: Tensor,
+        w: Weight,
+        adapter: Adapter,
+        bias: Tensor | None = None,
+        *,
+        keeps_z: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not isinstance(w, Tensor):
+            return super().shrink_expand_scaled(x, w, adapter, bias, keeps_z=keeps_z)
+        s, c = self.shrink(x, adapter), adapter.column_scale
+        op = _OPS.expand_scaled
+        y, z = op(x, w, s, adapter.B, c, bias, keeps_z)
+        return y, s, z if keeps_z else None
+
+    def scaled_gradient(
+        self, dy: Tensor, c: Tensor, z: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        dz, dc = _OPS.scaled_gradient(dy, c, z)
+        return dz, None if z is None else dc
+
+    def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        return _OPS.shrink_squares(w, A)
 
     def grouped(self, groups: Groups) -> Products:
         return GroupedCpuProducts(groups)
@@ -46,7 +76,7 @@ class CpuProducts(Products):
         self, x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None
     ) -> Tensor:
         """y [..., N]: forward and backward are one call each, which is what a small layer's time depends on."""
-        A, B, scale, dropout, _ = adapter
+        A, B, scale, dropout = adapter[:4]
         p, limit, seed = 0.0, 0, 0
         if dropout is not None:
             p, (limit, seed, _) = dropout.p, _mask(dropout)
@@ -68,8 +98,10 @@ class GroupedCpuProducts(Products):
     def expand(
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
     ) -> Tensor:
-        mask = _mask(adapter.dropout_out)
-        return _OPS.grouped_expand(x, w, s, adapter.B, bias, self.groups.offsets, *mask)
+        rest = s, adapter.B, bias, self.groups.offsets, *_mask(adapter.dropout_out)
+        if isinstance(w, Tensor):
+            return _OPS.grouped_expand(x, w, *rest)
+        return _OPS.grouped_expand_quantized(x, w.tensors, w.format, w.sizes, *rest)
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
@@ -91,6 +123,7 @@ class CpuBackend(Backend):
     name = "cpu"
     groups = True
     devices = ("cpu",)
+    formats = (DENSE, "nf4")
 
     def unavailable(self) -> str | None:
         return _load()
@@ -113,6 +146,8 @@ def _how(problem: Problem) -> str:
     isa = _OPS.isa()
     halves = problem.dtype == "bfloat16" and isa == "avx512_bf16"
     arithmetic = f"{isa} kernels" + ("" if problem.itemsize == 4 or halves else " in float32")
+    if problem.weights > 1:
+        return f"{arithmetic}, each group in the form for its number of rows"
     if problem.w_k_major and problem.M <= 16:
         return f"{arithmetic}, dot products with the rows of W"
     if not problem.w_k_major and problem.M <= 4:

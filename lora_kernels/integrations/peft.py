@@ -15,11 +15,14 @@ from typing import Any
 
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import bases
 from lora_kernels.bases import has_hooks, is_conv1d, is_plain_tensor, is_quantized
+from lora_kernels.declined import why_declined
 from lora_kernels.functional import DTYPES, autocast_dtype
 from lora_kernels.modules import check_model
 
@@ -27,8 +30,9 @@ from lora_kernels.modules import check_model
 class Fused:
     """What a LoRA layer of PEFT's becomes: its forward is one fused product, y = x·Wᵀ + bias + scaling·(dropout(x)·A)·B.
 
-    Parameters and state are read inside forward. A call with several adapters, `adapter_names`, a variant such as DoRA,
-    hooks on the inner layers or on all modules, or merged or disabled adapters takes PEFT's own forward.
+    With DoRA it is y = c∘(x·Wᵀ + scaling·(x·A)·B) + bias. Parameters and state are read inside forward. A call with several
+    adapters, `adapter_names`, another variant, hooks on the inner layers or on all modules, or merged or disabled adapters
+    takes PEFT's own forward.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -37,6 +41,8 @@ class Fused:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         layer: Any = self
         base, y = layer.base_layer, None
+        if is_quantized(base):
+            bases.check_order(base, x)
         if why_not_fused(layer) is None and (is_quantized(base) or _same_dtype(x, base.weight)):
             name = _active(self)[0]
             scaling, dropout = layer.scaling[name], layer.lora_dropout[name]
@@ -48,6 +54,9 @@ class Fused:
                 lora_B.weight.t(),
                 scaling,
                 None if lora_B.bias is None else scaling * lora_B.bias,
+                magnitude=layer.lora_magnitude_vector[name].weight
+                if name in layer.lora_variant
+                else None,
                 dropout_p=dropout.p
                 if isinstance(dropout, nn.Dropout) and dropout.training
                 else 0.0,
@@ -166,6 +175,9 @@ def why_not_fused(module: nn.Module) -> str | None:
     if not isinstance(module, LoraLayer):
         return f"it is a {type(module).__name__}, not a LoRA layer of PEFT"
     # fully_shard makes a subclass for each layer that it is given, and that is still ours.
+    declined = why_declined(module.base_layer)
+    if declined is not None:
+        return f"its base layer cannot be read: {declined}"
     if not _can_be_fused(type(module)) and type(module).forward is not Fused.forward:
         return f"it is a lora.{type(module).__name__}, not a lora.Linear"
     return _why_not_linear(module)
@@ -194,10 +206,31 @@ def _why_not_linear(module: Any) -> str | None:
         return f"{len(names)} adapters are active in it, not one"
     name = names[0]
     if name in module.lora_variant:
-        return f"its adapter {name!r} is a variant, {type(module.lora_variant[name]).__name__}"
+        reason = _why_not_variant(module, name)
+        if reason is not None:
+            return reason
     return _why_not_adapter(
         base, module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
     )
+
+
+def _why_not_variant(module: Any, name: str) -> str | None:
+    """None if the variant of this adapter is DoRA, with nothing added to it, else the reason."""
+    variant = module.lora_variant[name]
+    kind = variant if isinstance(variant, type) else type(variant)
+    if kind is not DoraLinearVariant:
+        return f"its adapter {name!r} is a variant, {kind.__name__}"
+    layer = module.lora_magnitude_vector[name]
+    if type(layer) is not DoraLinearLayer or has_hooks(layer) or "forward" in layer.__dict__:
+        return "its lora_magnitude_vector has hooks or a forward of its own"
+    magnitude, A = layer.weight, module.lora_A[name].weight
+    if not is_plain_tensor(magnitude) or magnitude.dtype not in DTYPES:
+        return f"its magnitude is a {type(magnitude).__name__} of {magnitude.dtype}, no plain floating-point tensor"
+    if magnitude.device != A.device:
+        return f"its magnitude is on {magnitude.device}, its lora_A on {A.device}"
+    if module.lora_B[name].bias is not None:
+        return "it has DoRA and a lora_bias"
+    return None
 
 
 def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str | None:
@@ -211,7 +244,7 @@ def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str |
         return "its lora_A or lora_B is no plain Linear (parametrized or replaced)"
     if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
         return "its dropout is no plain Dropout with p < 1"
-    packs = is_quantized(base)
+    packs = is_quantized(base)  # whose forward casts a bias
     weights = {"base weight": base.weight, "lora_A": lora_A.weight, "lora_B": lora_B.weight}
     if packs:
         del weights["base weight"]

@@ -23,6 +23,9 @@ A backward's problem (x is dy, y is dx) adds dA, one reading of its other side, 
 of dy, to all but two_kernel and lorafusion, which get q and dB from one. addmm computes x·a again, another reading of the
 other side. reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 4 passes over dx.
 
+A quantised weight costs two_kernel and one_pass a launch before, which reads it and writes a dense copy, and a gap. The
+others are predicted for a dense weight: `plan` adds the copy that they are given.
+
 These are predictions of the algorithm's own costs: a device's clocks, heat and other work are not in them.
 """
 
@@ -31,7 +34,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from lora_kernels.problem import Problem
+from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.config import (
     CUDA_DECODE_COLUMNS,
     TileConfig,
@@ -116,15 +119,24 @@ def predict_us(
         apart_us = 0.0 if fused else shrink + gap
         return 0.5 + _streamed_us(problem, target, readers, problem.R) + apart_us + adapter_grads
     if algorithm == "one_pass":
-        return product_us("one_pass", problem, target, config) + adapter_grads
+        product = product_us("one_pass", problem, target, config)
+        return _dequantise_us(problem, target) + product + adapter_grads
     if algorithm in ("two_kernel", "lorafusion"):
         pointers = algorithm == "lorafusion"
         main = product_us("expand", problem, target, config, pointers)
         # In a backward q comes with dB, and nothing runs beside the product.
         overlaps = not (pointers or problem.backward)
         hidden = overlaps * _HIDDEN.get(target.name, 0.0) * min(shrink + gap, main)
-        return main + shrink + gap - hidden + adapter_grads
+        return _dequantise_us(problem, target) + main + shrink + gap - hidden + adapter_grads
     raise ValueError(f"algorithm must be one of {ALGORITHMS + OTHERS}, got {algorithm!r}")
+
+
+def _dequantise_us(problem: Problem, target: Target) -> float:
+    """A dense copy of a quantised W before the product: the packed bytes read once, the dense ones written once."""
+    if problem.weight_format == DENSE:
+        return 0.0
+    moved = problem.packed_bytes + problem.N * problem.K * problem.itemsize
+    return max(moved / (0.9 * target.bandwidth_gbs * 1e3), MIN_KERNEL_US) + target.gap_us
 
 
 def _streamed_us(problem: Problem, target: Target, readers: int, ranks: int) -> float:

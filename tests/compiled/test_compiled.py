@@ -43,7 +43,7 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
             continue
         yield problem, config, True, False
         last = widest[config, problem.dtype, problem.adapter_dtype] is problem
-        if last and not once and config.kernel != "shrink_wgrad":
+        if last and not once and config.kernel not in ("shrink_wgrad", "dequantise"):
             yield problem, config, False, False
         if last and config.kernel == "expand" and config.tma:
             yield problem, config, True, True
@@ -58,7 +58,8 @@ def compile_job(job: tuple[str, Problem, TileConfig, bool, bool]) -> Code:
     target, problem, config, forward, copied_b = job
     with recording(target) as launches:
         Shapes(problem, forward, copied_b).launch(config, TARGETS[target])
-    assert launches[0].name.strip("_") == config.kernel + "_kernel"
+    form = f"_{problem.weight_format}" * (config.kernel == "dequantise")
+    assert launches[0].name == f"_{config.kernel}{form}_kernel"
     return inspect(launches[0].compiled)
 
 
@@ -80,7 +81,8 @@ def test_shipped_configurations(target, part):
             wrong.append(f"{what}: {code.smem_bytes} bytes of shared memory")
         if code.tmem_columns > max(limits.tmem_columns, 0):
             wrong.append(f"{what}: {code.tmem_columns} columns of tensor memory")
-        if problem.dtype == "bfloat16" and not code.matrix and target != "gfx1100":
+        multiplies = problem.dtype == "bfloat16" and config.kernel != "dequantise"
+        if multiplies and not code.matrix and target != "gfx1100":
             wrong.append(f"{what}: no matrix instruction")
         main = config.kernel in ("expand", "one_pass") and problem.dtype == "bfloat16"
         if main and not any(op.startswith(MATRIX_UNIT.get(target, "HMMA")) for op in code.matrix):

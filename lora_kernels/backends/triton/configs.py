@@ -10,13 +10,12 @@ import functools
 import itertools
 from dataclasses import replace
 
-from lora_kernels.problem import Problem
+from lora_kernels.problem import PACKED_BYTES, Problem
 from lora_kernels.tuning import tables
 from lora_kernels.tuning.config import (
     DECODE_ROWS,
     FUSED_RANK,
     KERNELS,
-    NARROW_KERNELS,
     TileConfig,
     Tiles,
     fits,
@@ -65,7 +64,7 @@ def refusal(algorithm: str, problem: Problem, target: Target) -> str | None:
 
 def narrow_tiles(problem: Problem, target: Target) -> Tiles:
     """The tiles of the kernels that read the problem's x and no weight."""
-    return tiles_for(replace(problem, N=0, w_k_major=True, backward=False), target)
+    return tiles_for(tables.without_weight(problem), target)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -105,6 +104,10 @@ def shipped(target: Target) -> list[tuple[Problem, TileConfig]]:
                 ranks = rank_block(R, config.rank_chunk)
                 if not dropout or ranks not in found.get(code, {}):
                     found.setdefault(code, {})[ranks] = (problem, config)
+    for weight_format, dtype in itertools.product(PACKED_BYTES, ("bfloat16", "float32")):
+        problem = Problem(4096, 4096, 4096, 16, dtype, dtype, "cuda", weight_format=weight_format)
+        for config in tiles_of("dequantise", problem, target):
+            found[config, dtype, weight_format] = {16: (problem, config)}
     ends = ({min(ranks), max(ranks)} for ranks in found.values())
     return [
         ranks[end] for ranks, both in zip(found.values(), ends, strict=True) for end in sorted(both)
@@ -115,9 +118,9 @@ def _best(kernel: str, problem: Problem, target: Target) -> TileConfig:
     """The best shipped tile of `kernel` by the cost model; where none fits, the best of those that do not."""
     made = _shipped_tiles(kernel, problem, target)
     fitting = [c for c in made if fits(c, problem, target) is None] or made
-    if kernel in NARROW_KERNELS:
+    algorithm = next((name for name, main in MAIN_KERNEL.items() if main == kernel), None)
+    if algorithm is None:
         return fitting[0]
-    algorithm = next(name for name, main in MAIN_KERNEL.items() if main == kernel)
     return min(fitting, key=lambda config: predict_us(algorithm, problem, target, config))
 
 
@@ -135,6 +138,7 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
         return [TileConfig(kernel, *tile, rank_chunk=32 if target.tma else 16) for tile in tiles]
     return {
         "decode": _decode,
+        "dequantise": _dequantise,
         "shrink": _shrink,
         "wgrad": _wgrad,
         "shrink_wgrad": _shrink_wgrad,
@@ -159,6 +163,10 @@ def _decode(problem: Problem, target: Target) -> list[TileConfig]:
     split = _split(2 * target.multiprocessors // programs, problem.K // (4 * block_k))
     block_m = 16 if problem.M <= 16 else DECODE_ROWS
     return [TileConfig("decode", block_m, block_n, block_k, 4, 3, split=split)]
+
+
+def _dequantise(problem: Problem, target: Target) -> list[TileConfig]:
+    return [TileConfig("dequantise", 1, 64, 64, 4, 1)]
 
 
 def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:

@@ -1,0 +1,50 @@
+// A weight in a packed format, and the memory of it that kernels need at once: strips of rows or
+// columns, decoded while they are packed or multiplied. No whole weight is ever decoded.
+#pragma once
+
+#include "kernels.h"
+
+namespace lora_kernels {
+
+enum class Format { NF4 };
+constexpr int64_t NF4_BLOCK = 64, NF4_BLOCK2 = 256;
+
+// A matrix as it is stored, [rows, cols]: element (row, col) is the value of its code times a
+// scale, a float32 product that is rounded to `type`. Elements that share a scale are adjacent: a
+// run.
+struct Quantized {
+  Format format;
+  Type type;
+  int64_t rows, cols;
+  const uint8_t* codes;
+
+  // NF4, see lora_kernels/quantized.py: the values of the codes; a scale for each 64 elements of
+  // the flattened matrix, float32 in `absmax`, or, where code2 is not null, by 8-bit codes in
+  // `absmax8`.
+  const float* code = nullptr;
+  const float* absmax = nullptr;
+  const uint8_t* absmax8 = nullptr;
+  const float* code2 = nullptr;
+  const float* absmax2 = nullptr;
+  float offset = 0.0f;
+
+  // The scale of each run that has a part in the `count` elements from (row, col) on. Compiled
+  // without fused multiply-adds: product and sum are rounded one after the other.
+  // Whether rows are whole groups of codes, so that few rows of x can multiply them where they lie.
+  bool grouped() const { return cols % NF4_BLOCK == 0; }
+  void scales(float* to, int64_t row, int64_t col, int64_t count) const;
+};
+
+// As Kernels::pack and Kernels::pack_pairs: depth x cols of w from (first, col) on, where w is the
+// view of q, or of its transpose, that a product multiplies by; its strides say which.
+void pack_quantized(const Kernels& k, bool pairs, float* dst, int64_t panel, int64_t width,
+                    const Quantized& q, const Matrix& w, int64_t first, int64_t col, int64_t depth,
+                    int64_t cols);
+
+// As Kernels::dots for the columns of the transpose of q from `col` on, at most MAX_DOT_ROWS rows
+// of x, in floats or, as Kernels::dots_pairs, in pairs.
+void dots_with_quantized(const Kernels& k, bool pairs, const float* x, int64_t x_pitch,
+                         const Quantized& q, int64_t col, int64_t rows, int64_t cols, float* c,
+                         int64_t c_pitch);
+
+}  // namespace lora_kernels

@@ -1,0 +1,77 @@
+// Quantised weights as tensors and sizes: checked, so that no kernel reads past their memory.
+#include <algorithm>
+
+#include "operators.h"
+
+namespace lora_kernels {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The bytes of t; an error unless it is a contiguous tensor on the CPU with memory for them.
+int64_t bytes_of(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.device().is_cpu() && t.is_contiguous(), name,
+              " must be a contiguous tensor on the CPU, got one on ", t.device());
+  const auto bytes = int64_t(t.numel() * t.element_size());
+  const auto held = int64_t(t.storage().nbytes()) - t.storage_offset() * int64_t(t.element_size());
+  TORCH_CHECK(bytes == 0 || (t.const_data_ptr() != nullptr && bytes <= held), name,
+              " must have memory for ", bytes, " bytes, its storage holds ", held);
+  return bytes;
+}
+
+template <class T>
+const T* data(const Tensor& t, const char* name, at::ScalarType type, int64_t count) {
+  TORCH_CHECK(t.scalar_type() == type, name, " must be ", type, ", got ", t.scalar_type());
+  TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
+  bytes_of(t, name);
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+void read_nf4(QuantizedTensors& w, at::IntArrayRef sizes) {
+  TORCH_CHECK(sizes.size() == 3 && sizes[0] >= 0 && sizes[1] >= 0 &&
+                  (sizes[1] == 0 || sizes[0] <= INT64_MAX / sizes[1]),
+              "sizes of nf4 must be N, K and transposed, got ", sizes);
+  const auto& t = w.tensors;
+  const bool doubly = t.size() == 6;
+  TORCH_CHECK(doubly || t.size() == 3, "packed must be 3 or 6 tensors of nf4, got ", t.size());
+  Quantized& q = w.weight;
+  q.format = Format::NF4;
+  q.rows = sizes[0];
+  q.cols = sizes[1];
+  w.transposed = sizes[2] != 0;
+  const int64_t elements = q.rows * q.cols, blocks = ceil_div(elements, NF4_BLOCK);
+  const int64_t bytes = bytes_of(t[0], "packed"), needed = ceil_div(elements, 2);
+  TORCH_CHECK(bytes >= needed, "packed must have ", needed, " bytes, two elements of [", q.rows,
+              ", ", q.cols, "] in each, got ", bytes);
+  q.codes = static_cast<const uint8_t*>(t[0].const_data_ptr());
+  q.code = data<float>(t[2], "code", at::kFloat, 16);
+  if (!doubly) {
+    q.absmax = data<float>(t[1], "absmax", at::kFloat, blocks);
+    return;
+  }
+  q.absmax8 = data<uint8_t>(t[1], "absmax", at::kByte, blocks);
+  q.code2 = data<float>(t[3], "code2", at::kFloat, 256);
+  q.absmax2 = data<float>(t[4], "absmax2", at::kFloat, ceil_div(blocks, NF4_BLOCK2));
+  q.offset = *data<float>(t[5], "offset", at::kFloat, 1);
+}
+
+}  // namespace
+
+QuantizedTensors::QuantizedTensors(at::TensorList packed, const std::string& format,
+                                   at::IntArrayRef sizes, at::ScalarType dtype) {
+  tensors.reserve(packed.size());
+  for (const Tensor& t : packed) tensors.push_back(in_memory(t, "packed")->contiguous());
+  weight.type = type_of(dtype);
+  TORCH_CHECK(format == "nf4", "format must be nf4, got ", format);
+  read_nf4(*this, sizes);
+}
+
+Matrix QuantizedTensors::view() const {
+  // Rows of one element too are more than one apart: a stride of 1 says along which dimension codes
+  // lie.
+  const int64_t row_stride = std::max<int64_t>(weight.cols, 2);
+  const Matrix stored{nullptr, weight.type, weight.rows, weight.cols, row_stride, 1};
+  return transposed ? stored.transposed() : stored;
+}
+
+}  // namespace lora_kernels
