@@ -33,6 +33,9 @@ struct Matrix {
             row_stride,
             col_stride};
   }
+  Matrix part(int64_t row, int64_t count) const {
+    return {data + row * row_stride * size_of(type), type, count, cols, row_stride, col_stride};
+  }
   Matrix transposed() const { return {data, type, cols, rows, col_stride, row_stride}; }
 };
 
@@ -43,6 +46,7 @@ struct Mask {
   uint64_t seed;
   float scale;
   int64_t cols;
+  int64_t row = 0;  // of the operand's first row in that matrix
 };
 
 struct Quantized;  // a weight in a packed format, see quantized.h
@@ -63,7 +67,7 @@ struct Kernels {
   void (*store)(void* out, Type type, int64_t row_stride, int64_t col_stride, const float* src,
                 int64_t pitch, int64_t rows, int64_t cols, float scale, const float* factor,
                 const float* bias);
-  // Mask the rows x cols floats that are (row, col) onward of the masked matrix; col is a multiple
+  // Mask the rows x cols floats that are (row, col) onward of the operand; col is a multiple
   // of 4.
   void (*mask)(float* dst, int64_t pitch, const Mask& mask, int64_t row, int64_t col, int64_t rows,
                int64_t cols);
