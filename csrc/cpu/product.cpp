@@ -247,7 +247,9 @@ void Run::by_panels() const {
 void Run::in_place(int64_t block, decltype(Kernels::dots) kernel) const {
   const bool copied = kernel == k.dots && p.w.row_stride != 1;
   const int64_t x_pitch = aligned(K) + 16;
-  const int64_t w_floats = copied ? block * x_pitch : coded ? M * block * k.lanes : 0;
+  const int64_t w_floats = copied  ? block * x_pitch
+                           : coded ? block * (M * k.lanes + K / 64 + 1)
+                                   : 0;
   static thread_local Scratch caller;  // x, decoded once for all tasks
   float* const x = caller.reserve(M * x_pitch);
   const int64_t used = kernel == k.dots_pairs ? K / 2 : K;
