@@ -2,7 +2,8 @@
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`; a layer P has the tensors
 `base_model.model.P.lora_A.weight` [rank, in] and `base_model.model.P.lora_B.weight` [out, rank]: our A and B, transposed.
-PEFT's scale is lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
+PEFT's scale is lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA. A folder of DoRA layers ("use_dora") has their magnitudes
+beside them, `base_model.model.P.lora_magnitude_vector` [out].
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ except ImportError:  # not on Windows
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_KEY = re.compile(r"(?s)(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>[AB])\.weight")
+_KEY = re.compile(
+    r"(?s)(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?:(?P<side>[AB])\.weight|magnitude_vector)"
+)
+_MAGNITUDE = "magnitude"
 _SCRATCH = ".saving-"
 _UNSUPPORTED = {  # fields of a PEFT configuration that change what a layer computes, with the value that does not
-    "use_dora": False,
     "lora_bias": False,
     "bias": "none",
     "modules_to_save": None,
@@ -68,6 +71,7 @@ _SETTINGS: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {  # PEFT's defau
     "lora_alpha": (8, "a number within float32", _is_number),
     "lora_dropout": (0.0, "a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1),
     "use_rslora": (False, "true or false", lambda value: isinstance(value, bool)),
+    "use_dora": (False, "true or false", lambda value: isinstance(value, bool)),
 }
 _PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
@@ -81,6 +85,7 @@ class Adapter:
     scale: float
     dropout: float
     rslora: bool
+    magnitude: Tensor | None  # [out] of DoRA
 
 
 def write(folder: Path, layers: dict[str, LinearWithLoRA]) -> None:
@@ -91,13 +96,18 @@ def write(folder: Path, layers: dict[str, LinearWithLoRA]) -> None:
     config = json.dumps(_config(layers), indent=2, sort_keys=True) + "\n"
     tensors = {}
     for name, layer in layers.items():
-        for side, t in (("A", layer.lora.A), ("B", layer.lora.B)):
+        lora = layer.lora
+        parts = {"lora_A.weight": lora.A, "lora_B.weight": lora.B}
+        if lora.magnitude is not None:
+            parts["lora_magnitude_vector"] = lora.magnitude
+        for part, t in parts.items():
             if t.is_meta:
                 raise ValueError(
                     f"layer {name!r} must have values to save, but is on the meta device"
                 )
-            turned = t.detach().t().clone(memory_format=torch.contiguous_format)
-            tensors[f"{_PREFIX}{name}.lora_{side}.weight"] = turned.cpu()
+            turned = t.detach().t() if t.ndim == 2 else t.detach()
+            copy = turned.clone(memory_format=torch.contiguous_format)
+            tensors[f"{_PREFIX}{name}.{part}"] = copy.cpu()
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder) as alone:
         for left in folder.glob(_SCRATCH + "*") if alone else ():
@@ -130,6 +140,11 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 def _config(layers: dict[str, LinearWithLoRA]) -> dict[str, Any]:
     """PEFT's configuration of these layers: the commonest rank and alpha as defaults, the others as patterns."""
+    dora = {layer.lora.magnitude is not None for layer in layers.values()}
+    if len(dora) > 1:
+        raise ValueError(
+            "the layers must all be DoRA or all plain LoRA: PEFT's layout has one use_dora"
+        )
     rslora = all(layer.lora.scaling == "alpha/sqrt(rank)" for layer in layers.values())
     ranks = {name: layer.lora.rank for name, layer in layers.items()}
     convention = "alpha/sqrt(rank)" if rslora else "alpha/rank"
@@ -164,7 +179,7 @@ def _config(layers: dict[str, LinearWithLoRA]) -> dict[str, Any]:
         "bias": "none",
         # How the base stores W, which PEFT reads from the model: A and B are alike in both.
         "fan_in_fan_out": any(is_conv1d(layer.linear) for layer in layers.values()),
-        "use_dora": False,
+        "use_dora": dora == {True},
         "modules_to_save": None,
         # Regular expressions that match these names whole: PEFT lets a plain name match the end of longer ones too.
         "target_modules": "|".join(re.escape(name) for name in layers),
@@ -244,24 +259,27 @@ def _settings(config: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _pairs(tensors: dict[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
-    """A and B of each layer."""
+    """A, B and the magnitude of each layer."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise ValueError(f"{file}: every tensor must be a LoRA A or B, got {key!r}")
-        if tensor.ndim != 2 or tensor.dtype not in _DTYPES:
             raise ValueError(
-                f"{file}: {key!r} must be a matrix of one of {_DTYPES}, "
+                f"{file}: every tensor must be a LoRA A or B or a DoRA magnitude, got {key!r}"
+            )
+        side = match["side"] or _MAGNITUDE
+        if tensor.ndim != (1 if side == _MAGNITUDE else 2) or tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{file}: {key!r} must be a {'vector' if side == _MAGNITUDE else 'matrix'} of one of {_DTYPES}, "
                 f"got {list(tensor.shape)} of {tensor.dtype}"
             )
         pair = pairs.setdefault(match["layer"], {})
-        if match["side"] in pair:
+        if side in pair:
             raise ValueError(
                 f"{file}: layer {match['layer']!r} must be there once, "
                 f"but is there with and without {_PREFIX!r}"
             )
-        pair[match["side"]] = tensor.t()
+        pair[side] = tensor.t() if tensor.ndim == 2 else tensor
     if not pairs:
         raise ValueError(f"{file} must hold at least one layer, but it is empty")
     return pairs
@@ -273,9 +291,20 @@ def _by_layer(
     rslora = settings["use_rslora"]
     adapters = {}
     for name, pair in pairs.items():
-        if set(pair) != {"A", "B"}:
+        wanted = {"A", "B", _MAGNITUDE} if settings["use_dora"] else {"A", "B"}
+        if set(pair) != wanted:
+            dora = (
+                " and a magnitude, as use_dora says"
+                if settings["use_dora"]
+                else " and no magnitude"
+            )
             raise ValueError(
-                f"{file}: layer {name!r} must have both A and B, has only {list(pair)}"
+                f"{file}: layer {name!r} must have both A and B{dora}, has only {list(pair)}"
+            )
+        if _MAGNITUDE in pair and len(pair[_MAGNITUDE]) != pair["B"].shape[1]:
+            raise ValueError(
+                f"{file}: layer {name!r} must have a magnitude for each of {pair['B'].shape[1]} outputs,"
+                f" got {len(pair[_MAGNITUDE])}"
             )
         A, B = pair["A"], pair["B"]
         rank, alpha = (
@@ -288,7 +317,8 @@ def _by_layer(
                 f"got A {list(A.shape)} and B {list(B.shape)}"
             )
         scale = alpha / (math.sqrt(rank) if rslora else rank)
-        adapters[name] = Adapter(A, B, scale, settings["lora_dropout"], rslora)
+        rest = settings["lora_dropout"], rslora, pair.get(_MAGNITUDE)
+        adapters[name] = Adapter(A, B, scale, *rest)
     return adapters
 
 

@@ -54,9 +54,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     file's; an `nn.Linear` or Transformers' Conv1D of that name is wrapped first, in all its places, and keeps its mode. So
     a fresh model gets the adapter's layers, and a model that has them already changes task. FileNotFoundError when a file
     is missing; ValueError for a damaged file and for one that does not fit the model: a layer too many or too few, another
-    rank or shape, a layer without values (on the meta device) or with a parametrized A or B, a variant of LoRA (DoRA,
-    trained biases, saved modules, a base that is changed first, as by PiSSA) that these layers do not compute. After any
-    exception the model is as it was.
+    rank or shape, a layer without values (on the meta device) or with a parametrized A or B, DoRA for plain LoRA or the
+    other way round, a variant of LoRA (trained biases, saved modules, a base that is changed first, as by PiSSA) that these
+    layers do not compute. After any exception the model is as it was.
     """
     check_model(model)
     adapters = adapter_file.read(_folder(path))
@@ -83,12 +83,16 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     layers: dict[str, Any] = {n: wrappers.get(m, m).lora for m, n in names.items()}
     alphas = {name: _alpha(name, lora, adapters[name].scale) for name, lora in layers.items()}
     before = [
-        (layer.lora, layer.lora.A.detach().clone(), layer.lora.B.detach().clone(), layer.lora.alpha)
+        (
+            layer.lora,
+            *map(_copied, (layer.lora.A, layer.lora.B, layer.lora.magnitude)),
+            layer.lora.alpha,
+        )
         for _, layer in lora_layers(model)
     ]
     try:
         for name, adapter in adapters.items():
-            _fill(layers[name], adapter.A, adapter.B, alphas[name])
+            _fill(layers[name], adapter.A, adapter.B, adapter.magnitude, alphas[name])
         put_wrappers(model, _places(model, wrappers))
     except BaseException:
         for old in before:
@@ -124,8 +128,14 @@ def _check_fits(name: str, module: nn.Module, parents: list[nn.Module], adapter:
             )
     if layer is not None and layer.merged:
         raise ValueError(f"layer {name!r} must not be merged: unmerge_lora(model) before loading")
+    if layer is not None and (layer.lora.magnitude is None) != (adapter.magnitude is None):
+        kinds = ("plain LoRA", "DoRA") if adapter.magnitude is None else ("DoRA", "plain LoRA")
+        raise ValueError(
+            f"the file's layer {name!r} must be {kinds[1]} as the model's, got {kinds[0]}"
+        )
     owned = linear._parameters if layer is None else layer.lora._parameters
-    for key in () if layer is None else ("A", "B"):
+    parts = ("A", "B") if adapter.magnitude is None else ("A", "B", "magnitude")
+    for key in () if layer is None else parts:
         if owned.get(key) is None:
             raise ValueError(
                 f"layer {name!r} must have a plain parameter {key} to load into, but it is parametrized or pruned"
@@ -145,6 +155,10 @@ def _check_fits(name: str, module: nn.Module, parents: list[nn.Module], adapter:
         )
 
 
+def _copied(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().clone()
+
+
 def _wrapper(linear: nn.Module, adapter: Adapter) -> LinearWithLoRA:
     """A layer over `linear` for this adapter; float32 on a half base unless the file has the base's dtype."""
     stored, base = torch.promote_types(adapter.A.dtype, adapter.B.dtype), linear.weight.dtype
@@ -155,6 +169,7 @@ def _wrapper(linear: nn.Module, adapter: Adapter) -> LinearWithLoRA:
         1.0,
         scaling="alpha/sqrt(rank)" if adapter.rslora else "alpha/rank",
         dropout=adapter.dropout,
+        dora=adapter.magnitude is not None,
         dtype=torch.float32 if narrows else None,
     )
 
@@ -169,10 +184,12 @@ def _alpha(name: str, lora: LoRALayer, scale: float) -> float:
     return alpha
 
 
-def _fill(lora: LoRALayer, A: Tensor, B: Tensor, alpha: float) -> None:
+def _fill(lora: LoRALayer, A: Tensor, B: Tensor, magnitude: Tensor | None, alpha: float) -> None:
     with torch.no_grad():
         lora.A.copy_(A)
         lora.B.copy_(B)
+        if magnitude is not None:
+            lora.magnitude.copy_(magnitude)  # type: ignore[union-attr]
     lora.alpha = alpha
 
 

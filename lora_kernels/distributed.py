@@ -111,6 +111,8 @@ def _shard(
         raise TypeError(f"module must be a LinearWithLoRA, got {type(module).__name__}")
     if module.merged:
         raise ValueError("module must not be merged: unmerge_lora(model) before sharding it")
+    if module.lora.magnitude is not None:
+        raise ValueError("module must not be DoRA: its row norms are not sums over shards")
     if is_conv1d(module.linear):
         raise TypeError("module must be a LinearWithLoRA over an nn.Linear, got one over a Conv1D")
     register()

@@ -6,9 +6,17 @@ backward   dx   = dy·W + mask∘(q·Aᵀ),  q = alpha·dy·Bᵀ      the forwar
            dB   = sᵀ·dy
            dW   = dyᵀ·x,  dbias = Σ dy                       when the base is trained
 
+With DoRA's column scale c [N] the y above is z, and dy is dz:
+
+forward    y    = c∘z + bias,  c = m / n,  n = the row norms of W + alpha·(A·B)ᵀ, constants for every derivative
+backward   dz   = c∘dy,  dc = Σ dy∘z,  dm = dc / n
+           q    = alpha·dy·(c∘B)ᵀ,  dB = c∘(sᵀ·dy)           so that only dx and dW read dz, and no rounding of it is in q
+
 x [M, K], weight W [N, K] as nn.Linear stores it, A [K, R], B [R, N], bias [N], y and dy [M, N], s and q [M, R]. The
-adjoint of a LoRA linear is a LoRA linear, so one product serves both directions. See Hu et al., "LoRA: low-rank
-adaptation of large language models", ICLR 2022, for the layer.
+adjoint of a LoRA linear is a LoRA linear, so one product serves both directions. Over groups of rows the same lines hold
+for each group: the products are bound to the groups, and operands are stacks. See Hu et al., "LoRA: low-rank adaptation of
+large language models", ICLR 2022, for the layer, and Liu et al., "DoRA: weight-decomposed low-rank adaptation", ICML 2024,
+for m [N] and for n as a constant (section 4.3).
 """
 
 from __future__ import annotations
@@ -19,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.base import Products
-from lora_kernels.operands import Adapter, Weight, in_memory
+from lora_kernels.operands import Adapter, Weight, in_memory, transposed
 
 # (dx, dW, dA, dB, dbias), each None where it is not needed.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -63,7 +71,72 @@ def forward(
     if products.reads_memory:
         x, weight, bias = map(in_memory, (x, weight, bias))
         adapter = Adapter(*map(in_memory, adapter))
-    return products.shrink_expand(x, weight.t(), adapter, bias)
+    return products.shrink_expand(x, transposed(weight), adapter, bias)
+
+
+def scaled_forward(
+    products: Products,
+    x: Tensor,
+    weight: Weight,
+    adapter: Adapter,
+    bias: Tensor | None,
+    keeps_z: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y [M, N], s [M, R] and, where it is kept for dc, z [M, N]: DoRA's forward."""
+    if products.reads_memory:
+        x, weight, bias = map(in_memory, (x, weight, bias))
+        adapter = Adapter(*map(in_memory, adapter))
+    return products.shrink_expand_scaled(x, weight.t(), adapter, bias, keeps_z=keeps_z)
+
+
+def scaled_backward(
+    products: Products,
+    dy: Tensor,
+    z: Tensor | None,
+    saved: Saved,
+    needs: Needs,
+    adapter: Adapter,
+    adapter_dtype: torch.dtype,
+    ds: Tensor | None = None,
+    dz: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """(dx, dW, dA, dB, dbias, dc): `backward` of z, which got the gradient `dz` itself; no dc where z was not kept."""
+    c, plain = adapter.column_scale, adapter._replace(column_scale=None)
+    if products.reads_memory:
+        dy, c, z = map(in_memory, (dy, c, z))
+    if dy.is_sparse:
+        dy = dy.to_dense()
+    c = cast(Tensor, c)
+    if dz is not None:
+        dbias = dy.sum(0) if needs.bias else None
+        of_z, dc = products.scaled_gradient(dy, c, z)
+        rest = saved, needs._replace(bias=False), plain, adapter_dtype, ds
+        dx, dW, dA, dB, _ = backward(products, of_z + dz, *rest)
+        return dx, dW, dA, dB, dbias, dc
+    of_z = dc = None
+    if needs.x or needs.weight or z is not None:
+        of_z, dc = products.scaled_gradient(dy, c, z)
+    if plain.B is not None:
+        plain = plain._replace(B=(plain.B * c).to(plain.B.dtype))
+    rest = saved, needs, plain, adapter_dtype, ds, of_z
+    dx, dW, dA, dB, dbias = backward(products, dy, *rest)
+    return dx, dW, dA, None if dB is None else (dB * c).to(adapter_dtype), dbias, dc
+
+
+def row_norms(products: Products, weight: Tensor, adapter: Adapter) -> Tensor:
+    """n [N] = the row norms of weight + scale·(A·B)ᵀ, without that matrix: float32, or float64 for float64 operands.
+
+    n² = ‖W‖² + Σ_R u∘(2·W·A + u·AᵀA), u = scale·Bᵀ [N, R]: W is read once, and every other sum has the size of the rank.
+    A sum below zero, where the two parts cancel, counts as zero. As PEFT does, n is rounded to the adapter's dtype, in
+    which m was made of it: so that c = 1 where m is n.
+    """
+    if products.reads_memory:
+        weight, adapter = in_memory(weight), Adapter(*map(in_memory, adapter))
+    lowrank, squares = products.shrink_squares(weight, adapter.A)
+    A, u = adapter.A.to(lowrank.dtype), adapter.scale * adapter.B.t().to(lowrank.dtype)
+    tail = torch.addmm(2.0 * lowrank, u, A.t() @ A).mul(u).sum(1)
+    norms = (squares + tail).clamp(min=0.0).sqrt()
+    return norms.to(adapter.A.dtype).to(norms.dtype)
 
 
 def backward(
@@ -74,10 +147,12 @@ def backward(
     adapter: Adapter,
     adapter_dtype: torch.dtype,
     ds: Tensor | None = None,
+    dz: Tensor | None = None,
 ) -> Gradients:
     """(dx, dW, dA, dB, dbias), each None where it is not needed.
 
-    `adapter` is the forward's, with A and B of `saved`; `ds` is a gradient that s itself received.
+    `adapter` is the forward's, with A and B of `saved`; `ds` is a gradient that s itself received; `dz`: what dx and dW
+    read in the place of dy.
     """
     if products.reads_memory:
         dy, saved = in_memory(dy), Saved(*map(in_memory, saved))
@@ -85,25 +160,26 @@ def backward(
     x, weight, s = cast(tuple[Tensor, Tensor, Tensor], (saved.x, saved.weight, saved.s))
     if dy.is_sparse:  # from an embedding or a gather with sparse gradients
         dy = dy.to_dense()
-    adjoint = adapter.t()
+    adjoint, apart = adapter.t(), dz is not None
+    dz = dy if dz is None else dz
     dx = dW = dA = dB = q = None
     if needs.B and (needs.x or needs.A):
         q, dB = products.shrink_wgrad(dy, adjoint, s, adapter_dtype)
     elif needs.B:
         dB = products.wgrad(s, dy, adapter_dtype)
-    elif (needs.A and not needs.x) or (needs.x and ds is not None):
+    elif (needs.A and not needs.x) or (needs.x and (ds is not None or apart)):
         q = products.shrink(dy, adjoint)
     if ds is not None and q is not None:
-        q = q + adapter.scale * ds
+        q = q + products.scaled(ds, adapter.scale)
     if needs.x and q is None:
         dx, q = products.shrink_expand(dy, weight, adjoint)
     elif needs.x:
-        dx = products.expand(dy, weight, cast(Tensor, q), adjoint)
+        dx = products.expand(dz, weight, cast(Tensor, q), adjoint)
     if needs.A:
         dA = products.wgrad(x, cast(Tensor, q), adapter_dtype, adapter.dropout_in)
     if needs.weight:
-        dW = dy.t() @ x
-    dbias = dy.sum(0) if needs.bias else None
+        dW = products.weight_grad(dz, x)
+    dbias = products.bias_grad(dy) if needs.bias else None
     return dx, dW, dA, dB, dbias
 
 

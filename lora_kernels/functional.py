@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import numbers
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lora_kernels import autograd, formulas, ops, plan
+from lora_kernels import autograd, dora, formulas, ops, plan
 from lora_kernels.autograd import ALPHA_IS_NO_PARAMETER, Call, as_dropout
+from lora_kernels.backends.composite import with_column_scale
+from lora_kernels.declined import why_declined
+from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.operands import (
     DTYPES,
     Adapter,
@@ -19,6 +23,7 @@ from lora_kernels.operands import (
     Weight,
     accumulated,
     adapters_as_used,
+    groups_of,
     problem_of,
 )
 from lora_kernels.plan import Plan
@@ -36,6 +41,7 @@ def lora_linear(
     alpha: float | Tensor,
     bias: Tensor | None = None,
     *,
+    magnitude: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     backend: str = "auto",
@@ -52,6 +58,11 @@ def lora_linear(
     tensor that fixes the mask; drawn from torch's generator when None, so a replay under checkpointing draws it again.
     backend: "auto", or a backend's name, which then computes or raises RuntimeError.
 
+    magnitude [N], of any of these dtypes, makes it DoRA (Liu et al., ICML 2024): y = c∘(x·weightᵀ + alpha·(x·A)·B) + bias
+    with c = magnitude / n, n the norms of the rows of weight + alpha·(A·B)ᵀ. n is a constant for every derivative, that of
+    a trained weight included. With dropout y = x·weightᵀ + bias - v·weightᵀ + c∘(v·weightᵀ + alpha·(v·A)·B) for
+    v = dropout(x), which takes a second product with weight.
+
     ValueError or TypeError names the argument, its value and the rule.
 
     >>> x, layer = torch.randn(4, 8), torch.nn.Linear(8, 6)
@@ -60,18 +71,39 @@ def lora_linear(
     >>> torch.allclose(y, layer(x) + 0.5 * (x @ A @ B), atol=1e-5)
     True
     """
+    return call(x, weight, A, B, alpha, bias, dropout_p, seed, backend, magnitude=magnitude)
+
+
+def call(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    alpha: float | Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    backend: str,
+    offsets: Tensor | None = None,
+    magnitude: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear`, over groups of rows where there are offsets: checks the operands and does what autocast asks for."""
     half = _autocast_to(x)
-    check_operands(x, weight, A, B, alpha, bias, autocast=half is not None)
+    check_operands(
+        x, weight, A, B, alpha, bias, magnitude, autocast=half is not None, offsets=offsets
+    )
     check_dropout("dropout_p", dropout_p)
     _check_seed(seed)
     plan.check_name(backend)
+    apply: Any = _apply if magnitude is None else _apply_dora
+    last = offsets if magnitude is None else magnitude
     if half is not None:
         x = x.to(half)
         weight = weight.to(half)
         bias = None if bias is None else bias.to(half)
         with torch.autocast(x.device.type, enabled=False):
-            return _apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend)
-    return _apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend)
+            return apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, last)
+    return apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, last)
 
 
 def explain(
@@ -82,11 +114,14 @@ def explain(
     alpha: float | Tensor = 1.0,
     bias: Tensor | None = None,
     *,
+    magnitude: Tensor | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
+    offsets: Tensor | None = None,
 ) -> Plan:
     """The plan of `lora_linear` for these operands (or this Problem): its backend, and why it takes no other.
 
+    With `offsets` it is that of `grouped_lora_linear`.
     Print it, or read `.backend`, `.rejected` (name -> reason) and `.plan`. Raises what the call itself would raise.
     """
     if isinstance(x, Problem):
@@ -94,10 +129,13 @@ def explain(
     if weight is None or A is None or B is None:
         raise TypeError("explain needs a Problem, or x, weight, A and B")
     half = _autocast_to(x)
-    check_operands(x, weight, A, B, alpha, bias, autocast=half is not None)
+    check_operands(
+        x, weight, A, B, alpha, bias, magnitude, autocast=half is not None, offsets=offsets
+    )
     check_dropout("dropout_p", dropout_p)
-    problem = problem_of(x, weight, A, bias, dropout=dropout_p > 0, dtype=half)
-    return plan.explain(problem, backend)
+    groups = groups_of(offsets, weight, bias)
+    problem = problem_of(x, weight, A, bias, dropout=dropout_p > 0, dtype=half, groups=groups)
+    return replace(plan.explain(problem, backend), magnitude=magnitude is not None)
 
 
 def check_operands(
@@ -107,16 +145,21 @@ def check_operands(
     B: Tensor,
     alpha: float | Tensor,
     bias: Tensor | None,
+    magnitude: Tensor | None = None,
     *,
     autocast: bool,
+    offsets: Tensor | None = None,
 ) -> None:
     """TypeError or ValueError unless these are the operands of one LoRA linear; it names argument, value and rule.
 
-    `autocast`: x, weight and bias will be cast to one dtype.
+    `autocast`: x, weight and bias will be cast to one dtype. With `offsets` they are those of `grouped_lora_linear`.
     """
     device = x.device if isinstance(x, Tensor) else None
-    for name, t in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)):
-        if t is None and name == "bias":
+    if type(weight) not in _EAGER_TYPES:
+        _check_kind(weight)
+    operands = ("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)
+    for name, t in (*operands, ("magnitude", magnitude)):
+        if t is None and name in ("bias", "magnitude"):
             continue
         if not isinstance(t, Tensor) and not (name == "weight" and isinstance(t, QuantizedWeight)):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
@@ -128,37 +171,81 @@ def check_operands(
         raise TypeError("x must be a dense tensor, got a nested one: give its values or pad it")
     if not isinstance(weight, Tensor):
         _check_packed(weight, device)
-    if len(weight.shape) != 2:
+    if offsets is not None:
+        _check_grouped(x, weight, A, B, alpha, bias, offsets)
+    elif len(weight.shape) != 2:
         raise ValueError(f"weight must be [N, K], 2-D, got {_shape(weight)}")
-    N, K = weight.shape
-    if x.ndim < 1 or x.shape[-1] != K:
-        raise ValueError(f"x must be [..., K] with K = {K} as in weight, got {_shape(x)}")
-    if A.ndim != 2 or A.shape[0] != K:
-        raise ValueError(f"A must be [K, R] with K = {K} as in weight, got {_shape(A)}")
-    R = A.shape[1]
-    if B.shape != (R, N):
-        raise ValueError(f"B must be [R, N] = [{R}, {N}], got {_shape(B)}")
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(f"bias must be [N] = [{N}], got {_shape(bias)}")
+    else:
+        N, K = weight.shape
+        if x.ndim < 1 or x.shape[-1] != K:
+            raise ValueError(f"x must be [..., K] with K = {K} as in weight, got {_shape(x)}")
+        if A.ndim != 2 or A.shape[0] != K:
+            raise ValueError(f"A must be [K, R] with K = {K} as in weight, got {_shape(A)}")
+        R = A.shape[1]
+        if B.shape != (R, N):
+            raise ValueError(f"B must be [R, N] = [{R}, {N}], got {_shape(B)}")
+        if bias is not None and bias.shape != (N,):
+            raise ValueError(f"bias must be [N] = [{N}], got {_shape(bias)}")
+        if magnitude is not None and magnitude.shape != (N,):
+            raise ValueError(f"magnitude must be [N] = [{N}], got {_shape(magnitude)}")
     if A.dtype != B.dtype:
         raise TypeError(f"B must have A's dtype, {A.dtype}, got {B.dtype}")
     if not autocast:
         for name, t in (("weight", weight), ("bias", bias)):
             if t is not None and t.dtype != x.dtype:
                 raise TypeError(f"{name} must have x's dtype, {x.dtype}, got {t.dtype}")
+    name, rule = ("alpha", "0-d") if offsets is None else ("scale", "[G]")
     if isinstance(alpha, Tensor):
-        if alpha.ndim != 0:
+        if alpha.ndim != 0 and offsets is None:
             raise ValueError(f"alpha must be a number or a 0-d tensor, got {_shape(alpha)}")
         if alpha.requires_grad:
-            raise ValueError(ALPHA_IS_NO_PARAMETER)
+            raise ValueError(ALPHA_IS_NO_PARAMETER.replace("alpha", name))
         if alpha.dtype == torch.bool or alpha.dtype.is_complex:
-            raise TypeError(f"alpha must be real, got a tensor of {alpha.dtype}")
+            raise TypeError(f"{name} must be real, got a tensor of {alpha.dtype}")
     elif isinstance(alpha, bool) or not isinstance(
         alpha, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)
     ):
-        raise TypeError(f"alpha must be a number or a 0-d tensor, got {type(alpha).__name__}")
+        raise TypeError(f"{name} must be a number or a {rule} tensor, got {type(alpha).__name__}")
     else:
         _number(alpha)
+
+
+def _check_grouped(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+) -> None:
+    """TypeError or ValueError unless the shapes are those of `grouped_lora_linear`. The values of offsets are not read."""
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"offsets must be a Tensor, got {type(offsets).__name__}")
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"offsets must be int32, got {offsets.dtype}")
+    if offsets.device != x.device:
+        raise ValueError(f"offsets must be on x's device, {x.device}, got {offsets.device}")
+    if offsets.ndim != 1 or offsets.shape[0] < 2:
+        raise ValueError(f"offsets must be [G + 1] for G >= 1 groups, got {_shape(offsets)}")
+    G = offsets.shape[0] - 1
+    shape = weight.shape
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != G):
+        raise ValueError(f"weight must be [G, N, K] with G = {G} or [N, K], got {_shape(weight)}")
+    N, K = shape[-2:]
+    if x.ndim != 2 or x.shape[1] != K:
+        raise ValueError(f"x must be [T, K] with K = {K} as in weight, got {_shape(x)}")
+    if A.ndim != 3 or A.shape[:2] != (G, K):
+        raise ValueError(f"A must be [G, K, R] with G, K = {G}, {K}, got {_shape(A)}")
+    R = A.shape[2]
+    if B.shape != (G, R, N):
+        raise ValueError(f"B must be [G, R, N] = [{G}, {R}, {N}], got {_shape(B)}")
+    if bias is not None and bias.shape not in ((N,), (G, N)):
+        raise ValueError(f"bias must be [G, N] = [{G}, {N}] or [N], got {_shape(bias)}")
+    if isinstance(scale, Tensor) and scale.shape not in ((), (G,)):
+        raise ValueError(f"scale must be a number or [G] = [{G}], got {_shape(scale)}")
+    if isinstance(scale, Tensor) and scale.ndim == 1 and scale.device != x.device:
+        raise ValueError(f"scale must be on x's device, {x.device}, got {scale.device}")
 
 
 def _number(alpha: Any) -> Any:
@@ -180,6 +267,18 @@ def shown(number: Any) -> str:
     except OverflowError:
         bits = number.numerator.bit_length() - number.denominator.bit_length()
         return f"about {'-' if number < 0 else ''}2^{bits}"
+
+
+def _check_kind(weight: Any) -> None:
+    """TypeError for a tensor of a quantised kind that products cannot read as it is; it says why."""
+    reason = why_declined(weight)
+    if reason is not None:
+        raise TypeError(f"weight must be a dense tensor or a QuantizedWeight, but {reason}")
+    if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
+        raise TypeError(
+            f"weight must be a dense tensor or a QuantizedWeight, got a {type(weight).__name__}: give"
+            " lora_kernels.quantized.from_bitsandbytes(weight)"
+        )
 
 
 def _check_packed(weight: QuantizedWeight, device: torch.device | None) -> None:
@@ -251,6 +350,7 @@ def _apply(
     dropout_p: float,
     seed: int | Tensor | None,
     backend: str,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """y of checked operands: casts the adapters, flattens x, calls an operator or the Function."""
     A, B = adapters_as_used(A, B, x.dtype)
@@ -258,39 +358,104 @@ def _apply(
         alpha = _number(alpha)
     seed = _seed(seed, x.device) if dropout_p else None
     quantised = not isinstance(weight, Tensor)  # the type check of an abstract class takes longer
-    traced = (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or not _EAGER_TYPES.issuperset(
-            map(type, (x, A, B, bias) if quantised else (x, weight, A, B, bias))
-        )
-        or autograd.modes_are_active()
-    )
+    traced = _is_traced(x, None if quantised else weight, A, B, bias)
     chosen = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
     usual = not traced and _has_usual_derivatives(weight, A, B, alpha, bias)
     if usual and (x.is_cpu or not needs_grad):
-        chosen = plan.plan_call(backend, x, weight, A, bias, seed is not None)
+        groups = groups_of(offsets, weight, bias)
+        chosen = plan.plan_call(backend, x, weight, A, bias, seed is not None, groups)
         adapter = Adapter(A, B, alpha, None if seed is None else as_dropout(dropout_p, seed))
         layer = chosen.products.layer
-        if layer is not None and isinstance(weight, Tensor):
+        if layer is not None and isinstance(weight, Tensor) and groups is None:
             return layer(x, weight, adapter, bias)
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
     rest = A, B, bias, alpha, dropout_p, seed, backend
-    if (
-        quantised and _is_differentiated_elsewhere()
-    ):  # a Function hides packed tensors, which are no arguments of its own
-        y, _ = autograd.transparent(rows, weight, *rest)
+    # A Function hides packed tensors, which are no arguments of its own, and has no tangents over groups.
+    if (quantised or offsets is not None) and _is_differentiated_elsewhere():
+        y, _ = autograd.transparent(rows, weight, *rest, offsets)
     elif traced:
-        y, _ = _traced(rows, weight, *rest)
+        y, _ = _traced(rows, weight, *rest, offsets)
     elif chosen is not None and not needs_grad:
         weight = chosen.readable(weight)
-        y, _ = formulas.forward(chosen.products, rows, weight, adapter, bias)
+        y, _ = formulas.forward(chosen.products.bound(groups), rows, weight, adapter, bias)
     else:
         call = Call(backend, chosen)
-        y, _ = autograd.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, call)
+        y, _ = autograd.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, call, offsets)
+    return y if x.ndim == 2 else y.reshape(*lead, weight.shape[-2])
+
+
+def _apply_dora(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    alpha: float | Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    backend: str,
+    magnitude: Tensor,
+) -> Tensor:
+    """`_apply` with DoRA's magnitude: in eager mode in one product, else as a scale of the columns of `_apply`'s result."""
+    A, B = adapters_as_used(A, B, x.dtype)
+    alpha = _number(alpha)
+    if dropout_p:
+        rest = A, B, alpha, bias, magnitude, dropout_p, seed, backend
+        return _apply_dropped(x, weight, *rest)
+    dense = weight if isinstance(weight, Tensor) else None
+    traced = _is_traced(x, dense, A, B, bias, magnitude)
+    elsewhere = _is_differentiated_elsewhere()
+    if traced and not isinstance(alpha, Tensor):
+        alpha = alpha_tensor(alpha, x.dtype, x.device)
+    how = "operator" if torch.compiler.is_compiling() else "transparent"
+    how = "transparent" if elsewhere else how if traced else "eager"
+    c = dora.column_scale(magnitude, dora.row_norms(weight, A, B, alpha, backend, how=how))
+    if how != "eager":
+        z = _apply(x, weight, A, B, alpha, None, 0.0, None, backend)
+        return with_column_scale(z, c, bias)
+    lead = x.shape[:-1]
+    rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
+    y = dora.dora_linear(rows, weight, A, B, bias, alpha, backend, c)
     return y if x.ndim == 2 else y.reshape(*lead, weight.shape[0])
+
+
+def _apply_dropped(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    alpha: float | Tensor,
+    bias: Tensor | None,
+    magnitude: Tensor,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    backend: str,
+) -> Tensor:
+    """DoRA with dropout: the whole layer on v = dropout(x), and the base on what is left, x - v.
+
+    y = (x - v)·Wᵀ + bias + c∘(v·Wᵀ + alpha·(v·A)·B) = x·Wᵀ + bias + (c-1)∘v·Wᵀ + c∘alpha·(v·A)·B, as PEFT has it.
+    """
+    if seed is None:
+        v = torch.nn.functional.dropout(x, dropout_p)
+    else:
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        dropout = Dropout(dropout_p, _seed(seed, x.device))
+        v = (rows * scaled_mask(dropout, *rows.shape, x.dtype)).view(x.shape)  # type: ignore[misc]
+    adapted = _apply_dora(v, weight, A, B, alpha, None, 0.0, None, backend, magnitude)
+    left = _apply(x - v, weight, A[:, :0], B[:0], alpha, bias, 0.0, None, backend)
+    return left + adapted
+
+
+def _is_traced(*operands: Tensor | None) -> bool:
+    """Whether registered operators must be called, which compilers, modes and other kinds of tensors see."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or not _EAGER_TYPES.issuperset(map(type, operands))
+        or autograd.modes_are_active()
+    )
 
 
 def _traced(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import nullcontext, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.bases import is_conv1d
+from lora_kernels.bases import dense_dtype, is_conv1d, is_packed, quantized_weight
+from lora_kernels.dora import column_scale
 from lora_kernels.modules import (
     LinearWithLoRA,
     Place,
@@ -20,8 +22,12 @@ from lora_kernels.modules import (
 from lora_kernels.operands import DTYPES
 
 
-def merge_lora(model: nn.Module, *, unload: bool = False) -> list[str]:
+def merge_lora(
+    model: nn.Module, *, unload: bool = False, dequantize: bool | torch.dtype = False
+) -> list[str]:
     """W ← W + (scale·A·B)ᵀ in every LoRA layer of `model`; returns the names of the layers it merged.
+
+    In a DoRA layer W ← c∘(W + (scale·A·B)ᵀ), a factor for each row, c as `lora_linear` has it.
 
     The sum runs in float32 (float64 for float64), under autocast too, and is then rounded once to W's dtype: on a half
     base that rounding of W is the difference between a merged layer and the unmerged one; in float32 and float64 the
@@ -29,9 +35,14 @@ def merge_lora(model: nn.Module, *, unload: bool = False) -> list[str]:
     `state_dict` goes on saving. `unload=True` puts the merged Linear in the place of each layer instead, for good, and
     keeps nothing.
 
+    A quantised base cannot hold the sum: ValueError, unless `dequantize` is True or a dtype. Then a dense weight of the sum
+    stands beside the base, which stays as it is, and `unload=True` puts an nn.Linear with it in the layer's place. It is
+    rounded to that dtype; for True, to the compute_dtype of a Linear4bit, or the dtype from before it was quantised, and
+    for other bases to the dtype of the bias, or of A where there is none.
+
     Layers merged before stay as they are. ValueError, before anything is changed, for a weight that shares memory with
     another tensor of `model` (tied embeddings): merging would change both; for one that is no plain floating-point
-    parameter (quantized, pruned, parametrized); and where `linear` or `lora` has hooks or a forward of its own, which a
+    parameter (pruned, parametrized); and where `linear` or `lora` has hooks or a forward of its own, which a
     merged weight cannot stand for. An exception on the way, the lack of memory or an interrupt, leaves every weight and
     layer as it was.
     """
@@ -40,13 +51,21 @@ def merge_lora(model: nn.Module, *, unload: bool = False) -> list[str]:
         raise ValueError(
             "model must contain the layers to unload, but it is one: take model.linear"
         )
+    if not isinstance(dequantize, bool) and dequantize not in DTYPES:
+        raise TypeError(
+            "dequantize must be True, False, float32, bfloat16, float16 or float64, got"
+            f" {dequantize!r}"
+        )
     fresh = [(name, layer) for name, layer in layers if not layer.merged]
-    _check_mergeable(model, fresh)
+    _check_mergeable(model, fresh, dequantize is not False)
     try:
         with torch.no_grad():
             for _, layer in fresh:
-                layer.unmerged_weight = layer.linear.weight.detach().clone()
-                layer.linear.weight.copy_(merged_weight(layer))
+                if is_packed(layer.linear):
+                    layer.merged_weight = merged_weight(layer, dequantize).contiguous()
+                else:
+                    layer.unmerged_weight = layer.linear.weight.detach().clone()
+                    layer.linear.weight.copy_(merged_weight(layer))
         if unload:
             _unload(model)
     except BaseException:
@@ -54,7 +73,7 @@ def merge_lora(model: nn.Module, *, unload: bool = False) -> list[str]:
             # A weight that cannot be written has its old values.
             with suppress(Exception):
                 _restore(layer)
-            layer.unmerged_weight = None
+            layer.unmerged_weight = layer.merged_weight = None
         raise
     return [name for name, _ in fresh]
 
@@ -62,24 +81,38 @@ def merge_lora(model: nn.Module, *, unload: bool = False) -> list[str]:
 def unmerge_lora(model: nn.Module) -> list[str]:
     """Put back every base weight that `merge_lora` changed, the same bits; returns the names of the layers.
 
-    After an exception on the way each layer is merged or not, as its state has it, and the call can be repeated.
+    A quantised base was not changed: the dense weight beside it goes. After an exception on the way each layer is merged or
+    not, as its state has it, and the call can be repeated.
     """
     merged = [(name, layer) for name, layer in lora_layers(model) if layer.merged]
     for _, layer in merged:
         _restore(layer)
-        layer.unmerged_weight = None
+        layer.unmerged_weight = layer.merged_weight = None
     return [name for name, _ in merged]
 
 
-def merged_weight(layer: LinearWithLoRA) -> Tensor:
-    """W + (scale·A·B)ᵀ, laid out and rounded as the layer's base stores W, summed in float32 or better."""
-    weight, lora = layer.linear.weight, layer.lora
+def merged_weight(layer: LinearWithLoRA, dequantize: bool | torch.dtype = True) -> Tensor:
+    """W + (scale·A·B)ᵀ, times DoRA's c, laid out and rounded as the layer's base stores W, summed in float32 or better.
+
+    Of a quantised base: as nn.Linear stores it, rounded to the dtype `dequantize`, or to the base's own for True.
+    """
+    linear, lora = layer.linear, layer.lora
+    weight, dtype = linear.weight, linear.weight.dtype
+    if is_packed(linear):
+        dtype = dense_dtype(linear, lora.A) if isinstance(dequantize, bool) else dequantize
+        packed: Any = quantized_weight(linear, torch.promote_types(dtype, torch.float32))
+        weight = packed.dense()
     wide = torch.promote_types(torch.promote_types(weight.dtype, lora.A.dtype), torch.float32)
     device = weight.device.type
     has_autocast = torch.amp.is_autocast_available(device)  # "meta" has no autocast
     with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
         delta = torch.mm(lora.A.to(wide), lora.B.to(wide)).mul_(lora.scale)  # [in, out]
-    return (delta if is_conv1d(layer.linear) else delta.t()).add_(weight).to(weight.dtype)
+    merged = (delta if is_conv1d(linear) else delta.t()).add_(weight)
+    if lora.magnitude is not None:
+        rows = merged.t() if is_conv1d(linear) else merged
+        norms = torch.linalg.vector_norm(rows, dim=1).to(lora.A.dtype).to(wide)
+        rows.mul_(column_scale(lora.magnitude.to(wide), norms)[:, None])
+    return merged.to(dtype)
 
 
 def _restore(layer: LinearWithLoRA) -> None:
@@ -89,10 +122,26 @@ def _restore(layer: LinearWithLoRA) -> None:
             layer.linear.weight.copy_(layer.unmerged_weight)
 
 
+def _unloaded(layer: LinearWithLoRA) -> nn.Module:
+    """What stands in the place of a merged layer for good: its base, or a dense Linear instead of a quantised one."""
+    base, weight = layer.linear, layer.merged_weight
+    if weight is None:
+        return base
+    N, K = weight.shape
+    dense = nn.Linear(K, N, bias=base.bias is not None, device="meta").train(base.training)
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if base.bias is not None:
+        bias = base.bias
+        same = bias.dtype == weight.dtype
+        dense.bias = bias if same else nn.Parameter(bias.to(weight.dtype), bias.requires_grad)
+    return dense
+
+
 def _unload(model: nn.Module) -> None:
-    """Put the base of every LoRA layer in the layer's places."""
+    """Put the merged base of every LoRA layer in the layer's places."""
+    dense = {layer: _unloaded(layer) for _, layer in lora_layers(model)}
     places: list[Place] = [
-        (f"{path}.{key}" if path else key, parent, key, child.linear)
+        (f"{path}.{key}" if path else key, parent, key, dense[child])
         for path, parent in model.named_modules()
         for key, child in parent._modules.items()
         if isinstance(child, LinearWithLoRA)
@@ -104,7 +153,9 @@ def _unload(model: nn.Module) -> None:
     )
 
 
-def _check_mergeable(model: nn.Module, layers: list[tuple[str, LinearWithLoRA]]) -> None:
+def _check_mergeable(
+    model: nn.Module, layers: list[tuple[str, LinearWithLoRA]], dequantizes: bool
+) -> None:
     """ValueError unless the weight of each of these layers of `model` is its own and all that its forward reads."""
     shared = _shared_memory(model)
     for name, layer in layers:
@@ -113,8 +164,16 @@ def _check_mergeable(model: nn.Module, layers: list[tuple[str, LinearWithLoRA]])
         if weight is None or not is_plain(linear, layer.lora):
             raise ValueError(
                 f"{what} must be a plain Linear to merge into, beside a plain lora, but it is "
-                "hooked, pruned, parametrized, quantized or has a forward of its own"
+                "hooked, pruned, parametrized or has a forward of its own"
             )
+        if is_packed(linear):
+            if not dequantizes:
+                raise ValueError(
+                    f"{what} must not be quantised to merge into: the sum would be quantised again."
+                    " merge_lora(model, dequantize=True) makes dense weights"
+                )
+            quantized_weight(linear)  # raises where it cannot be read
+            continue
         if other := shared.get(f"{what}.weight"):
             raise ValueError(
                 f"{what}.weight must not be shared, but {other} has the same memory or a part of it"

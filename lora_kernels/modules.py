@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import bases
 from lora_kernels.bases import features, has_hooks, is_linear
+from lora_kernels.declined import why_declined
 from lora_kernels.functional import (
     DTYPES,
     alpha_tensor,
@@ -64,6 +65,8 @@ class LoRALayer(nn.Module):
         check_lora(rank, alpha, scaling, dropout, dtype)
         self.A = nn.Parameter(torch.empty(in_dim, rank, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(rank, out_dim, dtype=dtype, device=device))
+        self.magnitude: nn.Parameter | None
+        self.register_parameter("magnitude", None)  # [out_dim] where it belongs to a DoRA layer
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.rank = rank
         self.dropout = float(dropout)
@@ -113,9 +116,9 @@ class LoRALayer(nn.Module):
         if (made.device, made.dtype) != (self.scale_tensor.device, self.scale_tensor.dtype):
             self.scale_tensor = made
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`scale · (dropout(x)·A)·B` [..., out_dim] in x's dtype, computed by plain PyTorch."""
-        dropped = F.dropout(x, self.dropout, self.training)
+    def forward(self, x: Tensor, *, dropped: bool = False) -> Tensor:
+        """`scale · (dropout(x)·A)·B` [..., out_dim] in x's dtype, computed by plain PyTorch; `dropped`: x is dropout(x)."""
+        dropped = x if dropped else F.dropout(x, self.dropout, self.training)
         if autocast_dtype(x.device.type) is None:
             dropped = dropped.to(self.A.dtype)
         return (self.run_time_scale() * (dropped @ self.A @ self.B)).to(x.dtype)
@@ -154,6 +157,9 @@ class LinearWithLoRA(nn.Module):
     when they are required. Where `linear` or `lora` carries hooks, a changed forward or a weight that is no plain tensor,
     and while hooks on all modules are registered, the two are called one after the other instead, so that what was attached
     to them still runs. `weight`, `bias`, `in_features` and `out_features` are those of `linear`.
+
+    `dora=True` makes it DoRA (Liu et al., ICML 2024), y = c∘(x·Wᵀ + scale·(x·A)·B) + bias: c is `lora.magnitude`
+    [out_features], a parameter, over the norms of the rows of W + scale·(A·B)ᵀ, and starts at 1. See `lora_linear`.
     """
 
     linear: Any  # nn.Linear or Conv1D
@@ -167,20 +173,13 @@ class LinearWithLoRA(nn.Module):
         *,
         scaling: str = "alpha",
         dropout: float = 0.0,
+        dora: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not is_linear(linear):
-            raise TypeError(
-                "linear must be a torch.nn.Linear or Transformers' Conv1D, "
-                f"got {type(linear).__name__}"
-            )
+        bases.check_base(linear)
         weight: Any = linear.weight
-        if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise ValueError(
-                "linear must have its sizes: call the LazyLinear once before wrapping it"
-            )
         self.linear = linear
         self.lora = LoRALayer(
             *features(linear),
@@ -191,10 +190,12 @@ class LinearWithLoRA(nn.Module):
             dtype=dtype or bases.adapter_dtype(linear),
             device=device or weight.device,
         )
+        if dora:
+            self.lora.magnitude = _first_magnitude(linear, self.lora)
         self.train(linear.training)
-        self.unmerged_weight: Tensor | None = (
-            None  # the base weight while it is merged, see `merge`
-        )
+        # While the layer is merged, see `merge`: the base weight as it was, or the dense one in a quantised base's place.
+        self.unmerged_weight: Tensor | None = None
+        self.merged_weight: Tensor | None = None
         self.register_state_dict_post_hook(_save_unmerged)
         self.register_load_state_dict_pre_hook(_refuse_merged)
 
@@ -218,8 +219,11 @@ class LinearWithLoRA(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether the base weight holds the low-rank product now (`merge_lora`), so that forward is the base's."""
-        return self.unmerged_weight is not None
+        """Whether the base weight holds the low-rank product now (`merge_lora`), so that forward is the base's.
+
+        Over a quantised base a dense weight beside it does.
+        """
+        return self.unmerged_weight is not None or self.merged_weight is not None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """`weight` and `bias` are those of `linear`: who ties weights assigns to the layer."""
@@ -230,8 +234,10 @@ class LinearWithLoRA(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearWithLoRA:
         super()._apply(fn, recurse)
-        if self.unmerged_weight is not None:
-            self.unmerged_weight = fn(self.unmerged_weight)
+        for name in ("unmerged_weight", "merged_weight"):
+            kept = getattr(self, name)
+            if kept is not None:
+                setattr(self, name, fn(kept))
         return self
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -248,11 +254,45 @@ class LinearWithLoRA(nn.Module):
         lora: Any = inner["lora"]
         if self.unmerged_weight is not None:
             return linear(x)
+        if self.merged_weight is not None:
+            return bases.dense_linear(x, self.merged_weight, linear.bias)
         y = None
         if is_plain(linear, lora) and not (x.is_nested or x.is_sparse or _has_any_global_hook()):
             p = lora.dropout if lora.training else 0.0
-            y = bases.lora_linear_on(linear, x, lora.A, lora.B, lora.run_time_scale(), dropout_p=p)
-        return linear(x) + lora(x) if y is None else y
+            y = bases.lora_linear_on(
+                linear,
+                x,
+                lora.A,
+                lora.B,
+                lora.run_time_scale(),
+                magnitude=lora.magnitude,
+                dropout_p=p,
+            )
+        if y is None:
+            y = linear(x) + lora(x) if lora.magnitude is None else _scaled(linear, lora, x)
+        return y
+
+
+def _first_magnitude(linear: nn.Module, lora: LoRALayer) -> nn.Parameter:
+    """The norms of the base weight's rows, so that a new DoRA layer computes what its base does; none on the meta device."""
+    A, B = lora.A.detach(), lora.B.detach()
+    weight: Any = linear.weight
+    if weight.is_meta or A.is_meta:
+        return nn.Parameter(A.new_empty(B.shape[1]))
+    norms = bases.row_norms_on(linear, A.to(weight.device), B.to(weight.device), lora.scale)
+    return nn.Parameter(norms.to(A))
+
+
+def _scaled(linear: Any, lora: LoRALayer, x: Tensor) -> Tensor:
+    """DoRA where `linear` and `lora` must be called as modules: base + (c-1)∘(v·Wᵀ) + c∘lora, v = dropout(x)."""
+    dropping = lora.training and lora.dropout > 0
+    v = F.dropout(x, lora.dropout, dropping)
+    c = lora.magnitude / bases.row_norms_on(linear, lora.A, lora.B, lora.run_time_scale())
+    y = linear(x)
+    inner = linear(v) if dropping else y
+    if linear.bias is not None:
+        inner = inner - linear.bias
+    return (y + (c - 1) * inner + c * lora(v, dropped=True)).to(y.dtype)
 
 
 def replace_linear_with_lora(
@@ -262,6 +302,7 @@ def replace_linear_with_lora(
     *,
     scaling: str = "alpha",
     dropout: float = 0.0,
+    dora: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     target_modules: str | Iterable[str] | None = None,
@@ -291,7 +332,14 @@ def replace_linear_with_lora(
     for _, _, _, linear in places:
         if linear not in wrappers:
             wrappers[linear] = LinearWithLoRA(
-                linear, rank, alpha, scaling=scaling, dropout=dropout, dtype=dtype, device=device
+                linear,
+                rank,
+                alpha,
+                scaling=scaling,
+                dropout=dropout,
+                dora=dora,
+                dtype=dtype,
+                device=device,
             )
     put_wrappers(model, [(n, parent, key, wrappers[old]) for n, parent, key, old in places])
     return [name for name, _, _, _ in places]
@@ -356,7 +404,7 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """A and B of every LoRA layer in `model`, in the model's order: what an optimizer should get.
+    """A, B and DoRA's magnitude of every LoRA layer in `model`, in the model's order: what an optimizer should get.
 
     Where A or B is parametrized, the parameters that it is computed from.
     """
@@ -371,7 +419,7 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The entries of `model.state_dict()` that belong to adapters: "<layer>.lora.A" and "<layer>.lora.B".
+    """The entries of `model.state_dict()` that belong to adapters: "<layer>.lora.A", "<layer>.lora.B", "….lora.magnitude".
 
     Where A or B is parametrized, the entries of what it is computed from.
     """
@@ -469,6 +517,9 @@ def _linear_places(model: nn.Module, wanted: Callable[[str], bool]) -> Iterator[
             name = prefix + key
             if child is None or has_lora(child):
                 continue
+            reason = why_declined(child)
+            if reason is not None and wanted(name):
+                raise ValueError(f"{name} must have a weight that products can read, but {reason}")
             if is_linear(child):
                 if isinstance(parent, nn.MultiheadAttention):
                     if wanted(name):
@@ -506,7 +557,7 @@ def _save_unmerged(
 
 
 def _refuse_merged(module: LinearWithLoRA, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    if module.unmerged_weight is not None and any(key.startswith(prefix) for key in state):
+    if module.merged and any(key.startswith(prefix) for key in state):
         raise RuntimeError(
             f"{prefix[:-1] or 'layer'} is merged: unmerge_lora(model) before loading"
         )

@@ -19,11 +19,13 @@ from torch import Tensor
 from lora_kernels import backends, env, selftest
 from lora_kernels.backends.base import Backend, Candidate, Products, fastest
 from lora_kernels.backends.device import current_target
-from lora_kernels.operands import Weight, layout_of, name_of
-from lora_kernels.problem import Problem
+from lora_kernels.operands import Groups, Weight, layout_of, name_of
+from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
 
 _MOST_PLANS = 4096
+# Moved for each element by `QuantizedWeight.dense`, whose operations read and write float32: 22 of nf4, 19 of int8.
+_DENSE_BYTES = 20
 _plans: dict[tuple, Plan] = {}
 _requested: tuple[str, bool] | None = None  # (name, strict) of the innermost use_backend
 
@@ -45,6 +47,7 @@ class Plan:
     rejected: dict[str, str]
     algorithm: str | None = None  # the only one that may be taken; None: any
     dequantises: bool = False
+    magnitude: bool = False  # of a call with DoRA's magnitude, which `explain` was asked about
 
     @functools.cached_property
     def products(self) -> Products:
@@ -67,6 +70,10 @@ class Plan:
         steps = [chosen.how] if chosen.how else []
         if self.dequantises:
             steps.insert(0, f"a dense copy of the {self.problem.weight_format} weight")
+        if self.magnitude:
+            dense = self.dequantises or self.problem.weight_format == DENSE
+            fused = dense and self.products.scales_columns
+            steps.append(f"DoRA's scale in {'the same product' if fused else 'a pass of its own'}")
         if self.compared:
             name = "" if chosen.name in (self.backend, "eager") else chosen.name
             steps = [part for part in (name, *steps, _times(self.compared)) if part]
@@ -102,13 +109,20 @@ def check_name(name: str, argument: str = "backend") -> None:
 
 
 def plan_call(
-    backend: str, x: Tensor, weight: Weight, A: Tensor, bias: Tensor | None, dropout: bool
+    backend: str,
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    bias: Tensor | None,
+    dropout: bool,
+    groups: Groups | None = None,
 ) -> Plan:
     """The plan of a forward call on x [..., K], weight [N, K] and A [K, R]; kept for the next call like it.
 
     RuntimeError where an explicit or strict choice cannot compute it.
     """
-    (N, K), R = weight.shape, A.shape[1]
+    (N, K), R = weight.shape[-2:], A.shape[-1]
+    stacks = (0, 1) if groups is None else (groups.count, groups.weights)
     M = x.numel() // K if K else x.shape[:-1].numel()
     w_k_major, weight_format = layout_of(weight)
     has_bias = bias is not None
@@ -126,6 +140,7 @@ def plan_call(
         dropout,
         w_k_major,
         weight_format,
+        stacks,
     )
     known = _plans.get(key)
     if known is not None:
@@ -141,7 +156,9 @@ def plan_call(
         has_bias,
         dropout,
         w_k_major,
-        weight_format=weight_format,
+        False,
+        weight_format,
+        *stacks,
     )
     return _remember(key, make_plan(problem, x.device, asked))
 
@@ -155,12 +172,15 @@ def plan_backward(
     dropout: bool,
     w_k_major: bool,
     weight_format: str,
+    groups: Groups | None = None,
 ) -> Plan:
     """The plan of a registered operator's backward, which has no plan of its forward: dy [M, K] -> dx [M, N]."""
     M, K = dy.shape
     asked = _asked(backend)
     widths = M, N, K, R
-    key = (asked, dy.device, *widths, dy.dtype, adapter_dtype, dropout, w_k_major, weight_format)
+    stacks = (0, 1) if groups is None else (groups.count, groups.weights)
+    layout = w_k_major, weight_format, stacks
+    key = (asked, dy.device, *widths, dy.dtype, adapter_dtype, dropout, layout)
     known = _plans.get(key)
     if known is not None:
         return known
@@ -176,6 +196,8 @@ def plan_backward(
         w_k_major=w_k_major,
         backward=True,
         weight_format=weight_format,
+        groups=stacks[0],
+        weights=stacks[1],
     )
     return _remember(key, make_plan(problem, dy.device, asked))
 
@@ -200,13 +222,18 @@ def explain(problem: Problem, backend: str = "auto", algorithm: str | None = Non
 
 def predict(problem: Problem, target: Target) -> list[Candidate]:
     """The candidates that a machine with this GPU and every GPU backend would compare."""
-    on_gpu = (
-        backends.get(name)
-        for name in backends.BACKENDS
-        if _runs_on(backends.get(name), torch.device("cuda"))
-    )
-    offered = [each for backend in on_gpu for each in backend.candidates(problem, target)]
+    every = map(backends.get, backends.BACKENDS)
+    on_gpu = (backend for backend in every if _runs_on(backend, torch.device("cuda")))
+    offered = [each for backend in on_gpu for each in _candidates(backend, problem, target)]
     return [candidate for candidate in offered if candidate.refusal is None]
+
+
+def _candidates(backend: Backend, problem: Problem, target: Target | None) -> list[Candidate]:
+    """The backend's candidates for `problem`, with the time of the dense copy that it may need."""
+    offered = backend.candidates(problem, target)
+    if problem.weight_format in backend.formats:
+        return offered
+    return [_after_dequantising(candidate, problem, target) for candidate in offered]
 
 
 def make_plan(
@@ -281,10 +308,12 @@ def _offers(
     reason = backend.unavailable()
     if reason is not None:
         return reason, []
+    if problem.groups and not backend.groups:
+        return "it has no products over groups of rows", []
     known = None if isinstance(target, str) else target
     if backend.needs_target and known is None:
         return str(target), []
-    candidates = backend.candidates(problem, known)
+    candidates = _candidates(backend, problem, known)
     if algorithm is not None:
         candidates = [c for c in candidates if c.name == algorithm]
     if not candidates:
@@ -295,20 +324,18 @@ def _offers(
         reason = selftest.trusted(backend, device)
         if reason is not None:
             return reason, []
-    if problem.weight_format not in backend.formats:
-        candidates = [_after_dequantising(candidate, problem, known) for candidate in candidates]
     return None, candidates
 
 
 def _after_dequantising(candidate: Candidate, problem: Problem, target: Target | None) -> Candidate:
-    """The candidate with the time of making a dense copy of the weight added, where times are known."""
+    """The candidate with the time of making a dense copy of the weight added to the predicted one.
+
+    A measured time has it already: `tune` measures what a call does with a weight of this format.
+    """
     if candidate.predicted_us is None or target is None:
         return candidate
-    # A quarter as many bytes are read as are written, for a format of four bits beside a half type.
-    copied = 1.25 * problem.N * problem.K * problem.itemsize
-    us = copied / (target.bandwidth_gbs * 1e3)
-    measured = None if candidate.measured_us is None else candidate.measured_us + us
-    return replace(candidate, measured_us=measured, predicted_us=candidate.predicted_us + us)
+    us = _DENSE_BYTES * problem.N * problem.K / (target.bandwidth_gbs * 1e3)
+    return replace(candidate, predicted_us=candidate.predicted_us + us)
 
 
 def _target(device: torch.device) -> Target | str:

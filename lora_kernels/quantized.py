@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes quantised, as operands: NF4, with scales of float32 or of 8 bits, and int8 rows.
+"""Quantised weights as operands: bitsandbytes' NF4, with scales of float32 or of 8 bits, int8 rows, and blocks of fp8.
 
 bitsandbytes is never imported: the attributes of its parameters are read, in every call, so that what it moves, loads or
 quantises again is seen. The forward and the backward use one dense weight, rounded once to the dtype that the product runs
@@ -7,6 +7,7 @@ in. bitsandbytes' own backward of NF4 rounds to the dtype of the unquantised wei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,10 @@ from lora_kernels.operands import DTYPES, QuantizedWeight
 
 BLOCK = 64  # elements of W that share a scale
 BLOCK2 = 256  # scales that share one, where the scales are quantised too
+
+
+class NotFrozen(ValueError):
+    """A gradient is asked of a quantised weight, which has none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +172,93 @@ class Int8Weight(QuantizedWeight):
         return weight.t() if self.transposed else weight
 
 
+@dataclass(frozen=True, eq=False)
+class FP8Weight(QuantizedWeight):
+    """A matrix W [N, K] of float8_e4m3fn codes, a float32 scale for each block of rows and columns.
+
+    W[n, k] = codes[n, k] · scales[n // block[0], k // block[1]], a float32 product that is rounded to `dtype`; the last
+    block of a row or column may be a part of one. One scale for all of W is a block of [N, K].
+    """
+
+    codes: Tensor  # float8_e4m3fn [N, K]
+    scales: Tensor  # float32 [ceil(N / block[0]), ceil(K / block[1])]
+    block: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+    transposed: bool = False
+
+    format = "fp8"
+
+    def __post_init__(self) -> None:
+        _check_dtype(self.dtype)
+        codes = self.codes
+        if codes.ndim != 2:
+            raise ValueError(f"codes must be [N, K], got {list(codes.shape)}")
+        if min(self.block) < 1:
+            raise ValueError(f"block must be two positive sizes, got {list(self.block)}")
+        what = f"for codes {list(codes.shape)} in blocks of {list(self.block)}"
+        _check("codes", codes, torch.float8_e4m3fn, codes.numel(), what)
+        _check("scales", self.scales, torch.float32, math.prod(self._blocks), what)
+
+    @property
+    def _blocks(self) -> tuple[int, int]:
+        """How many blocks W has along rows and columns."""
+        N, K = self.codes.shape
+        return -(-N // self.block[0]), -(-K // self.block[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        N, K = self.codes.shape
+        return (K, N) if self.transposed else (N, K)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.codes, self.scales
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return *self.block, int(self.transposed)
+
+    @classmethod
+    def restored(
+        cls, tensors: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype
+    ) -> FP8Weight:
+        codes, scales = tensors
+        rows, columns, transposed = sizes
+        return cls(codes, scales, (rows, columns), dtype, bool(transposed))
+
+    def t(self) -> FP8Weight:
+        return replace(self, transposed=not self.transposed)
+
+    def dense(self) -> Tensor:
+        N, K = self.codes.shape
+        rows, columns = self.block
+        scales = self.scales.view(self._blocks).repeat_interleave(rows, 0)[:N]  # [N, blocks]
+        full, values = K // columns, self.codes.float()
+        # Along columns by a view: repeated, the scales would be a second matrix of W's size.
+        whole = values[:, : full * columns].unflatten(1, (full, columns))
+        whole.mul_(scales[:, :full, None])
+        values[:, full * columns :].mul_(scales[:, full:])
+        weight = values.to(self.dtype)
+        return weight.t() if self.transposed else weight
+
+
+def from_fp8_linear(linear: Any, dtype: torch.dtype | None = None) -> QuantizedWeight:
+    """The FP8Weight of Transformers' FP8Linear, over the same memory; no copy is made of its codes.
+
+    `dtype`: of x; float32 by default. ValueError or TypeError names what cannot be read, and why.
+    """
+    weight, scales = linear.weight, linear.weight_scale_inv
+    _check_frozen(weight)
+    if linear.block_size is None:
+        block, scales = tuple(weight.shape), scales.view(1, 1)
+    else:
+        block = tuple(linear.block_size)
+    with torch._C.DisableTorchFunctionSubclass():
+        codes = weight.view(weight.dtype)  # a plain Tensor
+    # Scales that are powers of two may be stored as their exponents, in a byte; float32 holds each of them.
+    return FP8Weight(codes, scales.detach().float(), block, dtype or torch.float32)  # type: ignore[arg-type]
+
+
 def from_bitsandbytes(
     weight: Any, dtype: torch.dtype | None = None, state: Any = None
 ) -> QuantizedWeight:
@@ -176,18 +268,17 @@ def from_bitsandbytes(
     `dtype`: of x; by default a 4-bit weight has the dtype that it had before it was quantised, an 8-bit one float32.
     ValueError names what cannot be read, and why; TypeError for a tensor that bitsandbytes did not quantise.
     """
-    if hasattr(weight, "SCB"):
+    if hasattr(weight, "SCB") or hasattr(state, "SCB"):
         return _int8(weight, state, dtype or torch.float32)
     quantised = getattr(weight, "quant_state", None)
     if quantised is None:
         quantised = state
+    _check_kind(weight if quantised is None else quantised)
     if quantised is None:
         raise TypeError(
             "weight must be a parameter that bitsandbytes has quantised (a Linear4bit is quantised"
             f" when it is moved to a device), got a {type(weight).__name__} without quant_state"
         )
-    if quantised.quant_type != "nf4":
-        raise ValueError(f"weight must have quant_type 'nf4', got {quantised.quant_type!r}")
     if getattr(quantised, "packing_format_for_cpu", False):
         raise ValueError(
             "weight must be packed row after row, got packing_format_for_cpu: bitsandbytes"
@@ -223,24 +314,38 @@ def from_bitsandbytes(
 
 def _int8(weight: Any, state: Any, dtype: torch.dtype) -> Int8Weight:
     """The Int8Weight of an Int8Params; after a first forward its scales are in the layer's state."""
-    scales = weight.SCB
-    if scales is None and state is not None:
-        scales = state.SCB
-    if scales is None or weight.dtype != torch.int8:
+    if getattr(weight, "has_fp16_weights", False):
         raise ValueError(
-            "weight must be quantised, int8 with a tensor SCB (a Linear8bitLt of"
-            " has_fp16_weights=False is quantised when it is moved to a device), got"
-            f" {weight.dtype} and SCB {None if scales is None else 'a tensor'}"
+            "weight must have has_fp16_weights=False: it is not quantised but has values of"
+            f" {weight.dtype}, which bitsandbytes quantises in each forward, got True"
+        )
+    scales = getattr(weight, "SCB", None)
+    if scales is None:
+        scales = getattr(state, "SCB", None)
+    if scales is None or weight.dtype != torch.int8:
+        raise TypeError(
+            "weight must be quantised, int8 with a tensor SCB (a Linear8bitLt is quantised when it"
+            f" is moved to a device), got {weight.dtype} and SCB"
+            f" {None if scales is None else 'a tensor'}"
         )
     _check_frozen(weight)
     # An operator's result is a plain tensor, which a Parameter's subclass is not.
     return Int8Weight(weight.view(torch.int8), scales, dtype)
 
 
+def _check_kind(planned: Any) -> None:
+    """ValueError unless this is NF4 in blocks of 64: a quant_state, or a parameter that is quantised later."""
+    kind, block = getattr(planned, "quant_type", "nf4"), getattr(planned, "blocksize", BLOCK)
+    if kind != "nf4":
+        raise ValueError(f"weight must have quant_type 'nf4', got {kind!r}: it has no decoder")
+    if block != BLOCK:
+        raise ValueError(f"weight must have blocksize {BLOCK}, got {block}: it has no decoder")
+
+
 def _check_frozen(weight: Any) -> None:
-    """ValueError where a gradient is asked of a quantised parameter; those of an integer dtype cannot require one."""
+    """NotFrozen where a gradient is asked of a quantised parameter; one of an integer dtype cannot require it."""
     if weight.requires_grad:
-        raise ValueError(
+        raise NotFrozen(
             "weight must not require grad: a quantised weight has no gradient, got one that does;"
             " freeze_base(model) freezes every weight that is not an adapter's"
         )

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lora_kernels.backends.base import Backend, Products, fastest
 from lora_kernels.dropout import Dropout
-from lora_kernels.operands import Adapter, name_of
-from lora_kernels.problem import Problem
+from lora_kernels.operands import Adapter, Weight, layout_of, name_of
+from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
 
 
@@ -41,9 +41,13 @@ class Planned(Products):
         adapter_dtype: torch.dtype,
         R: int,
         adapter: Adapter | None = None,
-        w: Tensor | None = None,
+        w: Weight | None = None,
     ) -> Products:
         masks = () if adapter is None else (adapter.dropout_in, adapter.dropout_out)
+        w_k_major, weight_format = True, DENSE
+        if w is not None:
+            w_k_major, weight_format = layout_of(w.t())
+            w_k_major = getattr(w, "transposed", w_k_major)  # a packed weight lies as [N, K]
         problem = Problem(
             M=x.shape[0],
             N=0 if w is None else w.shape[1],
@@ -53,7 +57,8 @@ class Planned(Products):
             adapter_dtype=name_of(adapter_dtype),
             device="cuda",
             dropout=any(mask is not None for mask in masks),
-            w_k_major=w is None or w.stride(0) == 1,
+            w_k_major=w_k_major,
+            weight_format=weight_format,
         )
         able = [c for c in self.backend.candidates(problem, self.target) if c.refusal is None]
         named = [c for c in able if c.name == self.algorithm]

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lora_kernels import backends, plan, selftest
 from lora_kernels.__main__ import COMMANDS, main
+from lora_kernels.backends import device
 from lora_kernels.backends.base import fastest
 from lora_kernels.backends.eager import EagerProducts
 from lora_kernels.backends.triton.configs import tiles_for
+from lora_kernels.cli import info
 from lora_kernels.problem import Problem
-from lora_kernels.tuning import cost
+from lora_kernels.tuning import cost, tables
 from lora_kernels.tuning.targets import TARGETS
 
 
@@ -46,6 +52,101 @@ def test_info_names_the_variables(capsys, monkeypatch, tmp_path):
     out = capsys.readouterr().out
     assert f"cache: {tmp_path}" in out and f"LORA_KERNELS_CACHE={tmp_path}" in out
     assert "eager   usable" in out and "triton  not usable: " in out
+
+
+def test_info_says_what_a_call_takes(capsys):
+    code, found = printed(capsys, "info")
+    taken = found["choices"]["cpu"]
+    assert code == 0 and list(taken) == ["float32", "bfloat16", "float16"]
+    for dtype, backend in taken.items():
+        assert plan.explain(Problem(256, 256, 256, 8, dtype, dtype, "cpu")).backend == backend
+    main(["info"])
+    out = capsys.readouterr().out
+    assert f"a call that names no backend takes {taken['float32']} for float32" in out
+
+
+def test_info_finds_the_compilers(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    _, found = printed(capsys, "info")
+    assert found["compilers"] == {"c++": None, "nvcc": None, "ninja": None}
+    (tmp_path / "nvcc").touch(0o755)
+    main(["info"])
+    assert f"compilers: c++: none, nvcc: {tmp_path}/nvcc, ninja: none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "wrong"),
+    [
+        ("torch", "2.9.1+cu128", ">= 2.10"),
+        ("torch", "2.10.0", None),
+        ("torch", "3.0.0a0", None),
+        ("triton", "3.5.1", ">= 3.6, < 3.10"),
+        ("triton", "3.6.0", None),
+        ("triton", "3.10.0", ">= 3.6, < 3.10"),
+        ("triton", None, None),
+    ],
+)
+def test_info_names_versions_that_are_not_tested(name, version, wrong, capsys, monkeypatch):
+    versions = {"python": "3.12", "torch": "2.12.0", name: version}
+    versions = {key: value for key, value in versions.items() if value is not None}
+    monkeypatch.setattr(info.machine, "versions", lambda: versions)
+    main(["info"])
+    out = capsys.readouterr().out
+    said = f"NOT TESTED: {name} {version} is outside of what this release is tested with ({wrong})"
+    assert (said in out) == (wrong is not None) and out.count("NOT TESTED") == (wrong is not None)
+
+
+def test_the_tested_versions_are_those_that_are_installed():
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    for name, (oldest, beyond) in info.SUPPORTED.items():
+        assert f'"{name}>={oldest}{f",<{beyond}" if beyond else ""}"' in project
+
+
+def test_info_has_every_gpu_with_its_own_reasons(capsys, monkeypatch):
+    """On two pretended ones, an old one and a new one: each line is of its own device."""
+    chips = [
+        SimpleNamespace(major=7, minor=5, name="old", shared_memory_per_block_optin=64 << 10),
+        SimpleNamespace(major=12, minor=1, name="new", shared_memory_per_block_optin=99 << 10),
+    ]
+    for chip in chips:
+        chip.multi_processor_count, chip.total_memory = 40, 16 << 30
+    current = [0]
+
+    class Entered:
+        def __init__(self, device):
+            self.index = torch.device(device).index or 0
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    def properties(device):
+        return chips[device if isinstance(device, int) else torch.device(device).index]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
+    monkeypatch.setattr(type(backends.get("triton")), "unavailable", lambda self: None)
+    device._architecture.cache_clear()
+    plan.forget()
+    code, found = printed(capsys, "info")
+    assert code == 0 and list(found["devices"]) == ["cpu", "cuda:0", "cuda:1"]
+    old, new = (found["backends"][f"cuda:{index}"]["triton"] for index in (0, 1))
+    assert new is None and "got 'sm_75'" in old
+    assert found["choices"]["cuda:0"] == dict.fromkeys(("float32", "bfloat16", "float16"), "eager")
+    facts = found["devices"]["cuda:1"]
+    assert facts["name"] == "new" and facts["shared_kib"] == 99
+    assert (facts["tiles_of"], facts["tiles_kib"]) == ("sm_120", 99)
+    assert found["devices"]["cuda:0"]["shared_kib"] == 64
+    assert "tiles_of" not in found["devices"]["cuda:0"]
+    device._architecture.cache_clear()
+    plan.forget()
 
 
 @pytest.mark.parametrize(
@@ -265,3 +366,52 @@ def test_selftest_on_a_gpu_keeps_its_verdict(capsys, monkeypatch):
     monkeypatch.setattr(selftest, "keep", lambda *what: kept.append(what))
     assert main(["selftest", "--backend", "triton", "--device", "cuda"]) == 0
     assert kept == [(backend, 0, None)]
+
+
+@pytest.mark.parametrize(
+    "shape, how",
+    [
+        ("8 4096 4096 16", "decode (cost model), the nf4 weight decoded in the loop"),
+        ("8 4000 4096 16", "two_kernel (cost model), the nf4 weight decoded by dequantise"),
+        ("4096 4096 4096 16", "two_kernel (cost model), the nf4 weight decoded by dequantise"),
+    ],
+)
+def test_predictions_of_a_quantised_weight(capsys, shape, how):
+    """Every form has the time of what it does about the format; PyTorch's own forms are left out."""
+    sizes = shape.split()
+    command = ["explain", "--shape", *sizes, "--dtype", "bfloat16", "--target", "sm_90"]
+    _, dense = printed(capsys, *command)
+    code, found = printed(capsys, *command, "--weight", "nf4")
+    forward = found["forward"]
+    assert code == 0 and forward["chosen"].startswith(how)
+    assert forward["problem"]["weight_format"] == "nf4" and "reference" not in forward
+
+    def us(told, name):
+        return float(told["forward"][name].split()[1])
+
+    assert us(found, "two_kernel") > us(dense, "two_kernel") + TARGETS["sm_90"].gap_us
+    assert us(found, "eager") > us(dense, "eager") + 100  # 20 bytes an element
+    if "decode" in forward:
+        assert us(found, "decode") < us(dense, "decode")
+
+
+def test_tune_takes_a_format(monkeypatch, capsys):
+    """Both directions of the problem have it, so that a table's entries of a dense weight stay what they are."""
+    from lora_kernels.cli import tune
+
+    asked = tune._problems(
+        argparse.Namespace(
+            preset=None,
+            shape=[(16, 72, 40, 5)],
+            rows=None,
+            dtype="bfloat16",
+            adapter_dtype=None,
+            weight="nf4",
+        )
+    )
+    types = "bfloat16", "bfloat16", "cuda"
+    forward = Problem(16, 40, 72, 5, *types, weight_format="nf4")
+    back = Problem(16, 72, 40, 5, *types, w_k_major=False, weight_format="nf4")
+    assert asked == [forward, back]
+    assert tables.narrow(forward) == tables.narrow(replace(forward, weight_format="dense"))
+    assert tables.bucketed(forward) != tables.bucketed(replace(forward, weight_format="dense"))

@@ -119,18 +119,19 @@ def test_a_bad_log_level_is_one_warning():
 # The package from the ground up. A name is a module or a folder; a module that is named apart from its folder is not
 # part of the folder's entry. Entries of one line do not import one another, and the modules of one folder may.
 LAYERS = (
-    ("problem", "dropout", "once"),
-    ("env", "operands", "reference"),
+    ("problem", "dropout", "once", "routing"),
+    ("declined", "env", "operands", "reference"),
     ("quantized", "tuning"),
-    ("backends.base",),
+    ("samples", "backends.base"),
     ("backends.composite", "formulas"),
     ("backends",),
     ("selftest",),
     ("plan",),
     ("autograd",),
     ("ops",),
+    ("dora",),
     ("functional",),
-    ("bases",),
+    ("bases", "grouped"),
     ("modules",),
     ("adapter_file", "merge", "distributed"),
     ("adapters", "integrations"),

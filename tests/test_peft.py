@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeloraConfig, get_peft_model
 from torch import nn
 
 from lora_kernels import bases, load_adapter, save_adapter
@@ -335,7 +335,7 @@ class TestLeftAlone:
     @pytest.mark.parametrize(
         "options, part",
         [
-            ({"use_dora": True}, "variant, DoraLinearVariant"),
+            ({"velora_config": VeloraConfig()}, "variant, VeloraLinearVariant"),
             ({"target_modules": ["embedding"]}, "lora.Embedding"),
         ],
     )

@@ -577,12 +577,13 @@ class TestAFormatFromOutside:
         packed = explain(replace(problem, weight_format="int8_rows"))
         dense = explain(problem)
         assert packed.dequantises and packed.candidate.name == dense.candidate.name
-        copied_us = 1.25 * 2 * 4096 * 4096 / (TARGETS["sm_90"].bandwidth_gbs * 1e3)
+        copied_us = 20 * 4096 * 4096 / (TARGETS["sm_90"].bandwidth_gbs * 1e3)
         spent = packed.candidate.predicted_us - dense.candidate.predicted_us
         assert spent == pytest.approx(copied_us)
         timed = Candidate("one", measured_us=3.0, predicted_us=1.0)
         after = plan._after_dequantising(timed, problem, TARGETS["sm_90"])
-        assert after.measured_us == pytest.approx(3.0 + copied_us)
+        assert after.predicted_us == pytest.approx(1.0 + copied_us)
+        assert after.measured_us == 3.0  # `tune` measures a format's calls with their copy
 
     def test_packed_tensors_are_kept_for_the_backward(self, given, backend):
         x, weight, A, B, bias = given

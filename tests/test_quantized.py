@@ -167,7 +167,7 @@ class TestBadInput:
         unknown = bnb.nn.Int8Params(torch.randn(4, 64))
         for weight, error, message in (
             (params(4, 64, kind="fp4"), ValueError, "weight must have quant_type 'nf4', got 'fp4'"),
-            (params(4, 64, blocksize=128), ValueError, "block must be 64, got 128"),
+            (params(4, 64, blocksize=128), ValueError, "weight must have blocksize 64, got 128"),
             (
                 repacked,
                 ValueError,
@@ -182,7 +182,7 @@ class TestBadInput:
             (torch.randn(4, 64), TypeError, "weight must be a parameter .* got a Tensor"),
             (
                 unknown,
-                ValueError,
+                TypeError,
                 "weight must be quantised, int8 with a tensor SCB .* got torch.float32",
             ),
         ):

@@ -32,6 +32,7 @@ const Kernels AVX2_KERNELS = {
     .quantized_dots = quantized_dots,
     .quantized_rows = quantized_rows,
     .arrange = arrange,
+    .squares = squares,
 };
 
 }  // namespace lora_kernels

@@ -34,6 +34,7 @@ const Kernels AVX512_KERNELS = {
     .quantized_dots = quantized_dots,
     .quantized_rows = quantized_rows,
     .arrange = arrange,
+    .squares = squares,
 };
 
 }  // namespace lora_kernels

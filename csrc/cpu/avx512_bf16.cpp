@@ -137,6 +137,7 @@ const Kernels AVX512_BF16_KERNELS = {
     .quantized_dots = quantized_dots,
     .quantized_rows = quantized_rows,
     .arrange = arrange,
+    .squares = squares,
     .copy_pairs = copy_pairs,
     .pack_pairs = pack_pairs,
     .multiply_pairs = multiply_rows<PairUnit, Vector::TILE_ROWS>,

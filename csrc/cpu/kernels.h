@@ -58,10 +58,11 @@ struct Kernels {
   // each panel.
   void (*pack)(float* dst, int64_t panel, int64_t width, const Matrix& src, int64_t rows,
                int64_t cols);
-  // out[r][c] = scale·src[r][c] + bias[c], rounded to `type`; no bias where it is null. out may be
-  // src.
+  // out[r][c] = scale·factor[c]·src[r][c] + bias[c], rounded to `type`; factor and bias may be
+  // null. out may be src.
   void (*store)(void* out, Type type, int64_t row_stride, int64_t col_stride, const float* src,
-                int64_t pitch, int64_t rows, int64_t cols, float scale, const float* bias);
+                int64_t pitch, int64_t rows, int64_t cols, float scale, const float* factor,
+                const float* bias);
   // Mask the rows x cols floats that are (row, col) onward of the masked matrix; col is a multiple
   // of 4.
   void (*mask)(float* dst, int64_t pitch, const Mask& mask, int64_t row, int64_t col, int64_t rows,
@@ -94,6 +95,8 @@ struct Kernels {
                          int64_t rows, int64_t cols, float* scratch, float* c, int64_t c_pitch);
   // Puts the elements of x into the order in which those of w are decoded.
   void (*arrange)(float* x, int64_t pitch, const Quantized& w, int64_t rows, int64_t cols);
+  // out[r] = the sum of src[r][c]² over c, src's rows contiguous.
+  void (*squares)(float* out, const Matrix& src, int64_t rows, int64_t cols);
 
   // The same on pairs of bfloat16; null where the processor has no instruction for them. Pairs run
   // along src's columns in a tile, along its rows in a panel; depth counts pairs, and an odd last

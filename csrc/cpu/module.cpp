@@ -7,6 +7,7 @@
 
 #include "operators.h"
 #include "product.h"
+#include "scale.h"
 #include "wgrad.h"
 
 namespace lora_kernels {
@@ -53,10 +54,12 @@ bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
   return (keys.raw_repr() & ~allowed.raw_repr()) == 0;
 }
 
-// y of `expand` for a w without data where its elements are in `quantized`.
+// y of `expand` for a w without data where its elements are in `quantized`; that of `expand_scaled`
+// with a factor, and z in `before` where it is not null.
 Tensor expand_by(const Tensor& x, const Matrix& w, const Quantized* quantized, const Tensor& any_s,
                  const Tensor& any_b, const std::optional<Tensor>& any_bias, int64_t threshold,
-                 int64_t seed, double keep_scale) {
+                 int64_t seed, double keep_scale, const Tensor* any_factor = nullptr,
+                 Tensor* before = nullptr) {
   const auto s = in_memory(any_s, "s"), b = in_memory(any_b, "b");
   TORCH_CHECK(s->dim() == 2, "s must be 2-D");
   TORCH_CHECK(s->scalar_type() == at::kFloat, "s must be float32, got ", s->scalar_type());
@@ -65,8 +68,19 @@ Tensor expand_by(const Tensor& x, const Matrix& w, const Quantized* quantized, c
   const Matrix tail = matrix(*s, "s", M, R), rows_b = matrix(*b, "b", R, N);
   Tensor y = at::empty({M, N}, x.options());
   Product product{matrix(x, "x", M, K), w, &tail, &rows_b};
-  c10::MaybeOwned<Tensor> bias;
-  std::optional<Matrix> row;
+  c10::MaybeOwned<Tensor> bias, factor;
+  std::optional<Matrix> row, factors;
+  if (any_factor != nullptr) {
+    factor = in_memory(*any_factor, "factor");
+    TORCH_CHECK(factor->dim() == 1 && factor->scalar_type() == at::kFloat,
+                "factor must be 1-D float32, got ", factor->sizes(), " of ", factor->scalar_type());
+    factors = matrix(factor->unsqueeze(0), "factor", 1, N);
+    product.factor = &*factors;
+  }
+  if (before != nullptr) {
+    *before = at::empty({M, N}, x.options());
+    product.before = before->data_ptr();
+  }
   if (any_bias) {
     bias = in_memory(*any_bias, "bias");
     TORCH_CHECK(bias->dim() == 1, "bias must be 1-D, got ", bias->sizes());
@@ -144,6 +158,53 @@ Tensor expand_quantized(const Tensor& any_x, at::TensorList packed, const std::s
   return expand_by(*x, w.view(), &w.weight, s, b, bias, threshold, seed, keep_scale);
 }
 
+std::tuple<Tensor, Tensor> expand_scaled(const Tensor& any_x, const Tensor& any_w, const Tensor& s,
+                                         const Tensor& b, const Tensor& factor,
+                                         const std::optional<Tensor>& bias, bool keeps_z) {
+  check_usable();
+  const auto x = in_memory(any_x, "x"), w = in_memory(any_w, "w");
+  TORCH_CHECK(x->dim() == 2 && w->dim() == 2, "x and w must be 2-D");
+  const Matrix dense = matrix(*w, "w", x->size(1), w->size(1));
+  Tensor z = at::empty({0}, x->options());
+  Tensor y = expand_by(*x, dense, nullptr, s, b, bias, 0, 0, 1.0, &factor, keeps_z ? &z : nullptr);
+  return {y, z};
+}
+
+std::tuple<Tensor, Tensor> scaled_gradient(const Tensor& any_dy, const Tensor& any_factor,
+                                           const std::optional<Tensor>& any_z) {
+  check_usable();
+  const auto dy = in_memory(any_dy, "dy"), factor = in_memory(any_factor, "factor");
+  TORCH_CHECK(dy->dim() == 2 && factor->dim() == 1 && factor->scalar_type() == at::kFloat,
+              "dy must be 2-D and factor 1-D float32");
+  const int64_t M = dy->size(0), N = dy->size(1);
+  Tensor dz = at::empty({M, N}, dy->options());
+  Tensor dfactor = at::empty({any_z ? N : 0}, dy->options().dtype(at::kFloat));
+  Scale scale{matrix(*dy, "dy", M, N), matrix(factor->unsqueeze(0), "factor", 1, N)};
+  c10::MaybeOwned<Tensor> z;
+  std::optional<Matrix> results;
+  if (any_z) {
+    z = in_memory(*any_z, "z");
+    results = matrix(*z, "z", M, N);
+    scale.z = &*results;
+    scale.dfactor = dfactor.mutable_data_ptr<float>();
+  }
+  scale.dz = dz.data_ptr();
+  compute(scale);
+  return {dz, dfactor};
+}
+
+std::tuple<Tensor, Tensor> shrink_squares(const Tensor& any_w, const Tensor& any_a) {
+  check_usable();
+  const auto w = in_memory(any_w, "w"), a = in_memory(any_a, "a");
+  TORCH_CHECK(w->dim() == 2 && a->dim() == 2, "w and a must be 2-D");
+  const int64_t N = w->size(0), K = w->size(1), R = a->size(1);
+  Tensor lowrank = at::empty({N, R}, w->options().dtype(at::kFloat));
+  Tensor squares = at::empty({N}, w->options().dtype(at::kFloat));
+  compute(Norms{matrix(*w, "w", N, K), matrix(*a, "a", K, R), lowrank.mutable_data_ptr<float>(),
+                squares.mutable_data_ptr<float>()});
+  return {lowrank, squares};
+}
+
 Tensor wgrad(const Tensor& any_left, const Tensor& any_right, at::ScalarType dtype,
              int64_t threshold, int64_t seed, double keep_scale) {
   check_usable();
@@ -172,6 +233,11 @@ TORCH_LIBRARY(lora_kernels_cpu, m) {
       "expand_quantized(Tensor x, Tensor[] packed, str format, int[] sizes, Tensor s, Tensor b, "
       "Tensor? bias, int threshold, int seed, float keep_scale) -> Tensor");
   m.def(
+      "expand_scaled(Tensor x, Tensor w, Tensor s, Tensor b, Tensor factor, Tensor? bias, "
+      "bool keeps_z) -> (Tensor, Tensor)");
+  m.def("scaled_gradient(Tensor dy, Tensor factor, Tensor? z) -> (Tensor, Tensor)");
+  m.def("shrink_squares(Tensor w, Tensor a) -> (Tensor, Tensor)");
+  m.def(
       "wgrad(Tensor left, Tensor right, ScalarType dtype, int threshold, int seed, "
       "float keep_scale) -> Tensor");
   m.def(
@@ -188,6 +254,9 @@ TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, m) {
   m.impl("shrink", &shrink);
   m.impl("expand", &expand);
   m.impl("expand_quantized", &expand_quantized);
+  m.impl("expand_scaled", &expand_scaled);
+  m.impl("scaled_gradient", &scaled_gradient);
+  m.impl("shrink_squares", &shrink_squares);
   m.impl("wgrad", &wgrad);
 }
 

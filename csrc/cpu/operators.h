@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "quantized.h"
@@ -48,6 +49,18 @@ Tensor expand_quantized(const Tensor& x, at::TensorList tensors, const std::stri
                         at::IntArrayRef sizes, const Tensor& s, const Tensor& b,
                         const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
                         double keep_scale);
+
+// (y, z) = (factor∘z + bias, z), z = x·w + s·b: [M, N]; no z unless it is kept
+std::tuple<Tensor, Tensor> expand_scaled(const Tensor& x, const Tensor& w, const Tensor& s,
+                                         const Tensor& b, const Tensor& factor,
+                                         const std::optional<Tensor>& bias, bool keeps_z);
+
+// (dz, dfactor) = (factor∘dy, the sums of dy∘z over rows); no dfactor without z
+std::tuple<Tensor, Tensor> scaled_gradient(const Tensor& dy, const Tensor& factor,
+                                           const std::optional<Tensor>& z);
+
+// (w·a [N, R], the sums of w² over columns [N]), float32
+std::tuple<Tensor, Tensor> shrink_squares(const Tensor& w, const Tensor& a);
 
 // (mask∘left)ᵀ·right [C, D]
 Tensor wgrad(const Tensor& left, const Tensor& right, at::ScalarType dtype, int64_t threshold,

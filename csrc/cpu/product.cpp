@@ -43,6 +43,7 @@ struct Columns {
   float* tail;            // [rows, panels·width]: mask_out∘(s·b)
   float* b;               // [panels, R, width]
   float* bias;            // [panels·width]
+  float* factor;          // [panels·width]
   int64_t pitch() const { return panels * width; }
 };
 
@@ -106,7 +107,8 @@ class Run {
   }
   int64_t unit() const { return pairs ? 2 : 1; }
   int64_t tail_floats(int64_t block) const {
-    return aligned(k.rows * PITCH) + aligned(k.rows * block) + aligned(R * block) + aligned(block);
+    return aligned(k.rows * PITCH) + aligned(k.rows * block) + aligned(R * block) +
+           2 * aligned(block);
   }
   // Sets the tail's pointers to consecutive pieces of `scratch`; the floats behind them.
   float* take_tail(Columns& cols, float* scratch) const {
@@ -114,7 +116,8 @@ class Run {
     cols.tail = cols.tile + aligned(k.rows * PITCH);
     cols.b = cols.tail + aligned(k.rows * cols.pitch());
     cols.bias = cols.b + aligned(R * cols.pitch());
-    return cols.bias + aligned(cols.pitch());
+    cols.factor = cols.bias + aligned(cols.pitch());
+    return cols.factor + aligned(cols.pitch());
   }
 };
 
@@ -144,10 +147,11 @@ void Run::pack_b(const Columns& cols) const {
   }
   if (R > 0) k.pack(cols.b, R * cols.width, cols.width, p.b->from(0, cols.begin), R, cols.count);
   if (p.bias != nullptr) k.copy(cols.bias, 0, p.bias->from(0, cols.begin), 1, cols.count);
+  if (p.factor != nullptr) k.copy(cols.factor, 0, p.factor->from(0, cols.begin), 1, cols.count);
 }
 
 // Adds the tail to the float32 results c of some rows, scales them, adds the bias and stores them;
-// c may be the output itself.
+// c may be the output itself, or what is kept before the factor.
 void Run::finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const {
   float* sum = p.mask_out == nullptr ? c : cols.tail;
   const int64_t sum_pitch = p.mask_out == nullptr ? c_pitch : cols.pitch();
@@ -164,11 +168,17 @@ void Run::finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64
       for (int64_t j = 0; j < cols.pitch(); ++j) c[i * c_pitch + j] += sum[i * sum_pitch + j];
   }
   const int64_t row_stride = p.transpose ? 1 : N, col_stride = p.transpose ? M : 1;
-  char* out = static_cast<char*>(p.out) +
-              (row * row_stride + cols.begin * col_stride) * size_of(p.out_type);
+  const int64_t offset = (row * row_stride + cols.begin * col_stride) * size_of(p.out_type);
   const float* bias = p.bias == nullptr ? nullptr : cols.bias;
-  if (static_cast<void*>(c) != out || bias != nullptr)
-    k.store(out, p.out_type, row_stride, col_stride, c, c_pitch, rows, cols.count, p.scale, bias);
+  const float* factor = p.factor == nullptr ? nullptr : cols.factor;
+  const auto store = [&](void* to, const float* times, const float* plus) {
+    char* out = static_cast<char*>(to) + offset;
+    if (static_cast<void*>(c) != out || times != nullptr || plus != nullptr)
+      k.store(out, p.out_type, row_stride, col_stride, c, c_pitch, rows, cols.count, p.scale, times,
+              plus);
+  };
+  if (p.before != nullptr) store(p.before, nullptr, nullptr);
+  store(p.out, factor, bias);
 }
 
 void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* c) const {
@@ -176,7 +186,8 @@ void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* 
   const int64_t tile_rows = ceil_div(rows, ceil_div(rows, k.rows));
   const bool in_place = direct(cols), one_tile = !in_place && units <= step;
   const int64_t c_pitch = in_place ? N : cols.pitch();
-  if (in_place) c = static_cast<float*>(p.out) + row * N + cols.begin;
+  if (in_place)
+    c = static_cast<float*>(p.before == nullptr ? p.out : p.before) + row * N + cols.begin;
   for (int64_t u = 0; u == 0 || u < units; u += step) {
     const int64_t depth = std::min(step, units - u);
     pack_w(w, u, depth, cols);

@@ -1,4 +1,5 @@
-// y = scale·(mask_in∘x)·w + mask_out∘(s·b) + bias: forward, dx, and the skinny products s and q.
+// y = factor∘(scale·(mask_in∘x)·w + mask_out∘(s·b)) + bias: forward, dx, and the skinny products s
+// and q.
 #pragma once
 
 #include "quantized.h"
@@ -13,12 +14,14 @@ struct Product {
   Matrix w;                              // [K, N]; without data where `quantized` has its elements
   const Matrix* s = nullptr;             // [M, R] float32
   const Matrix* b = nullptr;             // [R, N]
+  const Matrix* factor = nullptr;        // [1, N] float32, of the columns
   const Matrix* bias = nullptr;          // [1, N]
   const Mask* mask_in = nullptr;         // of x
   const Mask* mask_out = nullptr;        // of s·b
   const Quantized* quantized = nullptr;  // w, or its transpose; the strides of w say which
   float scale = 1.0f;
   void* out = nullptr;     // [M, N], contiguous
+  void* before = nullptr;  // [M, N] like out: the results before factor and bias, where not null
   bool transpose = false;  // out is [N, M] instead
   Type out_type = Type::F32;
 };

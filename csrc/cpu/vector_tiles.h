@@ -129,20 +129,25 @@ void store_transposed(T* out, int64_t col_stride, const float* src, int64_t pitc
 
 template <class T>
 void store_elements(T* out, int64_t row_stride, int64_t col_stride, const float* src, int64_t pitch,
-                    int64_t rows, int64_t cols, float scale, const float* bias) {
+                    int64_t rows, int64_t cols, float scale, const float* factor,
+                    const float* bias) {
   constexpr int64_t L = Vector::LANES;
-  if (row_stride == 1 && col_stride != 1 && rows >= L / 2 && bias == nullptr)
+  if (row_stride == 1 && col_stride != 1 && rows >= L / 2 && bias == nullptr && factor == nullptr)
     return store_transposed(out, col_stride, src, pitch, rows, cols, scale);
-  const Vector factor = Vector::all(scale);
+  const Vector all = Vector::all(scale), nothing = Vector::all(-0.0f);
   for (int64_t r = 0; r < rows; ++r) {
     const float* from = src + r * pitch;
     T* to = out + r * row_stride;
     for (int64_t c = 0; c < cols; c += L) {
       const int64_t count = cols - c < L ? cols - c : L;
       Vector value = count == L ? Vector::load(from + c) : load_part(from + c, count);
-      Vector shift = Vector::all(-0.0f);  // what adds nothing, not even to -0
+      Vector shift = nothing, times = all;  // what adds nothing, not even to -0
       if (bias != nullptr) shift = count == L ? Vector::load(bias + c) : load_part(bias + c, count);
-      value = shift.multiply_add(value, factor);
+      if (factor != nullptr) {
+        times = count == L ? Vector::load(factor + c) : load_part(factor + c, count);
+        times = nothing.multiply_add(times, all);
+      }
+      value = shift.multiply_add(value, times);
       if (col_stride == 1) {
         store_part(to + c, value, count);
         continue;
@@ -155,9 +160,10 @@ void store_elements(T* out, int64_t row_stride, int64_t col_stride, const float*
 }
 
 void store(void* out, Type type, int64_t row_stride, int64_t col_stride, const float* src,
-           int64_t pitch, int64_t rows, int64_t cols, float scale, const float* bias) {
+           int64_t pitch, int64_t rows, int64_t cols, float scale, const float* factor,
+           const float* bias) {
   const auto run = [&](auto* to) {
-    store_elements(to, row_stride, col_stride, src, pitch, rows, cols, scale, bias);
+    store_elements(to, row_stride, col_stride, src, pitch, rows, cols, scale, factor, bias);
   };
   if (type == Type::F32) return run((float*)out);
   if (type == Type::BF16) return run((BF16*)out);
@@ -450,4 +456,33 @@ void rows_of_w(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, i
   if (w.type == Type::F32) return run((const float*)w.data);
   if (w.type == Type::BF16) return run((const BF16*)w.data);
   run((const F16*)w.data);
+}
+
+template <class T>
+void squares_of_rows(float* out, const T* src, int64_t row_stride, int64_t rows, int64_t cols) {
+  constexpr int64_t L = Vector::LANES, CHAINS = 4;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* from = src + r * row_stride;
+    Vector acc[CHAINS];
+#pragma GCC unroll 4
+    for (int i = 0; i < CHAINS; ++i) acc[i] = Vector::zero();
+    int64_t c = 0;
+    for (; c + CHAINS * L <= cols; c += CHAINS * L) {
+#pragma GCC unroll 4
+      for (int i = 0; i < CHAINS; ++i) {
+        const Vector value = Vector::load(from + c + i * L);
+        acc[i] = acc[i].multiply_add(value, value);
+      }
+    }
+    float sum = acc[0].plus(acc[1]).plus(acc[2].plus(acc[3])).sum();
+    for (; c < cols; ++c) sum += widened(from[c]) * widened(from[c]);
+    out[r] = sum;
+  }
+}
+
+void squares(float* out, const Matrix& src, int64_t rows, int64_t cols) {
+  const auto run = [&](auto* data) { squares_of_rows(out, data, src.row_stride, rows, cols); };
+  if (src.type == Type::F32) return run((const float*)src.data);
+  if (src.type == Type::BF16) return run((const BF16*)src.data);
+  run((const F16*)src.data);
 }

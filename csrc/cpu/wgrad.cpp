@@ -58,7 +58,7 @@ void reduce_columns(const Kernels& k, const Wgrad& p, int64_t begin, int64_t cou
     }
   }
   char* out = static_cast<char*>(p.out) + begin * p.w_stride * size_of(p.out_type);
-  k.store(out, p.out_type, p.s_stride, p.w_stride, c, pitch, S, count, 1.0f, nullptr);
+  k.store(out, p.out_type, p.s_stride, p.w_stride, c, pitch, S, count, 1.0f, nullptr, nullptr);
 }
 
 }  // namespace

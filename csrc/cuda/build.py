@@ -19,12 +19,14 @@ def build(
     output: Path,
     *,
     archs: Sequence[str] = ARCHITECTURES,
-    ptx: str = ARCHITECTURES[-1],
+    ptx: str = ARCHITECTURES[0],
     more: Sequence[str] = (),
 ) -> str:
     """Write the shared library `output` for the compute capabilities `archs` ("80", ...); returns what nvcc printed.
 
-    The PTX for the capability `ptx` is included, for GPUs to come. `more` are further sources and options.
+    The PTX for the capability `ptx` is included: a driver compiles it for every newer GPU without code of its own, such as
+    11.0, which a PTX for 12.0 would leave out; no kernel uses an instruction that came after 8.0. `more` are further
+    sources and options.
     FileNotFoundError without nvcc; RuntimeError with nvcc's own words when it fails.
     """
     import torch

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dropout import Dropout
-from lora_kernels.operands import Adapter, Weight
+from lora_kernels.operands import Adapter, Groups, Scale, Weight
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
 
@@ -22,6 +22,7 @@ class Products(ABC):
     least float32; the skinny results s and q are float32 (float64 for float64 operands). Equal input gives equal bits.
     """
 
+    scales_columns = False  # whether `shrink_expand_scaled` is one product
     reads_memory = False  # whether `formulas` must give it each operand `in_memory`
     # (x [..., K], weight [N, K], adapter, bias) -> y with derivatives, where the layer is one operator: for a frozen
     # weight and bias, A and B both trained or both not, a number as scale.
@@ -62,6 +63,78 @@ class Products(ABC):
         """
         return self.shrink(dy, adapter), self.wgrad(s, dy, dtype)
 
+    def scaled(self, s: Tensor, scale: Scale) -> Tensor:
+        """scale·s: s [M, R]."""
+        return scale * s
+
+    def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
+        """dW = dyᵀ·x of a trained base: dy [M, N], x [M, K] -> [N, K]."""
+        return dy.t() @ x
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        """dbias, the sum of dy's rows: dy [M, N] -> [N]."""
+        return dy.sum(0)
+
+    def bound(self, groups: Groups | None) -> Products:
+        """The products for a call's rows: `grouped`, or these where there are no groups."""
+        return self if groups is None else self.grouped(groups)
+
+    def grouped(self, groups: Groups) -> Products:
+        """The same products, each group of rows by its own operands: see `Groups` for their shapes.
+
+        w is [G, K, N], or [K, N] for all; bias [G, N] or [N]. Gradients are stacks over the groups, of zeros for one
+        without rows: `wgrad` gives [G, C, D], `weight_grad` and `bias_grad` likewise unless the base is shared. A NaN or an
+        infinity stays in its group. Offsets that break their rule raise ValueError or RuntimeError on a CPU; elsewhere
+        results are unspecified, but nothing outside of the operands is read or written.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no products over groups")
+
+    def shrink_expand_scaled(
+        self,
+        x: Tensor,
+        w: Weight,
+        adapter: Adapter,
+        bias: Tensor | None = None,
+        *,
+        keeps_z: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(y, s, z) with z = x·w + s·B and y = c∘z + bias, c the adapter's column scale; no z unless it is kept.
+
+        In one launch where the products have one; here the scale is a pass of its own over z.
+        """
+        z, s = self.shrink_expand(x, w, adapter, None)
+        y = torch.empty_like(z) if keeps_z else z
+        scale_columns(z, adapter.column_scale, bias, out=y)  # type: ignore[arg-type]
+        return y, s, z if keeps_z else None
+
+    def scaled_gradient(
+        self, dy: Tensor, c: Tensor, z: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(dz, dc) = (c∘dy, the sums of dy∘z over rows) of y = c∘z: dy and z [M, N], c [N]; no dc without z.
+
+        dc has c's dtype and is summed in it, in an order that sizes alone decide.
+        """
+        dz = torch.empty_like(dy, memory_format=torch.contiguous_format)
+        scale_columns(dy, c, None, out=dz)
+        if z is None:
+            return dz, None
+        dc = torch.zeros_like(c)
+        for rows in row_blocks(dy):
+            dc += (dy[rows].to(c.dtype) * z[rows]).sum(0)
+        return dz, dc
+
+    def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        """(w·A, the sums of w² over columns), from one reading of w where the products have that.
+
+        w [N, K], A [K, R] -> [N, R] and [N], float32 (float64 for float64): what DoRA's row norms are made of.
+        """
+        lowrank = self.shrink(w, Adapter(A, A.t(), 1.0))
+        squares = w.new_empty(w.shape[0], dtype=lowrank.dtype)
+        for rows in row_blocks(w):
+            norms = torch.linalg.vector_norm(w[rows].to(lowrank.dtype), dim=1)
+            torch.square(norms, out=squares[rows])
+        return lowrank, squares
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -87,6 +160,7 @@ class Backend(ABC):
     name: str
     devices: tuple[str, ...] = ()  # device types; empty for all
     formats: tuple[str, ...] = (DENSE,)  # of weights that its products read; see QuantizedWeight
+    groups: bool = False  # whether its products have `grouped`
     needs_target: bool = (
         False  # whether its kernels are made for the GPU architectures of tuning/targets.py
     )
@@ -115,6 +189,31 @@ def fastest(candidates: Iterable[Candidate]) -> Candidate | None:
         return candidate.slower is not None, 0.0 if unknown else float("inf") if us is None else us
 
     return min(able, key=cost, default=None)
+
+
+# A block stays in L2 on a CPU; on a GPU launches count, not caches.
+_BLOCK_BYTES = {"cpu": 1 << 20}
+
+
+def row_blocks(t: Tensor) -> Iterator[slice]:
+    """Slices of t's rows: as many rows as a cache holds in float32."""
+    rows, cols = t.shape
+    size = max(16, _BLOCK_BYTES.get(t.device.type, 1 << 28) // (4 * max(cols, 1)))
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def scale_columns(z: Tensor, c: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = c∘z + bias, computed in c's dtype and rounded once: z [M, N], c and bias [N]; out may be z."""
+    bias = None if bias is None else bias.to(c.dtype)
+    for rows in row_blocks(z):
+        block = z[rows].to(c.dtype)
+        to = out[rows] if out.dtype == c.dtype else block
+        if bias is None:
+            torch.mul(block, c, out=to)
+        else:
+            torch.addcmul(bias, block, c, out=to)
+        if out.dtype != c.dtype:
+            out[rows] = to
 
 
 def left_is_wide(left: Tensor, right: Tensor, dropout: Dropout | None = None) -> bool:

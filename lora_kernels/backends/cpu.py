@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import platform
+import re
 from pathlib import Path
 
 import torch
@@ -17,11 +19,16 @@ from lora_kernels.operands import Adapter, Weight
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
 
+# What an installation built here; a released wheel has one beside it for each minor version of torch, `_cpu-torch2.13.so`.
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
+PLATFORM = ("Linux", "x86_64")
+_MARK = rb"lora_kernels built with torch (\d+\.\d+);"  # csrc/cpu/built_with.cpp
 
 
 class CpuProducts(Products):
     """Products by the extension's own kernels: float32, bfloat16 and float16, float32 adapters on a half base."""
+
+    scales_columns = True
 
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         mask = _mask(adapter.dropout_in)
@@ -41,11 +48,36 @@ class CpuProducts(Products):
     ) -> Tensor:
         return torch.ops.lora_kernels_cpu.wgrad(left, right, dtype, *_mask(dropout))
 
+    def shrink_expand_scaled(
+        self,
+        x: Tensor,
+        w: Weight,
+        adapter: Adapter,
+        bias: Tensor | None = None,
+        *,
+        keeps_z: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not isinstance(w, Tensor):
+            return super().shrink_expand_scaled(x, w, adapter, bias, keeps_z=keeps_z)
+        s, c = self.shrink(x, adapter), adapter.column_scale
+        op = torch.ops.lora_kernels_cpu.expand_scaled
+        y, z = op(x, w, s, adapter.B, c, bias, keeps_z)
+        return y, s, z if keeps_z else None
+
+    def scaled_gradient(
+        self, dy: Tensor, c: Tensor, z: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        dz, dc = torch.ops.lora_kernels_cpu.scaled_gradient(dy, c, z)
+        return dz, None if z is None else dc
+
+    def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.lora_kernels_cpu.shrink_squares(w, A)
+
     def layer(  # type: ignore[override]
         self, x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None
     ) -> Tensor:
         """y [..., N]: forward and backward are one call each, which is what a small layer's time depends on."""
-        A, B, scale, dropout, _ = adapter
+        A, B, scale, dropout = adapter[:4]
         p, limit, seed = 0.0, 0, 0
         if dropout is not None:
             p, (limit, seed, _) = dropout.p, _mask(dropout)
@@ -134,26 +166,48 @@ def _has_amx() -> bool:
 @once
 def _load() -> str | None:
     """Load the extension; the reason why it cannot be used here, logged once, or None."""
-    reason = None
-    if not LIBRARY.exists():
-        reason = (
-            "its extension is not built (install with a C++ compiler, or see LORA_KERNELS_BUILD)"
-        )
-    else:
-        try:
-            torch.ops.load_library(str(LIBRARY))
+    here = (platform.system(), platform.machine())
+    if here != PLATFORM:  # nothing that the user of such a machine could change
+        return f"its extension is for {' '.join(PLATFORM)}, and this is {' '.join(here)}"
+    try:
+        library, reason = _library()
+        if library is not None:
+            torch.ops.load_library(str(library))
             isa = torch.ops.lora_kernels_cpu.isa()
             operator, key = "lora_kernels_cpu::differentiable_backward", "CompositeImplicitAutograd"
             # A second kernel is an error or a warning, by the version of torch.
             if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
                 torch.library.impl(operator, key, _differentiable_backward)
-        except (OSError, RuntimeError, AttributeError) as error:
-            reason = f"its extension does not load ({error.__cause__ or error}); build it again"
-        else:
             reason = None if isa else "this processor has no AVX2 and FMA"
+    except (OSError, RuntimeError, AttributeError) as error:
+        reason = f"its extension does not load ({error.__cause__ or error}); build it again"
     if reason is not None:
         env.logger().warning("The cpu backend is off, plain ATen computes: %s.", reason)
     return reason
+
+
+def _library() -> tuple[Path | None, str | None]:
+    """(the library for this torch, None), or (None, why there is none): another torch's may end the process as it loads."""
+    here = ".".join(torch.__version__.split(".")[:2])
+    present = [path for path in (LIBRARY, *LIBRARY.parent.glob("_cpu-torch*.so")) if path.exists()]
+    versions = [built_with(path) for path in present]
+    for path, version in zip(present, versions, strict=True):
+        if version in (None, here):
+            return path, None
+    if not present:
+        return None, (
+            "its extension is not built (install with a C++ compiler, or see LORA_KERNELS_BUILD)"
+        )
+    return None, (
+        f"its extension was built with torch {', '.join(sorted(map(str, versions)))}, and this is torch {here}; "
+        "build it beside this torch (docs/installing.md)"
+    )
+
+
+def built_with(library: Path) -> str | None:
+    """The minor version of torch, "2.13", that the file of a library names; None where it names none."""
+    found = re.search(_MARK, library.read_bytes())
+    return found and found[1].decode()
 
 
 def _mask(dropout: Dropout | None) -> tuple[int, int, float]:

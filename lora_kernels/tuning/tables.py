@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels import env
-from lora_kernels.problem import Problem
+from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.config import NARROW_KERNELS, TileConfig, fits
 from lora_kernels.tuning.cost import ALGORITHMS, predict_us
 from lora_kernels.tuning.targets import Target
@@ -63,7 +63,12 @@ def bucketed(problem: Problem) -> Problem:
 
 def narrow(problem: Problem) -> Problem:
     """The problem of the kernels that read the problem's x and no weight, which `tune` times without dropout."""
-    return replace(problem, N=0, bias=False, dropout=False, w_k_major=True, backward=False)
+    return replace(without_weight(problem), bias=False, dropout=False)
+
+
+def without_weight(problem: Problem) -> Problem:
+    """The problem of the kernels that read the problem's x alone: the same for every weight."""
+    return replace(problem, N=0, w_k_major=True, backward=False, weight_format=DENSE)
 
 
 def lookup(problem: Problem, target: Target) -> Entry | None:

@@ -69,6 +69,13 @@ TARGETS = {
 }
 
 
+# What is left where Triton makes no tensor-core code, as Triton 3.6 to 3.9 make none below sm_80.
+_INSTEAD = dict.fromkeys(
+    ("sm_70", "sm_72", "sm_75"),
+    " (plain ATen computes there; its float16 products use the tensor cores, its bfloat16 ones cannot)",
+)
+
+
 def target_of(architecture: str) -> Target:
     """The target of an architecture's name, "sm_90" or "gfx942"; the nearest older one for a name not listed.
 
@@ -87,6 +94,7 @@ def target_of(architecture: str) -> Target:
     if not older:
         raise ValueError(
             f"architecture must be sm_80 or newer, gfx942 or gfx1100, got {architecture!r}"
+            + _INSTEAD.get(architecture, "")
         )
     return max(older, key=lambda t: _version(t.name))
 

@@ -24,7 +24,12 @@ GPU_TARGETS = {
     "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_103": GPUTarget(
+        "cuda", 103, 32
+    ),  # not in TARGETS: these take the tiles of the nearest older one
+    "sm_110": GPUTarget("cuda", 110, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
+    "sm_121": GPUTarget("cuda", 121, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx1100": GPUTarget("hip", "gfx1100", 32),
 }

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.triton.decode import decode
+from lora_kernels.backends.triton.dequantise import dequantise
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 from lora_kernels.backends.triton.wgrad import wgrad
-from lora_kernels.problem import Problem
+from lora_kernels.problem import DENSE, Problem
+from lora_kernels.samples import sample
 from lora_kernels.tuning.config import TileConfig
 from tests.oracle import Case, Operands, assert_budget
 from tests.ptx.launch import Executed, emulate
@@ -29,6 +31,7 @@ def small(problem: Problem, config: TileConfig) -> Case:
         "decode": (m - 3, n + 8, 2 * k + 8),
         "wgrad": (m + 3, 40, n + 8),
         "shrink_wgrad": (m + 3, n + 8, 40),
+        "dequantise": (m, n + 3, 2 * k + 1),
     }[config.kernel]
     dtype, adapter = getattr(torch, problem.dtype), getattr(torch, problem.adapter_dtype)
     return Case(*sizes, problem.R - 3, dtype=dtype, adapter_dtype=adapter)
@@ -39,11 +42,41 @@ def execute(
 ) -> list[Executed]:
     """Launch, compare within the error budget, and give what was executed. AssertionError when it is wrong."""
     case = small(problem, config)
-    o = case.operands()
+    if config.kernel == "dequantise":
+        return execute_decoder(target, problem.weight_format, case, config, schedule)
     config = replace(config, split=min(config.split, 2))
+    if problem.weight_format != DENSE:
+        return execute_packed(target, problem.weight_format, case, config, schedule)
+    o = case.operands()
     with emulate(target, schedule) as executed:
         actual = launch(config, o)
     compare(actual, o, f"{config} on {target}, schedule {schedule}")
+    return executed
+
+
+def execute_decoder(
+    target: str, weight_format: str, case: Case, config: TileConfig, schedule: int | None
+) -> list[Executed]:
+    """The same for a kernel that decodes: its result has the bits of the weight's own."""
+    weight = sample(weight_format, case.N, case.K, case.dtype)
+    out = torch.full((case.N, case.K), torch.nan, dtype=case.dtype)
+    with emulate(target, schedule) as executed:
+        dequantise(weight, out, config)
+    assert torch.equal(out, weight.dense()), f"{config} on {target}, schedule {schedule}"
+    return executed
+
+
+def execute_packed(
+    target: str, weight_format: str, case: Case, config: TileConfig, schedule: int | None
+) -> list[Executed]:
+    """The same for `decode` over a quantised weight, whose dense copy is the oracle's weight."""
+    case = replace(case, K=case.K // 64 * 64 + 64)
+    weight = sample(weight_format, case.N, case.K, case.dtype)
+    o = replace(case.operands(), w=weight.dense().t())
+    with emulate(target, schedule) as executed:
+        found = decode(o.x, weight.t(), o.a, o.b, case.alpha, o.bias, config)
+    what = f"{weight_format} by {config} on {target}, schedule {schedule}"
+    compare(dict(zip(("y", "s"), found, strict=True)), o, what)
     return executed
 
 

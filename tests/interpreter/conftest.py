@@ -16,7 +16,7 @@ import torch
 from lora_kernels import plan
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton import configs, products
-from lora_kernels.problem import Problem
+from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.config import DECODE_ROWS, FUSED_RANK, KERNELS, TileConfig, Tiles
 from lora_kernels.tuning.targets import TARGETS, Target
 from tests.planned import Planned
@@ -37,6 +37,7 @@ _TILES = (
     TileConfig("decode", DECODE_ROWS, 32, 32, 4, 2, split=2, rank_chunk=FUSED_RANK),
     TileConfig("wgrad", 16, 32, 16, 4, 2, split=2, rank_chunk=32),
     TileConfig("shrink_wgrad", 16, 32, 16, 4, 2, split=3, rank_chunk=FUSED_RANK),
+    TileConfig("dequantise", 1, 64, 64, 4, 1),
 )
 
 
@@ -48,7 +49,13 @@ def small_tiles(changes: dict[str, dict] | None = None) -> Callable[..., Tiles]:
         able = set(KERNELS)
         if problem.R > FUSED_RANK:
             able -= {"decode", "shrink_wgrad"}
-        if problem.M > DECODE_ROWS or problem.dropout:
+        if problem.weight_format == DENSE:
+            able -= {"dequantise"}
+        packed = problem.weight_format != DENSE
+        straddles = problem.weight_format == "nf4" and problem.K % 64 != 0
+        if problem.M > DECODE_ROWS or problem.dropout or straddles:
+            able -= {"decode"}
+        if packed and not problem.w_k_major:
             able -= {"decode"}
         return Tiles(tuple(config for config in configs if config.kernel in able))
 

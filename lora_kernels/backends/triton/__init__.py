@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 from lora_kernels.backends.base import Backend, Candidate
 from lora_kernels.backends.triton import configs
 from lora_kernels.backends.triton.configs import ALGORITHMS, MAIN_KERNEL
 from lora_kernels.backends.triton.products import TritonProducts
-from lora_kernels.problem import Problem
+from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
 from lora_kernels.tuning import tables
+from lora_kernels.tuning.config import Tiles
 from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.targets import Target
 
@@ -19,6 +21,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     devices = ("cuda",)
+    formats = (DENSE, *PACKED_BYTES)
     needs_target = True
 
     def unavailable(self) -> str | None:
@@ -31,9 +34,11 @@ class TritonBackend(Backend):
         assert target is not None
         if problem.dtype == "float64":
             return [Candidate("two_kernel", refusal="float64 is computed by ATen")]
-        tiles = configs.tiles_for(problem, target)
         entry = tables.lookup(problem, target)
         measured = {} if entry is None else entry.times
+        if problem.weight_format not in self.formats:  # the products get a dense copy
+            problem = replace(problem, weight_format=DENSE)
+        tiles = configs.tiles_for(problem, target)
         same = tables.bucketed(problem)
         made = []
         for name in ALGORITHMS:
@@ -51,10 +56,18 @@ class TritonBackend(Backend):
                     else None,
                     measured_us=measured.get(name),
                     predicted_us=predict_us(name, same, target, config),
-                    how=str(config),
+                    how=_decoding(name, problem, tiles) + str(config),
                 )
             )
         return made
+
+
+def _decoding(algorithm: str, problem: Problem, tiles: Tiles) -> str:
+    """How `algorithm` reads a quantised weight, in words; "" for a dense one."""
+    if problem.weight_format == DENSE:
+        return ""
+    where = "in the loop" if algorithm == "decode" else f"by {tiles.config('dequantise')}"
+    return f"the {problem.weight_format} weight decoded {where}, "
 
 
 BACKEND = TritonBackend()

@@ -20,11 +20,13 @@ def launch(
     device: torch.device,
     *args: Any,
     dependent: bool = False,
+    contract: bool = True,
     **constants: Any,
 ) -> None:
     """Run `programs` instances of `kernel` on `device`. All kernels of this package are launched here.
 
     `dependent`: the kernel may start before the one launched just before it has finished, and waits for it by itself.
+    `contract`: a product and the sum that it goes into may be rounded once.
     """
     options = {"launch_pdl": True} if dependent else {}
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -34,7 +36,7 @@ def launch(
             **options,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            enable_fp_fusion=True,
+            enable_fp_fusion=contract,
         )
 
 

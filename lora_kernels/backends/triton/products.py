@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from lora_kernels.backends.base import Products, left_is_wide
 from lora_kernels.backends.triton.configs import narrow_tiles
 from lora_kernels.dropout import Dropout
-from lora_kernels.operands import Adapter, Weight
+from lora_kernels.operands import Adapter, QuantizedWeight, Weight
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig, Tiles
 from lora_kernels.tuning.cost import copy_of_b_pays
@@ -48,14 +49,16 @@ class TritonProducts(Products):
     def shrink_expand(
         self, x: Tensor, w: Weight, adapter: Adapter, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        assert isinstance(w, Tensor)
-        A, B, scale, dropout_in, dropout_out = adapter
+        A, B, scale, dropout_in, dropout_out, _ = adapter
         if 0 in (x.shape[0], w.shape[1], A.shape[1]):
             return super().shrink_expand(x, w, adapter, bias)
         if self.algorithm == "decode" and dropout_in is dropout_out is None:
             from lora_kernels.backends.triton.decode import decode
 
             return decode(x, w, A, B, scale, bias, self.tiles.config("decode"))
+        if not isinstance(w, Tensor):
+            with self._decoded(w) as dense:
+                return self.shrink_expand(x, dense, adapter, bias)
         if self.algorithm == "one_pass" and dropout_out is None:
             from lora_kernels.backends.triton.one_pass import one_pass
 
@@ -103,14 +106,22 @@ class TritonProducts(Products):
         bias: Tensor | None,
         late_wait: bool = False,
     ) -> Tensor:
-        assert isinstance(w, Tensor)
         if 0 in (x.shape[0], w.shape[1]):
             return x.new_empty((x.shape[0], w.shape[1]))
+        if not isinstance(w, Tensor):
+            with self._decoded(w) as dense:
+                return self._expand(x, dense, s, adapter, bias)
         from lora_kernels.backends.triton.expand import expand
 
         b = self._along_the_rank(adapter.B, x.shape[0])
         config = self.tiles.config("expand")
         return expand(x, w, s, b, bias, config, adapter.dropout_out, late_wait=late_wait)
+
+    def _decoded(self, w: QuantizedWeight) -> AbstractContextManager[Tensor]:
+        """w as a dense tensor, for the products that are launched while it is entered."""
+        from lora_kernels.backends.triton.dequantise import decoded
+
+        return decoded(w, self.tiles.config("dequantise"))
 
     def _along_the_rank(self, b: Tensor, M: int) -> Tensor:
         """b [R, N], copied to lie column after column where that is faster."""

@@ -1,4 +1,4 @@
-"""Device helpers that the kernels share: offsets, program order, the run-time scale and the dropout mask of a tile."""
+"""Device helpers that the kernels share: offsets, program order, alpha at run time, scales of NF4, dropout masks."""
 
 import triton
 import triton.language as tl
@@ -31,6 +31,36 @@ def scale_value(alpha, ALPHA_IS_PTR: tl.constexpr):
         return tl.load(alpha).to(tl.float32)
     else:
         return alpha
+
+
+@triton.jit
+def nf4_scale(
+    absmax_ptr,
+    code2_ptr,
+    absmax2_ptr,
+    offset_ptr,
+    block,
+    mask,
+    DOUBLE: tl.constexpr,
+):
+    """The float32 scales of these blocks of 64 elements of an NF4 weight; 0 where masked.
+
+    Where DOUBLE, code2[absmax]·absmax2 + offset: the kernel must be launched with `contract` False.
+    """
+    if DOUBLE:
+        index = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
+        code2 = tl.load(code2_ptr + index, mask=mask, other=0.0)
+        return code2 * tl.load(absmax2_ptr + block // 256, mask=mask, other=0.0) + tl.load(
+            offset_ptr
+        )
+    else:
+        return tl.load(absmax_ptr + block, mask=mask, other=0.0)
+
+
+@triton.jit
+def int8_scale(absmax_ptr, row, mask):
+    """The float32 scales of these rows of int8 codes: by the reciprocal of 127, as bitsandbytes does it."""
+    return tl.load(absmax_ptr + row, mask=mask, other=0.0) * (1.0 / 127.0)
 
 
 @triton.jit

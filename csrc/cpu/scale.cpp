@@ -1,0 +1,83 @@
+// Both by blocks that stay in cache between their two readers: some columns of dy and z a thread,
+// all rows in order; some rows of w a thread.
+#include "scale.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace lora_kernels {
+namespace {
+
+constexpr int64_t ROWS = 32;       // of dy and z decoded at once
+constexpr int64_t COLS = 256;      // 32 x 256 floats of each: 64 kilobytes
+constexpr int64_t CHAIN = 256;     // rows that are summed before they are added to the total
+constexpr int64_t NORM_ROWS = 64;  // of w a task
+
+void scale_columns(const Kernels& k, const Scale& p, int64_t begin, int64_t count) {
+  float* dy = thread_scratch().reserve(2 * ROWS * COLS + 3 * COLS);
+  float *z = dy + ROWS * COLS, *factor = z + ROWS * COLS, *sum = factor + COLS, *total = sum + COLS;
+  k.copy(factor, 0, p.factor.from(0, begin), 1, count);
+  std::memset(sum, 0, 2 * COLS * sizeof(float));
+  const int64_t N = p.dy.cols;
+  for (int64_t row = 0; row < p.dy.rows; row += ROWS) {
+    const int64_t rows = std::min(ROWS, p.dy.rows - row);
+    k.copy(dy, COLS, p.dy.from(row, begin), rows, count);
+    if (p.z != nullptr) {
+      k.copy(z, COLS, p.z->from(row, begin), rows, count);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < count; ++j) sum[j] += dy[i * COLS + j] * z[i * COLS + j];
+      if ((row + ROWS) % CHAIN == 0 || row + ROWS >= p.dy.rows) {
+        for (int64_t j = 0; j < count; ++j) total[j] += sum[j];
+        std::memset(sum, 0, COLS * sizeof(float));
+      }
+    }
+    char* out = static_cast<char*>(p.dz) + (row * N + begin) * size_of(p.dy.type);
+    k.store(out, p.dy.type, N, 1, dy, COLS, rows, count, 1.0f, factor, nullptr);
+  }
+  if (p.z != nullptr) std::memcpy(p.dfactor + begin, total, count * sizeof(float));
+}
+
+// x: aᵀ as floats, [R, x_pitch].
+void norm_rows(const Kernels& k, const Norms& p, const float* x, int64_t x_pitch, int64_t begin,
+               int64_t count) {
+  const int64_t K = p.w.cols, R = p.a.cols;
+  const bool copied = p.w.col_stride != 1;
+  float* c = thread_scratch().reserve(aligned(R * NORM_ROWS) + (copied ? NORM_ROWS * x_pitch : 0));
+  Matrix w = p.w.from(begin, 0);
+  if (copied) {
+    float* rows = c + aligned(R * NORM_ROWS);
+    k.copy(rows, x_pitch, w, count, K);
+    w = {reinterpret_cast<const char*>(rows), Type::F32, count, K, x_pitch, 1};
+  }
+  if (R > 0) k.dots(x, x_pitch, w, R, count, K, c, NORM_ROWS);
+  k.squares(p.squares + begin, w, count, K);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t r = 0; r < R; ++r) p.lowrank[(begin + i) * R + r] = c[r * NORM_ROWS + i];
+}
+
+}  // namespace
+
+void compute(const Scale& p) {
+  const Kernels& k = *kernels();
+  const int64_t N = p.dy.cols, tasks = (N + COLS - 1) / COLS;
+  for_each_task(tasks, p.dy.rows * N * 4, [&](int64_t task) {
+    scale_columns(k, p, task * COLS, std::min(COLS, N - task * COLS));
+  });
+}
+
+void compute(const Norms& p) {
+  const Kernels& k = *kernels();
+  const int64_t N = p.w.rows, K = p.w.cols, R = p.a.cols, x_pitch = aligned(K) + 16;
+  static thread_local Scratch caller;  // aᵀ, decoded once for all tasks
+  float* const x = caller.reserve(std::max<int64_t>(R, 1) * x_pitch);
+  for (int64_t r = 0; r < R; ++r)
+    std::memset(x + r * x_pitch + K, 0, (x_pitch - K) * sizeof(float));
+  if (R > 0) k.copy(x, x_pitch, p.a.transposed(), R, K);
+  for_each_task((N + NORM_ROWS - 1) / NORM_ROWS, N * K * (R + 1), [&](int64_t task) {
+    norm_rows(k, p, x, x_pitch, task * NORM_ROWS, std::min(NORM_ROWS, N - task * NORM_ROWS));
+  });
+}
+
+}  // namespace lora_kernels

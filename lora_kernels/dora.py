@@ -1,0 +1,138 @@
+"""DoRA in eager mode, and its column scale c = m / n: magnitudes over the row norms of W + alpha·(A·B)ᵀ.
+
+Liu et al., "DoRA: weight-decomposed low-rank adaptation", ICML 2024: n is a constant for every derivative (section 4.3).
+Nothing of n is kept from call to call. A changes with every step, so that W is read for W·A in any case, and the squares of
+W come out of that reading: a kept ‖W‖² would save little, and could be that of another W.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels import formulas, ops
+from lora_kernels.autograd import ALPHA_IS_NO_PARAMETER, any_dual, under_transform
+from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
+from lora_kernels.formulas import Needs, Saved
+from lora_kernels.operands import Adapter, Scale, Weight
+from lora_kernels.plan import Plan, plan_call
+from lora_kernels.problem import DENSE
+
+
+def column_scale(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """c = m / n [N] in the dtype of sums; m's gradient is that of c, over n."""
+    return magnitude.to(norms.dtype) / norms
+
+
+def row_norms(
+    weight: Weight, A: Tensor, B: Tensor, alpha: Scale, backend: str, *, how: str = "eager"
+) -> Tensor:
+    """n [N] of weight [N, K], A [K, R] and B [R, N], without a derivative: float32, or float64 for float64 operands.
+
+    `how`: "eager" by a backend's products, "operator" by the registered one that compilers record, "transparent" by plain
+    ATen, which function transforms and other kinds of tensors see through.
+    """
+    A, B = A.detach(), B.detach()
+    with torch.no_grad():
+        if how == "operator":
+            packed: tuple = (
+                (list(weight.tensors), weight.format, list(weight.sizes))
+                if not (isinstance(weight, Tensor))
+                else ([weight.detach()], DENSE, [])
+            )
+            return ops.row_norms(*packed, weight.dtype, A, B, alpha, backend)
+        dense = weight.detach() if isinstance(weight, Tensor) else weight.dense()
+        products = COMPOSITE
+        if how == "eager":
+            products = plan_call(backend, dense, dense, A, None, False).products
+        return formulas.row_norms(products, dense, Adapter(A, B, alpha))
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    alpha: Scale,
+    backend: str,
+    c: Tensor,
+) -> Tensor:
+    """y [M, N] = c∘(x·weightᵀ + alpha·(x·A)·B) + bias for x [M, K]; with gradients where they are needed."""
+    plan = plan_call(backend, x, weight, A, bias, False)
+    operands = (x, weight, A, B, bias, c)
+    needs_grad = any(isinstance(t, Tensor) and t.requires_grad for t in operands)
+    if torch.is_grad_enabled() and needs_grad:
+        return DoRALinear.apply(*operands, alpha, plan)[0]
+    adapter = Adapter(A, B, alpha, column_scale=c)
+    weight = plan.readable(weight)
+    return formulas.scaled_forward(plan.products, x, weight, adapter, bias, keeps_z=False)[0]
+
+
+class DoRALinear(torch.autograd.Function):
+    """(x, weight, A, B, bias, c, alpha, plan) -> (y, s, z), as `formulas.scaled_forward` on 2-D x.
+
+    s and z are results, so that what is saved of them is still connected to their operands. z [M, N] is kept for dc alone:
+    y has not what it takes where c is 0, may be changed in place, and without z a third product with W would be needed.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Weight,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        c: Tensor,
+        alpha: Scale,
+        plan: Plan,
+    ) -> tuple[Tensor, ...]:
+        adapter = Adapter(A, B, alpha, column_scale=c)
+        rest = plan.readable(weight), adapter, bias
+        return formulas.scaled_forward(plan.products, x, *rest, keeps_z=True)  # type: ignore[return-value]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        x, weight, A, B, _, c, alpha, ctx.plan = inputs
+        if ctx.needs_input_grad[6]:
+            raise ValueError(ALPHA_IS_NO_PARAMETER)
+        ctx.needs = Needs(*ctx.needs_input_grad[:5])
+        ctx.adapter_dtype = A.dtype
+        ctx.set_materialize_grads(False)
+        kept = formulas.keep(ctx.needs, x, weight, A, B, output[1])
+        ctx.weight, packed = None, ()
+        if not isinstance(weight, Tensor):
+            ctx.weight, kept = weight, kept._replace(weight=None)
+            packed = weight.tensors if ctx.needs.x else ()
+        ctx.alpha = None if isinstance(alpha, Tensor) else alpha
+        z = output[2] if ctx.needs_input_grad[5] else None
+        scale = alpha if isinstance(alpha, Tensor) else None
+        ctx.save_for_backward(*kept, c, z, scale, *packed)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, ds: Tensor | None, dz: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
+        *saved, c, z, alpha = tensors[:8]
+        kept = Saved(*saved)
+        if ctx.weight is not None and ctx.needs.x:
+            kept = kept._replace(weight=ctx.weight.with_tensors(tensors[8:]))
+        if dy is None:
+            if ds is None and dz is None:
+                return (None,) * 8
+            rows = len(ds if ds is not None else dz)  # type: ignore[arg-type]
+            dtype = (x if (x := kept.x) is not None else ds if dz is None else dz).dtype
+            dy = c.new_zeros((rows, len(c)), dtype=dtype)
+        adapter = Adapter(kept.A, kept.B, ctx.alpha if alpha is None else alpha, column_scale=c)  # type: ignore[arg-type]
+        products, plan = COMPOSITE, ctx.plan.adjoint
+        again = torch.is_grad_enabled() or ds is not None or dz is not None
+        if not (again or under_transform(dy) or any_dual(dy, *saved, c, z)):
+            products = plan.products
+            if kept.weight is not None:
+                kept = kept._replace(weight=plan.readable(kept.weight))
+        rest = kept, ctx.needs, adapter, ctx.adapter_dtype, ds, dz
+        *grads, dc = formulas.scaled_backward(products, dy, z, *rest)
+        return (*grads, dc, None, None)
