@@ -94,9 +94,9 @@ struct Kernels {
   // decoded once. w is of `grouped`. `sums` takes rows·cols·lanes floats. x of `quantized_dots` is
   // arranged.
   void (*quantized_dots)(const float* x, int64_t x_pitch, const Quantized& w, int64_t row,
-                         int64_t rows, int64_t cols, float* sums, float* c, int64_t c_pitch);
+                         int64_t rows, int64_t cols, float* scratch, float* c, int64_t c_pitch);
   void (*quantized_rows)(const float* x, int64_t x_pitch, const Quantized& w, int64_t col,
-                         int64_t rows, int64_t cols, float* sums, float* c, int64_t c_pitch);
+                         int64_t rows, int64_t cols, float* scratch, float* c, int64_t c_pitch);
   // Puts the elements of x into the order in which those of w are decoded.
   void (*arrange)(float* x, int64_t pitch, const Quantized& w, int64_t rows, int64_t cols);
   // out[r] = the sum of src[r][c]² over c, src's rows contiguous.

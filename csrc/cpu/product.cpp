@@ -315,7 +315,9 @@ void Run::prepare(float* shared) {
 
 void Run::in_place_task(int64_t task) const {
   const bool copied = in_place_ == k.dots && p.w.row_stride != 1;
-  const int64_t w_floats = copied ? block_ * x_pitch() : coded ? M * block_ * k.lanes : 0;
+  const int64_t w_floats = copied  ? block_ * x_pitch()
+                           : coded ? block_ * (M * k.lanes + K / 64 + 1)
+                                   : 0;
   Columns cols{};
   cols.begin = task * block_;
   cols.count = std::min(block_, N - cols.begin);

@@ -129,7 +129,7 @@ class CpuBackend(Backend):
     name = "cpu"
     groups = True
     devices = ("cpu",)
-    formats = (DENSE, "nf4")
+    formats = (DENSE, "nf4", "int8")
 
     def unavailable(self) -> str | None:
         return _load()
@@ -154,11 +154,22 @@ def _how(problem: Problem) -> str:
     arithmetic = f"{isa} kernels" + ("" if problem.itemsize == 4 or halves else " in float32")
     if problem.weights > 1:
         return f"{arithmetic}, each group in the form for its number of rows"
+    dense = problem.weight_format == DENSE
+    if not dense and problem.M <= (4 if halves else 16) and _in_groups(problem):
+        return (
+            f"{arithmetic}, codes of the {problem.weight_format} weight multiplied where they lie"
+        )
+    decoded = "" if dense else f", decoded from {problem.weight_format} strip by strip"
     if problem.w_k_major and problem.M <= 16:
-        return f"{arithmetic}, dot products with the rows of W"
-    if not problem.w_k_major and problem.M <= 4:
+        return f"{arithmetic}, dot products with the rows of W{decoded}"
+    if dense and not problem.w_k_major and problem.M <= 4:
         return f"{arithmetic}, sums of the rows of W"
-    return f"{arithmetic}, packed panels of W"
+    return f"{arithmetic}, packed panels of W{decoded}"
+
+
+def _in_groups(problem: Problem) -> bool:
+    """Whether the rows of a packed weight, as it is stored, are whole groups of codes."""
+    return (problem.K if problem.w_k_major else problem.N) % 64 == 0
 
 
 def _differentiable_backward(
