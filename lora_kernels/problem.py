@@ -21,8 +21,8 @@ class Problem:
     `dtype` is that of x, W, bias and y; `adapter_dtype` that of A and B. `device` is a torch device type: "cpu", "cuda".
     `w_k_major`: consecutive k are adjacent in memory: true in forward (nn.Linear stores [N, K]). `backward`: x is
     dy, y is dx, and dA and dB are computed beside them. `weight_format`: "dense", or the name of a quantised format.
-    `groups`: the rows are sorted into so many groups with an adapter each; 0: one adapter, no groups. `weights`: one that all
-    rows share, or one a group.
+    `groups`: the rows are sorted into so many groups with an adapter each; 0: one adapter, no groups. `weights`: one that
+    all rows share, or one a group.
     ValueError or TypeError names the field, its value and the rule.
     """
 

@@ -21,12 +21,12 @@ ROOT = Path(__file__).parent.parent
 RANKS = 2
 
 
-def network(bias=True, frozen=True, dtype=torch.float64):
+def network(bias=True, frozen=True, dtype=torch.float64, dora=False):
     torch.manual_seed(3)
     net = nn.Sequential(
-        LinearWithLoRA(nn.Linear(8, 12, bias=bias), 3, 0.5),
+        LinearWithLoRA(nn.Linear(8, 12, bias=bias), 3, 0.5, dora=dora),
         nn.ReLU(),
-        LinearWithLoRA(nn.Linear(12, 6, bias=bias), 3, 2.0),
+        LinearWithLoRA(nn.Linear(12, 6, bias=bias), 3, 2.0, dora=dora),
     )
     for layer in (net[0], net[2]):
         nn.init.normal_(layer.lora.B)
@@ -89,6 +89,27 @@ def check_fsdp(patch, frozen):
     net(x.chunk(RANKS)[dist.get_rank()]).square().sum().backward()
     assert_equal(gradients(net), expected)
     assert type(net[0].lora.A).__name__ == "DTensor" and len(calls) == 2
+
+
+def check_dora_under_fsdp():
+    """Weights that are gathered anew for each step, and changed between two: their norms are those of the moment."""
+    from torch.distributed.fsdp import fully_shard
+
+    net, x = network(dora=True), batch()
+    whole = copy.deepcopy(net)
+    for layer in (net[0], net[2]):
+        fully_shard(layer)
+    fully_shard(net)
+    for _ in range(2):
+        expected = single(whole, x)
+        net(x.chunk(RANKS)[dist.get_rank()]).square().sum().backward()
+        assert_equal(gradients(net), expected)
+        for each in (whole, net):
+            each.zero_grad()
+            with torch.no_grad():
+                for layer in (each[0], each[2]):
+                    layer.linear.weight.mul_(2.0)
+                    layer.lora.B.add_(1.0)
 
 
 def check_fsdp_mixed_precision():
@@ -298,6 +319,7 @@ CHECKS = {
     "ddp-checkpointed": lambda patch: check_checkpointing_under_ddp(),
     "fsdp-frozen": lambda patch: check_fsdp(patch, frozen=True),
     "fsdp-trained-base": lambda patch: check_fsdp(patch, frozen=False),
+    "fsdp-dora": lambda patch: check_dora_under_fsdp(),
     "fsdp-mixed-precision": lambda patch: check_fsdp_mixed_precision(),
     "fsdp-peft": check_peft_under_fsdp,
     "ddp-nf4": lambda patch: check_quantised(patch, peft=False, sharded=False),
