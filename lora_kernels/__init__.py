@@ -2,6 +2,7 @@
 
 from lora_kernels.adapters import load_adapter, save_adapter
 from lora_kernels.functional import explain, lora_linear
+from lora_kernels.grouped import grouped_lora_linear
 from lora_kernels.merge import merge_lora, unmerge_lora
 from lora_kernels.modules import (
     LinearWithLoRA,
@@ -24,6 +25,7 @@ __all__ = [
     "Problem",
     "explain",
     "freeze_base",
+    "grouped_lora_linear",
     "load_adapter",
     "lora_linear",
     "lora_parameters",

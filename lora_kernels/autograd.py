@@ -20,7 +20,7 @@ from lora_kernels.backends.base import Products
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.dropout import Dropout
 from lora_kernels.formulas import Gradients, Needs, Saved
-from lora_kernels.operands import Adapter, Scale, Weight
+from lora_kernels.operands import Adapter, Groups, Scale, Weight, groups_of
 from lora_kernels.plan import Plan, plan_call
 
 ALPHA_IS_NO_PARAMETER = "alpha must not require grad: it is a run-time value, no parameter"
@@ -36,7 +36,7 @@ class Call:
 
 
 class LoRALinear(torch.autograd.Function):
-    """(x, weight, A, B, bias, scale, dropout_p, seed, call) -> (y, s), as `formulas.forward` on 2-D x."""
+    """(x, weight, A, B, bias, scale, dropout_p, seed, call, offsets) -> (y, s), as `formulas.forward` on 2-D x."""
 
     @staticmethod
     def forward(
@@ -49,21 +49,26 @@ class LoRALinear(torch.autograd.Function):
         dropout_p: float,
         seed: Tensor | None,
         call: Call,
+        offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        dropout = as_dropout(dropout_p, seed)
+        dropout, groups = as_dropout(dropout_p, seed), groups_of(offsets, weight, bias)
         plan = call.plan
         if plan is None:
-            plan = call.plan = plan_call(call.backend, x, weight, A, bias, dropout is not None)
-        adapter = Adapter(A, B, scale, dropout)
-        return formulas.forward(plan.products, x, plan.readable(weight), adapter, bias)
+            masked = dropout is not None
+            plan = call.plan = plan_call(call.backend, x, weight, A, bias, masked, groups)
+        adapter, products = Adapter(A, B, scale, dropout), plan.products.bound(groups)
+        return formulas.forward(products, x, plan.readable(weight), adapter, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        x, weight, A, B, _, scale, ctx.dropout_p, seed, ctx.call = inputs
+        x, weight, A, B, bias, scale, ctx.dropout_p, seed, ctx.call, *given = inputs
+        offsets = given[0] if given else None
         if ctx.needs_input_grad[5]:  # `check_operands` cannot see it in a transform's wrapper
             raise ValueError(ALPHA_IS_NO_PARAMETER)
         ctx.needs = Needs(*ctx.needs_input_grad[:5])
-        ctx.dtype, ctx.adapter_dtype, (ctx.K, ctx.R) = x.dtype, A.dtype, A.shape
+        ctx.dtype, ctx.adapter_dtype, (ctx.K, ctx.R) = x.dtype, A.dtype, A.shape[-2:]
+        groups = groups_of(offsets, weight, bias)
+        ctx.owned = None if groups is None else (groups.own_weight, groups.own_bias)
         ctx.scale = None if isinstance(scale, Tensor) else scale
         scale_tensor = scale if isinstance(scale, Tensor) else None
         ctx.set_materialize_grads(False)
@@ -74,16 +79,17 @@ class LoRALinear(torch.autograd.Function):
             ctx.weight, packed = weight, weight.tensors
             kept = kept._replace(weight=None)
             weight = None
-        ctx.save_for_backward(*kept, scale_tensor, seed, *(packed if ctx.needs.x else ()))
-        ctx.save_for_forward(x, weight, A, B, None, scale_tensor, seed)
+        packed = packed if ctx.needs.x else ()
+        ctx.save_for_backward(*kept, scale_tensor, seed, offsets, *packed)
+        ctx.save_for_forward(x, weight, A, B, scale_tensor, seed)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*gradients(ctx, dy, ds, _fused), None, None, None, None)
+        return (*gradients(ctx, dy, ds, _fused), None, None, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, weight, A, B, _, scale, seed = ctx.saved_tensors
+        x, weight, A, B, scale, seed = ctx.saved_tensors
         adapter = _adapter(ctx, A, B, scale, seed)
         return formulas.jvp(COMPOSITE, x, weight, adapter, tangents[:6])
 
@@ -110,10 +116,12 @@ def transparent(
     dropout_p: float,
     seed: Tensor | None,
     _call: Call | str,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, s) of `LoRALinear.forward` by plain ATen, which every transform can differentiate; no backend is chosen."""
     adapter = Adapter(A, B, scale, as_dropout(dropout_p, seed))
-    return formulas.forward(COMPOSITE, x, weight, adapter, bias)
+    products = COMPOSITE.bound(groups_of(offsets, weight, bias))
+    return formulas.forward(products, x, weight, adapter, bias)
 
 
 def gradients(
@@ -121,27 +129,30 @@ def gradients(
 ) -> Gradients:
     """(dx, dW, dA, dB, dbias) of what `LoRALinear.setup_context` kept: by `fused`, or by ATen, to be differentiated."""
     tensors = ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
-    *saved, scale, seed = tensors[:7]
+    *saved, scale, seed, offsets = tensors[:8]
     kept = Saved(*saved)
     if ctx.weight is not None and ctx.needs.x:
-        kept = kept._replace(weight=ctx.weight.with_tensors(tensors[7:]))
+        kept = kept._replace(weight=ctx.weight.with_tensors(tensors[8:]))
     if dy is None:
         if ds is None or kept.B is None:  # without x's or A's gradient nothing depends on s
             return (None,) * 5
-        dy = ds.new_zeros((ds.shape[0], kept.B.shape[1]), dtype=ctx.dtype)
+        dy = ds.new_zeros((ds.shape[0], kept.B.shape[-1]), dtype=ctx.dtype)
     adapter = _adapter(ctx, kept.A, kept.B, scale, seed)
+    groups = None if offsets is None else Groups(offsets, *ctx.owned)
     if torch.is_grad_enabled() or ds is not None or _under_transform(dy) or any_dual(dy, *saved):
-        return formulas.backward(COMPOSITE, dy, kept, ctx.needs, adapter, ctx.adapter_dtype, ds)
-    return fused(ctx, dy, kept, adapter)
+        products = COMPOSITE.bound(groups)
+        return formulas.backward(products, dy, kept, ctx.needs, adapter, ctx.adapter_dtype, ds)
+    return fused(ctx, dy, kept, adapter, groups)
 
 
-def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter) -> Gradients:
+def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter, groups: Groups | None) -> Gradients:
     products: Products = COMPOSITE  # plain ATen operators, which modes can count and record
     plan = ctx.call.plan
     if plan is not None and not modes_are_active():
         products = plan.adjoint.products
         if kept.weight is not None:
             kept = kept._replace(weight=plan.adjoint.readable(kept.weight))
+    products = products.bound(groups)
     return formulas.backward(products, dy, kept, ctx.needs, adapter, ctx.adapter_dtype)
 
 

@@ -20,10 +20,14 @@ _LOW = 0xFFFFFFFF
 
 
 class Dropout(NamedTuple):
-    """Drop each element with probability `p` (0 < p < 1), by the mask that the 0-d int64 tensor `seed` defines."""
+    """Drop each element with probability `p` (0 < p < 1), by the mask that the 0-d int64 tensor `seed` defines.
+
+    `row`: the masked matrix has so many rows before the operand's first, as where the operand is a slice of it.
+    """
 
     p: float
     seed: Tensor
+    row: int = 0
 
 
 def threshold(p: float) -> int:
@@ -35,6 +39,7 @@ def keep_mask(dropout: Dropout, rows: int, cols: int, row_start: int = 0) -> Ten
     """The mask of rows `row_start` .. `row_start + rows` of an input with `cols` columns: bool [rows, cols], true = kept."""
     seed = dropout.seed
     groups = (cols + 3) // 4
+    row_start += dropout.row
     counter = torch.arange(row_start * groups, (row_start + rows) * groups, device=seed.device)
     words = _philox(seed, counter)
     return (words >= threshold(dropout.p)).view(rows, 4 * groups)[:, :cols]

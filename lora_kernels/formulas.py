@@ -7,8 +7,9 @@ backward   dx   = dy·W + mask∘(q·Aᵀ),  q = alpha·dy·Bᵀ      the forwar
            dW   = dyᵀ·x,  dbias = Σ dy                       when the base is trained
 
 x [M, K], weight W [N, K] as nn.Linear stores it, A [K, R], B [R, N], bias [N], y and dy [M, N], s and q [M, R]. The
-adjoint of a LoRA linear is a LoRA linear, so one product serves both directions. See Hu et al., "LoRA: low-rank
-adaptation of large language models", ICLR 2022, for the layer.
+adjoint of a LoRA linear is a LoRA linear, so one product serves both directions. Over groups of rows the same lines hold
+for each group: the products are bound to the groups, and operands are stacks. See Hu et al., "LoRA: low-rank adaptation of
+large language models", ICLR 2022, for the layer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.base import Products
-from lora_kernels.operands import Adapter, Weight, in_memory
+from lora_kernels.operands import Adapter, Weight, in_memory, transposed
 
 # (dx, dW, dA, dB, dbias), each None where it is not needed.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -63,7 +64,7 @@ def forward(
     if products.reads_memory:
         x, weight, bias = map(in_memory, (x, weight, bias))
         adapter = Adapter(*map(in_memory, adapter))
-    return products.shrink_expand(x, weight.t(), adapter, bias)
+    return products.shrink_expand(x, transposed(weight), adapter, bias)
 
 
 def backward(
@@ -94,7 +95,7 @@ def backward(
     elif (needs.A and not needs.x) or (needs.x and ds is not None):
         q = products.shrink(dy, adjoint)
     if ds is not None and q is not None:
-        q = q + adapter.scale * ds
+        q = q + products.scaled(ds, adapter.scale)
     if needs.x and q is None:
         dx, q = products.shrink_expand(dy, weight, adjoint)
     elif needs.x:
@@ -102,8 +103,8 @@ def backward(
     if needs.A:
         dA = products.wgrad(x, cast(Tensor, q), adapter_dtype, adapter.dropout_in)
     if needs.weight:
-        dW = dy.t() @ x
-    dbias = dy.sum(0) if needs.bias else None
+        dW = products.weight_grad(dy, x)
+    dbias = products.bias_grad(dy) if needs.bias else None
     return dx, dW, dA, dB, dbias
 
 

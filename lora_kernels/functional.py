@@ -19,6 +19,7 @@ from lora_kernels.operands import (
     Weight,
     accumulated,
     adapters_as_used,
+    groups_of,
     problem_of,
 )
 from lora_kernels.plan import Plan
@@ -60,8 +61,24 @@ def lora_linear(
     >>> torch.allclose(y, layer(x) + 0.5 * (x @ A @ B), atol=1e-5)
     True
     """
+    return call(x, weight, A, B, alpha, bias, dropout_p, seed, backend)
+
+
+def call(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    alpha: float | Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    backend: str,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear`, over groups of rows where there are offsets: checks the operands and does what autocast asks for."""
     half = _autocast_to(x)
-    check_operands(x, weight, A, B, alpha, bias, autocast=half is not None)
+    check_operands(x, weight, A, B, alpha, bias, autocast=half is not None, offsets=offsets)
     check_dropout("dropout_p", dropout_p)
     _check_seed(seed)
     plan.check_name(backend)
@@ -70,8 +87,8 @@ def lora_linear(
         weight = weight.to(half)
         bias = None if bias is None else bias.to(half)
         with torch.autocast(x.device.type, enabled=False):
-            return _apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend)
-    return _apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend)
+            return _apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, offsets)
+    return _apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, offsets)
 
 
 def explain(
@@ -84,9 +101,11 @@ def explain(
     *,
     dropout_p: float = 0.0,
     backend: str = "auto",
+    offsets: Tensor | None = None,
 ) -> Plan:
     """The plan of `lora_linear` for these operands (or this Problem): its backend, and why it takes no other.
 
+    With `offsets` it is that of `grouped_lora_linear`.
     Print it, or read `.backend`, `.rejected` (name -> reason) and `.plan`. Raises what the call itself would raise.
     """
     if isinstance(x, Problem):
@@ -94,9 +113,10 @@ def explain(
     if weight is None or A is None or B is None:
         raise TypeError("explain needs a Problem, or x, weight, A and B")
     half = _autocast_to(x)
-    check_operands(x, weight, A, B, alpha, bias, autocast=half is not None)
+    check_operands(x, weight, A, B, alpha, bias, autocast=half is not None, offsets=offsets)
     check_dropout("dropout_p", dropout_p)
-    problem = problem_of(x, weight, A, bias, dropout=dropout_p > 0, dtype=half)
+    groups = groups_of(offsets, weight, bias)
+    problem = problem_of(x, weight, A, bias, dropout=dropout_p > 0, dtype=half, groups=groups)
     return plan.explain(problem, backend)
 
 
@@ -109,10 +129,11 @@ def check_operands(
     bias: Tensor | None,
     *,
     autocast: bool,
+    offsets: Tensor | None = None,
 ) -> None:
     """TypeError or ValueError unless these are the operands of one LoRA linear; it names argument, value and rule.
 
-    `autocast`: x, weight and bias will be cast to one dtype.
+    `autocast`: x, weight and bias will be cast to one dtype. With `offsets` they are those of `grouped_lora_linear`.
     """
     device = x.device if isinstance(x, Tensor) else None
     for name, t in (("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)):
@@ -128,37 +149,79 @@ def check_operands(
         raise TypeError("x must be a dense tensor, got a nested one: give its values or pad it")
     if not isinstance(weight, Tensor):
         _check_packed(weight, device)
-    if len(weight.shape) != 2:
+    if offsets is not None:
+        _check_grouped(x, weight, A, B, alpha, bias, offsets)
+    elif len(weight.shape) != 2:
         raise ValueError(f"weight must be [N, K], 2-D, got {_shape(weight)}")
-    N, K = weight.shape
-    if x.ndim < 1 or x.shape[-1] != K:
-        raise ValueError(f"x must be [..., K] with K = {K} as in weight, got {_shape(x)}")
-    if A.ndim != 2 or A.shape[0] != K:
-        raise ValueError(f"A must be [K, R] with K = {K} as in weight, got {_shape(A)}")
-    R = A.shape[1]
-    if B.shape != (R, N):
-        raise ValueError(f"B must be [R, N] = [{R}, {N}], got {_shape(B)}")
-    if bias is not None and bias.shape != (N,):
-        raise ValueError(f"bias must be [N] = [{N}], got {_shape(bias)}")
+    else:
+        N, K = weight.shape
+        if x.ndim < 1 or x.shape[-1] != K:
+            raise ValueError(f"x must be [..., K] with K = {K} as in weight, got {_shape(x)}")
+        if A.ndim != 2 or A.shape[0] != K:
+            raise ValueError(f"A must be [K, R] with K = {K} as in weight, got {_shape(A)}")
+        R = A.shape[1]
+        if B.shape != (R, N):
+            raise ValueError(f"B must be [R, N] = [{R}, {N}], got {_shape(B)}")
+        if bias is not None and bias.shape != (N,):
+            raise ValueError(f"bias must be [N] = [{N}], got {_shape(bias)}")
     if A.dtype != B.dtype:
         raise TypeError(f"B must have A's dtype, {A.dtype}, got {B.dtype}")
     if not autocast:
         for name, t in (("weight", weight), ("bias", bias)):
             if t is not None and t.dtype != x.dtype:
                 raise TypeError(f"{name} must have x's dtype, {x.dtype}, got {t.dtype}")
+    name, rule = ("alpha", "0-d") if offsets is None else ("scale", "[G]")
     if isinstance(alpha, Tensor):
-        if alpha.ndim != 0:
+        if alpha.ndim != 0 and offsets is None:
             raise ValueError(f"alpha must be a number or a 0-d tensor, got {_shape(alpha)}")
         if alpha.requires_grad:
-            raise ValueError(ALPHA_IS_NO_PARAMETER)
+            raise ValueError(ALPHA_IS_NO_PARAMETER.replace("alpha", name))
         if alpha.dtype == torch.bool or alpha.dtype.is_complex:
-            raise TypeError(f"alpha must be real, got a tensor of {alpha.dtype}")
+            raise TypeError(f"{name} must be real, got a tensor of {alpha.dtype}")
     elif isinstance(alpha, bool) or not isinstance(
         alpha, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)
     ):
-        raise TypeError(f"alpha must be a number or a 0-d tensor, got {type(alpha).__name__}")
+        raise TypeError(f"{name} must be a number or a {rule} tensor, got {type(alpha).__name__}")
     else:
         _number(alpha)
+
+
+def _check_grouped(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+) -> None:
+    """TypeError or ValueError unless the shapes are those of `grouped_lora_linear`. The values of offsets are not read."""
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"offsets must be a Tensor, got {type(offsets).__name__}")
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"offsets must be int32, got {offsets.dtype}")
+    if offsets.device != x.device:
+        raise ValueError(f"offsets must be on x's device, {x.device}, got {offsets.device}")
+    if offsets.ndim != 1 or offsets.shape[0] < 2:
+        raise ValueError(f"offsets must be [G + 1] for G >= 1 groups, got {_shape(offsets)}")
+    G = offsets.shape[0] - 1
+    shape = weight.shape
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != G):
+        raise ValueError(f"weight must be [G, N, K] with G = {G} or [N, K], got {_shape(weight)}")
+    N, K = shape[-2:]
+    if x.ndim != 2 or x.shape[1] != K:
+        raise ValueError(f"x must be [T, K] with K = {K} as in weight, got {_shape(x)}")
+    if A.ndim != 3 or A.shape[:2] != (G, K):
+        raise ValueError(f"A must be [G, K, R] with G, K = {G}, {K}, got {_shape(A)}")
+    R = A.shape[2]
+    if B.shape != (G, R, N):
+        raise ValueError(f"B must be [G, R, N] = [{G}, {R}, {N}], got {_shape(B)}")
+    if bias is not None and bias.shape not in ((N,), (G, N)):
+        raise ValueError(f"bias must be [G, N] = [{G}, {N}] or [N], got {_shape(bias)}")
+    if isinstance(scale, Tensor) and scale.shape not in ((), (G,)):
+        raise ValueError(f"scale must be a number or [G] = [{G}], got {_shape(scale)}")
+    if isinstance(scale, Tensor) and scale.ndim == 1 and scale.device != x.device:
+        raise ValueError(f"scale must be on x's device, {x.device}, got {scale.device}")
 
 
 def _number(alpha: Any) -> Any:
@@ -251,6 +314,7 @@ def _apply(
     dropout_p: float,
     seed: int | Tensor | None,
     backend: str,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """y of checked operands: casts the adapters, flattens x, calls an operator or the Function."""
     A, B = adapters_as_used(A, B, x.dtype)
@@ -270,27 +334,27 @@ def _apply(
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
     usual = not traced and _has_usual_derivatives(weight, A, B, alpha, bias)
     if usual and (x.is_cpu or not needs_grad):
-        chosen = plan.plan_call(backend, x, weight, A, bias, seed is not None)
+        groups = groups_of(offsets, weight, bias)
+        chosen = plan.plan_call(backend, x, weight, A, bias, seed is not None, groups)
         adapter = Adapter(A, B, alpha, None if seed is None else as_dropout(dropout_p, seed))
         layer = chosen.products.layer
-        if layer is not None and isinstance(weight, Tensor):
+        if layer is not None and isinstance(weight, Tensor) and groups is None:
             return layer(x, weight, adapter, bias)
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
     rest = A, B, bias, alpha, dropout_p, seed, backend
-    if (
-        quantised and _is_differentiated_elsewhere()
-    ):  # a Function hides packed tensors, which are no arguments of its own
-        y, _ = autograd.transparent(rows, weight, *rest)
+    # A Function hides packed tensors, which are no arguments of its own, and has no tangents over groups.
+    if (quantised or offsets is not None) and _is_differentiated_elsewhere():
+        y, _ = autograd.transparent(rows, weight, *rest, offsets)
     elif traced:
-        y, _ = _traced(rows, weight, *rest)
+        y, _ = _traced(rows, weight, *rest, offsets)
     elif chosen is not None and not needs_grad:
         weight = chosen.readable(weight)
-        y, _ = formulas.forward(chosen.products, rows, weight, adapter, bias)
+        y, _ = formulas.forward(chosen.products.bound(groups), rows, weight, adapter, bias)
     else:
         call = Call(backend, chosen)
-        y, _ = autograd.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, call)
-    return y if x.ndim == 2 else y.reshape(*lead, weight.shape[0])
+        y, _ = autograd.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, call, offsets)
+    return y if x.ndim == 2 else y.reshape(*lead, weight.shape[-2])
 
 
 def _traced(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,8 @@ from lora_kernels.problem import DENSE, Problem
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)  # of x, A and B
-Scale = (
-    float | Tensor
-)  # a number, or a 0-d tensor on the operands' device or the CPU, read when the product is computed
+# A number, or a tensor on the operands' device or the CPU, read when the product is computed: 0-d, or [G] over groups.
+Scale = float | Tensor
 
 
 class QuantizedWeight(ABC):
@@ -102,8 +102,55 @@ def restored(
     return _FORMATS[format].restored(tensors, sizes, dtype)
 
 
+def transposed(weight: Weight) -> Weight:
+    """Wᵀ of one weight, of each one of a stack."""
+    return weight.mT if isinstance(weight, Tensor) else weight.t()
+
+
+class Groups(NamedTuple):
+    """Rows sorted into G groups, each with an adapter of its own: rows offsets[g] up to offsets[g + 1] are group g.
+
+    Over groups A is [G, K, R], B [G, R, N], and the scale a number or [G]. The base's weight and bias are stacks, [G, N, K]
+    and [G, N], or one for all rows. The host does not read `offsets` on a device that would wait for it.
+    """
+
+    offsets: Tensor  # int32 [G + 1], on the operands' device: 0, then never falling, T last
+    own_weight: bool  # whether each group has a weight of its own
+    own_bias: bool
+
+    @property
+    def count(self) -> int:
+        """G."""
+        return self.offsets.shape[0] - 1
+
+    @property
+    def weights(self) -> int:
+        """How many weights there are: G, or one."""
+        return self.count if self.own_weight else 1
+
+
+def bounds_of(groups: Groups, rows: int) -> list[int]:
+    """The offsets as numbers; ValueError unless they are 0, then never falling, `rows` last."""
+    bounds = groups.offsets.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"offsets must begin with 0, got {bounds[0]}")
+    for g, (begin, end) in enumerate(pairwise(bounds)):
+        if end < begin:
+            raise ValueError(f"offsets must not fall, got {begin} before {end} at {g}")
+    if bounds[-1] != rows:
+        raise ValueError(f"offsets must end at T = {rows}, the rows of x, got {bounds[-1]}")
+    return bounds
+
+
+def groups_of(offsets: Tensor | None, weight: Weight, bias: Tensor | None) -> Groups | None:
+    """The `Groups` of a call's operands, or None where it has no offsets."""
+    if offsets is None:
+        return None
+    return Groups(offsets, len(weight.shape) == 3, bias is not None and bias.ndim == 2)
+
+
 class Adapter(NamedTuple):
-    """The low-rank branch scale·(mask∘x)·A·B of one layer.
+    """The low-rank branch scale·(mask∘x)·A·B of one layer, or of each group: see `Groups`.
 
     `dropout_in` masks the branch's input [M, K], `dropout_out` its output [M, N]: an adapter has the first, its transpose
     the second.
@@ -117,7 +164,7 @@ class Adapter(NamedTuple):
 
     def t(self) -> Adapter:
         """The adapter of dx = dy·Wᵀ + mask∘(scale·dy·Bᵀ·Aᵀ). An A or B that was not saved stays None."""
-        A, B = (None if t is None else t.t() for t in (self.A, self.B))
+        A, B = (None if t is None else t.mT for t in (self.A, self.B))
         return Adapter(B, A, self.scale, self.dropout_out, self.dropout_in)  # type: ignore[arg-type]
 
 
@@ -153,16 +200,17 @@ def problem_of(
     *,
     dropout: bool,
     dtype: torch.dtype | None = None,
+    groups: Groups | None = None,
 ) -> Problem:
     """The `Problem` of a call on x [..., K], weight [N, K] and A [K, R]; `dtype`: what autocast makes of x and weight."""
     dtype = dtype or x.dtype
-    N, K = weight.shape
+    N, K = weight.shape[-2:]
     w_k_major, weight_format = layout_of(weight)
     return Problem(
         M=math.prod(x.shape[:-1]),
         N=N,
         K=K,
-        R=A.shape[1],
+        R=A.shape[-1],
         dtype=name_of(dtype),
         adapter_dtype=name_of(A.dtype if A.dtype == torch.float32 and dtype in HALF else dtype),
         device=x.device.type,
@@ -170,13 +218,15 @@ def problem_of(
         dropout=dropout,
         w_k_major=w_k_major,
         weight_format=weight_format,
+        groups=0 if groups is None else groups.count,
+        weights=1 if groups is None else groups.weights,
     )
 
 
 def layout_of(weight: Weight) -> tuple[bool, str]:
     """(whether consecutive k of weight [N, K] are adjacent in memory, its format): how a Problem describes a weight."""
     if isinstance(weight, Tensor):
-        return weight.stride(1) == 1, DENSE
+        return weight.stride(-1) == 1, DENSE
     return True, weight.format
 
 

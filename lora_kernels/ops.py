@@ -1,6 +1,7 @@
 """The registered operators that torch.compile, torch.export and make_fx record: one for forward, one for backward.
 
 Each has a second form over a quantised weight, which it is given as plain tensors and integers: a traced graph saves those.
+With `offsets` rows are in groups, and the operands are stacks: see `operands.Groups`.
 Their kernels choose a backend when they run, so that a traced graph holds no decision about sizes. Each has a fake
 kernel and every derivative: a function transform, forward mode and a derivative of a derivative get plain ATen instead.
 Eager mode takes `autograd.LoRALinear` or a backend's own operator, which cost less in a call.
@@ -23,9 +24,11 @@ from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.formulas import Gradients, Needs, Saved
 from lora_kernels.operands import (
     Adapter,
+    Groups,
     QuantizedWeight,
     Weight,
     accumulated,
+    groups_of,
     layout_of,
     restored,
 )
@@ -35,26 +38,26 @@ from lora_kernels.problem import DENSE
 # `torch.library.custom_op` would infer these schemas, and take about 10 microseconds more in every call.
 torch.library.define(
     "lora_kernels::lora_linear",
-    "(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor alpha, float dropout_p, Tensor? seed, str backend)"
-    " -> (Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
+    " Tensor? offsets=None) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "lora_kernels::lora_linear_backward",
     "(Tensor dy, ScalarType adapter_dtype, bool[] needs, SymInt K, SymInt R, Tensor? x, Tensor? weight, Tensor? A,"
-    " Tensor? B, Tensor? s, Tensor alpha, float dropout_p, Tensor? seed, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? B, Tensor? s, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
+    " Tensor? offsets=None, bool own_weight=False, bool own_bias=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 # The same over a `QuantizedWeight`: `packed` are its tensors.
 torch.library.define(
     "lora_kernels::lora_linear_quantized",
     "(Tensor x, Tensor[] packed, str format, SymInt[] sizes, Tensor A, Tensor B, Tensor? bias, Tensor alpha,"
-    " float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)",
+    " float dropout_p, Tensor? seed, str backend, Tensor? offsets=None) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "lora_kernels::lora_linear_quantized_backward",
     "(Tensor dy, ScalarType adapter_dtype, bool[] needs, SymInt K, SymInt R, Tensor? x, Tensor[] packed, str format,"
-    " SymInt[] sizes, Tensor? A, Tensor? B, Tensor? s, Tensor alpha, float dropout_p, Tensor? seed, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " SymInt[] sizes, Tensor? A, Tensor? B, Tensor? s, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
+    " Tensor? offsets=None, bool own_weight=False, bool own_bias=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 lora_linear = torch.ops.lora_kernels.lora_linear.default
 lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.default
@@ -72,12 +75,13 @@ def _lora_linear(
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, R]) of `formulas.forward` for x [M, K], weight [N, K], A [K, R], B [R, N], 0-d alpha and seed."""
-    dropout = as_dropout(dropout_p, seed)
-    plan = plan_call(backend, x, weight, A, bias, dropout is not None)
-    adapter = Adapter(A, B, alpha, dropout)
-    return formulas.forward(plan.products, x, plan.readable(weight), adapter, bias)
+    dropout, groups = as_dropout(dropout_p, seed), groups_of(offsets, weight, bias)
+    plan = plan_call(backend, x, weight, A, bias, dropout is not None, groups)
+    adapter, products = Adapter(A, B, alpha, dropout), plan.products.bound(groups)
+    return formulas.forward(products, x, plan.readable(weight), adapter, bias)
 
 
 def _lora_linear_quantized(
@@ -94,14 +98,14 @@ torch.library.impl(
 
 
 @torch.library.register_fake("lora_kernels::lora_linear")
-def _lora_linear_fake(x, weight, A, B, bias, alpha, dropout_p, seed, backend):
-    y = x.new_empty((x.shape[0], weight.shape[0]))
-    return y, x.new_empty((x.shape[0], A.shape[1]), dtype=accumulated(x.dtype))
+def _lora_linear_fake(x, weight, A, B, bias, alpha, dropout_p, seed, backend, offsets=None):
+    y = x.new_empty((x.shape[0], weight.shape[-2]))
+    return y, x.new_empty((x.shape[0], A.shape[-1]), dtype=accumulated(x.dtype))
 
 
 @torch.library.register_fake("lora_kernels::lora_linear_quantized")
 def _lora_linear_quantized_fake(x, packed, format, sizes, A, B, *rest):
-    return _lora_linear_fake(x, B.t(), A, B, *rest)  # the weight's rows are B's columns
+    return _lora_linear_fake(x, B.mT, A, B, *rest)  # the weight's rows are B's columns
 
 
 def _lora_linear_backward(
@@ -119,6 +123,9 @@ def _lora_linear_backward(
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
+    offsets: Tensor | None = None,
+    own_weight: bool = False,
+    own_bias: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dW, dA, dB, dbias) of `formulas.backward`, an empty tensor for each that is not needed.
 
@@ -127,20 +134,39 @@ def _lora_linear_backward(
     the forward's sizes, which no saved tensor has where few gradients are needed.
     """
     wide = weight if weight is not None else x  # under DTensor a shard, of which K is the whole
-    N = K if wide is None else wide.shape[1]
+    N = K if wide is None else wide.shape[-1]
     k_major, weight_format = (True, DENSE) if weight is None else layout_of(weight)
     dropout = seed is not None
-    plan = plan_backward(backend, dy, N, R, adapter_dtype, dropout, not k_major, weight_format)
+    groups = None if offsets is None else Groups(offsets, own_weight, own_bias)
+    layout = not k_major, weight_format, groups
+    plan = plan_backward(backend, dy, N, R, adapter_dtype, dropout, *layout)
     saved = Saved(x, None if weight is None else plan.readable(weight), A, B, s)
-    return _gradients(plan.products, dy, adapter_dtype, needs, saved, alpha, dropout_p, seed)
+    products = plan.products.bound(groups)
+    return _gradients(products, dy, adapter_dtype, needs, saved, alpha, dropout_p, seed)
 
 
 def _transparent_backward(
-    dy, adapter_dtype, needs, K, R, x, weight, A, B, s, alpha, dropout_p, seed, backend
+    dy,
+    adapter_dtype,
+    needs,
+    K,
+    R,
+    x,
+    weight,
+    A,
+    B,
+    s,
+    alpha,
+    dropout_p,
+    seed,
+    backend,
+    offsets=None,
+    *owned,
 ):
     """`_lora_linear_backward` by plain ATen, which autograd and transforms can differentiate."""
     saved = Saved(x, weight, A, B, s)
-    return _gradients(COMPOSITE, dy, adapter_dtype, needs, saved, alpha, dropout_p, seed)
+    products = COMPOSITE.bound(None if offsets is None else Groups(offsets, *owned))
+    return _gradients(products, dy, adapter_dtype, needs, saved, alpha, dropout_p, seed)
 
 
 def _restored_backward(backward: Any) -> Any:
@@ -204,18 +230,19 @@ torch.library.impl(
 
 @torch.library.register_fake("lora_kernels::lora_linear_backward")
 def _lora_linear_backward_fake(
-    dy, adapter_dtype, needs, K, R, x, weight, A, B, s, alpha, dropout_p, seed, backend
-):
+    dy, adapter_dtype, needs, K, R, x, weight, A, B, s, alpha, dropout_p, seed, backend,
+    offsets=None, own_weight=False, own_bias=False,
+):  # fmt: skip
     needed = Needs(*needs)
     M, N = dy.shape
+    G = () if offsets is None else (offsets.shape[0] - 1,)
+    own = G if own_weight else ()
     return (
-        dy.new_empty((M, weight.shape[1]) if needed.x else 0),
-        dy.new_empty((N, x.shape[1]) if needed.weight else 0),
-        dy.new_empty((x.shape[1], B.shape[0]), dtype=adapter_dtype)
-        if needed.A
-        else dy.new_empty(0),
-        dy.new_empty((s.shape[1], N), dtype=adapter_dtype) if needed.B else dy.new_empty(0),
-        dy.new_empty(N if needed.bias else 0),
+        dy.new_empty((M, weight.shape[-1]) if needed.x else 0),
+        dy.new_empty((*own, N, x.shape[1]) if needed.weight else 0),
+        dy.new_empty((*G, x.shape[1], B.shape[-2]) if needed.A else 0, dtype=adapter_dtype),
+        dy.new_empty((*G, s.shape[1], N) if needed.B else 0, dtype=adapter_dtype),
+        dy.new_empty((*(G if own_bias else ()), N) if needed.bias else 0),
     )
 
 
@@ -244,10 +271,10 @@ class _Registered(LoRALinear):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*gradients(ctx, dy, ds, _fused), None, None, None, None, None)
+        return (*gradients(ctx, dy, ds, _fused), *(None,) * 6)
 
 
-def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter) -> Gradients:
+def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter, groups: Groups | None) -> Gradients:
     backward: Any = lora_linear_backward
     weight: tuple = (kept.weight,)
     if ctx.weight is not None:
@@ -269,6 +296,7 @@ def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter) -> Gradients:
         ctx.dropout_p,
         None if adapter.dropout_in is None else adapter.dropout_in.seed,
         ctx.call,  # the name of the backend, which the operator asks for when it runs
+        *(groups or ()),
     )
     return tuple(g if need else None for g, need in zip(grads, ctx.needs, strict=True))  # type: ignore[return-value]
 
@@ -344,14 +372,14 @@ _LIBRARY.impl("lora_linear_quantized_backward", _transparent_quantized_backward,
 
 def _forward_flops(x_shape, weight_shape, A_shape, *_: Any, **__: Any) -> int:
     """FLOPs of the forward for FlopCounterMode: x·Wᵀ, and the products of the low-rank branch."""
-    (M, K), N, R = x_shape, weight_shape[0], A_shape[1]
+    (M, K), N, R = x_shape, weight_shape[-2], A_shape[-1]
     return 2 * M * N * K + 2 * M * R * (K + N)
 
 
 def _quantized_flops(
     x_shape: Any, _: Any, __: Any, ___: Any, A_shape: Any, B_shape: Any, *____: Any, **_____: Any
 ) -> int:
-    return _forward_flops(x_shape, (B_shape[1],), A_shape)
+    return _forward_flops(x_shape, (B_shape[-1], 0), A_shape)
 
 
 def _backward_flops(

@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_kernels import backends, env, selftest
 from lora_kernels.backends.base import Backend, Candidate, Products, fastest
 from lora_kernels.backends.device import current_target
-from lora_kernels.operands import Weight, layout_of, name_of
+from lora_kernels.operands import Groups, Weight, layout_of, name_of
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.targets import Target
 
@@ -102,13 +102,20 @@ def check_name(name: str, argument: str = "backend") -> None:
 
 
 def plan_call(
-    backend: str, x: Tensor, weight: Weight, A: Tensor, bias: Tensor | None, dropout: bool
+    backend: str,
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    bias: Tensor | None,
+    dropout: bool,
+    groups: Groups | None = None,
 ) -> Plan:
     """The plan of a forward call on x [..., K], weight [N, K] and A [K, R]; kept for the next call like it.
 
     RuntimeError where an explicit or strict choice cannot compute it.
     """
-    (N, K), R = weight.shape, A.shape[1]
+    (N, K), R = weight.shape[-2:], A.shape[-1]
+    stacks = (0, 1) if groups is None else (groups.count, groups.weights)
     M = x.numel() // K if K else x.shape[:-1].numel()
     w_k_major, weight_format = layout_of(weight)
     has_bias = bias is not None
@@ -126,6 +133,7 @@ def plan_call(
         dropout,
         w_k_major,
         weight_format,
+        stacks,
     )
     known = _plans.get(key)
     if known is not None:
@@ -141,7 +149,9 @@ def plan_call(
         has_bias,
         dropout,
         w_k_major,
-        weight_format=weight_format,
+        False,
+        weight_format,
+        *stacks,
     )
     return _remember(key, make_plan(problem, x.device, asked))
 
@@ -155,12 +165,15 @@ def plan_backward(
     dropout: bool,
     w_k_major: bool,
     weight_format: str,
+    groups: Groups | None = None,
 ) -> Plan:
     """The plan of a registered operator's backward, which has no plan of its forward: dy [M, K] -> dx [M, N]."""
     M, K = dy.shape
     asked = _asked(backend)
     widths = M, N, K, R
-    key = (asked, dy.device, *widths, dy.dtype, adapter_dtype, dropout, w_k_major, weight_format)
+    stacks = (0, 1) if groups is None else (groups.count, groups.weights)
+    layout = w_k_major, weight_format, stacks
+    key = (asked, dy.device, *widths, dy.dtype, adapter_dtype, dropout, layout)
     known = _plans.get(key)
     if known is not None:
         return known
@@ -176,6 +189,8 @@ def plan_backward(
         w_k_major=w_k_major,
         backward=True,
         weight_format=weight_format,
+        groups=stacks[0],
+        weights=stacks[1],
     )
     return _remember(key, make_plan(problem, dy.device, asked))
 
@@ -281,6 +296,8 @@ def _offers(
     reason = backend.unavailable()
     if reason is not None:
         return reason, []
+    if problem.groups and not backend.groups:
+        return "it has no products over groups of rows", []
     known = None if isinstance(target, str) else target
     if backend.needs_target and known is None:
         return str(target), []

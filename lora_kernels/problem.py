@@ -19,6 +19,8 @@ class Problem:
     `dtype` is that of x, W, bias and y; `adapter_dtype` that of A and B. `device` is a torch device type: "cpu", "cuda".
     `w_k_major`: consecutive k are adjacent in memory: true in forward (nn.Linear stores [N, K]). `backward`: x is
     dy, y is dx, and dA and dB are computed beside them. `weight_format`: "dense", or the name of a quantised format.
+    `groups`: the rows are sorted into so many groups with an adapter each; 0: one adapter, no groups. `weights`: one that all
+    rows share, or one a group.
     ValueError or TypeError names the field, its value and the rule.
     """
 
@@ -34,9 +36,11 @@ class Problem:
     w_k_major: bool = True
     backward: bool = False
     weight_format: str = DENSE
+    groups: int = 0
+    weights: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("M", "N", "K", "R"):
+        for name in ("M", "N", "K", "R", "groups", "weights"):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int):
                 raise TypeError(f"{name} must be an integer, got {type(size).__name__}")
@@ -47,6 +51,10 @@ class Problem:
                 raise ValueError(
                     f"{name} must be one of {tuple(ITEMSIZE)}, got {getattr(self, name)!r}"
                 )
+        if self.weights not in (1, self.groups):
+            raise ValueError(
+                f"weights must be 1, or groups, {self.groups}, got {self.weights}: one for all, or one a group"
+            )
         if not isinstance(self.device, str) or not self.device.isidentifier():
             raise ValueError(
                 f"device must be a torch device type such as 'cpu', got {self.device!r}"
@@ -70,15 +78,14 @@ class Problem:
     @property
     def frozen_bytes(self) -> int:
         """Bytes the frozen layer must move once: x, W and y (and bias)."""
-        elements = (
-            self.M * self.K + self.K * self.N + self.M * self.N + (self.N if self.bias else 0)
-        )
-        return elements * self.itemsize
+        operands = self.K * self.N + (self.N if self.bias else 0)
+        return (self.M * self.K + self.weights * operands + self.M * self.N) * self.itemsize
 
     @property
     def lowrank_bytes(self) -> int:
         """Bytes LoRA adds when it is fused: A, B once and s (float32) written and read once."""
-        return (self.K + self.N) * self.R * ITEMSIZE[self.adapter_dtype] + 2 * self.M * self.R * 4
+        adapters = max(self.groups, 1) * (self.K + self.N) * self.R
+        return adapters * ITEMSIZE[self.adapter_dtype] + 2 * self.M * self.R * 4
 
     @property
     def empty(self) -> bool:
@@ -100,4 +107,6 @@ class Problem:
         adapters = "" if self.adapter_dtype == self.dtype else f", {self.adapter_dtype} adapters"
         weight = "" if self.weight_format == DENSE else f", {self.weight_format} weight"
         sizes = f"M={self.M} N={self.N} K={self.K} R={self.R}"
-        return f"{sizes} {self.dtype}{adapters}{weight} on {self.device}"
+        groups = f", {self.groups} groups" if self.groups else ""
+        groups += " of one weight" if self.groups > self.weights else ""
+        return f"{sizes} {self.dtype}{adapters}{weight}{groups} on {self.device}"

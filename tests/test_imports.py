@@ -129,6 +129,7 @@ LAYERS = (
     ("autograd",),
     ("ops",),
     ("functional",),
+    ("grouped",),
     ("modules",),
     ("adapter_file", "merge", "distributed"),
     ("adapters", "integrations"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dropout import Dropout
-from lora_kernels.operands import Adapter, Weight
+from lora_kernels.operands import Adapter, Groups, Scale, Weight
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
 
@@ -62,6 +62,32 @@ class Products(ABC):
         """
         return self.shrink(dy, adapter), self.wgrad(s, dy, dtype)
 
+    def scaled(self, s: Tensor, scale: Scale) -> Tensor:
+        """scale·s: s [M, R]."""
+        return scale * s
+
+    def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
+        """dW = dyᵀ·x of a trained base: dy [M, N], x [M, K] -> [N, K]."""
+        return dy.t() @ x
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        """dbias, the sum of dy's rows: dy [M, N] -> [N]."""
+        return dy.sum(0)
+
+    def bound(self, groups: Groups | None) -> Products:
+        """The products for a call's rows: `grouped`, or these where there are no groups."""
+        return self if groups is None else self.grouped(groups)
+
+    def grouped(self, groups: Groups) -> Products:
+        """The same products, each group of rows by its own operands: see `Groups` for their shapes.
+
+        w is [G, K, N], or [K, N] for all; bias [G, N] or [N]. Gradients are stacks over the groups, of zeros for one
+        without rows: `wgrad` gives [G, C, D], `weight_grad` and `bias_grad` likewise unless the base is shared. A NaN or an
+        infinity stays in its group. Offsets that break their rule raise ValueError or RuntimeError on a CPU; elsewhere
+        results are unspecified, but nothing outside of the operands is read or written.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no products over groups")
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -87,6 +113,7 @@ class Backend(ABC):
     name: str
     devices: tuple[str, ...] = ()  # device types; empty for all
     formats: tuple[str, ...] = (DENSE,)  # of weights that its products read; see QuantizedWeight
+    groups: bool = False  # whether its products have `grouped`
     needs_target: bool = (
         False  # whether its kernels are made for the GPU architectures of tuning/targets.py
     )

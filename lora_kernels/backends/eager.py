@@ -3,18 +3,23 @@
 y = s·b + bias is written first and the base product is accumulated onto it by one `addmm` with beta = 1, so that y is
 written by a small product and read back inside the large one's epilogue. Where ATen cannot multiply a float32 by a half
 operand, blocks of rows small enough for a cache are converted, one after another.
+
+Over groups of rows these are the products of each group, on a CPU, where the host may read the offsets. Elsewhere they are
+the composite's batched ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lora_kernels.backends.base import Backend, Candidate, Products
 from lora_kernels.dropout import Dropout, scaled_mask
-from lora_kernels.operands import Adapter, Weight, accumulated
+from lora_kernels.backends.composite import GroupedCompositeProducts
+from lora_kernels.operands import Adapter, Groups, Weight, accumulated, bounds_of
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.tables import times_of
 from lora_kernels.tuning.targets import Target
@@ -34,19 +39,30 @@ class EagerProducts(Products):
         if x.is_cuda and dropout is None and x.dtype == a.dtype != wide:
             return torch.mm(x, a, out_dtype=wide).mul_(scale)
         s = x.new_empty((x.shape[0], a.shape[1]), dtype=wide)
-        a = a.to(wide)
+        self._shrink(x, adapter, s)
+        return s
+
+    def _shrink(self, x: Tensor, adapter: Adapter, s: Tensor) -> None:
+        scale, dropout, wide = adapter.scale, adapter.dropout_in, s.dtype
+        a = adapter.A.to(wide)
         for rows in _row_blocks(x, convert=dropout is not None or x.dtype != wide):
             torch.mm(_masked(x[rows].to(wide), dropout, rows), a, out=s[rows])
-        return s.mul_(scale)
+        s.mul_(scale)
 
     def expand(
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
     ) -> Tensor:
         assert isinstance(w, Tensor)  # the plan gives these products dense weights
+        y = x.new_empty((x.shape[0], w.shape[1]))
+        self._expand(x, w, s, adapter, bias, y)
+        return y
+
+    def _expand(
+        self, x: Tensor, w: Tensor, s: Tensor, adapter: Adapter, bias: Tensor | None, y: Tensor
+    ) -> None:
         b, dropout = adapter.B, adapter.dropout_out
         # On a GPU a half product of s and b is many times faster than a float32 one, at eager's own precision.
         tail_dtype = x.dtype if x.is_cuda and b.dtype == x.dtype else accumulated(x.dtype)
-        y = x.new_empty((x.shape[0], w.shape[1]))
         b = b.to(tail_dtype)
         if dropout is None and x.dtype == tail_dtype:
             _product(s.to(tail_dtype), b, bias, out=y)
@@ -54,7 +70,7 @@ class EagerProducts(Products):
             for rows in _row_blocks(y, convert=True):
                 tail = _masked(torch.mm(s[rows].to(tail_dtype), b), dropout, rows)
                 y[rows] = tail if bias is None else tail.add_(bias)
-        return y.addmm_(x, w)
+        y.addmm_(x, w)
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
@@ -68,11 +84,83 @@ class EagerProducts(Products):
             total.addmm_(_masked(left[rows].to(wide), dropout, rows).t(), right[rows].to(wide))
         return total.to(dtype)
 
+    def grouped(self, groups: Groups) -> Products:
+        if groups.offsets.device.type != "cpu":
+            return GroupedCompositeProducts(groups)
+        return GroupedEagerProducts(groups)
+
+
+class GroupedEagerProducts(Products):
+    """`EagerProducts` of one group after another."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+        self._slices: list[tuple[int, slice]] | None = None
+
+    def slices(self, t: Tensor) -> list[tuple[int, slice]]:
+        """(g, its rows) of every group that has rows of t [T, ...]."""
+        if self._slices is None:
+            pairs = enumerate(pairwise(bounds_of(self.groups, t.shape[0])))
+            self._slices = [(g, slice(a, b)) for g, (a, b) in pairs if a < b]
+        return self._slices
+
+    def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
+        s = x.new_empty((x.shape[0], adapter.A.shape[2]), dtype=accumulated(x.dtype))
+        for g, rows in self.slices(x):
+            PRODUCTS._shrink(x[rows], _of_group(adapter, g, rows), s[rows])
+        return s
+
+    def expand(
+        self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
+    ) -> Tensor:
+        assert isinstance(w, Tensor)
+        y = x.new_empty((x.shape[0], w.shape[-1]))
+        for g, rows in self.slices(x):
+            w_g = w[g] if self.groups.own_weight else w
+            bias_g = bias[g] if bias is not None and self.groups.own_bias else bias
+            PRODUCTS._expand(x[rows], w_g, s[rows], _of_group(adapter, g, rows), bias_g, y[rows])
+        return y
+
+    def wgrad(
+        self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
+    ) -> Tensor:
+        total = left.new_zeros((self.groups.count, left.shape[1], right.shape[1]), dtype=dtype)
+        for g, rows in self.slices(left):
+            total[g] = PRODUCTS.wgrad(left[rows], right[rows], dtype, _from_row(dropout, rows))
+        return total
+
+    def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
+        if not self.groups.own_weight:
+            return super().weight_grad(dy, x)
+        total = x.new_zeros((self.groups.count, dy.shape[1], x.shape[1]))
+        for g, rows in self.slices(x):
+            torch.mm(dy[rows].t(), x[rows], out=total[g])
+        return total
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        if not self.groups.own_bias:
+            return super().bias_grad(dy)
+        total = dy.new_zeros((self.groups.count, dy.shape[1]))
+        for g, rows in self.slices(dy):
+            torch.sum(dy[rows], 0, out=total[g])
+        return total
+
+
+def _of_group(adapter: Adapter, g: int, rows: slice) -> Adapter:
+    A, B, scale, *masks = adapter
+    scale = scale[g] if isinstance(scale, Tensor) and scale.ndim else scale
+    return Adapter(A[g], B[g], scale, *(_from_row(mask, rows) for mask in masks))
+
+
+def _from_row(dropout: Dropout | None, rows: slice) -> Dropout | None:
+    return None if dropout is None else dropout._replace(row=rows.start)
+
 
 class EagerBackend(Backend):
     """Plain ATen on every device, for every problem."""
 
     name = "eager"
+    groups = True
 
     def unavailable(self) -> str | None:
         return None
