@@ -6,7 +6,7 @@ import importlib.util
 
 from lora_kernels.backends.base import Backend, Candidate
 from lora_kernels.backends.triton import configs
-from lora_kernels.backends.triton.configs import ALGORITHMS, MAIN_KERNEL
+from lora_kernels.backends.triton.configs import MAIN_KERNEL
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import tables
@@ -19,6 +19,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     devices = ("cuda",)
+    groups = True
     needs_target = True
 
     def unavailable(self) -> str | None:
@@ -36,12 +37,12 @@ class TritonBackend(Backend):
         measured = {} if entry is None else entry.times
         same = tables.bucketed(problem)
         made = []
-        for name in ALGORITHMS:
+        for name in configs.algorithms(problem):
             if not tiles.has(MAIN_KERNEL[name]):
                 made.append(Candidate(name, refusal=configs.refusal(name, same, target)))
                 continue
             config = tiles.config(MAIN_KERNEL[name])
-            beside = problem.backward and name != "two_kernel"
+            beside = problem.backward and name in ("one_pass", "decode")
             made.append(
                 Candidate(
                     name,
