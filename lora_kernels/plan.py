@@ -215,11 +215,9 @@ def explain(problem: Problem, backend: str = "auto", algorithm: str | None = Non
 
 def predict(problem: Problem, target: Target) -> list[Candidate]:
     """The candidates that a machine with this GPU and every GPU backend would compare."""
-    on_gpu = (
-        backends.get(name)
-        for name in backends.BACKENDS
-        if _runs_on(backends.get(name), torch.device("cuda"))
-    )
+    every = map(backends.get, backends.BACKENDS)
+    able = (each for each in every if each.groups or not problem.groups)
+    on_gpu = (each for each in able if _runs_on(each, torch.device("cuda")))
     offered = [each for backend in on_gpu for each in backend.candidates(problem, target)]
     return [candidate for candidate in offered if candidate.refusal is None]
 
