@@ -60,15 +60,16 @@ GROUPED_LAYERS = (  # what it is, K, N, R, groups, weights
     ("16 tenants of one weight", 4096, 4096, 16, 16, 1),
 )
 GROUPED_TEXT = (
-    "The rows are taken as equally many in each group, and each group's are filled up to blocks of rows. `frozen` is the "
-    "floor: the arithmetic at the library's rate, or x, y and each weight that has rows moved once. `loop` is the reference's "
-    "formula for one group after another, for which the host must know the offsets. `eager` is the batched form in plain ATen, "
-    "which does not, but copies a weight for each of up to twice as many blocks as groups; its passes were counted from its "
-    "code by hand. `two_kernel` is one launch of `shrink` and one of `expand` over all groups; a stack of weights is read by "
-    "pointers, one weight by tensor descriptors. `tail_first` writes each group's s·B + bias and accumulates the library's "
-    "product of all rows onto it, where the groups share the weight. Tiles of 16 and 32 rows were not counted: their cycles are "
-    "scaled from those of the nearest tile. In the backward dy is read once for q and once for dB. What is not in the model: "
-    "groups of unlike sizes, and whether a block finds its weight in L2."
+    "The rows are taken as equally many in each group, and each group's are filled up to blocks of rows. `frozen`"
+    " is the floor: the arithmetic at the library's rate, or x, y and each weight that has rows moved once. "
+    "`loop` is the reference's formula for one group after another, for which the host must know the offsets. "
+    "`eager` is the batched form in plain ATen, which does not, but copies a weight for each of up to twice as "
+    "many blocks as groups; its passes were counted from its code by hand. `two_kernel` is one launch of `shrink`"
+    " and one of `expand` over all groups; a stack of weights is read by pointers, one weight by tensor "
+    "descriptors. `tail_first` writes each group's s·B + bias and accumulates the library's product of all rows "
+    "onto it, where the groups share the weight. Tiles of 16 and 32 rows were not counted: their cycles are "
+    "scaled from those of the nearest tile. In the backward dy is read once for q and once for dB. What is not in"
+    " the model: groups of unlike sizes, and whether a block finds its weight in L2."
 )
 CHIPS = ("sm_90", "sm_80", "sm_100", "sm_120")
 

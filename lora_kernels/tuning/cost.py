@@ -23,12 +23,12 @@ A backward's problem (x is dy, y is dx) adds dA, one reading of its other side, 
 of dy, to all but two_kernel and lorafusion, which get q and dB from one. addmm computes x·a again, another reading of the
 other side. reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 4 passes over dx.
 
-Over groups of rows, taken as equally many in each: a product fills its blocks of rows for each group, bytes are those of each
-W, A and B that has rows, and nothing is hidden or copied but what the kernels hide. There is no library product to hold the
-cycles against: a product takes them, or frozen where that is longer. two_kernel reads dy a second time for dB. tail_first,
-for one W of all groups, is eager's formula without groups; eager is the batched form, of up to twice as many blocks as groups:
-each gets a copy of its W, and passes over x and y fill blocks, widen and gather. `tune` times no groups: these predictions
-decide.
+Over groups of rows, taken as equally many in each: a product fills its blocks of rows for each group, bytes are those of
+each W, A and B that has rows, and nothing is hidden or copied but what the kernels hide. There is no library product to
+hold the cycles against: a product takes them, or frozen where that is longer. two_kernel reads dy a second time for dB.
+tail_first, for one W of all groups, is eager's formula without groups; eager is the batched form, of up to twice as many
+blocks as groups: each gets a copy of its W, and passes over x and y fill blocks, widen and gather. `tune` times no
+groups: these predictions decide.
 
 These are predictions of the algorithm's own costs: a device's clocks, heat and other work are not in them.
 """

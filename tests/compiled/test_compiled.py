@@ -65,8 +65,6 @@ def grouped_jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]
         yield problem, config, True, False
         if config.kernel == "expand":
             yield replace(problem, dropout=True), config, False, False
-            if TARGETS[target].tma and problem.dtype == "bfloat16":
-                yield replace(problem, weights=1), replace(config, tma=True), True, False
 
 
 def compile_job(job: tuple[str, Problem, TileConfig, bool, bool]) -> Code:

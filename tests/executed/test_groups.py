@@ -46,7 +46,7 @@ def test_every_shipped_product(target):
     tiles = {c: p for p, c in shipped(TARGETS[target], groups=3) if c.kernel == "expand"}
     half = [config for config, problem in tiles.items() if problem.dtype == "bfloat16"]
     for number, config in enumerate(half):
-        case = Grouped([0, 0, 1, 36], 72, 40, 12, torch.bfloat16)
+        case = Grouped([0, 0, 1, 36], 72, 40, 12, torch.bfloat16, shared=config.tma)
         x, weight, _, B, bias, _, _ = case.operands()
         s = torch.randn(case.T, case.R)
         offsets = torch.tensor(case.offsets, dtype=torch.int32)
@@ -60,8 +60,9 @@ def assert_product(y, case, x, w, s, b, bias, what):
     def plain(dtype):
         parts = []
         for g, (begin, end) in enumerate(zip(case.offsets, case.offsets[1:], strict=False)):
+            w_g, bias_g = (w, bias) if case.shared else (w[g], bias[g])
             tail = s[begin:end].to(dtype) @ b[g].to(dtype)
-            parts.append(x[begin:end].to(dtype) @ w[g].to(dtype) + tail + bias[g].to(dtype))
+            parts.append(x[begin:end].to(dtype) @ w_g.to(dtype) + tail + bias_g.to(dtype))
         return torch.cat(parts)
 
     assert_budget(y, plain(y.dtype), plain(torch.float64), what)

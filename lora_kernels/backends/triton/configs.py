@@ -117,20 +117,12 @@ def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]
         ("bfloat16", "float32"),
         ("float32", "float32"),
     ):
-        sizes = itertools.product((16, 32, 64), tables.BUCKETS, _SHIPPED_SHAPES)
-        for dropout, (R, M, (N, K)) in itertools.product((False, True), sizes):
-            problem = Problem(
-                M,
-                N,
-                K,
-                R,
-                dtype,
-                adapter_dtype,
-                "cuda",
-                dropout=dropout,
-                groups=groups,
-                weights=groups or 1,
-            )
+        stacks = ((groups, weights) for weights in sorted({groups or 1, 1}, reverse=True))
+        sizes = itertools.product(stacks, (16, 32, 64), tables.BUCKETS, _SHIPPED_SHAPES)
+        for dropout, (stack, R, M, (N, K)) in itertools.product((False, True), sizes):
+            types = dtype, adapter_dtype, "cuda"
+            count, weights = stack
+            problem = Problem(M, N, K, R, *types, dropout=dropout, groups=count, weights=weights)
             tiles = (tiles_of(kernel, problem, target) for kernel in KERNELS)
             for config in itertools.chain(*tiles):
                 code = replace(config, split=min(config.split, 2)), dtype, adapter_dtype
@@ -197,6 +189,8 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
         block_k //= 2 if _all_half(problem) and target.name in ("sm_100", "gfx1100") else 1
     programs = max(1, problem.M // block_m)
     if problem.groups:
+        if problem.dtype == "float32" and problem.R > 32:  # a group's addresses take registers
+            block_m = 16
         block_m = min(block_m, _rows_block(problem))
         programs = max(1, row_blocks(problem, block_m))
     split = _split(target.multiprocessors // programs, problem.K // (4 * block_k))
@@ -212,7 +206,8 @@ def _decode(problem: Problem, target: Target) -> list[TileConfig]:
 
 
 def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
-    tiles = [(32, 64, 4, 2)]
+    low = problem.groups and problem.dtype == "float32" and problem.R > 32  # as in _shrink
+    tiles = [(16 if low else 32, 64, 4, 2)]
     # The larger one has no registers for a float32 result, and on gfx1100 for none.
     if _all_half(problem) and target.name != "gfx1100":
         tiles.append((64, 128, 8, 3))
