@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,8 +133,8 @@ class TritonProducts(Products):
     ) -> Tensor:
         from lora_kernels.backends.triton.shrink import shrink
 
-        A, _, scale, dropout, _ = adapter
-        return shrink(x, A, scale, config, dropout, offsets=self._offsets, release=release)
+        own: dict[str, Any] = {"offsets": self._offsets, "release": release}
+        return shrink(x, adapter.A, adapter.scale, config, adapter.dropout_in, **own)
 
     def _expand(
         self,
@@ -153,7 +154,7 @@ class TritonProducts(Products):
 
         b = self._along_the_rank(adapter.B, x.shape[0])
         config = self.tiles.config("expand")
-        own = {"offsets": self._offsets, "late_wait": late_wait}
+        own: dict[str, Any] = {"offsets": self._offsets, "late_wait": late_wait}
         if self.algorithm == "tail_first":
             # As eager does it: s·b + bias of each group, then the vendor's product of all rows accumulated onto it.
             y = expand(x[:, :0], w[:0], s, b, bias, config, adapter.dropout_out, **own)
