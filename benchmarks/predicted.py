@@ -49,6 +49,28 @@ FORMS = (
     "cuda_decode",
 )
 TITLES = {form: form for form in FORMS} | {"lorafusion": "LoRAFusion-style, predicted"}
+GROUPED_ROWS = (
+    32768,
+    4096,
+    128,
+)  # of x: Qwen3-MoE's 4096, 512 and 16 tokens with eight experts each
+GROUPED_LAYERS = (  # what it is, K, N, R, groups, weights
+    ("Qwen3-MoE gate and up, 128 experts", 2048, 1536, 16, 128, 128),
+    ("Qwen3-MoE down, 128 experts", 768, 2048, 16, 128, 128),
+    ("16 tenants of one weight", 4096, 4096, 16, 16, 1),
+)
+GROUPED_TEXT = (
+    "The rows are taken as equally many in each group, and each group's are filled up to blocks of rows. `frozen`"
+    " is the floor: the arithmetic at the library's rate, or x, y and each weight that has rows moved once. "
+    "`loop` is the reference's formula for one group after another, for which the host must know the offsets. "
+    "`eager` is the batched form in plain ATen, which does not, but copies a weight for each of up to twice as "
+    "many blocks as groups; its passes were counted from its code by hand. `two_kernel` is one launch of `shrink`"
+    " and one of `expand` over all groups; a stack of weights is read by pointers, one weight by tensor "
+    "descriptors. `tail_first` writes each group's s·B + bias and accumulates the library's product of all rows "
+    "onto it, where the groups share the weight. Tiles of 16 and 32 rows were not counted: their cycles are "
+    "scaled from those of the nearest tile. In the backward dy is read once for q and once for dB. What is not in"
+    " the model: groups of unlike sizes, and whether a block finds its weight in L2."
+)
 CHIPS = ("sm_90", "sm_80", "sm_100", "sm_120")
 
 
@@ -81,6 +103,30 @@ def tables(name: str) -> Iterator[str]:
             cells = (f"{found[form] / frozen:.2f}" if form in found else "" for form in FORMS)
             taken = TITLES[chosen(problem, target)]
             yield f"| {', '.join(map(str, shape))} | {frozen:.1f} | {' | '.join(cells)} | {taken} |"
+
+
+def grouped_table() -> Iterator[str]:
+    """Experts and tenants: what is predicted for the rows of all groups together."""
+    yield "| chip | layer | T, K, N, R | direction | frozen, us | loop | eager | two_kernel | tail_first | chosen |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for name in ("sm_90", "sm_80"):
+        target = TARGETS[name]
+        for layer, K, N, R, groups, weights in GROUPED_LAYERS:
+            for T in GROUPED_ROWS:
+                types = "bfloat16", "bfloat16", "cuda"
+                forward = Problem(T, N, K, R, *types, groups=groups, weights=weights)
+                for problem in (forward, forward.adjoint()):
+                    frozen = predict_us("frozen", problem, target)
+                    found = {c.name: c.predicted_us for c in predict(problem, target)}
+                    one = replace(problem, M=T // problem.with_rows, groups=0, weights=1)
+                    found["loop"] = problem.with_rows * predict_us("reference", one, target)
+                    forms = ("loop", "eager", "two_kernel", "tail_first")
+                    cells = (f"{found[f] / frozen:.2f}" if f in found else "" for f in forms)
+                    direction = "backward" if problem.backward else "forward"
+                    yield (
+                        f"| {target.chip} | {layer} | {T}, {K}, {N}, {R} | {direction} | {frozen:.1f} "
+                        f"| {' | '.join(cells)} | {chosen(problem, target)} |"
+                    )
 
 
 def gains() -> str:
@@ -265,6 +311,12 @@ def main() -> None:
         "for its square layers (M = 8192; K = N = 4096, 5120, 8192; R = 16; H100) the model gives "
         + gains()
         + ".",
+        "",
+        "## Groups of rows: experts, and several adapters in one batch",
+        "",
+        *textwrap.wrap(GROUPED_TEXT, 120),
+        "",
+        *grouped_table(),
         "",
         "## Cycles of one block by pipe, counted from the compiled code",
         "",

@@ -69,7 +69,9 @@ def main():
     for step in (0, options.steps - 1):
         print(f"step {step:3}  loss {losses[step]:.4f}")
     gap = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
-    print(f"losses differ from PEFT's by {gap:.1e}; a step takes {ms:.0f} ms, PEFT's {plain_ms:.0f}")
+    print(
+        f"losses differ from PEFT's by {gap:.1e}; a step takes {ms:.0f} ms, PEFT's {plain_ms:.0f}"
+    )
 
     model.eval()
     prompt = tokens[:1, :12]

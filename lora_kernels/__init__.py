@@ -4,6 +4,7 @@ from lora_kernels.adapters import load_adapter, save_adapter
 from lora_kernels.functional import explain, lora_linear
 from lora_kernels.grouped import grouped_lora_linear
 from lora_kernels.merge import merge_lora, unmerge_lora
+from lora_kernels.mixed import LinearWithAdapters, mixed_lora_linear
 from lora_kernels.modules import (
     LinearWithLoRA,
     LoRALayer,
@@ -11,6 +12,13 @@ from lora_kernels.modules import (
     lora_parameters,
     lora_state_dict,
     replace_linear_with_lora,
+)
+from lora_kernels.named import (
+    add_adapter,
+    load_named_adapter,
+    remove_adapter,
+    save_named_adapter,
+    select_adapters,
 )
 from lora_kernels.plan import Plan as Explanation
 from lora_kernels.plan import use_backend
@@ -20,19 +28,26 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "LinearWithAdapters",
     "LinearWithLoRA",
     "LoRALayer",
     "Problem",
+    "add_adapter",
     "explain",
     "freeze_base",
     "grouped_lora_linear",
     "load_adapter",
+    "load_named_adapter",
     "lora_linear",
     "lora_parameters",
     "lora_state_dict",
     "merge_lora",
+    "mixed_lora_linear",
+    "remove_adapter",
     "replace_linear_with_lora",
     "save_adapter",
+    "save_named_adapter",
+    "select_adapters",
     "unmerge_lora",
     "use_backend",
 ]

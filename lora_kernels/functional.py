@@ -23,6 +23,7 @@ from lora_kernels.operands import (
     Weight,
     accumulated,
     adapters_as_used,
+    bounds_of,
     groups_of,
     problem_of,
 )
@@ -374,6 +375,8 @@ def _apply(
     rest = A, B, bias, alpha, dropout_p, seed, backend
     # A Function hides packed tensors, which are no arguments of its own, and has no tangents over groups.
     if (quantised or offsets is not None) and _is_differentiated_elsewhere():
+        if type(offsets) is Tensor and offsets.is_cpu and not traced:
+            bounds_of(offsets, x.shape[0])  # which plain ATen does not read
         y, _ = autograd.transparent(rows, weight, *rest, offsets)
     elif traced:
         y, _ = _traced(rows, weight, *rest, offsets)

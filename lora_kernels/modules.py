@@ -318,7 +318,7 @@ def replace_linear_with_lora(
     """
     check_model(model)
     check_lora(rank, alpha, scaling, dropout, dtype)
-    places = list(_linear_places(model, _name_filter(target_modules)))
+    places = list(linear_places(model, target_modules))
     if not places:
         if target_modules is not None:
             raise ValueError(f"target_modules must name a Linear, got {target_modules!r}: no match")
@@ -508,13 +508,20 @@ def _name_filter(target_modules: str | Iterable[str] | None) -> Callable[[str], 
     return lambda name: any(name == end or name.endswith("." + end) for end in suffixes)
 
 
-def _linear_places(model: nn.Module, wanted: Callable[[str], bool]) -> Iterator[Place]:
-    """Each place of a Linear to replace, depth first in the order of `named_children`."""
+def linear_places(
+    model: nn.Module,
+    target_modules: str | Iterable[str] | None,
+    taken: type[nn.Module] | None = None,
+) -> Iterator[Place]:
+    """Each place of a Linear to replace, depth first in the order of `named_children`, and of a layer that is a `taken`."""
+    wanted = _name_filter(target_modules)
     seen: set[nn.Module] = {model}
 
     def visit(parent: nn.Module, prefix: str) -> Iterator[Place]:
         for key, child in parent._modules.items():
             name = prefix + key
+            if taken is not None and isinstance(child, taken) and wanted(name):
+                yield name, parent, key, child
             if child is None or has_lora(child):
                 continue
             reason = why_declined(child)
@@ -544,6 +551,7 @@ def has_lora(module: nn.Module) -> bool:
         isinstance(module, LinearWithLoRA)
         or any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__)
         or ("linear" in module._modules and hasattr(lora, "A") and hasattr(lora, "B"))
+        or {"linear", "adapters"} <= module._modules.keys()
     )
 
 

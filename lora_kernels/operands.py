@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -107,7 +108,8 @@ def transposed(weight: Weight) -> Weight:
     return weight.mT if isinstance(weight, Tensor) else weight.t()
 
 
-class Groups(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Groups:
     """Rows sorted into G groups, each with an adapter of its own: rows offsets[g] up to offsets[g + 1] are group g.
 
     Over groups A is [G, K, R], B [G, R, N], and the scale a number or [G]. The base's weight and bias are stacks, [G, N, K]
@@ -129,9 +131,9 @@ class Groups(NamedTuple):
         return self.count if self.own_weight else 1
 
 
-def bounds_of(groups: Groups, rows: int) -> list[int]:
+def bounds_of(offsets: Tensor, rows: int) -> list[int]:
     """The offsets as numbers; ValueError unless they are 0, then never falling, `rows` last."""
-    bounds = groups.offsets.tolist()
+    bounds = offsets.tolist()
     if bounds[0] != 0:
         raise ValueError(f"offsets must begin with 0, got {bounds[0]}")
     for g, (begin, end) in enumerate(pairwise(bounds)):

@@ -327,7 +327,7 @@ def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter, groups: Groups |
         ctx.dropout_p,
         None if adapter.dropout_in is None else adapter.dropout_in.seed,
         ctx.call,  # the name of the backend, which the operator asks for when it runs
-        *(groups or ()),
+        *(() if groups is None else (groups.offsets, groups.own_weight, groups.own_bias)),
     )
     return tuple(g if need else None for g, need in zip(grads, ctx.needs, strict=True))  # type: ignore[return-value]
 

@@ -223,7 +223,8 @@ def explain(problem: Problem, backend: str = "auto", algorithm: str | None = Non
 def predict(problem: Problem, target: Target) -> list[Candidate]:
     """The candidates that a machine with this GPU and every GPU backend would compare."""
     every = map(backends.get, backends.BACKENDS)
-    on_gpu = (backend for backend in every if _runs_on(backend, torch.device("cuda")))
+    able = (each for each in every if each.groups or not problem.groups)
+    on_gpu = (each for each in able if _runs_on(each, torch.device("cuda")))
     offered = [each for backend in on_gpu for each in _candidates(backend, problem, target)]
     return [candidate for candidate in offered if candidate.refusal is None]
 

@@ -21,8 +21,8 @@ class Problem:
     `dtype` is that of x, W, bias and y; `adapter_dtype` that of A and B. `device` is a torch device type: "cpu", "cuda".
     `w_k_major`: consecutive k are adjacent in memory: true in forward (nn.Linear stores [N, K]). `backward`: x is
     dy, y is dx, and dA and dB are computed beside them. `weight_format`: "dense", or the name of a quantised format.
-    `groups`: the rows are sorted into so many groups with an adapter each; 0: one adapter, no groups. `weights`: one that all
-    rows share, or one a group.
+    `groups`: the rows are sorted into so many groups with an adapter each; 0: one adapter, no groups. `weights`: one that
+    all rows share, or one a group.
     ValueError or TypeError names the field, its value and the rule.
     """
 
@@ -78,10 +78,16 @@ class Problem:
         return 2 * self.M * self.R * (self.K + self.N)
 
     @property
+    def with_rows(self) -> int:
+        """How many groups have rows where these are spread evenly; 1 without groups."""
+        return min(self.groups, self.M) if self.groups else 1
+
+    @property
     def frozen_bytes(self) -> int:
-        """Bytes the frozen layer must move once: x, W and y (and bias)."""
+        """Bytes the frozen layer must move once: x, each W (and bias) that has rows, and y."""
+        weights = min(self.weights, self.with_rows) if self.groups else 1
         operands = self.K * self.N + (self.N if self.bias else 0)
-        return (self.M * self.K + self.weights * operands + self.M * self.N) * self.itemsize
+        return (self.M * self.K + weights * operands + self.M * self.N) * self.itemsize
 
     @property
     def packed_bytes(self) -> float:
@@ -90,8 +96,8 @@ class Problem:
 
     @property
     def lowrank_bytes(self) -> int:
-        """Bytes LoRA adds when it is fused: A, B once and s (float32) written and read once."""
-        adapters = max(self.groups, 1) * (self.K + self.N) * self.R
+        """Bytes LoRA adds when it is fused: each A, B that has rows once, and s (float32) written and read once."""
+        adapters = self.with_rows * (self.K + self.N) * self.R
         return adapters * ITEMSIZE[self.adapter_dtype] + 2 * self.M * self.R * 4
 
     @property

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.spawn import get_executable
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.formulas import Needs
 from lora_kernels.once import once
-from lora_kernels.operands import Adapter, QuantizedWeight, name_of
+from lora_kernels.operands import Adapter, Groups, QuantizedWeight, name_of
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.samples import SAMPLES, sample
 
@@ -41,6 +42,11 @@ _EVERY = Needs(True, False, True, True, False)
 _SIZES = ((1, 48, 64, 8), (33, 65, 47, 12), (130, 136, 264, 16), (70, 40, 24, 72))  # M, N, K, R
 # With whole blocks of NF4 in a row, which a kernel for few rows decodes itself, and without.
 _PACKED_SIZES = ((5, 72, 128, 8), (70, 33, 50, 8))
+_GROUPED_SIZES = (
+    (70, 136, 72, 12, 4),
+    (40, 48, 64, 16, 1),
+)  # M, N, K, R, weights; of _GROUPS groups
+_GROUPS = 4
 _DTYPES = (
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
@@ -316,9 +322,15 @@ def _problems(backend: Backend, device: torch.device) -> Iterator[Problem]:
                 bias=i % 2 == 0,
                 dropout=i == 2,
             )
+        for M, N, K, R, weights in _GROUPED_SIZES:
+            names = name_of(dtype), name_of(adapter_dtype)
+            own = {"bias": True, "dropout": weights == 1, "groups": _GROUPS, "weights": weights}
+            yield Problem(M, N, K, R, *names, device.type, **own)  # type: ignore[arg-type]
 
 
 def _check(backend: Backend, problem: Problem, device: torch.device) -> Iterator[Result]:
+    if problem.groups and not backend.groups:
+        return
     target = current_target(device) if device.type == "cuda" else None
     own = [fastest(backend.candidates(each, target)) for each in (problem, problem.adjoint())]
     if None in own:
@@ -326,27 +338,36 @@ def _check(backend: Backend, problem: Problem, device: torch.device) -> Iterator
     dtype, adapter_dtype = getattr(torch, problem.dtype), getattr(torch, problem.adapter_dtype)
     generator = torch.Generator().manual_seed(problem.M)
 
-    def normal(rows: int, cols: int, scale: int, to: torch.dtype) -> Tensor:
-        values = torch.randn(rows, cols, generator=generator, dtype=torch.float64)
-        return (values / max(scale, 1) ** 0.5).to(to).to(device)
+    def normal(*shape: int, over: int = 1, to: torch.dtype = dtype) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return (values / max(over, 1) ** 0.5).to(to).to(device)
 
     M, N, K, R = problem.M, problem.N, problem.K, problem.R
-    x, weight = normal(M, K, 1, dtype), normal(N, K, K, dtype)
+    stack = (problem.groups,) if problem.groups else ()
+    own_weight = problem.weights > 1
+    base = stack if own_weight else ()
+    x, weight = normal(M, K), normal(*base, N, K, over=K)
     packed = None
     if problem.weight_format != DENSE:
         packed = sample(problem.weight_format, N, K, dtype, device)
         weight = packed.dense()
-    A, B = normal(K, R, K, adapter_dtype), normal(R, N, R, adapter_dtype)
-    bias = normal(1, N, 1, dtype)[0] if problem.bias else None
-    dy = normal(M, N, 1, dtype)
+    A = normal(*stack, K, R, over=K, to=adapter_dtype)
+    B = normal(*stack, R, N, over=R, to=adapter_dtype)
+    bias = normal(*base, N) if problem.bias else None
+    dy = normal(M, N)
+    bounds = [0, 0, 1, M // 2, M]  # none, one, some
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
+    groups = Groups(offsets, own_weight, own_weight) if problem.groups else None
     dropout = Dropout(0.25, torch.tensor(2024, device=device)) if problem.dropout else None
     operands = (x, weight, A, B, bias, dy)
     forward, backward = (candidate.products for candidate in own if candidate is not None)
     assert forward is not None and backward is not None
-    actual = _results(forward, backward, operands, dropout, packed)
+    bound = forward.bound(groups), backward.bound(groups)
+    actual = _results(*bound, operands, dropout, packed)
     wide = tuple(t if t is None else t.double() for t in operands)
-    exact = _results(COMPOSITE, COMPOSITE, wide, dropout)
-    eager = _reference(operands, dropout)
+    composite = COMPOSITE.bound(groups)
+    exact = _results(composite, composite, wide, dropout)
+    eager = _reference(operands, dropout, bounds if problem.groups else None)
     for name, value in exact.items():
         eps = torch.finfo(eager[name].dtype).eps
         allowed = 2 * _distance(eager[name], value) + 2 * eps * max(1.0, value.abs().max().item())
@@ -374,13 +395,28 @@ def _results(
     return {"y": y, "dx": dx, "dA": dA, "dB": dB}
 
 
-def _reference(operands: tuple[Tensor | None, ...], dropout: Dropout | None) -> dict[str, Tensor]:
-    """The same by autograd on one PyTorch operation after the other, in the operands' own types."""
+def _reference(
+    operands: tuple[Tensor | None, ...], dropout: Dropout | None, bounds: list[int] | None
+) -> dict[str, Tensor]:
+    """The same by autograd on one PyTorch operation after the other, in the operands' own types; group after group."""
     x, weight, A, B = (t.detach().requires_grad_() for t in operands[:4] if t is not None)
     bias, dy = operands[4:]
     mask = 1.0 if dropout is None else scaled_mask(dropout, x.shape[0], x.shape[1], x.dtype)
-    y = torch.nn.functional.linear(x, weight, bias)
-    y = y + (0.75 * ((x * mask).to(A.dtype) @ A @ B)).to(y.dtype)
+    masked = (x * mask).to(A.dtype)
+
+    def layer(rows: slice, *operands: Tensor | None) -> Tensor:
+        w, a, b, own_bias = operands
+        y = torch.nn.functional.linear(x[rows], w, own_bias)
+        return y + (0.75 * (masked[rows] @ a @ b)).to(y.dtype)
+
+    if bounds is None:
+        y = layer(slice(None), weight, A, B, bias)
+    else:
+        parts = []
+        for g, (begin, end) in enumerate(pairwise(bounds)):
+            base = (weight, bias) if weight.ndim == 2 else (weight[g], bias[g])  # type: ignore[index]
+            parts.append(layer(slice(begin, end), base[0], A[g], B[g], base[1]))
+        y = torch.cat(parts)
     dx, dA, dB = torch.autograd.grad(y, (x, A, B), dy)
     return {"y": y.detach(), "dx": dx, "dA": dA, "dB": dB}
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lora_kernels.backends.cpu import BACKEND, PRODUCTS
+from lora_kernels.functional import explain, lora_linear
 from lora_kernels.operands import Adapter
-from lora_kernels.quantized import NF4Weight
-from tests.oracle import assert_budget
+from lora_kernels.quantized import Int8Weight, NF4Weight
+from tests.oracle import assert_budget, made_inside
 
 if (_why_not := BACKEND.unavailable()) is not None:
     pytest.skip(f"cpu backend: {_why_not}", allow_module_level=True)
@@ -47,7 +48,14 @@ def _nf4(N, K, dtype, doubly):
     )
 
 
+def _int8(N, K, dtype):
+    generator = torch.Generator().manual_seed(N * K)
+    codes = torch.randint(-128, 128, (N, K), dtype=torch.int8, generator=generator)
+    return Int8Weight(codes, torch.rand(N, generator=generator) / max(K, 1) ** 0.5, dtype)
+
+
 WEIGHTS = {
+    "int8": _int8,
     "nf4": lambda N, K, dtype: _nf4(N, K, dtype, False),
     "nf4-doubly": lambda N, K, dtype: _nf4(N, K, dtype, True),
 }
@@ -133,3 +141,135 @@ def test_any_number_of_threads_gives_the_same_bits(kind, M):
                 assert torch.equal(first, PRODUCTS.shrink_expand(x, w, adapter)[0])
         finally:
             torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("dtype, adapter_dtype", [(f32, f32), (bf16, f32), (fp16, fp16)], ids=str)
+@pytest.mark.parametrize("M, N, K", [(40, 70, 131), (3, 70, 131), (3, 128, 192), (16, 128, 192)])
+def test_the_layer_and_its_gradients(kind, dtype, adapter_dtype, M, N, K):
+    """Those of the dense weight: the same bits for many rows, within the budget for few."""
+    weight = WEIGHTS[kind](N, K, dtype)
+    bias = rows(1, N, dtype, 5)[0]
+
+    def results(w, backend, to=None, **more):
+        x, A, B = (
+            t.to(to or t.dtype).requires_grad_()
+            for t in (
+                rows(M, K, dtype, 3),
+                rows(K, 4, adapter_dtype, 1) * 0.1,
+                rows(4, N, adapter_dtype, 2) * 0.1,
+            )
+        )
+        end = bias.to(to or dtype)
+        y = lora_linear(x, w, A, B, 0.5, end, dropout_p=0.25, seed=7, backend=backend)
+        y.backward(rows(M, N, dtype, 4).to(y.dtype))
+        return y.detach(), x.grad, A.grad, B.grad
+
+    ours = results(weight, "cpu")
+    dense = results(weight.dense(), "cpu")
+    if M > 16:
+        assert all(map(torch.equal, ours, dense))
+    exact = results(weight.to(torch.float64).dense(), "eager", torch.float64)
+    eager = results(weight.dense(), "eager")
+    for name, *each in zip(("y", "dx", "dA", "dB"), ours, eager, exact, strict=True):
+        assert_budget(*each, name)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("M", [2, 20])
+def test_nan_and_infinity_stand_where_the_dense_weight_has_them(kind, M):
+    weight = WEIGHTS[kind](128, 192, bf16)
+    for x, w, adapter in both_ways(weight, M, 4, bf16):
+        x[0, 3], x[1, 100] = float("nan"), float("inf")
+        y = PRODUCTS.shrink_expand(x, w, adapter)[0]
+        eager = x @ w.dense() + (0.5 * (x @ adapter.A @ adapter.B)).to(bf16)
+        for test in (torch.isnan, torch.isinf):
+            assert torch.equal(test(y), test(eager))
+
+
+@pytest.mark.parametrize("M", [1, 70])
+def test_no_weight_is_made(M):
+    weight = _nf4(192, 256, bf16, True)
+    A, B = rows(256, 4, bf16, 1).requires_grad_(), rows(4, 192, bf16, 2).requires_grad_()
+    with made_inside() as held:
+        x = rows(M, 256, bf16).requires_grad_()
+        y = lora_linear(x, weight, A, B, 0.5, backend="cpu")
+        y.sum().backward()
+        assert not any(len(shape) == 2 and shape[0] * shape[1] >= 192 * 256 for shape in held())
+    assert "dense copy" not in str(explain(x, weight, A, B, 0.5, backend="cpu"))
+
+
+@pytest.mark.parametrize("N, K", [(128, 192), (77, 131)])
+@pytest.mark.parametrize("M", [3, 20])
+def test_packed_tensors_may_be_views(N, K, M):
+    """Of larger memory, strided or negated: they are written out."""
+    weight = _nf4(N, K, f32, True)
+    packed, absmax, code, code2, absmax2, offset = weight.tensors
+    strided = torch.stack((packed, packed + 1), 1)[:, 0]
+    longer = torch.cat((absmax[:3], absmax))[3:]
+    negated = torch.view_as_complex(torch.stack((code, -code), 1)).conj().imag
+    assert negated.is_neg() and not strided.is_contiguous()
+    others = strided, longer, negated, code2, absmax2, offset
+    x, w, adapter = next(both_ways(weight, M, 4, f32))
+    expected = PRODUCTS.shrink_expand(x, w, adapter)[0]
+    assert torch.equal(PRODUCTS.shrink_expand(x, w.with_tensors(others), adapter)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "place, other, message",
+    [
+        (0, torch.zeros(99, dtype=torch.uint8), "packed must have 200 bytes.* got 99"),
+        (0, torch.zeros(200, dtype=torch.uint8, device="meta"), "meta|Meta"),
+        (1, torch.zeros(6, dtype=torch.uint8), "absmax must have 7 elements, got 6"),
+        (1, torch.zeros(7), "absmax must be Byte, got Float"),
+        (2, torch.zeros(15), "code must have 16 elements, got 15"),
+        (2, torch.zeros(16).double(), "code must be Float, got Double"),
+        (3, torch.zeros(255), "code2 must have 256 elements, got 255"),
+        (4, torch.zeros(0), "absmax2 must have 1 elements, got 0"),
+        (5, torch.zeros(2), "offset must have 1 elements, got 2"),
+        (5, None, "packed must be 3 or 6 tensors of nf4, got 5"),
+    ],
+    ids=str,
+)
+def test_the_operator_reads_no_packed_tensor_that_does_not_fit(place, other, message):
+    packed = list(_nf4(5, 80, f32, True).tensors)
+    packed[place : place + 1] = [] if other is None else [other]
+    with pytest.raises((RuntimeError, NotImplementedError), match=message):
+        OPS.expand_quantized(
+            rows(2, 80, f32),
+            packed,
+            "nf4",
+            [5, 80, 1],
+            rows(2, 3, f32),
+            rows(3, 5, f32),
+            None,
+            0,
+            0,
+            1.0,
+        )
+
+
+def test_memory_that_was_freed_is_not_read():
+    weight = _nf4(5, 80, f32, False)
+    x, w, adapter = next(both_ways(weight, 2, 3, f32))
+    weight.packed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="packed must have memory for 200 bytes"):
+        PRODUCTS.shrink_expand(x, w, adapter)
+
+
+@pytest.mark.parametrize(
+    "format, sizes, message",
+    [
+        ("nf5", [5, 80, 1], "format must be nf4 or int8, got nf5"),
+        ("nf4", [5, 80], "sizes of nf4 must be N, K and transposed"),
+        ("nf4", [-5, 80, 1], "sizes of nf4"),
+        ("nf4", [2**40, 2**40, 1], "sizes of nf4"),
+        ("nf4", [80, 5, 1], "x must be a|must be"),
+        ("int8", [1], "packed must be codes"),
+    ],
+)
+def test_the_operator_refuses_what_is_no_weight(format, sizes, message):
+    rest = rows(2, 3, f32), rows(3, 5, f32), None, 0, 0, 1.0
+    packed = _nf4(5, 80, f32, True).tensors
+    with pytest.raises(RuntimeError, match=message):
+        OPS.expand_quantized(rows(2, 80, f32), packed, format, sizes, *rest)

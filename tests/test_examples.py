@@ -20,6 +20,7 @@ STEPS = {
     "fsdp": 6,
     "tensor_parallel": 6,
     "moe_finetune": 6,
+    "many_adapters": 15,
 }
 ON_TWO_RANKS = ("ddp", "fsdp", "tensor_parallel")
 NEEDS = {
@@ -74,5 +75,7 @@ def test_example(name, tmp_path):
     if name == "moe_finetune":
         assert "8 of 8 LoRA layers fused" in output
         assert float(re.search(r"differ from PEFT's by ([\d.e+-]+)", output)[1]) < 1e-3, output
+    if name == "many_adapters":
+        assert float(re.search(r"outputs differ by ([\d.e+-]+)", output)[1]) < 1e-6, output
     if name == "fsdp":
         assert "14 of 14 LoRA layers fused" in output

@@ -133,8 +133,8 @@ LAYERS = (
     ("functional",),
     ("bases", "grouped"),
     ("modules",),
-    ("adapter_file", "merge", "distributed"),
-    ("adapters", "integrations"),
+    ("adapter_file", "merge", "mixed", "distributed"),
+    ("adapters", "named", "integrations"),
     ("lora_kernels",),  # what `import lora_kernels` gives
     ("demo",),
     ("bench",),

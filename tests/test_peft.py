@@ -13,7 +13,13 @@ from peft import LoraConfig, PeftModel, VeloraConfig, get_peft_model
 from torch import nn
 
 from lora_kernels import bases, load_adapter, save_adapter
-from lora_kernels.integrations.peft import FusedLinear, accelerate, restore, why_not_fused
+from lora_kernels.integrations import peft as integration
+from lora_kernels.integrations.peft import (
+    FusedLinear,
+    accelerate,
+    restore,
+    why_not_fused,
+)
 from tests.test_functional import LAYOUTS
 
 
@@ -257,8 +263,18 @@ class TestState:
             )
             net.eval()
         names = ["default", "other", "__base__"]
-        mine = left_to_peft(monkeypatch, fused, tokens(), adapter_names=names)
-        assert torch.equal(mine, plain(tokens(), adapter_names=names))
+        want = plain(tokens(), adapter_names=names)
+        torch.testing.assert_close(fused(tokens(), adapter_names=names), want, atol=2e-5, rtol=1e-4)
+        with monkeypatch.context() as patch:
+            patch.delattr(peft.tuners.lora.LoraLayer, "_mixed_batch_forward")  # PEFT's own
+            for each in (names, names[::-1], ["__base__"] * 3, ["default"] * 3):
+                fused(tokens(), adapter_names=each)
+        fused.base_model.model.first.base_layer.register_forward_hook(lambda *_: None)
+        first = fused.base_model.model.first
+        assert integration._mixed_forward(first, torch.randn(3, 16), names) is None
+        torch.testing.assert_close(fused(tokens(), adapter_names=names), want, atol=2e-5, rtol=1e-4)
+        with pytest.raises(ValueError, match="in training mode"):
+            fused.train()(tokens(), adapter_names=names)
 
     def test_weighted_adapters(self, pair):
         def change(net):

@@ -17,7 +17,7 @@ from lora_kernels.backends.triton import TritonBackend
 from lora_kernels.backends.triton.configs import shipped, tiles_for
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost, tables
-from lora_kernels.tuning.config import TileConfig, fits, rank_block, smem_bytes
+from lora_kernels.tuning.config import TileConfig, fits, rank_block, row_blocks, smem_bytes
 from lora_kernels.tuning.cost import frozen_us, full_rate, predict_us, product_us, rate
 from lora_kernels.tuning.cycles import Cycles, Tile, cycles, tiles
 from lora_kernels.tuning.tables import Entry, bucket
@@ -329,21 +329,23 @@ class TestSelect:
         with pytest.raises(ValueError, match=r"kernel must be one of .*'expand'.*, got 'decode'"):
             tiles.config("decode")
 
+    @pytest.mark.parametrize("groups", [0, 8])
     @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-    def test_everything_shipped_fits(self, target):
-        pairs = shipped(target)
+    def test_everything_shipped_fits(self, target, groups):
+        pairs = shipped(target, groups)
         assert len(pairs) >= 15
         assert all(fits(config, problem, target) is None for problem, config in pairs)
 
+    @pytest.mark.parametrize("groups", [0, 7])
     @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-    def test_whatever_is_selected_is_shipped(self, target):
+    def test_whatever_is_selected_is_shipped(self, target, groups):
         """So the lanes that compile and execute what is shipped see every code that a call can reach."""
 
         def code(problem, config):
             return replace(config, split=min(config.split, 2)), problem.dtype, problem.adapter_dtype
 
         known = {}
-        for problem, config in shipped(target):
+        for problem, config in shipped(target, 8 if groups else 0):
             ranks = rank_block(problem.R, config.rank_chunk)
             known.setdefault(code(problem, config), set()).add(ranks)
         random = Random(0)
@@ -351,12 +353,76 @@ class TestSelect:
         for _ in range(500):
             M, N, K = (int(2 ** random.uniform(0, 16)) for _ in range(3))
             R = random.choice((1, 8, 16, 17, 32, 48, 64, 65, 512))
-            problem = Problem(M, N, K, R, *random.choice(types), device="cuda")
+            stack = {"groups": groups, "weights": random.choice((groups or 1, 1))}
+            problem = Problem(M, N, K, R, *random.choice(types), device="cuda", **stack)
             problem = random.choice((problem, problem.adjoint(), replace(problem, dropout=True)))
             for config in tiles_for(problem, target).configs:
                 ranks = known.get(code(problem, config), {0})
                 reached = rank_block(problem.R, config.rank_chunk)
                 assert min(ranks) <= reached <= max(ranks), f"{config} for {problem}"
+
+
+class TestGroups:
+    """Rows sorted into groups: what is predicted for them, and which tiles they get."""
+
+    EXPERTS = Problem(8192, 1536, 2048, 16, "bfloat16", "bfloat16", "cuda", groups=128, weights=128)
+    TENANTS = replace(EXPERTS, groups=16, weights=1)
+
+    def test_bytes_are_those_of_weights_that_have_rows(self):
+        few, weight = replace(self.EXPERTS, M=8), 2 * 1536 * 2048
+        assert few.frozen_bytes == 8 * weight + 2 * 8 * (1536 + 2048)
+        assert few.lowrank_bytes == 8 * 2 * 16 * (1536 + 2048) + 2 * 8 * 16 * 4
+        assert self.EXPERTS.frozen_bytes == 128 * weight + 2 * 8192 * (1536 + 2048)
+        assert replace(self.TENANTS, M=8).frozen_bytes == weight + 2 * 8 * (1536 + 2048)
+
+    def test_blocks_have_rows_of_one_group(self):
+        assert row_blocks(self.EXPERTS, 64) == 128 and row_blocks(self.EXPERTS, 32) == 256
+        assert row_blocks(replace(self.EXPERTS, M=3), 64) == 3
+        assert row_blocks(replace(self.EXPERTS, M=0), 64) == 0
+        assert row_blocks(BIG, 128) == 64
+
+    @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+    def test_few_rows_a_group_get_low_blocks(self, target):
+        def height(M):
+            return tiles_for(replace(self.EXPERTS, M=M), target).config("expand").block_m
+
+        assert height(128) == 16 < height(128 * 256)
+
+    @pytest.mark.parametrize("kernel", ["one_pass", "decode", "shrink_wgrad"])
+    def test_kernels_without_groups_refuse_them(self, kernel):
+        config = TileConfig(kernel, 16, 64, 64, 4, 3)
+        few = replace(self.EXPERTS, M=16)
+        assert fits(config, few, TARGETS["sm_80"]) == f"{kernel} takes no groups of rows"
+
+    @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+    def test_no_algorithm_beats_the_floor_and_copies_of_weights_cost(self, target):
+        for problem in (self.EXPERTS, self.TENANTS, self.EXPERTS.adjoint()):
+            found = {c.name: c.predicted_us for c in plan.predict(problem, target)}
+            assert min(found.values()) >= frozen_us(problem, target)
+            assert ("tail_first" in found) == (problem.weights == 1)
+            if problem.weights > 1:
+                copies = 6 * 128 * 1536 * 2048 * 2 / (target.bandwidth_gbs * 1e3)
+                assert found["eager"] > frozen_us(problem, target) + copies > found["two_kernel"]
+
+    def test_one_weight_and_few_rows_read_it_once(self):
+        few = replace(self.TENANTS, M=16)
+        assert select(few, TARGETS["sm_90"]).name == "tail_first"
+        assert select(replace(few, weights=16), TARGETS["sm_90"]).name == "two_kernel"
+
+    def test_dy_is_read_twice_for_the_adapters_gradients(self):
+        back, target = self.TENANTS.adjoint(), TARGETS["sm_80"]
+        main = product_us("expand", back, target)
+        reading_us = 2 * 8192 * 1536 / (0.9 * target.bandwidth_gbs * 1e3)  # dy
+        assert predict_us("two_kernel", back, target) > main + 2 * reading_us
+
+    def test_many_rows_in_many_groups_have_buckets_of_their_own(self):
+        assert tables.bucketed(replace(self.EXPERTS, M=30000)).M == 32768
+        assert tables.bucketed(replace(self.EXPERTS, groups=0, weights=1, M=30000)).M == 8192
+
+    def test_a_plan_names_its_algorithm(self):
+        assert "two_kernel" in {c.name for c in plan.predict(self.EXPERTS, TARGETS["sm_80"])}
+        names = {c.name for c in plan.predict(self.TENANTS, TARGETS["sm_80"])}
+        assert names == {"two_kernel", "tail_first", "eager"}
 
 
 class TestTables:

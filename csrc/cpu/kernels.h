@@ -33,6 +33,9 @@ struct Matrix {
             row_stride,
             col_stride};
   }
+  Matrix part(int64_t row, int64_t count) const {
+    return {data + row * row_stride * size_of(type), type, count, cols, row_stride, col_stride};
+  }
   Matrix transposed() const { return {data, type, cols, rows, col_stride, row_stride}; }
 };
 
@@ -43,6 +46,7 @@ struct Mask {
   uint64_t seed;
   float scale;
   int64_t cols;
+  int64_t row = 0;  // of the operand's first row in that matrix
 };
 
 struct Quantized;  // a weight in a packed format, see quantized.h
@@ -63,7 +67,7 @@ struct Kernels {
   void (*store)(void* out, Type type, int64_t row_stride, int64_t col_stride, const float* src,
                 int64_t pitch, int64_t rows, int64_t cols, float scale, const float* factor,
                 const float* bias);
-  // Mask the rows x cols floats that are (row, col) onward of the masked matrix; col is a multiple
+  // Mask the rows x cols floats that are (row, col) onward of the operand; col is a multiple
   // of 4.
   void (*mask)(float* dst, int64_t pitch, const Mask& mask, int64_t row, int64_t col, int64_t rows,
                int64_t cols);
@@ -90,9 +94,9 @@ struct Kernels {
   // decoded once. w is of `grouped`. `sums` takes rows·cols·lanes floats. x of `quantized_dots` is
   // arranged.
   void (*quantized_dots)(const float* x, int64_t x_pitch, const Quantized& w, int64_t row,
-                         int64_t rows, int64_t cols, float* sums, float* c, int64_t c_pitch);
+                         int64_t rows, int64_t cols, float* scratch, float* c, int64_t c_pitch);
   void (*quantized_rows)(const float* x, int64_t x_pitch, const Quantized& w, int64_t col,
-                         int64_t rows, int64_t cols, float* sums, float* c, int64_t c_pitch);
+                         int64_t rows, int64_t cols, float* scratch, float* c, int64_t c_pitch);
   // Puts the elements of x into the order in which those of w are decoded.
   void (*arrange)(float* x, int64_t pitch, const Quantized& w, int64_t rows, int64_t cols);
   // out[r] = the sum of src[r][c]² over c, src's rows contiguous.

@@ -13,33 +13,49 @@
 namespace lora_kernels {
 namespace {
 
-// `t` is as `in_memory` gives it.
+// The memory of `t`, which is as `in_memory` gives it, checked to hold everything up to `last`.
+const char* memory_of(const Tensor& t, const char* name, int64_t last) {
+  const auto* data = static_cast<const char*>(t.const_data_ptr());
+  if (t.numel() == 0) return data;
+  const int64_t elements = t.storage_offset() + last + 1;
+  const auto held = int64_t(t.storage().nbytes());
+  TORCH_CHECK(data != nullptr && elements * size_of(type_of(t.scalar_type())) <= held, name,
+              " must have memory for ", elements, " elements, its storage holds ", held, " bytes");
+  return data;
+}
+
+}  // namespace
+
+Stack stack(const Tensor& t, const char* name, int64_t count, int64_t rows, int64_t cols) {
+  TORCH_CHECK(t.device().is_cpu() && t.dim() == 3 && t.size(0) == count && t.size(1) == rows &&
+                  t.size(2) == cols,
+              name, " must be a [", count, ", ", rows, ", ", cols, "] tensor on the CPU, got ",
+              t.sizes(), " on ", t.device());
+  const int64_t stride = t.stride(0), row_stride = t.stride(1), col_stride = t.stride(2);
+  const int64_t last = (count - 1) * stride + (rows - 1) * row_stride + (cols - 1) * col_stride;
+  const char* data = memory_of(t, name, last);
+  return {{data, type_of(t.scalar_type()), rows, cols, row_stride, col_stride}, count, stride};
+}
+
 Matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols) {
   TORCH_CHECK(t.device().is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name,
               " must be a [", rows, ", ", cols, "] tensor on the CPU, got ", t.sizes(), " on ",
               t.device());
-  const Type type = type_of(t.scalar_type());
   const int64_t row_stride = t.stride(0), col_stride = t.stride(1);
-  const auto* data = static_cast<const char*>(t.const_data_ptr());
-  if (rows > 0 && cols > 0) {
-    const int64_t elements =
-        t.storage_offset() + (rows - 1) * row_stride + (cols - 1) * col_stride + 1;
-    const auto held = int64_t(t.storage().nbytes());
-    TORCH_CHECK(data != nullptr && elements * size_of(type) <= held, name, " must have memory for ",
-                elements, " elements, its storage holds ", held, " bytes");
-  }
-  return {data, type, rows, cols, row_stride, col_stride};
+  const char* data = memory_of(t, name, (rows - 1) * row_stride + (cols - 1) * col_stride);
+  return {data, type_of(t.scalar_type()), rows, cols, row_stride, col_stride};
 }
 
 void check_usable() { TORCH_CHECK(kernels() != nullptr, "this processor has no AVX2 and FMA"); }
 
-// The mask of a [rows, cols] matrix, or nothing when all of it is kept as it is.
 std::optional<Mask> mask_of(int64_t threshold, int64_t seed, double scale, int64_t cols) {
   if (threshold == 0 && scale == 1.0) return std::nullopt;
   TORCH_CHECK(threshold >= 0 && threshold <= UINT32_MAX, "threshold must be a 32-bit word, got ",
               threshold);
   return Mask{uint32_t(threshold), uint64_t(seed), float(scale), cols};
 }
+
+namespace {
 
 std::string isa() { return kernels() == nullptr ? "" : kernels()->name; }
 
@@ -91,7 +107,7 @@ Tensor expand_by(const Tensor& x, const Matrix& w, const Quantized* quantized, c
   product.quantized = quantized;
   product.out = y.data_ptr();
   product.out_type = type_of(y.scalar_type());
-  compute(product);
+  compute({product});
   return y;
 }
 
@@ -125,15 +141,7 @@ Tensor shrink(const Tensor& any_x, const Tensor& any_a, double alpha, int64_t th
   const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, K);
   Tensor s = at::empty({M, R}, x->options().dtype(at::kFloat));
   const Matrix wide = matrix(*x, "x", M, K), skinny = matrix(*a, "a", K, R);
-  // A few columns are better computed as the rows of sᵀ = aᵀ·xᵀ, along x's memory.
-  const bool transpose = R <= MAX_DOT_ROWS && wide.col_stride == 1 && !mask;
-  Product product{wide, skinny};
-  if (transpose) product = {skinny.transposed(), wide.transposed()};
-  product.transpose = transpose;
-  product.mask_in = mask ? &*mask : nullptr;
-  product.scale = float(alpha);
-  product.out = s.data_ptr();
-  compute(product);
+  compute({shrink_product(wide, skinny, mask ? &*mask : nullptr, float(alpha), s.data_ptr())});
   return s;
 }
 
@@ -217,8 +225,8 @@ Tensor wgrad(const Tensor& any_left, const Tensor& any_right, at::ScalarType dty
   if (!left_wide) std::swap(wide, skinny);
   Tensor out = at::empty({C, D}, left->options().dtype(dtype));
   Tensor workspace = at::empty({wgrad_floats(M, skinny.cols)}, left->options().dtype(at::kFloat));
-  compute(Wgrad{wide, skinny, mask ? &*mask : nullptr, out.data_ptr(), type_of(dtype),
-                left_wide ? 1 : D, left_wide ? D : 1, workspace.mutable_data_ptr<float>()});
+  compute({Wgrad{wide, skinny, mask ? &*mask : nullptr, out.data_ptr(), type_of(dtype),
+                 left_wide ? 1 : D, left_wide ? D : 1, workspace.mutable_data_ptr<float>()}});
   return out;
 }
 

@@ -23,7 +23,26 @@ bool readable(const Tensor& t);
 // t with its elements in memory: t itself, a copy of a negated or zero tensor, or an error.
 c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name);
 
+void check_usable();
 Type type_of(at::ScalarType type);
+
+// `t`, as `in_memory` gives it, of these sizes.
+Matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t cols);
+
+// The matrices of a [count, rows, cols] tensor; one of count 1 is every group's.
+struct Stack {
+  Matrix first;
+  int64_t count, stride;  // in elements
+  Matrix operator[](int64_t g) const {
+    Matrix matrix = first;
+    if (count > 1) matrix.data += g * stride * size_of(matrix.type);
+    return matrix;
+  }
+};
+Stack stack(const Tensor& t, const char* name, int64_t count, int64_t rows, int64_t cols);
+
+// The mask of a [rows, cols] matrix, or nothing when all of it is kept as it is.
+std::optional<Mask> mask_of(int64_t threshold, int64_t seed, double scale, int64_t cols);
 
 // A quantised weight over the tensors and sizes that lora_kernels/operands.py has of it. An error
 // names what does not fit.

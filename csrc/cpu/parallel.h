@@ -3,9 +3,12 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 namespace lora_kernels {
 
@@ -23,6 +26,27 @@ void for_each_task(int64_t count, int64_t work, const Task& task) {
   const int64_t threads = std::min<int64_t>(count, at::get_num_threads());
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1)) < count;) task(i);
+  });
+}
+
+// How many of the threads a part of some work may expect for itself.
+inline int64_t threads_for(int64_t part, int64_t work) {
+  const double share = work == 0 ? 1.0 : double(part) / double(work);
+  return std::max<int64_t>(std::llround(share * double(at::get_num_threads())), 1);
+}
+
+// Every task of every run, as `for_each_task` does: run.task(0) .. run.task(run.tasks() - 1).
+template <class Run>
+void for_each_task_of(const std::vector<Run>& runs, int64_t work) {
+  if (runs.size() == 1)
+    return for_each_task(runs[0].tasks(), work, [&](int64_t task) { runs[0].task(task); });
+  std::vector<int64_t> ends;  // of each run's tasks among all of them
+  ends.reserve(runs.size());
+  int64_t count = 0;
+  for (const Run& run : runs) ends.push_back(count += run.tasks());
+  for_each_task(count, work, [&](int64_t task) {
+    const size_t i = std::upper_bound(ends.begin(), ends.end(), task) - ends.begin();
+    runs[i].task(task - (i == 0 ? 0 : ends[i - 1]));
   });
 }
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include "parallel.h"
 
@@ -44,13 +45,17 @@ struct Columns {
   float* b;               // [panels, R, width]
   float* bias;            // [panels·width]
   float* factor;          // [panels·width]
+  int64_t group = -1;     // whose b and bias are there
   int64_t pitch() const { return panels * width; }
 };
 
+// One product as tasks, which threads may take in any order once `prepare` has returned.
 class Run {
  public:
-  explicit Run(const Product& product)
+  // `threads`: how many may be expected to share the tasks.
+  Run(const Product& product, int64_t threads)
       : p(product),
+        threads(threads),
         k(*kernels()),
         M(p.x.rows),
         N(p.w.cols),
@@ -59,10 +64,32 @@ class Run {
         pairs(k.multiply_pairs != nullptr && p.x.type == Type::BF16 && p.w.type == Type::BF16 &&
               p.mask_in == nullptr),
         coded(p.quantized != nullptr && p.quantized->grouped() &&
-              M <= (pairs ? MAX_CODED_ROWS_BESIDE_PAIRS : MAX_DOT_ROWS)) {}
+              M <= (pairs ? MAX_CODED_ROWS_BESIDE_PAIRS : MAX_DOT_ROWS)) {
+    if (M > 0 && N > 0) divide();
+  }
 
-  void operator()() const {
-    if (M == 0 || N == 0) return;
+  int64_t tasks() const { return tasks_; }
+  // Floats that the tasks share: rows of x that are decoded once for all.
+  int64_t shared_floats() const { return in_place_ == nullptr ? 0 : aligned(M * x_pitch()); }
+  void prepare(float* shared);
+  void task(int64_t index) const {
+    return in_place_ == nullptr ? panels_task(index) : in_place_task(index);
+  }
+
+ private:
+  const Product& p;
+  const int64_t threads;
+  const Kernels& k;
+  const int64_t M, N, K, R;
+  const bool pairs;
+  const bool coded;                // few rows multiply the codes of a quantised w where they lie
+  int64_t tasks_ = 0, block_ = 0;  // of columns
+  // A task is `block_` columns of w in place, or `rows_` rows of packed panels.
+  decltype(Kernels::dots) in_place_ = nullptr;
+  const float* x_ = nullptr;  // decoded
+  int64_t rows_ = 0, width_ = 0;
+
+  void divide() {
     // Few rows read w where it lies, along its memory. A skinny w is transposed for that: it is
     // small.
     const bool skinny = N <= DOT_COLS;
@@ -70,33 +97,31 @@ class Run {
                        (p.quantized == nullptr ? M <= MAX_ADDED_ROWS : coded);
     if (p.w.row_stride == 1 || (skinny && !added && p.quantized == nullptr)) {
       const bool by_pairs = pairs && !skinny && !coded;
-      if (M <= MAX_DOT_ROWS) return in_place(DOT_COLS, by_pairs ? k.dots_pairs : k.dots);
+      if (M <= MAX_DOT_ROWS) return divide_in_place(DOT_COLS, by_pairs ? k.dots_pairs : k.dots);
     } else if (added) {
       // Long pieces of w's rows: 3.2 ms for 4096 x 4096 float32 in one piece, 5.2 in pieces of 512.
       // A large rank shortens them, since its part of b is packed for each.
-      const int64_t share = ceil_div(ceil_div(N, at::get_num_threads()), 64) * 64;
+      const int64_t share = ceil_div(ceil_div(N, threads), 64) * 64;
       const int64_t most = std::clamp<int64_t>((1 << 18) / std::max<int64_t>(R, 1) / 64 * 64, 128,
                                                coded ? 4096 / M / 64 * 64 : 4096);  // results in L1
-      return in_place(std::clamp<int64_t>(share, 128, most), k.rows_of_w);
+      return divide_in_place(std::clamp<int64_t>(share, 128, most), k.rows_of_w);
     }
-    by_panels();
+    divide_panels();
   }
-
- private:
-  const Product& p;
-  const Kernels& k;
-  const int64_t M, N, K, R;
-  const bool pairs;
-  const bool coded;  // few rows multiply the codes of a quantised w where they lie
-
-  void by_panels() const;
+  void divide_panels();
   std::pair<int64_t, int64_t> division(int64_t all, int64_t most, int64_t width) const;
-  void in_place(int64_t block, decltype(Kernels::dots) kernel) const;
+  void divide_in_place(int64_t block, decltype(Kernels::dots) kernel) {
+    in_place_ = kernel, block_ = block, tasks_ = ceil_div(N, block);
+  }
+  void panels_task(int64_t task) const;
+  void in_place_task(int64_t task) const;
+  int64_t x_pitch() const { return aligned(K) + 16; }
   void panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* c) const;
   void pack_w(float* to, int64_t from_unit, int64_t units, const Columns& cols) const;
   void load_x(float* to, int64_t row, int64_t rows, int64_t from_unit, int64_t units) const;
-  void pack_b(const Columns& cols) const;
-  void finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const;
+  void pack_b(Columns& cols, int64_t group) const;
+  void finish(int64_t row, int64_t rows, Columns& cols, float* c, int64_t c_pitch) const;
+  void finish_rows(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const;
   bool direct(const Columns& cols) const {
     return p.out_type == Type::F32 && p.scale == 1.0f && p.mask_out == nullptr && !p.transpose &&
            cols.count == cols.pitch();
@@ -105,6 +130,7 @@ class Run {
     if (p.w.col_stride == 1 && M <= FEW_ROWS) return SHALLOW;
     return BLOCK_DEPTH;
   }
+  int64_t depth() const { return std::min(chunk(), std::max<int64_t>(ceil_div(K, unit()), 1)); }
   int64_t unit() const { return pairs ? 2 : 1; }
   int64_t tail_floats(int64_t block) const {
     return aligned(k.rows * PITCH) + aligned(k.rows * block) + aligned(R * block) +
@@ -140,19 +166,39 @@ void Run::load_x(float* to, int64_t row, int64_t rows, int64_t from_unit, int64_
   if (p.mask_in != nullptr) k.mask(to, PITCH, *p.mask_in, row, first, rows, depth);
 }
 
-void Run::pack_b(const Columns& cols) const {
+void Run::pack_b(Columns& cols, int64_t group) const {
+  if (cols.group == group) return;
+  cols.group = group;
   if (cols.count < cols.pitch()) {
     std::memset(cols.b + (cols.panels - 1) * R * cols.width, 0, R * cols.width * sizeof(float));
     std::memset(cols.bias, 0, cols.pitch() * sizeof(float));
   }
-  if (R > 0) k.pack(cols.b, R * cols.width, cols.width, p.b->from(0, cols.begin), R, cols.count);
-  if (p.bias != nullptr) k.copy(cols.bias, 0, p.bias->from(0, cols.begin), 1, cols.count);
+  if (R > 0)
+    k.pack(cols.b, R * cols.width, cols.width, p.b[group].from(0, cols.begin), R, cols.count);
+  if (p.bias != nullptr) k.copy(cols.bias, 0, p.bias[group].from(0, cols.begin), 1, cols.count);
   if (p.factor != nullptr) k.copy(cols.factor, 0, p.factor->from(0, cols.begin), 1, cols.count);
+}
+
+// `finish_rows` for each group's part of some rows; a task gives its rows in order.
+void Run::finish(int64_t row, int64_t rows, Columns& cols, float* c, int64_t c_pitch) const {
+  if (p.ends == nullptr) {
+    pack_b(cols, 0);
+    return finish_rows(row, rows, cols, c, c_pitch);
+  }
+  int64_t group = std::max<int64_t>(cols.group, 0);
+  for (int64_t first = row, last = row + rows; first < last;) {
+    while (p.ends[group] <= first) ++group;
+    const int64_t end = std::min(p.ends[group], last);
+    pack_b(cols, group);
+    finish_rows(first, end - first, cols, c + (first - row) * c_pitch, c_pitch);
+    first = end;
+  }
 }
 
 // Adds the tail to the float32 results c of some rows, scales them, adds the bias and stores them;
 // c may be the output itself, or what is kept before the factor.
-void Run::finish(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const {
+void Run::finish_rows(int64_t row, int64_t rows, const Columns& cols, float* c,
+                      int64_t c_pitch) const {
   float* sum = p.mask_out == nullptr ? c : cols.tail;
   const int64_t sum_pitch = p.mask_out == nullptr ? c_pitch : cols.pitch();
   for (int64_t r = 0; r < R; r += DEPTH) {
@@ -208,7 +254,6 @@ void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* 
 // rounds, and the last to finish is late by a part of one. Per unit of k a task multiplies, copies
 // x and packs w; on Zen 4 a copied row takes as long as 22 results, a packed column as long as 8.
 std::pair<int64_t, int64_t> Run::division(int64_t all, int64_t most, int64_t width) const {
-  const int64_t threads = at::get_num_threads();
   const int64_t most_splits = std::clamp<int64_t>(M / (all == 1 ? 48 : 96), 1, 8 * threads);
   std::pair<int64_t, int64_t> best;
   int64_t least = INT64_MAX;
@@ -227,78 +272,113 @@ std::pair<int64_t, int64_t> Run::division(int64_t all, int64_t most, int64_t wid
   return best;
 }
 
-void Run::by_panels() const {
-  const int64_t width = N <= k.lanes ? k.lanes : 2 * k.lanes, all = ceil_div(N, width);
-  const int64_t depth = std::min(chunk(), std::max<int64_t>(ceil_div(K, unit()), 1));
-  const int64_t most = std::clamp<int64_t>(panel_floats() / (depth * width), 1, MAX_PANELS);
-  const auto [rows, panels] = division(all, most, width);
-  const int64_t chunks = ceil_div(M, rows), groups = ceil_div(all, panels), block = panels * width;
-  for_each_task(groups * chunks, M * N * (K + R), [&](int64_t task) {
-    Columns cols{};
-    cols.begin = task / chunks * block;
-    cols.count = std::min(block, N - cols.begin);
-    if (cols.count <= 0) return;
-    cols.width = width;
-    cols.panels = ceil_div(cols.count, width);
-    const int64_t begin = task % chunks * rows, end = std::min(begin + rows, M);
-    // Results that are not yet complete after a chunk of k wait in the output or in scratch memory.
-    const bool waits = !direct(cols) && ceil_div(K, unit()) > chunk();
-    const int64_t step = waits ? std::min(rows, MAX_SCRATCH_ROWS) : rows;
-    const int64_t results = direct(cols) ? 0 : aligned((waits ? step : k.rows) * block);
-    float* w = thread_scratch().reserve(tail_floats(block) + aligned(depth * block) + results);
-    float* c = w + aligned(depth * block);
-    take_tail(cols, c + results);
-    pack_b(cols);
-    for (int64_t row = begin; row < end; row += step)
-      panel_task(row, std::min(step, end - row), cols, w, c);
-  });
+void Run::divide_panels() {
+  width_ = N <= k.lanes ? k.lanes : 2 * k.lanes;
+  const int64_t all = ceil_div(N, width_);
+  const int64_t most = std::clamp<int64_t>(panel_floats() / (depth() * width_), 1, MAX_PANELS);
+  const auto [rows, panels] = division(all, most, width_);
+  rows_ = rows, block_ = panels * width_;
+  tasks_ = ceil_div(all, panels) * ceil_div(M, rows_);
 }
 
-// Few rows: x as floats, `block` columns of w a task.
-void Run::in_place(int64_t block, decltype(Kernels::dots) kernel) const {
-  const bool copied = kernel == k.dots && p.w.row_stride != 1;
-  const int64_t x_pitch = aligned(K) + 16;
-  const int64_t w_floats = copied ? block * x_pitch : coded ? M * block * k.lanes : 0;
-  static thread_local Scratch caller;  // x, decoded once for all tasks
-  float* const x = caller.reserve(M * x_pitch);
-  const int64_t used = kernel == k.dots_pairs ? K / 2 : K;
+void Run::panels_task(int64_t task) const {
+  const int64_t chunks = ceil_div(M, rows_);
+  Columns cols{};
+  cols.begin = task / chunks * block_;
+  cols.count = std::min(block_, N - cols.begin);
+  if (cols.count <= 0) return;
+  cols.width = width_;
+  cols.panels = ceil_div(cols.count, width_);
+  const int64_t begin = task % chunks * rows_, end = std::min(begin + rows_, M);
+  // Results that are not yet complete after a chunk of k wait in the output or in scratch memory.
+  const bool waits = !direct(cols) && ceil_div(K, unit()) > chunk();
+  const int64_t step = waits ? std::min(rows_, MAX_SCRATCH_ROWS) : rows_;
+  const int64_t results = direct(cols) ? 0 : aligned((waits ? step : k.rows) * block_);
+  float* w = thread_scratch().reserve(tail_floats(block_) + aligned(depth() * block_) + results);
+  float* c = w + aligned(depth() * block_);
+  take_tail(cols, c + results);
+  for (int64_t row = begin; row < end; row += step)
+    panel_task(row, std::min(step, end - row), cols, w, c);
+}
+
+// Few rows: x as floats, `block_` columns of w a task.
+void Run::prepare(float* shared) {
+  if (in_place_ == nullptr) return;
+  const int64_t pitch = x_pitch(), used = in_place_ == k.dots_pairs ? K / 2 : K;
   for (int64_t row = 0; row < M; ++row)
-    std::memset(x + row * x_pitch + used, 0, (x_pitch - used) * sizeof(float));
-  (kernel == k.dots_pairs ? k.copy_pairs : k.copy)(x, x_pitch, p.x, M, K);
-  if (p.mask_in != nullptr) k.mask(x, x_pitch, *p.mask_in, 0, 0, M, K);
-  if (coded && kernel == k.dots) k.arrange(x, x_pitch, *p.quantized, M, K);
-  for_each_task(ceil_div(N, block), M * N * (K + R), [&](int64_t task) {
-    Columns cols{};
-    cols.begin = task * block;
-    cols.count = std::min(block, N - cols.begin);
-    cols.width = 2 * k.lanes;
-    cols.panels = ceil_div(cols.count, cols.width);
-    float* w_copy = thread_scratch().reserve(M * block + w_floats + tail_floats(block));
-    float* c = w_copy + w_floats;
-    take_tail(cols, c + M * block);
-    pack_b(cols);
-    Matrix w = p.quantized == nullptr ? p.w.from(0, cols.begin) : p.w;
-    if (kernel != k.rows_of_w) w = w.transposed();
-    if (copied) {
-      k.copy(w_copy, x_pitch, w, cols.count, K);
-      w = {reinterpret_cast<const char*>(w_copy), Type::F32, cols.count, K, x_pitch, 1};
-    }
-    if (coded) {
-      (kernel == k.rows_of_w ? k.quantized_rows : k.quantized_dots)(
-          x, x_pitch, *p.quantized, cols.begin, M, cols.count, w_copy, c, block);
-    } else if (p.quantized != nullptr) {
-      dots_with_quantized(k, kernel == k.dots_pairs, x, x_pitch, *p.quantized, cols.begin, M,
-                          cols.count, c, block);
-    } else {
-      kernel(x, x_pitch, w, M, cols.count, K, c, block);
-    }
-    for (int64_t row = 0; row < M; row += k.rows)
-      finish(row, std::min(k.rows, M - row), cols, c + row * block, block);
-  });
+    std::memset(shared + row * pitch + used, 0, (pitch - used) * sizeof(float));
+  (in_place_ == k.dots_pairs ? k.copy_pairs : k.copy)(shared, pitch, p.x, M, K);
+  if (p.mask_in != nullptr) k.mask(shared, pitch, *p.mask_in, 0, 0, M, K);
+  if (coded && in_place_ == k.dots) k.arrange(shared, pitch, *p.quantized, M, K);
+  x_ = shared;
+}
+
+void Run::in_place_task(int64_t task) const {
+  const bool copied = in_place_ == k.dots && p.w.row_stride != 1;
+  const int64_t w_floats = copied  ? block_ * x_pitch()
+                           : coded ? block_ * (M * k.lanes + K / 64 + 1)
+                                   : 0;
+  Columns cols{};
+  cols.begin = task * block_;
+  cols.count = std::min(block_, N - cols.begin);
+  cols.width = 2 * k.lanes;
+  cols.panels = ceil_div(cols.count, cols.width);
+  float* w_copy = thread_scratch().reserve(M * block_ + w_floats + tail_floats(block_));
+  float* c = w_copy + w_floats;
+  take_tail(cols, c + M * block_);
+  Matrix w = p.quantized == nullptr ? p.w.from(0, cols.begin) : p.w;
+  if (in_place_ != k.rows_of_w) w = w.transposed();
+  if (copied) {
+    k.copy(w_copy, x_pitch(), w, cols.count, K);
+    w = {reinterpret_cast<const char*>(w_copy), Type::F32, cols.count, K, x_pitch(), 1};
+  }
+  if (coded) {
+    (in_place_ == k.rows_of_w ? k.quantized_rows : k.quantized_dots)(
+        x_, x_pitch(), *p.quantized, cols.begin, M, cols.count, w_copy, c, block_);
+  } else if (p.quantized != nullptr) {
+    dots_with_quantized(k, in_place_ == k.dots_pairs, x_, x_pitch(), *p.quantized, cols.begin, M,
+                        cols.count, c, block_);
+  } else {
+    in_place_(x_, x_pitch(), w, M, cols.count, K, c, block_);
+  }
+  for (int64_t row = 0; row < M; row += k.rows)
+    finish(row, std::min(k.rows, M - row), cols, c + row * block_, block_);
+}
+
+int64_t work_of(const Product& p) {
+  return p.x.rows * p.w.cols * (p.x.cols + (p.s == nullptr ? 0 : p.s->cols));
 }
 
 }  // namespace
 
-void compute(const Product& product) { Run{product}(); }
+Product shrink_product(const Matrix& x, const Matrix& a, const Mask* mask, float scale, void* s) {
+  // A few columns are better computed as the rows of sᵀ = aᵀ·xᵀ, along x's memory.
+  const bool transpose = a.cols <= MAX_DOT_ROWS && x.col_stride == 1 && mask == nullptr;
+  Product product{x, a};
+  if (transpose) product = {a.transposed(), x.transposed()};
+  product.transpose = transpose;
+  product.mask_in = mask;
+  product.scale = scale;
+  product.out = s;
+  return product;
+}
+
+void compute(const std::vector<Product>& products) {
+  int64_t work = 0, floats = 0;
+  for (const Product& product : products) work += work_of(product);
+  std::vector<Run> runs;
+  runs.reserve(products.size());
+  for (const Product& product : products) {
+    runs.emplace_back(product, threads_for(work_of(product), work));
+    floats += runs.back().shared_floats();
+  }
+  static thread_local Scratch caller;
+  float* shared = caller.reserve(floats);
+  for (Run& run : runs) {
+    run.prepare(shared);
+    shared += run.shared_floats();
+  }
+  for_each_task_of(runs, work);
+}
 
 }  // namespace lora_kernels

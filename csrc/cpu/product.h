@@ -2,6 +2,8 @@
 // and q.
 #pragma once
 
+#include <vector>
+
 #include "quantized.h"
 
 namespace lora_kernels {
@@ -13,9 +15,9 @@ struct Product {
   Matrix x;                              // [M, K]
   Matrix w;                              // [K, N]; without data where `quantized` has its elements
   const Matrix* s = nullptr;             // [M, R] float32
-  const Matrix* b = nullptr;             // [R, N]
+  const Matrix* b = nullptr;             // [R, N], one or one a group of rows
   const Matrix* factor = nullptr;        // [1, N] float32, of the columns
-  const Matrix* bias = nullptr;          // [1, N]
+  const Matrix* bias = nullptr;          // [1, N], likewise
   const Mask* mask_in = nullptr;         // of x
   const Mask* mask_out = nullptr;        // of s·b
   const Quantized* quantized = nullptr;  // w, or its transpose; the strides of w say which
@@ -24,8 +26,15 @@ struct Product {
   void* before = nullptr;  // [M, N] like out: the results before factor and bias, where not null
   bool transpose = false;  // out is [N, M] instead
   Type out_type = Type::F32;
+  // Groups of rows with a b each, and a bias each where there is one: group g ends before row
+  // ends[g]. All rows are one group where it is null.
+  const int64_t* ends = nullptr;
 };
 
-void compute(const Product& product);
+// s = scale·(mask∘x)·a [M, R]
+Product shrink_product(const Matrix& x, const Matrix& a, const Mask* mask, float scale, void* s);
+
+// All of them at once: threads share their tasks.
+void compute(const std::vector<Product>& products);
 
 }  // namespace lora_kernels

@@ -14,13 +14,17 @@ constexpr int64_t DOT_STRIP = 4;   // before they are multiplied
 // Asks for the codes of a part of a row that is decoded soon.
 void fetch(const Quantized& q, int64_t row, int64_t col, int64_t count) {
   if (row >= q.rows) return;
-  const int64_t first = (row * q.cols + col) / 2;
-  for (int64_t i = 0; i < count / 2; i += 64) __builtin_prefetch(q.codes + first + i);
+  const int64_t first = (row * q.cols + col) * q.bits() / 8;
+  for (int64_t i = 0; i < count * q.bits() / 8; i += 64) __builtin_prefetch(q.codes + first + i);
 }
 
 }  // namespace
 
 void Quantized::scales(float* to, int64_t row, int64_t col, int64_t count) const {
+  if (format == Format::INT8) {
+    *to = absmax[row] * float(1.0 / 127.0);
+    return;
+  }
   const int64_t first = (row * cols + col) / NF4_BLOCK;
   const int64_t runs = (row * cols + col + count - 1) / NF4_BLOCK - first + 1;
   if (code2 == nullptr) {

@@ -6,8 +6,9 @@
 
 namespace lora_kernels {
 
-enum class Format { NF4 };
+enum class Format { NF4, INT8 };
 constexpr int64_t NF4_BLOCK = 64, NF4_BLOCK2 = 256;
+constexpr int64_t MAX_ADDED_COLS = 4096;  // of a call of Kernels::quantized_rows
 
 // A matrix as it is stored, [rows, cols]: element (row, col) is the value of its code times a
 // scale, a float32 product that is rounded to `type`. Elements that share a scale are adjacent: a
@@ -18,9 +19,9 @@ struct Quantized {
   int64_t rows, cols;
   const uint8_t* codes;
 
-  // NF4, see lora_kernels/quantized.py: the values of the codes; a scale for each 64 elements of
-  // the flattened matrix, float32 in `absmax`, or, where code2 is not null, by 8-bit codes in
-  // `absmax8`.
+  // See lora_kernels/quantized.py. INT8: `absmax` of each row. NF4: the values of the codes; a
+  // scale for each 64 elements of the flattened matrix, float32 in `absmax`, or, where code2 is not
+  // null, by 8-bit codes in `absmax8`.
   const float* code = nullptr;
   const float* absmax = nullptr;
   const uint8_t* absmax8 = nullptr;
@@ -31,7 +32,8 @@ struct Quantized {
   // The scale of each run that has a part in the `count` elements from (row, col) on. Compiled
   // without fused multiply-adds: product and sum are rounded one after the other.
   // Whether rows are whole groups of codes, so that few rows of x can multiply them where they lie.
-  bool grouped() const { return cols % NF4_BLOCK == 0; }
+  bool grouped() const { return cols % 64 == 0; }
+  int64_t bits() const { return format == Format::NF4 ? 4 : 8; }  // of a code
   void scales(float* to, int64_t row, int64_t col, int64_t count) const;
 };
 

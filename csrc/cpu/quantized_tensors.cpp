@@ -55,6 +55,19 @@ void read_nf4(QuantizedTensors& w, at::IntArrayRef sizes) {
   q.offset = *data<float>(t[5], "offset", at::kFloat, 1);
 }
 
+void read_int8(QuantizedTensors& w, at::IntArrayRef sizes) {
+  const auto& t = w.tensors;
+  TORCH_CHECK(sizes.size() == 1, "sizes of int8 must be transposed alone, got ", sizes);
+  TORCH_CHECK(t.size() == 2 && t[0].dim() == 2, "packed must be codes [N, K] and absmax of int8");
+  Quantized& q = w.weight;
+  q.format = Format::INT8;
+  q.rows = t[0].size(0);
+  q.cols = t[0].size(1);
+  w.transposed = sizes[0] != 0;
+  q.codes = data<uint8_t>(t[0], "codes", at::kChar, q.rows * q.cols);
+  q.absmax = data<float>(t[1], "absmax", at::kFloat, q.rows);
+}
+
 }  // namespace
 
 QuantizedTensors::QuantizedTensors(at::TensorList packed, const std::string& format,
@@ -62,8 +75,8 @@ QuantizedTensors::QuantizedTensors(at::TensorList packed, const std::string& for
   tensors.reserve(packed.size());
   for (const Tensor& t : packed) tensors.push_back(in_memory(t, "packed")->contiguous());
   weight.type = type_of(dtype);
-  TORCH_CHECK(format == "nf4", "format must be nf4, got ", format);
-  read_nf4(*this, sizes);
+  TORCH_CHECK(format == "nf4" || format == "int8", "format must be nf4 or int8, got ", format);
+  format == "nf4" ? read_nf4(*this, sizes) : read_int8(*this, sizes);
 }
 
 Matrix QuantizedTensors::view() const {

@@ -11,6 +11,9 @@ struct Vector {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
   }
   static Vector load(const F16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+  static Vector load(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(BF16* p) const {
     const __m256i bits = _mm256_castps_si256(v);

@@ -13,6 +13,9 @@ struct Vector {
   static Vector load(const F16* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
   }
+  static Vector load(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BF16* p) const {
 #ifdef LORA_KERNELS_AVX512_BF16

@@ -204,7 +204,7 @@ void mask(float* dst, int64_t pitch, const Mask& mask, int64_t row, int64_t col,
     float* to = dst + r * pitch;
     for (int64_t c = 0; c < cols; c += 4 * L) {
       uint32_t words[4][L];
-      philox(uint64_t(row + r) * groups + uint64_t(col + c) / 4, mask.seed, words);
+      philox(uint64_t(mask.row + row + r) * groups + uint64_t(col + c) / 4, mask.seed, words);
       const int64_t count = cols - c < 4 * L ? cols - c : 4 * L;
       for (int64_t i = 0; i < count; ++i)
         to[c + i] *= words[i % 4][i / 4] >= mask.threshold ? mask.scale : 0.0f;

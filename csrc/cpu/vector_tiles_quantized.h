@@ -16,10 +16,11 @@ inline Vector rounded(Vector v, Type type) {
 }
 
 // 4-bit codes. A decoder has the values of one run: `at` and `part` give them in the order of the
-// matrix, `half` gives those of half a group in the order that `order` says.
+// matrix. Its `Values` give half a group at a time, in an order of their own.
 struct Nf4 {
   static constexpr int64_t RUN = NF4_BLOCK;  // the most elements of a run
   static constexpr int64_t BITS = 4;
+  using Values = Groups16;
   const uint8_t* codes;
   Table16 values;
 
@@ -38,7 +39,6 @@ struct Nf4 {
     return (row * w.cols + col) % 2;
   }
   Vector at(int64_t e) const { return values.at(codes + e / 2); }  // an even e
-  using Values = Groups16;
   Vector part(int64_t e, int64_t count) const {
     float all[16], some[Vector::LANES] = {};
     values.store(all);
@@ -48,13 +48,53 @@ struct Nf4 {
   }
 };
 
+// Rows of 8-bit integers, each with a scale.
+struct Int8 {
+  static constexpr int64_t RUN = int64_t(1) << 40;  // a row, however long
+  static constexpr int64_t BITS = 8;
+  const uint8_t* codes;
+  Vector scale;
+  Type type = Type::F32;
+
+  Int8(const Quantized& w, float of_row) : codes(w.codes), scale(Vector::all(of_row)) {}
+  void round(Type to) { type = to; }
+  static int64_t left(const Quantized& w, int64_t, int64_t col) { return w.cols - col; }
+  static int64_t head(const Quantized&, int64_t, int64_t) { return 0; }
+  Vector at(int64_t e) const {
+    return rounded(Vector::load((const int8_t*)codes + e).times(scale), type);
+  }
+  Vector part(int64_t e, int64_t count) const {
+    int8_t some[Vector::LANES] = {};
+    std::memcpy(some, codes + e, count);
+    return rounded(Vector::load(some).times(scale), type);
+  }
+  struct Values {
+    explicit Values(const Quantized&) {}
+    static constexpr int64_t order(int64_t i) { return i; }
+    template <int WHICH>
+    void half(const uint8_t* p, Vector scale, Vector* out) const {
+      constexpr int64_t L = Vector::LANES;
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 32 / L; ++i)
+        out[i] = Vector::load((const int8_t*)p + WHICH * 32 + i * L).times(scale);
+    }
+  };
+};
+
+// f of the decoder of w's format.
+template <class F>
+void with_decoder(const Quantized& w, const F& f) {
+  if (w.format == Format::NF4) return f(static_cast<Nf4*>(nullptr));
+  f(static_cast<Int8*>(nullptr));
+}
+
 // each(scale, col, count) for the runs within `count` elements from (row, col) on.
 template <class Codes, class Each>
 inline __attribute__((always_inline)) void for_each_run(const Quantized& w, int64_t row,
                                                         int64_t col, int64_t count,
                                                         const Each& each) {
   constexpr int64_t PIECE = 4096;
-  float scales[PIECE / Codes::RUN + 1];
+  float scales[PIECE / Codes::RUN + 1];  // of the runs in a piece
   for (int64_t end = col + count; col < end;) {
     const int64_t piece_end = end - col < PIECE ? end : col + PIECE;
     w.scales(scales, row, col, piece_end - col);
@@ -84,32 +124,32 @@ void decode_elements(T* dst, const Quantized& w, int64_t row, int64_t col, int64
 }
 
 void decode(void* dst, Type type, const Quantized& w, int64_t row, int64_t col, int64_t count) {
-  if (type == Type::BF16) return decode_elements<Nf4>((BF16*)dst, w, row, col, count);
-  decode_elements<Nf4>((float*)dst, w, row, col, count);
+  with_decoder(w, [&](auto* decoder) {
+    using Codes = std::remove_pointer_t<decltype(decoder)>;
+    if (type == Type::BF16) return decode_elements<Codes>((BF16*)dst, w, row, col, count);
+    decode_elements<Codes>((float*)dst, w, row, col, count);
+  });
 }
 
-constexpr int64_t GROUP = 64;  // codes that are decoded together, of one run
+constexpr int64_t GROUP = 64;      // codes that are decoded together, of one run
+constexpr int64_t FETCHED = 4096;  // codes between those that are decoded and those asked for
 
-// The codes of a weight whose rows are whole groups, and the scales of a part of a row.
+// Of x these are multiplied at once: with their sums they stay in the L1 cache.
+constexpr int64_t X_FLOATS = 2048;
+
+// The scaled values of one half of a group.
+template <class Codes, int WHICH>
+inline __attribute__((always_inline)) void half_group(const typename Codes::Values& values,
+                                                      const uint8_t* codes, const float* scales,
+                                                      int64_t at, Vector* out) {
+  values.template half<WHICH>(codes + at * Codes::BITS / 8, Vector::all(scales[at / Codes::RUN]),
+                              out);
+}
+
 template <class Codes>
-struct Groups {
-  static constexpr int64_t PIECE = 4096;
-  static constexpr int VECTORS = GROUP / Vector::LANES, HALF = VECTORS / 2;
-  float scales[PIECE / Codes::RUN + 1];
-  const uint8_t* codes;
-
-  void seek(const Quantized& w, int64_t row, int64_t col, int64_t count) {
-    w.scales(scales, row, col, count);
-    codes = w.codes + (row * w.cols + col) * Codes::BITS / 8;
-  }
-  // The scaled values of half a group, `at` elements behind the place sought.
-  template <int WHICH>
-  inline __attribute__((always_inline)) void half(const typename Codes::Values& values, int64_t at,
-                                                  Vector* out) const {
-    values.template half<WHICH>(codes + at * Codes::BITS / 8, Vector::all(scales[at / Codes::RUN]),
-                                out);
-  }
-};
+const uint8_t* codes_of(const Quantized& w, int64_t row, int64_t col) {
+  return w.codes + (row * w.cols + col) * Codes::BITS / 8;
+}
 
 // Rows of x with the elements of each group in the order in which they are decoded.
 template <class Codes>
@@ -123,39 +163,70 @@ void arrange_groups(float* x, int64_t pitch, int64_t rows, int64_t cols) {
   }
 }
 
-// c[r][n] = x[r]·(row `row` + n of w), x arranged; `sums` takes cols·rows vectors. Each code is
-// decoded once for all rows of x, of which a piece stays in the L1 cache.
+// The sums of the products of a group's values and those of one row of x.
+template <int VECTORS>
+inline __attribute__((always_inline)) Vector multiply_group(const float* x, const Vector* b) {
+  constexpr int64_t L = Vector::LANES;
+  Vector even = Vector::load(x).times(b[0]), odd = Vector::load(x + L).times(b[1]);
+#pragma GCC unroll 4
+  for (int j = 2; j < VECTORS; j += 2) {
+    even = even.multiply_add(Vector::load(x + j * L), b[j]);
+    odd = odd.multiply_add(Vector::load(x + (j + 1) * L), b[j + 1]);
+  }
+  return even.plus(odd);
+}
+
+// sums[r] += x[r]·(`depth` values of w), x arranged: each code is decoded once for all rows of x.
+// Sums of ROWS rows stay in registers; of any number, with ROWS 0, in memory.
+template <class Codes, int ROWS>
+void add_dots_of_groups(const typename Codes::Values& values, const float* x, int64_t x_pitch,
+                        const uint8_t* codes, int64_t ahead, const float* scales, int64_t rows,
+                        int64_t depth, float* sums) {
+  constexpr int64_t L = Vector::LANES;
+  constexpr int VECTORS = GROUP / L;
+  Vector acc[ROWS + 1];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) acc[r] = Vector::load(sums + r * L);
+  for (int64_t at = 0; at < depth; at += GROUP) {
+    _mm_prefetch((const char*)codes + (at + ahead) * Codes::BITS / 8, _MM_HINT_T0);
+    Vector b[VECTORS];
+    half_group<Codes, 0>(values, codes, scales, at, b);
+    half_group<Codes, 1>(values, codes, scales, at, b + VECTORS / 2);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+      acc[r] = acc[r].plus(multiply_group<VECTORS>(x + r * x_pitch + at, b));
+    for (int64_t r = 0; ROWS == 0 && r < rows; ++r) {
+      float* to = sums + r * L;
+      Vector::load(to).plus(multiply_group<VECTORS>(x + r * x_pitch + at, b)).store(to);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) acc[r].store(sums + r * L);
+}
+
+// c[r][n] = x[r]·(row `row` + n of w), x arranged.
 template <class Codes>
 void dots_of_groups(const float* x, int64_t x_pitch, const Quantized& w, int64_t row, int64_t rows,
-                    int64_t cols, float* sums, float* c, int64_t c_pitch) {
+                    int64_t cols, float* scratch, float* c, int64_t c_pitch) {
   constexpr int64_t L = Vector::LANES;
-  constexpr int HALF = Groups<Codes>::HALF;
+  const auto add = rows == 1   ? add_dots_of_groups<Codes, 1>
+                   : rows == 2 ? add_dots_of_groups<Codes, 2>
+                   : rows == 3 ? add_dots_of_groups<Codes, 3>
+                   : rows == 4 ? add_dots_of_groups<Codes, 4>
+                               : add_dots_of_groups<Codes, 0>;
   const typename Codes::Values values(w);
-  Groups<Codes> groups;
-  const int64_t step = Groups<Codes>::PIECE / rows / GROUP * GROUP;
+  const int64_t step = X_FLOATS / rows / GROUP * GROUP,
+                runs = (w.cols + Codes::RUN - 1) / Codes::RUN;
+  const int64_t ahead = (FETCHED + w.cols - 1) / w.cols * w.cols;  // rows, of which a part is next
+  float* const sums = scratch;                                     // [cols, rows, L]
+  float* const scales = scratch + cols * rows * L;                 // [cols, runs]
   std::memset(sums, 0, cols * rows * L * sizeof(float));
+  for (int64_t n = 0; n < cols; ++n) w.scales(scales + n * runs, row + n, 0, w.cols);
   for (int64_t k = 0; k < w.cols; k += step) {
     const int64_t depth = w.cols - k < step ? w.cols - k : step;
-    for (int64_t n = 0; n < cols; ++n) {
-      groups.seek(w, row + n, k, depth);
-      for (int64_t at = 0; at < depth; at += GROUP) {
-        _mm_prefetch((const char*)groups.codes + (at + 16 * GROUP) * Codes::BITS / 8, _MM_HINT_T0);
-        Vector b[2 * HALF];
-        groups.template half<0>(values, at, b);
-        groups.template half<1>(values, at, b + HALF);
-        for (int64_t r = 0; r < rows; ++r) {
-          const float* from = x + r * x_pitch + k + at;
-          float* to = sums + (n * rows + r) * L;
-          Vector even = Vector::load(to), odd = Vector::zero();
-#pragma GCC unroll 4
-          for (int j = 0; j < 2 * HALF; j += 2) {
-            even = even.multiply_add(Vector::load(from + j * L), b[j]);
-            odd = odd.multiply_add(Vector::load(from + (j + 1) * L), b[j + 1]);
-          }
-          even.plus(odd).store(to);
-        }
-      }
-    }
+    for (int64_t n = 0; n < cols; ++n)
+      add(values, x + k, x_pitch, codes_of<Codes>(w, row + n, k), ahead,
+          scales + n * runs + k / Codes::RUN, rows, depth, sums + n * rows * L);
   }
   for (int64_t n = 0; n < cols; ++n) {
     for (int64_t r = 0; r < rows; ++r)
@@ -169,9 +240,13 @@ void add_rows_of_groups(const typename Codes::Values& values, const float* x, in
                         const Quantized& w, int64_t k, int64_t col, int64_t rows, int64_t cols,
                         float* sums) {
   constexpr int64_t L = Vector::LANES;
-  constexpr int HALF = Groups<Codes>::HALF;
-  Groups<Codes> groups[STEPS];
-  for (int i = 0; i < STEPS; ++i) groups[i].seek(w, k + i, col, cols);
+  constexpr int HALF = GROUP / L / 2;
+  const uint8_t* codes[STEPS];
+  float scales[STEPS][MAX_ADDED_COLS / Codes::RUN + 1];
+  for (int i = 0; i < STEPS; ++i) {
+    codes[i] = codes_of<Codes>(w, k + i, col);
+    w.scales(scales[i], k + i, col, cols);
+  }
   const auto add = [&](int64_t at, const Vector* b) __attribute__((always_inline)) {
     for (int64_t r = 0; r < rows; ++r) {
       float* to = sums + r * cols + at;
@@ -192,12 +267,13 @@ void add_rows_of_groups(const typename Codes::Values& values, const float* x, in
 #pragma GCC unroll 2
     for (int i = 0; i < STEPS; ++i) {
       const int64_t ahead = at + STEPS * w.cols;
-      _mm_prefetch((const char*)groups[i].codes + ahead * Codes::BITS / 8, _MM_HINT_T0);
-      groups[i].template half<0>(values, at, b + i * HALF);
+      _mm_prefetch((const char*)codes[i] + ahead * Codes::BITS / 8, _MM_HINT_T0);
+      half_group<Codes, 0>(values, codes[i], scales[i], at, b + i * HALF);
     }
     add(at, b);
 #pragma GCC unroll 2
-    for (int i = 0; i < STEPS; ++i) groups[i].template half<1>(values, at, b + i * HALF);
+    for (int i = 0; i < STEPS; ++i)
+      half_group<Codes, 1>(values, codes[i], scales[i], at, b + i * HALF);
     add(at + GROUP / 2, b);
   }
 }
@@ -222,16 +298,24 @@ void rows_of_groups(const float* x, int64_t x_pitch, const Quantized& w, int64_t
   }
 }
 
-void arrange(float* x, int64_t pitch, const Quantized&, int64_t rows, int64_t cols) {
-  arrange_groups<Nf4>(x, pitch, rows, cols);
+void arrange(float* x, int64_t pitch, const Quantized& w, int64_t rows, int64_t cols) {
+  with_decoder(w, [&](auto* decoder) {
+    arrange_groups<std::remove_pointer_t<decltype(decoder)>>(x, pitch, rows, cols);
+  });
 }
 
 void quantized_dots(const float* x, int64_t x_pitch, const Quantized& w, int64_t row, int64_t rows,
-                    int64_t cols, float* sums, float* c, int64_t c_pitch) {
-  dots_of_groups<Nf4>(x, x_pitch, w, row, rows, cols, sums, c, c_pitch);
+                    int64_t cols, float* scratch, float* c, int64_t c_pitch) {
+  with_decoder(w, [&](auto* decoder) {
+    dots_of_groups<std::remove_pointer_t<decltype(decoder)>>(x, x_pitch, w, row, rows, cols,
+                                                             scratch, c, c_pitch);
+  });
 }
 
 void quantized_rows(const float* x, int64_t x_pitch, const Quantized& w, int64_t col, int64_t rows,
-                    int64_t cols, float* sums, float* c, int64_t c_pitch) {
-  rows_of_groups<Nf4>(x, x_pitch, w, col, rows, cols, sums, c, c_pitch);
+                    int64_t cols, float* scratch, float* c, int64_t c_pitch) {
+  with_decoder(w, [&](auto* decoder) {
+    rows_of_groups<std::remove_pointer_t<decltype(decoder)>>(x, x_pitch, w, col, rows, cols,
+                                                             scratch, c, c_pitch);
+  });
 }

@@ -61,20 +61,41 @@ void reduce_columns(const Kernels& k, const Wgrad& p, int64_t begin, int64_t cou
   k.store(out, p.out_type, p.s_stride, p.w_stride, c, pitch, S, count, 1.0f, nullptr, nullptr);
 }
 
+// One reduction as tasks of `cols` columns of the wide operand.
+class Reduction {
+ public:
+  Reduction(const Wgrad& problem, int64_t threads) : p(problem), k(*kernels()) {
+    if (p.wide.cols == 0 || p.skinny.cols == 0) return;
+    transpose_skinny(k, p);
+    const int64_t width = 2 * k.lanes;
+    const int64_t share = ceil_div(ceil_div(p.wide.cols, 2 * threads), width) * width;
+    cols = std::min(share, MAX_COLS);
+  }
+  int64_t tasks() const { return cols == 0 ? 0 : ceil_div(p.wide.cols, cols); }
+  void task(int64_t i) const {
+    reduce_columns(k, p, i * cols, std::min(cols, p.wide.cols - i * cols));
+  }
+
+ private:
+  const Wgrad& p;
+  const Kernels& k;
+  int64_t cols = 0;
+};
+
+int64_t work_of(const Wgrad& p) { return p.wide.rows * p.wide.cols * p.skinny.cols; }
+
 }  // namespace
 
 int64_t wgrad_floats(int64_t M, int64_t S) { return ceil_div(M, DEPTH) * S * PITCH; }
 
-void compute(const Wgrad& p) {
-  const Kernels& k = *kernels();
-  const int64_t W = p.wide.cols, width = 2 * k.lanes;
-  if (W == 0 || p.skinny.cols == 0) return;
-  transpose_skinny(k, p);
-  const int64_t share = ceil_div(ceil_div(W, 2 * at::get_num_threads()), width) * width;
-  const int64_t cols = std::min(share, MAX_COLS);
-  for_each_task(ceil_div(W, cols), p.wide.rows * W * p.skinny.cols, [&](int64_t task) {
-    reduce_columns(k, p, task * cols, std::min(cols, W - task * cols));
-  });
+void compute(const std::vector<Wgrad>& problems) {
+  int64_t work = 0;
+  for (const Wgrad& problem : problems) work += work_of(problem);
+  std::vector<Reduction> reductions;
+  reductions.reserve(problems.size());
+  for (const Wgrad& problem : problems)
+    reductions.emplace_back(problem, threads_for(work_of(problem), work));
+  for_each_task_of(reductions, work);
 }
 
 }  // namespace lora_kernels

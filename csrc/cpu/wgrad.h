@@ -1,6 +1,8 @@
 // out = (mask∘left)ᵀ·right: the gradients dA = (mask∘x)ᵀ·q and dB = sᵀ·dy.
 #pragma once
 
+#include <vector>
+
 #include "kernels.h"
 
 namespace lora_kernels {
@@ -18,6 +20,7 @@ struct Wgrad {
 };
 
 int64_t wgrad_floats(int64_t M, int64_t S);
-void compute(const Wgrad& problem);
+// All of them at once: threads share their tasks.
+void compute(const std::vector<Wgrad>& problems);
 
 }  // namespace lora_kernels

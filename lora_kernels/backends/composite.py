@@ -55,7 +55,7 @@ class GroupedCompositeProducts(Products):
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
-        self._blocks: dict[int, _Blocks] = {}  # by the number of rows
+        self._blocks: _Blocks | None = None
 
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         s = self._product(_masked(_widened(x), adapter.dropout_in), _widened(adapter.A))
@@ -75,15 +75,12 @@ class GroupedCompositeProducts(Products):
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
         blocks = self._blocks_of(left.shape[0])
-        left, right = (
-            blocks.padded(_masked(_widened(left), dropout)),
-            blocks.padded(_widened(right)),
-        )
-        return blocks.sums(left.mT @ right).to(dtype)
+        wide = blocks.padded(_masked(_widened(left), dropout))
+        return blocks.sums(wide.mT @ blocks.padded(_widened(right))).to(dtype)
 
     def scaled(self, s: Tensor, scale: Scale) -> Tensor:
         if isinstance(scale, Tensor) and scale.ndim:
-            scale = self._blocks_of(s.shape[0]).of_rows(scale)[:, None]
+            scale = self._blocks_of(s.shape[0]).of_rows(scale.to(s.dtype))[:, None]
         return super().scaled(s, scale)
 
     def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
@@ -103,9 +100,9 @@ class GroupedCompositeProducts(Products):
         return blocks.rows(blocks.padded(x) @ blocks.of_blocks(w))
 
     def _blocks_of(self, rows: int) -> _Blocks:
-        if rows not in self._blocks:
-            self._blocks[rows] = _Blocks.of(self.groups, rows)
-        return self._blocks[rows]
+        if self._blocks is None:  # every operand has these rows
+            self._blocks = _Blocks.of(self.groups, rows)
+        return self._blocks
 
 
 class _Blocks(NamedTuple):

@@ -15,9 +15,11 @@ from lora_kernels.backends.base import Backend, Candidate, Products
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.dropout import Dropout, threshold
 from lora_kernels.once import once
-from lora_kernels.operands import Adapter, Weight
+from lora_kernels.operands import Adapter, Groups, Weight
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
+
+_OPS = torch.ops.lora_kernels_cpu
 
 # What an installation built here; a released wheel has one beside it for each minor version of torch, `_cpu-torch2.13.so`.
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
@@ -32,21 +34,21 @@ class CpuProducts(Products):
 
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         mask = _mask(adapter.dropout_in)
-        return torch.ops.lora_kernels_cpu.shrink(x, adapter.A, float(adapter.scale), *mask)
+        return _OPS.shrink(x, adapter.A, float(adapter.scale), *mask)
 
     def expand(
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
     ) -> Tensor:
         mask = _mask(adapter.dropout_out)
         if isinstance(w, Tensor):
-            return torch.ops.lora_kernels_cpu.expand(x, w, s, adapter.B, bias, *mask)
+            return _OPS.expand(x, w, s, adapter.B, bias, *mask)
         packed = w.tensors, w.format, w.sizes
-        return torch.ops.lora_kernels_cpu.expand_quantized(x, *packed, s, adapter.B, bias, *mask)
+        return _OPS.expand_quantized(x, *packed, s, adapter.B, bias, *mask)
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
-        return torch.ops.lora_kernels_cpu.wgrad(left, right, dtype, *_mask(dropout))
+        return _OPS.wgrad(left, right, dtype, *_mask(dropout))
 
     def shrink_expand_scaled(
         self,
@@ -60,18 +62,21 @@ class CpuProducts(Products):
         if not isinstance(w, Tensor):
             return super().shrink_expand_scaled(x, w, adapter, bias, keeps_z=keeps_z)
         s, c = self.shrink(x, adapter), adapter.column_scale
-        op = torch.ops.lora_kernels_cpu.expand_scaled
+        op = _OPS.expand_scaled
         y, z = op(x, w, s, adapter.B, c, bias, keeps_z)
         return y, s, z if keeps_z else None
 
     def scaled_gradient(
         self, dy: Tensor, c: Tensor, z: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        dz, dc = torch.ops.lora_kernels_cpu.scaled_gradient(dy, c, z)
+        dz, dc = _OPS.scaled_gradient(dy, c, z)
         return dz, None if z is None else dc
 
     def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.lora_kernels_cpu.shrink_squares(w, A)
+        return _OPS.shrink_squares(w, A)
+
+    def grouped(self, groups: Groups) -> Products:
+        return GroupedCpuProducts(groups)
 
     def layer(  # type: ignore[override]
         self, x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None
@@ -81,17 +86,50 @@ class CpuProducts(Products):
         p, limit, seed = 0.0, 0, 0
         if dropout is not None:
             p, (limit, seed, _) = dropout.p, _mask(dropout)
-        return torch.ops.lora_kernels_cpu.lora_linear.default(
-            x, weight, A, B, bias, scale, p, limit, seed
-        )
+        return _OPS.lora_linear.default(x, weight, A, B, bias, scale, p, limit, seed)
+
+
+class GroupedCpuProducts(Products):
+    """`CpuProducts` over groups of rows: the threads share the tasks of all groups, whose offsets the operators read."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+
+    def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
+        scale = adapter.scale
+        scales = scale.flatten().tolist() if isinstance(scale, Tensor) else [float(scale)]
+        mask = _mask(adapter.dropout_in)
+        return _OPS.grouped_shrink(x, adapter.A, self.groups.offsets, scales, *mask)
+
+    def expand(
+        self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
+    ) -> Tensor:
+        rest = s, adapter.B, bias, self.groups.offsets, *_mask(adapter.dropout_out)
+        if isinstance(w, Tensor):
+            return _OPS.grouped_expand(x, w, *rest)
+        return _OPS.grouped_expand_quantized(x, w.tensors, w.format, w.sizes, *rest)
+
+    def wgrad(
+        self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
+    ) -> Tensor:
+        return _OPS.grouped_wgrad(left, right, self.groups.offsets, dtype, *_mask(dropout))
+
+    def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
+        if not self.groups.own_weight:
+            return super().weight_grad(dy, x)
+        return _OPS.grouped_weight_grad(dy, x, self.groups.offsets)
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        return COMPOSITE.grouped(self.groups).bias_grad(dy)
 
 
 class CpuBackend(Backend):
     """The extension's kernels, on processors with AVX2 and FMA."""
 
     name = "cpu"
+    groups = True
     devices = ("cpu",)
-    formats = (DENSE, "nf4")
+    formats = (DENSE, "nf4", "int8")
 
     def unavailable(self) -> str | None:
         return _load()
@@ -111,14 +149,28 @@ class CpuBackend(Backend):
 
 
 def _how(problem: Problem) -> str:
-    isa = torch.ops.lora_kernels_cpu.isa()
+    isa = _OPS.isa()
     halves = problem.dtype == "bfloat16" and isa == "avx512_bf16"
     arithmetic = f"{isa} kernels" + ("" if problem.itemsize == 4 or halves else " in float32")
+    if problem.weights > 1:
+        return f"{arithmetic}, each group in the form for its number of rows"
+    dense = problem.weight_format == DENSE
+    few = 4 if halves else 16
+    if not dense and problem.M <= few and _in_groups(problem):
+        return (
+            f"{arithmetic}, codes of the {problem.weight_format} weight multiplied where they lie"
+        )
+    decoded = "" if dense else f", decoded from {problem.weight_format} strip by strip"
     if problem.w_k_major and problem.M <= 16:
-        return f"{arithmetic}, dot products with the rows of W"
-    if not problem.w_k_major and problem.M <= 4:
+        return f"{arithmetic}, dot products with the rows of W{decoded}"
+    if dense and not problem.w_k_major and problem.M <= 4:
         return f"{arithmetic}, sums of the rows of W"
-    return f"{arithmetic}, packed panels of W"
+    return f"{arithmetic}, packed panels of W{decoded}"
+
+
+def _in_groups(problem: Problem) -> bool:
+    """Whether the rows of a packed weight, as it is stored, are whole groups of codes."""
+    return (problem.K if problem.w_k_major else problem.N) % 64 == 0
 
 
 def _differentiable_backward(
@@ -162,7 +214,7 @@ def _load() -> str | None:
         library, reason = _library()
         if library is not None:
             torch.ops.load_library(str(library))
-            isa = torch.ops.lora_kernels_cpu.isa()
+            isa = _OPS.isa()
             operator, key = "lora_kernels_cpu::differentiable_backward", "CompositeImplicitAutograd"
             # A second kernel is an error or a warning, by the version of torch.
             if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):

@@ -49,23 +49,21 @@ class EagerProducts(Products):
     ) -> Tensor:
         assert isinstance(w, Tensor)  # the plan gives these products dense weights
         y = x.new_empty((x.shape[0], w.shape[1]))
-        self._expand(x, w, s, adapter, bias, y)
-        return y
+        self._tail(s, adapter, bias, y)
+        return y.addmm_(x, w)
 
-    def _expand(
-        self, x: Tensor, w: Tensor, s: Tensor, adapter: Adapter, bias: Tensor | None, y: Tensor
-    ) -> None:
+    def _tail(self, s: Tensor, adapter: Adapter, bias: Tensor | None, y: Tensor) -> None:
+        """y = mask_out∘(s·B) + bias."""
         b, dropout = adapter.B, adapter.dropout_out
         # On a GPU a half product of s and b is many times faster than a float32 one, at eager's own precision.
-        tail_dtype = x.dtype if x.is_cuda and b.dtype == x.dtype else accumulated(x.dtype)
+        tail_dtype = y.dtype if y.is_cuda and b.dtype == y.dtype else accumulated(y.dtype)
         b = b.to(tail_dtype)
-        if dropout is None and x.dtype == tail_dtype:
+        if dropout is None and y.dtype == tail_dtype:
             _product(s.to(tail_dtype), b, bias, out=y)
         else:
             for rows in _row_blocks(y, convert=True):
                 tail = _masked(torch.mm(s[rows].to(tail_dtype), b), dropout, rows)
                 y[rows] = tail if bias is None else tail.add_(bias)
-        y.addmm_(x, w)
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
@@ -95,7 +93,7 @@ class GroupedEagerProducts(Products):
     def slices(self, t: Tensor) -> list[tuple[int, slice]]:
         """(g, its rows) of every group that has rows of t [T, ...]."""
         if self._slices is None:
-            pairs = enumerate(pairwise(bounds_of(self.groups, t.shape[0])))
+            pairs = enumerate(pairwise(bounds_of(self.groups.offsets, t.shape[0])))
             self._slices = [(g, slice(a, b)) for g, (a, b) in pairs if a < b]
         return self._slices
 
@@ -111,10 +109,11 @@ class GroupedEagerProducts(Products):
         assert isinstance(w, Tensor)
         y = x.new_empty((x.shape[0], w.shape[-1]))
         for g, rows in self.slices(x):
-            w_g = w[g] if self.groups.own_weight else w
             bias_g = bias[g] if bias is not None and self.groups.own_bias else bias
-            PRODUCTS._expand(x[rows], w_g, s[rows], _of_group(adapter, g, rows), bias_g, y[rows])
-        return y
+            PRODUCTS._tail(s[rows], _of_group(adapter, g, rows), bias_g, y[rows])
+            if self.groups.own_weight:
+                y[rows].addmm_(x[rows], w[g])
+        return y if self.groups.own_weight else y.addmm_(x, w)
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
@@ -142,11 +141,12 @@ class GroupedEagerProducts(Products):
 
 
 def _of_group(adapter: Adapter, g: int, rows: slice) -> Adapter:
-    """The adapter of group g; an A or B that was not saved stays None."""
-    A, B = (t if t is None else t[g] for t in adapter[:2])
-    scale, *masks = adapter[2:]
+    """The adapter of group g, whose rows these are; an A or B that was not saved stays None."""
+    A, B = (t if t is None else t[g] for t in (adapter.A, adapter.B))
+    scale = adapter.scale
     scale = scale[g] if isinstance(scale, Tensor) and scale.ndim else scale
-    return Adapter(A, B, scale, *(_from_row(mask, rows) for mask in masks))
+    masks = (_from_row(mask, rows) for mask in (adapter.dropout_in, adapter.dropout_out))
+    return Adapter(A, B, scale, *masks)  # type: ignore[arg-type]
 
 
 def _from_row(dropout: Dropout | None, rows: slice) -> Dropout | None:

@@ -19,6 +19,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import bases
 from lora_kernels.bases import has_hooks, is_conv1d, is_plain_tensor, is_quantized
@@ -26,24 +27,28 @@ from lora_kernels.declined import why_declined
 from lora_kernels.functional import DTYPES, autocast_dtype
 from lora_kernels.integrations import experts
 from lora_kernels.integrations.state import active, why_not_one_adapter
+from lora_kernels.mixed import mixed_lora_linear
 from lora_kernels.modules import check_model
+from lora_kernels.operands import Adapter
 
 
 class Fused:
     """What a LoRA layer of PEFT's becomes: its forward is one fused product, y = x·Wᵀ + bias + scaling·(dropout(x)·A)·B.
 
-    With DoRA it is y = c∘(x·Wᵀ + scaling·(x·A)·B) + bias. Parameters and state are read inside forward. A call with several
-    adapters, `adapter_names`, another variant, hooks on the inner layers or on all modules, or merged or disabled adapters
-    takes PEFT's own forward.
+    With DoRA it is y = c∘(x·Wᵀ + scaling·(x·A)·B) + bias, and with `adapter_names` in inference each sample has its adapter.
+    Parameters and state are read inside forward. A call with several adapters, another variant, hooks on the inner layers
+    or on all modules, or merged or disabled adapters takes PEFT's own forward.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]; arguments are those of PEFT's forward."""
         layer: Any = self
-        y = None
-        if all(value is None for value in kwargs.values()):
+        y, given = None, {key for key, value in kwargs.items() if value is not None}
+        if not given:
             product = experts.forward if isinstance(layer, ParamWrapper) else _forward
             y = product(layer, x, *args)
+        elif given == {"adapter_names"} and not args and not layer.training:
+            y = _mixed_forward(layer, x, kwargs["adapter_names"])
         return super().forward(x, *args, **kwargs) if y is None else y  # type: ignore[misc]
 
     def _get_name(self) -> str:
@@ -86,6 +91,35 @@ def _forward(layer: Any, x: Tensor, *args: Any) -> Tensor | None:
         magnitude=layer.lora_magnitude_vector[name].weight if name in layer.lora_variant else None,
         dropout_p=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
     )
+
+
+def _mixed_forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
+    """One product in which each sample has the adapter of its name, or None where PEFT's own forward must run."""
+    base = layer.base_layer
+    used = [name for name in dict.fromkeys(names) if name in layer.lora_A]
+    parts = {
+        name: (layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]) for name in used
+    }
+    if (
+        isinstance(layer, ParamWrapper)
+        or len(names) != len(x)
+        or _has_any_global_hook()
+        or layer.disable_adapters
+        or layer.merged
+        or is_quantized(base)
+        or _why_not_base(base) is not None
+        or not layer.lora_variant.keys().isdisjoint(used)
+        or any(_why_not_adapter(base, *part) or part[1].bias is not None for part in parts.values())
+        or not _same_dtype(x, base.weight)
+    ):
+        return None
+    adapters = [
+        Adapter(lora_A.weight.t(), lora_B.weight.t(), layer.scaling[name])
+        for name, (lora_A, lora_B, _) in parts.items()
+    ]
+    index = [used.index(name) if name in parts else -1 for name in names]
+    weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
+    return mixed_lora_linear(x, weight, adapters, index, base.bias)
 
 
 @functools.cache
@@ -214,8 +248,7 @@ def why_not_fused(module: nn.Module) -> str | None:
     return _why_not_linear(module)
 
 
-def _why_not_linear(module: Any) -> str | None:
-    base = module.base_layer
+def _why_not_base(base: Any) -> str | None:
     if is_quantized(base):
         reason = bases.why_unreadable(base)
         if reason is not None:
@@ -224,7 +257,12 @@ def _why_not_linear(module: Any) -> str | None:
         kind = type(base)
         what = "a subclass of" if isinstance(base, nn.Linear) else "not"
         return f"its base layer is a {kind.__module__}.{kind.__qualname__}, {what} nn.Linear"
-    reason = why_not_one_adapter(module)
+    return None
+
+
+def _why_not_linear(module: Any) -> str | None:
+    base = module.base_layer
+    reason = _why_not_base(base) or why_not_one_adapter(module)
     if reason is not None:
         return reason
     (name,) = active(module)

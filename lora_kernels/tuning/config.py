@@ -12,6 +12,8 @@ from lora_kernels.tuning.targets import Target
 
 KERNELS = ("shrink", "expand", "one_pass", "decode", "wgrad", "shrink_wgrad", "dequantise")
 NARROW_KERNELS = ("shrink", "wgrad", "shrink_wgrad")  # they read x (or dy) and no weight
+# They take groups of rows, or read none.
+GROUPED_KERNELS = ("shrink", "expand", "wgrad", "dequantise")
 DECODE_ROWS = 64  # the most rows that `decode` holds in one tile
 CUDA_DECODE_ROWS = 32  # the most rows of the CUDA C++ kernel
 CUDA_DECODE_COLUMNS = 64  # of a half w that one of its tiles takes
@@ -100,6 +102,8 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
         return (
             "block_k and rank_chunk must be at least 16, the shortest sum of a matrix instruction"
         )
+    if problem.groups and config.kernel not in GROUPED_KERNELS:
+        return f"{config.kernel} takes no groups of rows"
     if config.tma and not target.tma:
         return f"{target.name} has no tensor descriptors"
     if config.kernel == "decode" and problem.M > DECODE_ROWS:
@@ -141,6 +145,12 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
 def rank_block(R: int, rank_chunk: int) -> int:
     """How many rank columns a tile holds: R's next power of two, at least 16 for tensor cores, at most rank_chunk."""
     return min(max(16, 1 << (R - 1).bit_length()), rank_chunk)
+
+
+def row_blocks(problem: Problem, block_m: int) -> int:
+    """Blocks of block_m rows, none of which has rows of two groups, where the rows are spread evenly over the groups."""
+    each = math.ceil(problem.M / max(problem.with_rows, 1))
+    return problem.with_rows * math.ceil(each / block_m)
 
 
 def smem_bytes(config: TileConfig, problem: Problem) -> int:

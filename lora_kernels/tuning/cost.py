@@ -25,6 +25,12 @@ other side. reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx
 
 A quantised weight costs two_kernel and one_pass a launch before, which reads it and writes a dense copy, and a gap. The
 others are predicted for a dense weight: `plan` adds the copy that they are given.
+Over groups of rows, taken as equally many in each: a product fills its blocks of rows for each group, bytes are those of
+each W, A and B that has rows, and nothing is hidden or copied but what the kernels hide. There is no library product to
+hold the cycles against: a product takes them, or frozen where that is longer. two_kernel reads dy a second time for dB.
+tail_first, for one W of all groups, is eager's formula without groups; eager is the batched form, of up to twice as many
+blocks as groups: each gets a copy of its W, and passes over x and y fill blocks, widen and gather. `tune` times no
+groups: these predictions decide.
 
 These are predictions of the algorithm's own costs: a device's clocks, heat and other work are not in them.
 """
@@ -34,18 +40,20 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from lora_kernels.problem import DENSE, Problem
+from lora_kernels.problem import DENSE, ITEMSIZE, Problem
 from lora_kernels.tuning.config import (
     CUDA_DECODE_COLUMNS,
     TileConfig,
     cuda_decode_blocks,
     cuda_decode_fuses,
+    row_blocks,
     smem_bytes,
 )
 from lora_kernels.tuning.cycles import INSTRUCTIONS, Cycles, Tile, cycles, flops_per_clock, tiles
 from lora_kernels.tuning.targets import Target
 
 ALGORITHMS = ("two_kernel", "one_pass", "decode", "cuda_decode", "eager")
+GROUPED = ("tail_first",)  # over groups, beside two_kernel and eager
 OTHERS = ("frozen", "addmm", "reference", "lorafusion")  # predicted for comparison
 MIN_KERNEL_US = 2.0
 _STREAMED = 0.92  # of the copy bandwidth, by a product that is bound by reading W
@@ -66,6 +74,7 @@ _LIBRARY_SPLITS = (1, 2, 4, 8)
 # (passes over x, passes over y, further launches) beside the library's product, forward and backward.
 _PASSES = {
     "eager": ((0.0, 1.25, 2), (0.0, 1.25, 2)),
+    "tail_first": ((0.0, 1.25, 2), (0.0, 1.25, 2)),
     "addmm": ((0.0, 2.0, 2), (0.0, 2.0 + 1 / 0.9, 3)),
     "reference": ((0.0, 6.0, 4), (2.0, 4.0, 4)),
 }
@@ -77,6 +86,8 @@ _DECODE_INSTRUCTIONS = {
     ("int8", 64): (8, 13),
     ("int8", 32): (47, 62),
 }
+# The same of eager over groups: operands are widened to float32, written into blocks, and gathered again.
+_BATCHED_PASSES = 18.0, 18.0, 25
 _HIDDEN = {
     "sm_90": 0.5,
     "sm_100": 0.5,
@@ -107,13 +118,17 @@ def predict_us(
     gap = target.gap_us
     x_us = problem.M * problem.K * problem.itemsize / (target.bandwidth_gbs * 1e3)
     y_us = problem.M * problem.N * problem.itemsize / (target.bandwidth_gbs * 1e3)
-    shrink = max(x_us / 0.9, MIN_KERNEL_US)
+    shrink = _narrow_us(problem, target, x_us, problem.K)
     adapter_grads = 0.0
     if problem.backward:
-        adapter_grads = max(y_us / 0.9, MIN_KERNEL_US) + gap
-        adapter_grads += 0.0 if algorithm in ("two_kernel", "lorafusion") else shrink + gap
+        adapter_grads = _narrow_us(problem, target, y_us, problem.N) + gap
+        once = algorithm in ("two_kernel", "lorafusion") and not problem.groups
+        adapter_grads += 0.0 if once else shrink + gap
     if algorithm in _PASSES:
         over_x, over_y, launches = _PASSES[algorithm][problem.backward]
+        if problem.groups and algorithm == "eager":
+            frozen += _batching_us(problem, target)
+            over_x, over_y, launches = _BATCHED_PASSES
         passes_us = over_x * x_us + over_y * y_us
         return frozen + shrink + passes_us + launches * gap + adapter_grads
     if algorithm == "decode":
@@ -138,7 +153,22 @@ def predict_us(
         overlaps = not (pointers or problem.backward)
         hidden = overlaps * _HIDDEN.get(target.name, 0.0) * min(shrink + gap, main)
         return _dequantise_us(problem, target) + main + shrink + gap - hidden + adapter_grads
-    raise ValueError(f"algorithm must be one of {ALGORITHMS + OTHERS}, got {algorithm!r}")
+    raise ValueError(f"algorithm must be one of {ALGORITHMS + GROUPED + OTHERS}, got {algorithm!r}")
+
+
+def _narrow_us(problem: Problem, target: Target, wide_us: float, width: int) -> float:
+    """The time of a kernel that reads x or dy, in `wide_us`, and over groups an adapter's matrix of each that has rows."""
+    adapters = problem.with_rows * width * problem.R * ITEMSIZE[problem.adapter_dtype]
+    adapters_us = adapters / (target.bandwidth_gbs * 1e3) if problem.groups else 0.0
+    return max((wide_us + adapters_us) / 0.9, MIN_KERNEL_US)
+
+
+def _batching_us(problem: Problem, target: Target) -> float:
+    """What the batched product of eager takes beyond frozen: as many blocks again, and a copy of W for each."""
+    if problem.weights == 1:
+        return 0.0
+    copies = 2 * problem.groups * problem.K * problem.N * problem.itemsize
+    return _compute_us(problem, target) + 3 * copies / (target.bandwidth_gbs * 1e3)
 
 
 def _dequantise_us(problem: Problem, target: Target) -> float:
@@ -189,6 +219,8 @@ def product_us(
     if pointers:
         own = list({t._replace(config=replace(t.config, tma=False)) for t in own})
     ours = min(_tile_us(tile, problem, target) for tile in own)
+    if problem.groups:
+        return max(frozen, ours)
     return frozen * max(1.0, ours / max(_library_us(problem, target), frozen))
 
 
@@ -248,7 +280,7 @@ def rate(tile: Tile, problem: Problem, target: Target, split: int = 1) -> float:
     `split`: so many blocks share the terms of a sum.
     """
     own = tile.config
-    blocks = math.ceil(problem.M / own.block_m) * math.ceil(problem.N / own.block_n) * split
+    blocks = row_blocks(problem, own.block_m) * math.ceil(problem.N / own.block_n) * split
     each = math.ceil(blocks / target.multiprocessors)
     steps = math.ceil(math.ceil(problem.K / own.block_k) / split)
     matrix = problem.flops / target.multiprocessors / flops_per_clock(target.name, problem.dtype)

@@ -57,8 +57,14 @@ def bucket(M: int) -> int:
 
 
 def bucketed(problem: Problem) -> Problem:
-    """The problem that stands for all of the same bucket: a bias changes no choice."""
-    return replace(problem, M=bucket(problem.M), bias=False)
+    """The problem that stands for all of the same bucket: a bias changes no choice.
+
+    Over groups, for which no table has entries, buckets go on: many rows may still be few in each group.
+    """
+    M = bucket(problem.M)
+    if problem.groups:
+        M = max(M, 1 << (problem.M - 1).bit_length())
+    return replace(problem, M=M, bias=False)
 
 
 def narrow(problem: Problem) -> Problem:

@@ -32,29 +32,35 @@ class Shapes:
     forward: bool
     copied_b: bool = False
 
-    def _empty(self, rows: int, cols: int, dtype: str, transposed: bool = False) -> Tensor:
+    def _empty(
+        self, rows: int, cols: int, dtype: str, transposed: bool = False, count: int = 0
+    ) -> Tensor:
         shape = (cols, rows) if transposed else (rows, cols)
-        made = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-        return made.t() if transposed else made
+        stack = (count,) if count else ()
+        made = torch.empty((*stack, *shape), dtype=getattr(torch, dtype), device="meta")
+        return made.mT if transposed else made
 
     def launch(self, config: TileConfig, target: Target) -> None:
         """One launch of `config`'s kernel."""
         p = self.problem
         base, adapter = p.dtype, p.adapter_dtype
         x = self._empty(p.M, p.K, base)
-        w = self._empty(p.K, p.N, base, transposed=self.forward)
-        a = self._empty(p.K, p.R, adapter, transposed=not self.forward)
-        b = self._empty(p.R, p.N, adapter, transposed=self.copied_b or not self.forward)
+        weights = p.groups if p.weights > 1 else 0
+        w = self._empty(p.K, p.N, base, self.forward, weights)
+        a = self._empty(p.K, p.R, adapter, not self.forward, p.groups)
+        b = self._empty(p.R, p.N, adapter, self.copied_b or not self.forward, p.groups)
         s = self._empty(p.M, p.R, "float32")
         dy = self._empty(p.M, p.N, base)
-        bias = self._empty(1, p.N, base)[0] if self.forward else None
+        bias = self._empty(max(weights, 1), p.N, base) if self.forward else None
+        bias = bias[0] if bias is not None and not weights else bias
+        offsets = self._empty(1, p.groups + 1, "int32")[0] if p.groups else None
         dtype = getattr(torch, adapter)
         seed = torch.empty((), dtype=torch.int64, device="meta")
         mask = Dropout(0.1, seed) if p.dropout else None
         if config.kernel == "shrink":
-            shrink(x, a, 0.5, config, mask, release=target.tma)
+            shrink(x, a, 0.5, config, mask, offsets=offsets, release=target.tma)
         elif config.kernel == "expand":
-            expand(x, w, s, b, bias, config, mask, late_wait=target.tma)
+            expand(x, w, s, b, bias, config, mask, offsets=offsets, late_wait=target.tma)
         elif config.kernel == "one_pass":
             one_pass(x, w, a, b, 0.5, bias, config, mask)
         elif config.kernel == "decode":
@@ -64,6 +70,6 @@ class Shapes:
         elif config.kernel == "dequantise":
             dequantise(sample(p.weight_format, p.N, p.K, x.dtype, "meta"), w.t(), config)
         elif config.kernel == "wgrad":
-            wgrad(*((x, s) if self.forward else (s, dy)), dtype, config, mask)
+            wgrad(*((x, s) if self.forward else (s, dy)), dtype, config, mask, offsets=offsets)
         else:
             shrink_wgrad(dy, b.t(), 0.5, s, dtype, config)

@@ -17,7 +17,14 @@ from lora_kernels import plan
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton import configs, products
 from lora_kernels.problem import DENSE, Problem
-from lora_kernels.tuning.config import DECODE_ROWS, FUSED_RANK, KERNELS, TileConfig, Tiles
+from lora_kernels.tuning.config import (
+    DECODE_ROWS,
+    FUSED_RANK,
+    GROUPED_KERNELS,
+    KERNELS,
+    TileConfig,
+    Tiles,
+)
 from lora_kernels.tuning.targets import TARGETS, Target
 from tests.planned import Planned
 
@@ -57,6 +64,8 @@ def small_tiles(changes: dict[str, dict] | None = None) -> Callable[..., Tiles]:
             able -= {"decode"}
         if packed and not problem.w_k_major:
             able -= {"decode"}
+        if problem.groups:
+            able &= set(GROUPED_KERNELS)
         return Tiles(tuple(config for config in configs if config.kernel in able))
 
     return tiles_for

@@ -188,7 +188,7 @@ def _effort():
 def test_a_format_is_timed_as_a_call_computes_it():
     """Triton's algorithms over the packed weight, eager over a dense copy that is made within the time."""
     problem = replace(PROBLEM, K=64, weight_format="nf4")
-    entries, told, failures = command.tune(
+    entries, _, failures = command.tune(
         [problem], TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
     )
     assert not failures

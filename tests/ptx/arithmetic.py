@@ -392,6 +392,17 @@ def bind_vote(instr: Instr, strand: Strand) -> Run:
     return run
 
 
+@opcode("redux.sync.add")
+def bind_redux(instr: Instr, strand: Strand) -> Run:
+    to, value = strand.target(instr.operands[0], "u32"), strand.source(instr.operands[1], "u32")
+
+    def run(where):
+        asked = np.where(where, value, np.uint32(0)).reshape(-1, 32)
+        np.copyto(to, np.repeat(asked.sum(1, dtype=np.uint32), 32), where=where)
+
+    return run
+
+
 @opcode("elect")
 def bind_elect(instr: Instr, strand: Strand) -> Run:
     leader, flag = instr.operands[0]

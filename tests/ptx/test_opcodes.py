@@ -231,6 +231,17 @@ def test_votes(operands):
     assert (actual.reshape(-1, 32) == np.array(ballots, np.uint32)[:, None]).all()
 
 
+def test_sums_of_a_warp(operands):
+    warps = operands[0].reshape(-1, 32)
+    actual = results("redux.sync.add.s32 %r4, %r1, -1", operands).reshape(-1, 32)
+    assert (actual == warps.sum(1, dtype=np.uint32)[:, None]).all()
+    some = results(
+        "mov.u32 %r4, 0; setp.lt.u32 %p1, %r1, 40; @%p1 redux.sync.add.u32 %r4, %r1, -1", operands
+    ).reshape(-1, 32)
+    chosen = warps < 40
+    assert (some == np.where(chosen, np.where(chosen, warps, 0).sum(1)[:, None], 0)).all()
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("add", LANES * (LANES - 1) // 2), ("max", LANES - 1), ("or", LANES - 1), ("inc", LANES % 7)],

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lora_kernels.backends.base import Backend, Candidate
 from lora_kernels.backends.triton import configs
-from lora_kernels.backends.triton.configs import ALGORITHMS, MAIN_KERNEL
+from lora_kernels.backends.triton.configs import MAIN_KERNEL
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
 from lora_kernels.tuning import tables
@@ -22,6 +22,7 @@ class TritonBackend(Backend):
     name = "triton"
     devices = ("cuda",)
     formats = (DENSE, *PACKED_BYTES)
+    groups = True
     needs_target = True
 
     def unavailable(self) -> str | None:
@@ -41,12 +42,12 @@ class TritonBackend(Backend):
         tiles = configs.tiles_for(problem, target)
         same = tables.bucketed(problem)
         made = []
-        for name in ALGORITHMS:
+        for name in configs.algorithms(problem):
             if not tiles.has(MAIN_KERNEL[name]):
                 made.append(Candidate(name, refusal=configs.refusal(name, same, target)))
                 continue
             config = tiles.config(MAIN_KERNEL[name])
-            beside = problem.backward and name != "two_kernel"
+            beside = problem.backward and name in ("one_pass", "decode")
             made.append(
                 Candidate(
                     name,

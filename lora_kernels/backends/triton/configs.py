@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from dataclasses import replace
 
 from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
@@ -20,14 +21,20 @@ from lora_kernels.tuning.config import (
     Tiles,
     fits,
     rank_block,
+    row_blocks,
 )
 from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.targets import Target
 
 _HALF = ("float16", "bfloat16")
 # The kernel with the main loop of each algorithm.
-MAIN_KERNEL = {"two_kernel": "expand", "one_pass": "one_pass", "decode": "decode"}
-ALGORITHMS = tuple(MAIN_KERNEL)
+MAIN_KERNEL = {
+    "two_kernel": "expand",
+    "one_pass": "one_pass",
+    "decode": "decode",
+    "tail_first": "expand",
+}
+ALGORITHMS = ("two_kernel", "one_pass", "decode")
 _READS_PACKED = ("decode", "dequantise")  # the kernels that read a quantised weight
 # N, K that get every kernel somewhere with and somewhere without a split
 _SHIPPED_SHAPES = ((512, 4096), (4096, 4096), (4096, 512), (32768, 128))
@@ -44,6 +51,13 @@ _MATMUL_HALF = {
     "gfx1100": [(64, 64, 32, 4, 2)],
 }
 _MATMUL_FLOAT32 = [(64, 64, 32, 4, 3)]
+# Over groups, which may have few rows each. Eight warps: at 128x128 four have no registers left for a group's addresses.
+_GROUPED_HALF = {
+    "sm": [(128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (32, 128, 64, 4, 3), (16, 128, 64, 4, 3)],
+    "gfx942": [(128, 128, 64, 8, 2), (64, 64, 32, 4, 2), (16, 128, 64, 4, 2)],
+    "gfx1100": [(64, 64, 32, 4, 2), (16, 64, 32, 4, 2)],
+}
+_GROUPED_FLOAT32 = [(64, 64, 32, 4, 3), (16, 64, 32, 4, 3)]
 _ONE_PASS_HALF = {
     "sm_80": [(64, 128, 32, 4, 3)],
     "sm_90": [(128, 128, 64, 8, 3)],
@@ -56,6 +70,13 @@ _ONE_PASS_FLOAT32 = [(32, 32, 32, 4, 2)]
 def tiles_for(problem: Problem, target: Target) -> Tiles:
     """A tile for each kernel that can compute `problem`: of the device's tuned table, else by the cost model."""
     return _tiles(tables.bucketed(problem), target, tables.lookup(problem, target))
+
+
+def algorithms(problem: Problem) -> tuple[str, ...]:
+    """The algorithms that there are for `problem`: over groups one more where these share the weight."""
+    if not problem.groups:
+        return ALGORITHMS
+    return ("two_kernel", "tail_first") if problem.weights == 1 else ("two_kernel",)
 
 
 def refusal(algorithm: str, problem: Problem, target: Target) -> str | None:
@@ -83,8 +104,8 @@ def tiles_of(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
     return [config for config in made if fits(config, problem, target) is None]
 
 
-def shipped(target: Target) -> list[tuple[Problem, TileConfig]]:
-    """Every tile that a plan and `tune` can take on `target`, with a problem that may get it.
+def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]:
+    """Every tile that a plan and `tune` can take on `target`, with a problem of so many groups that may get it.
 
     Configurations that compile to the same code count once: the split is a run-time number but for being 1, and float16
     takes bfloat16's code with another instruction. Ranks take the code of their block, of which each configuration has its
@@ -96,9 +117,14 @@ def shipped(target: Target) -> list[tuple[Problem, TileConfig]]:
         ("bfloat16", "float32"),
         ("float32", "float32"),
     ):
-        sizes = itertools.product((16, 32, 64), tables.BUCKETS, _SHIPPED_SHAPES)
-        each = itertools.product((False, True), (DENSE, *PACKED_BYTES), sizes)
-        for dropout, weight_format, (R, M, (N, K)) in each:
+        formats = (DENSE,) if groups else (DENSE, *PACKED_BYTES)
+        stacks = ((groups, weights) for weights in sorted({groups or 1, 1}, reverse=True))
+        sizes = itertools.product(formats, stacks, (16, 32, 64), tables.BUCKETS, _SHIPPED_SHAPES)
+        for dropout, (weight_format, stack, R, M, (N, K)) in itertools.product(
+            (False, True), sizes
+        ):
+            count, weights = stack
+            own = {"weight_format": weight_format, "groups": count, "weights": weights}
             problem = Problem(
                 M,
                 N,
@@ -107,9 +133,8 @@ def shipped(target: Target) -> list[tuple[Problem, TileConfig]]:
                 dtype,
                 adapter_dtype,
                 "cuda",
-                False,
-                dropout,
-                weight_format=weight_format,
+                dropout=dropout,
+                **own,  # type: ignore[arg-type]
             )
             kernels = KERNELS if weight_format == DENSE else _READS_PACKED
             tiles = (tiles_of(kernel, problem, target) for kernel in kernels)
@@ -143,9 +168,10 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
     chunk = 64 if half and target.tma else 16 if target.name == "gfx1100" else 32
     if kernel == "expand":
         tiles = _MATMUL_HALF[target.name] if half else _MATMUL_FLOAT32
-        return [
-            TileConfig(kernel, *tile, tma=target.tma and half, rank_chunk=chunk) for tile in tiles
-        ]
+        if problem.groups:
+            tiles = _grouped_tiles(problem, target)
+        tma = target.tma and half and problem.weights == 1
+        return [TileConfig(kernel, *tile, tma=tma, rank_chunk=chunk) for tile in tiles]
     if kernel == "one_pass":
         tiles = _ONE_PASS_HALF.get(target.name, _ONE_PASS_OTHER) if half else _ONE_PASS_FLOAT32
         return [TileConfig(kernel, *tile, rank_chunk=32 if target.tma else 16) for tile in tiles]
@@ -158,6 +184,20 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
     }[kernel](problem, target)
 
 
+def _grouped_tiles(problem: Problem, target: Target) -> list[tuple[int, ...]]:
+    """Those that are no lower than a group's rows: each block of rows reads the group's weight once."""
+    own = _GROUPED_HALF.get(target.name, _GROUPED_HALF["sm"])
+    tiles = own if problem.dtype in _HALF else _GROUPED_FLOAT32
+    lowest = min(_rows_block(problem), tiles[1][0])
+    return [tile for tile in tiles if tile[0] >= lowest]
+
+
+def _rows_block(problem: Problem) -> int:
+    """The lowest block, of at least 16 rows, that holds a group's rows where these are spread evenly."""
+    rows = math.ceil(problem.M / max(1, problem.with_rows))
+    return max(16, 1 << (rows - 1).bit_length())
+
+
 def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
     block_m, block_k = (64, 64) if _all_half(problem) else (32, 32)
     if target.name == "sm_120" and (problem.R > 16 or not _all_half(problem)):
@@ -166,6 +206,11 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
         block_m //= 1 if _all_half(problem) else 2
         block_k //= 2 if _all_half(problem) and target.name in ("sm_100", "gfx1100") else 1
     programs = max(1, problem.M // block_m)
+    if problem.groups:
+        if problem.dtype == "float32" and problem.R > 32:  # a group's addresses take registers
+            block_m = 16
+        block_m = min(block_m, _rows_block(problem))
+        programs = max(1, row_blocks(problem, block_m))
     split = _split(target.multiprocessors // programs, problem.K // (4 * block_k))
     return [TileConfig("shrink", block_m, 1, block_k, 4, 3, split=split)]
 
@@ -173,9 +218,10 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
 def _decode(problem: Problem, target: Target) -> list[TileConfig]:
     block_n, block_k = (64, 64) if _all_half(problem) else (32, 32)
     warps = 4
-    if target.name == "sm_90" and _all_half(problem) and problem.weight_format != DENSE:
-        # Warp groups multiply 64 rows of w. Triton 3.9 lets them read x while the next x is fetched over it, if w comes
-        # from registers: the emulator finds the race. Half as many rows for half as many warps take mma.sync.
+    if target.name in ("sm_90", "sm_100") and _all_half(problem) and problem.weight_format != DENSE:
+        # A tile of 64 rows of w takes a warp group's matrix instructions. On sm_90 Triton 3.9 lets them read x while the
+        # next x is fetched over it, as w comes from registers: the emulator finds the race. On sm_100 the loop has 903
+        # instructions. Half as many rows for half as many warps take mma.sync.
         block_n, warps = 32, 2
     programs = max(1, problem.N // block_n)
     split = _split(2 * target.multiprocessors // programs, problem.K // (4 * block_k))
@@ -188,7 +234,8 @@ def _dequantise(problem: Problem, target: Target) -> list[TileConfig]:
 
 
 def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
-    tiles = [(32, 64, 4, 2)]
+    low = problem.groups and problem.dtype == "float32" and problem.R > 32  # as in _shrink
+    tiles = [(16 if low else 32, 64, 4, 2)]
     # The larger one has no registers for a float32 result, and on gfx1100 for none.
     if _all_half(problem) and target.name != "gfx1100":
         tiles.append((64, 128, 8, 3))
@@ -230,8 +277,10 @@ def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
 
 
 def _row_split(problem: Problem, target: Target, block_n: int) -> int:
-    """Parts of M, for about two blocks of x's columns and rows on each multiprocessor."""
-    return _split(2 * target.multiprocessors // max(1, problem.K // block_n), problem.M // 128)
+    """Parts of M, or of each group's rows, for about two blocks of x's columns and rows on each multiprocessor."""
+    sums = max(1, problem.groups)
+    blocks = sums * max(1, problem.K // block_n)
+    return _split(2 * target.multiprocessors // blocks, problem.M // sums // 128)
 
 
 def _all_half(problem: Problem) -> bool:

@@ -265,7 +265,7 @@ def _parts(w: Any) -> tuple[str, Tensor, tuple[Tensor | None, ...], tuple[int, i
     if w.format == "int8":
         codes = w.codes.t()
         return w.format, codes, (w.absmax.contiguous(), *(None,) * 4), codes.stride()
-    packed, *scales = nf4_arguments(w)
+    packed, scales = nf4_arguments(w)
     if packed.storage_offset() % 4:  # a word must not straddle its alignment
         packed = packed.clone()
-    return w.format, packed.view(torch.int32), tuple(scales), (0, 0)
+    return w.format, packed.view(torch.int32), scales, (0, 0)

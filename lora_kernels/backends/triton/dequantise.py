@@ -79,14 +79,15 @@ def _dequantise_int8_kernel(
 
 
 def _nf4(weight: Any, out: Tensor, config: TileConfig) -> None:
-    elements = out.numel()
+    elements, (packed, values) = out.numel(), nf4_arguments(weight)
     blocks = config.block_n * config.block_k // 64
     launch(
         _dequantise_nf4_kernel,
         cdiv(elements, blocks * 64),
         config,
         out.device,
-        *nf4_arguments(weight),
+        packed,
+        *values,
         out,
         elements,
         cdiv(elements, 2),
@@ -121,11 +122,11 @@ def _int8(weight: Any, out: Tensor, config: TileConfig) -> None:
 _DECODERS = {"nf4": _nf4, "int8": _int8}
 
 
-def nf4_arguments(weight: Any) -> tuple[Tensor | None, ...]:
-    """The tensors of an NF4 weight as kernels take them: contiguous, with the codes as bytes."""
+def nf4_arguments(weight: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """(codes as bytes, the five tensors of their values) of an NF4 weight, contiguous as kernels take them."""
     packed = weight.packed.contiguous().flatten().view(torch.uint8)
     parts = weight.absmax, weight.code, weight.code2, weight.absmax2, weight.offset
-    return packed, *(None if t is None else t.contiguous() for t in parts)
+    return packed, tuple(None if t is None else t.contiguous() for t in parts)
 
 
 def dequantise(weight: QuantizedWeight, out: Tensor, config: TileConfig) -> None:

@@ -1,7 +1,8 @@
 """The product y = x·w + bias + mask∘(s·b): a plain matrix product whose accumulator gets a rank-R product at the end.
 
 The rank tail comes after the K loop: the loop is then, instruction for instruction, that of the plain product, and the
-tail's operands reuse the shared memory of the loop's pipeline. Forward and dx are this one kernel with other strides.
+tail's operands reuse the shared memory of the loop's pipeline. Forward and dx are this one kernel with other strides. Over
+groups of rows w, b and bias are those of the block's group, which the block finds itself.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends.triton.launch import (
     Mask,
+    Rows,
     base_precision,
     cdiv,
+    group_block,
     launch,
     mixed_precision,
     needs_int64,
+    strides,
 )
-from lora_kernels.backends.triton.tiles import grouped_order, keep_tile, widen
+from lora_kernels.backends.triton.tiles import grouped_order, keep_tile, row_block, widen
 from lora_kernels.dropout import Dropout
 from lora_kernels.tuning.config import TileConfig, rank_block
 
@@ -84,32 +88,39 @@ def _store(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M", "threshold", "row_blocks", "groups"])
 def _expand_kernel(
     x,  # [M, K]: a pointer, or with TMA a descriptor of blocks [BLOCK_M, BLOCK_K]
     w,  # [K, N]: a pointer, or with TMA a descriptor of blocks of w, or of wᵀ where W_K_MAJOR
     s_ptr,  # [M, R] float32, contiguous
     b_ptr,  # [R, N]
-    bias_ptr,  # [N]
+    bias_ptr,  # [N]; of w, b and bias, where GROUPED, each group's lies `stride_..g` behind the last one's
     y_ptr,  # [M, N], contiguous
     seed_ptr,
     threshold,
     keep_scale,
+    row_blocks,
+    offsets_ptr,
+    groups,
     M,
     N,
     K,
     R,
     stride_xm,
     stride_xk,
+    stride_wg,
     stride_wk,
     stride_wn,
+    stride_bg,
     stride_br,
     stride_bn,
+    stride_bias_g,
     stride_bias,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -119,12 +130,26 @@ def _expand_kernel(
     WIDE: tl.constexpr,
     TMA: tl.constexpr,
     W_K_MAJOR: tl.constexpr,
+    GROUPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    pid_m, pid_n = grouped_order(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid_m, pid_n = grouped_order(tl.program_id(0), row_blocks, tl.cdiv(N, BLOCK_N), GROUP_M)
+    start_m, end_m = pid_m * BLOCK_M, M
+    if GROUPED:
+        group, start_m, end_m = row_block(pid_m, offsets_ptr, groups, M, BLOCK_M, BLOCK_G)
+        if start_m >= end_m:
+            if PDL:
+                tl.extra.cuda.gdc_wait()
+            return
+        group = group.to(tl.int64)
+        if not TMA:
+            w += group * stride_wg
+        b_ptr += group * stride_bg
+        if HAS_BIAS:
+            bias_ptr += group * stride_bias_g
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m = offs_m < M
+    mask_m = offs_m < end_m
     mask_n = offs_n < N
     row = widen(offs_m, WIDE)
     col = widen(offs_n, WIDE)
@@ -132,7 +157,7 @@ def _expand_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:
         for k in range(0, K, BLOCK_K):
-            x_tile = x.load([pid_m * BLOCK_M, k])
+            x_tile = x.load([start_m, k])
             if W_K_MAJOR:  # noqa: SIM108, a constant decides which branch is compiled
                 w_tile = w.load([pid_n * BLOCK_N, k]).T
             else:
@@ -159,7 +184,7 @@ def _expand_kernel(
     if PDL:
         # s comes from the kernel launched just before, beside which the loop above has been running.
         tl.extra.cuda.gdc_wait()
-    start = pid_n * BLOCK_N
+    start_n = pid_n * BLOCK_N
     if DROPOUT:
         # A quarter of the columns at a time: a whole accumulator beside acc would not stay in registers.
         QUARTER: tl.constexpr = BLOCK_N // 4
@@ -168,20 +193,20 @@ def _expand_kernel(
         third, fourth = _halves(high)
         for i in tl.static_range(4):
             part = (first, second, third, fourth)[i]
-            at = start + i * QUARTER
+            at = start_n + i * QUARTER
             tail = _rank_tail(
-                tl.zeros((BLOCK_M, QUARTER), tl.float32), s_ptr, b_ptr, offs_m, at, M, N, R, stride_br,
-                stride_bn, BLOCK_R, TAIL_PRECISION, WIDE,
+                tl.zeros((BLOCK_M, QUARTER), tl.float32), s_ptr, b_ptr, offs_m, at, end_m, N, R,
+                stride_br, stride_bn, BLOCK_R, TAIL_PRECISION, WIDE,
             )  # fmt: skip
             keep = keep_tile(seed_ptr, threshold, offs_m, at, N, BLOCK_M, QUARTER)
             part += tail * (keep.to(tl.float32) * keep_scale)
-            _store(part, bias_ptr, y_ptr, offs_m, at, M, N, stride_bias, HAS_BIAS, WIDE)
+            _store(part, bias_ptr, y_ptr, offs_m, at, end_m, N, stride_bias, HAS_BIAS, WIDE)
     else:
         acc = _rank_tail(
-            acc, s_ptr, b_ptr, offs_m, start, M, N, R, stride_br, stride_bn, BLOCK_R, TAIL_PRECISION,
-            WIDE,
+            acc, s_ptr, b_ptr, offs_m, start_n, end_m, N, R, stride_br, stride_bn, BLOCK_R,
+            TAIL_PRECISION, WIDE,
         )  # fmt: skip
-        _store(acc, bias_ptr, y_ptr, offs_m, start, M, N, stride_bias, HAS_BIAS, WIDE)
+        _store(acc, bias_ptr, y_ptr, offs_m, start_n, end_m, N, stride_bias, HAS_BIAS, WIDE)
 
 
 def expand(
@@ -193,19 +218,23 @@ def expand(
     config: TileConfig,
     dropout: Dropout | None = None,
     *,
+    offsets: Tensor | None = None,
     late_wait: bool = False,
 ) -> Tensor:
     """y = x·w + bias + mask∘(s·b): x [M, K], w [K, N], s [M, R] float32 contiguous, b [R, N], bias [N] -> y [M, N].
 
-    Any strides for x, w, b and bias; K and R may be zero, M and N may not. `late_wait`: s was produced by a `shrink` with
-    `release` launched just before, and is waited for between loop and tail. `config.tma` is honoured where
-    `tma_applies` says that the operands allow it.
+    Any strides for x, w, b and bias; K and R may be zero, M and N may not. With `offsets`, int32 [G + 1] on x's device, rows
+    offsets[g] up to offsets[g + 1] are multiplied by b[g] of b [G, R, N], and by w[g] and bias[g] where these are stacks
+    too; they stay within the operands whatever the offsets are. `late_wait`: s was produced by a `shrink` with `release`
+    launched just before, and is waited for between loop and tail. `config.tma` is honoured where `tma_applies` says that
+    the operands allow it.
     """
     M, K = x.shape
-    N = w.shape[1]
+    N = w.shape[-1]
     R = s.shape[1]
     y = x.new_empty((M, N))
-    tma = config.tma and tma_applies(x, w)
+    rows = Rows.of(M, config.block_m, offsets)
+    tma = config.tma and w.ndim == 2 and tma_applies(x, w)
     w_k_major = tma and not _describable(w)
     x_operand, w_operand = x, w
     if tma:
@@ -217,7 +246,7 @@ def expand(
         w_operand = TensorDescriptor.from_tensor(stored_w, w_block)
     launch(
         _expand_kernel,
-        cdiv(M, config.block_m) * cdiv(N, config.block_n),
+        rows.blocks * cdiv(N, config.block_n),
         config,
         x.device,
         x_operand,
@@ -227,19 +256,21 @@ def expand(
         bias,
         y,
         *Mask.of(dropout),
+        *rows,
         M,
         N,
         K,
         R,
         *x.stride(),
-        *w.stride(),
-        *b.stride(),
-        0 if bias is None else bias.stride(0),
+        *strides(w),
+        *strides(b),
+        *((0, 0) if bias is None else strides(bias, 1)),
         dependent=late_wait,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         BLOCK_R=rank_block(R, config.rank_chunk),
+        BLOCK_G=group_block(offsets),
         GROUP_M=config.group_m,
         EVEN_K=K % config.block_k == 0,
         PRECISION=base_precision(x.dtype),
@@ -249,6 +280,7 @@ def expand(
         WIDE=needs_int64(x, w, s, b, bias, y),
         TMA=tma,
         W_K_MAJOR=w_k_major,
+        GROUPED=offsets is not None,
         PDL=late_wait,
     )
     return y

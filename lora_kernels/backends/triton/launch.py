@@ -57,9 +57,43 @@ class Mask(NamedTuple):
         )
 
 
+class Rows(NamedTuple):
+    """The rows of a launch as kernels take them: all as one, or sorted into groups, which the host does not look at.
+
+    A group of no rows takes no block, so `blocks` is the most that M rows in these groups can take.
+    """
+
+    blocks: int
+    offsets: Tensor | None
+    groups: int
+
+    @classmethod
+    def of(cls, M: int, block_m: int, offsets: Tensor | None) -> Rows:
+        if offsets is None:
+            return cls(cdiv(M, block_m), None, 0)
+        groups = offsets.shape[0] - 1
+        most = min(groups, M)  # that have a row
+        return cls(most + (M - most) // block_m, offsets.contiguous(), groups)
+
+
+def group_block(offsets: Tensor | None) -> int:
+    """How many groups a kernel looks at together: a power of two, so that few numbers of groups compile anew."""
+    if offsets is None:
+        return 1
+    return min(max(32, 1 << (offsets.shape[0] - 2).bit_length()), 1024)
+
+
+def strides(operand: Tensor, dims: int = 2) -> tuple[int, ...]:
+    """The strides of an operand of `dims` dimensions, the first to the next group's operand: zero where all share one."""
+    return (*((0,) if operand.ndim == dims else ()), *operand.stride())
+
+
 def scale_argument(alpha: Scale) -> tuple[float | Tensor, bool]:
-    """(alpha as a kernel argument, whether it is a pointer): a tensor on a GPU is read there, without a synchronisation."""
-    if isinstance(alpha, Tensor) and alpha.is_cuda:
+    """(alpha as a kernel argument, whether it is a pointer): a tensor on a GPU is read there, without a synchronisation.
+
+    So is one of each group's alphas.
+    """
+    if isinstance(alpha, Tensor) and (alpha.is_cuda or alpha.ndim):
         return alpha, True
     return float(alpha), False
 
@@ -70,10 +104,14 @@ def cdiv(a: int, b: int) -> int:
 
 
 def needs_int64(*operands: Tensor | None) -> bool:
-    """Whether some element lies 2³¹ or more elements behind its tensor's first, so that a 32-bit offset would wrap."""
+    """Whether some element lies 2³¹ or more elements behind its matrix's first, so that a 32-bit offset would wrap.
+
+    To a matrix of a stack kernels go by a 64-bit offset.
+    """
     return any(
         t is not None
-        and sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) >= 2**31
+        and sum((n - 1) * step for n, step in zip(t.shape[-2:], t.stride()[-2:], strict=True))
+        >= 2**31
         for t in operands
         if t is not None and t.numel()
     )

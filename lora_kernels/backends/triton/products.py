@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_kernels.backends.base import Products, left_is_wide
+from lora_kernels.backends.composite import GroupedCompositeProducts
 from lora_kernels.backends.triton.configs import narrow_tiles
 from lora_kernels.dropout import Dropout
-from lora_kernels.operands import Adapter, QuantizedWeight, Weight
+from lora_kernels.operands import Adapter, Groups, QuantizedWeight, Scale, Weight
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig, Tiles
 from lora_kernels.tuning.cost import copy_of_b_pays
@@ -23,23 +26,27 @@ from lora_kernels.tuning.targets import Target
 class TritonProducts(Products):
     """Fused products in float32, bfloat16 and float16 for one problem on one target.
 
-    `algorithm` is "two_kernel", "one_pass" or "decode"; `tiles` has a tile for each kernel that it launches.
+    `algorithm` is "two_kernel", "one_pass" or "decode"; `tiles` has a tile for each kernel that it launches. Over groups
+    it is "two_kernel" or "tail_first", and each kernel is one launch, which reads the offsets on the device.
     """
 
     reads_memory = True
+    groups: Groups | None = None
 
     def __init__(self, algorithm: str, problem: Problem, target: Target, tiles: Tiles) -> None:
         self.algorithm, self.problem, self.target, self.tiles = algorithm, problem, target, tiles
         self._by_width: dict[tuple[int, bool], Tiles] = {}
 
-    def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
-        M, R = x.shape[0], adapter.A.shape[1]
-        if 0 in (M, R):
-            return x.new_zeros((M, R), dtype=torch.float32)
-        from lora_kernels.backends.triton.shrink import shrink
+    def grouped(self, groups: Groups) -> Products:
+        bound = copy.copy(self)
+        bound.groups = groups
+        return bound
 
+    def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
+        if 0 in (x.shape[0], adapter.A.shape[-1]):
+            return x.new_zeros((x.shape[0], adapter.A.shape[-1]), dtype=torch.float32)
         config = self._narrow(x.shape[1], adapter.dropout_in is not None).config("shrink")
-        return shrink(x, adapter.A, adapter.scale, config, adapter.dropout_in)
+        return self._shrink(x, adapter, config)
 
     def expand(
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
@@ -50,7 +57,7 @@ class TritonProducts(Products):
         self, x: Tensor, w: Weight, adapter: Adapter, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         A, B, scale, dropout_in, dropout_out, _ = adapter
-        if 0 in (x.shape[0], w.shape[1], A.shape[1]):
+        if 0 in (x.shape[0], w.shape[-1], A.shape[-1]):
             return super().shrink_expand(x, w, adapter, bias)
         if self.algorithm == "decode" and dropout_in is dropout_out is None:
             from lora_kernels.backends.triton.decode import decode
@@ -63,13 +70,11 @@ class TritonProducts(Products):
             from lora_kernels.backends.triton.one_pass import one_pass
 
             return one_pass(x, w, A, B, scale, bias, self.tiles.config("one_pass"), dropout_in)
-        from lora_kernels.backends.triton.shrink import shrink
-
         # Between the two kernels the second waits by itself, where the hardware lets it start early.
         config = self.tiles.config("shrink")
         overlap = self.target.tma and config.split == 1
         B = self._along_the_rank(B, x.shape[0])  # a copy is launched before, not between them
-        s = shrink(x, A, scale, config, dropout_in, release=overlap)
+        s = self._shrink(x, adapter, config, release=overlap)
         return self._expand(x, w, s, adapter._replace(B=B), bias, late_wait=overlap), s
 
     def wgrad(
@@ -77,11 +82,12 @@ class TritonProducts(Products):
     ) -> Tensor:
         (M, C), D = left.shape, right.shape[1]
         if 0 in (M, C, D):
-            return left.new_zeros((C, D), dtype=dtype)
+            return left.new_zeros((*self._stack, C, D), dtype=dtype)
         from lora_kernels.backends.triton.wgrad import wgrad
 
         wide = left if left_is_wide(left, right, dropout) else right
-        return wgrad(left, right, dtype, self._narrow(wide.shape[1]).config("wgrad"), dropout)
+        config = self._narrow(wide.shape[1]).config("wgrad")
+        return wgrad(left, right, dtype, config, dropout, offsets=self._offsets)
 
     def shrink_wgrad(
         self, dy: Tensor, adapter: Adapter, s: Tensor, dtype: torch.dtype
@@ -97,6 +103,39 @@ class TritonProducts(Products):
 
         return shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config)
 
+    def scaled(self, s: Tensor, scale: Scale) -> Tensor:
+        if self.groups is None:
+            return super().scaled(s, scale)
+        return GroupedCompositeProducts(self.groups).scaled(s, scale)
+
+    def weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
+        if self.groups is None or not self.groups.own_weight:
+            return super().weight_grad(dy, x)
+        return self.wgrad(dy, x, x.dtype)
+
+    def bias_grad(self, dy: Tensor) -> Tensor:
+        if self.groups is None or not self.groups.own_bias:
+            return super().bias_grad(dy)
+        ones = dy.new_ones((1, 1), dtype=torch.float32).expand(dy.shape[0], 1)
+        return self.wgrad(ones, dy, dy.dtype)[:, 0]
+
+    @property
+    def _offsets(self) -> Tensor | None:
+        return None if self.groups is None else self.groups.offsets
+
+    @property
+    def _stack(self) -> tuple[int, ...]:
+        """The first sizes of a gradient: how many groups there are, if any."""
+        return () if self.groups is None else (self.groups.count,)
+
+    def _shrink(
+        self, x: Tensor, adapter: Adapter, config: TileConfig, release: bool = False
+    ) -> Tensor:
+        from lora_kernels.backends.triton.shrink import shrink
+
+        own: dict[str, Any] = {"offsets": self._offsets, "release": release}
+        return shrink(x, adapter.A, adapter.scale, config, adapter.dropout_in, **own)
+
     def _expand(
         self,
         x: Tensor,
@@ -106,8 +145,8 @@ class TritonProducts(Products):
         bias: Tensor | None,
         late_wait: bool = False,
     ) -> Tensor:
-        if 0 in (x.shape[0], w.shape[1]):
-            return x.new_empty((x.shape[0], w.shape[1]))
+        if 0 in (x.shape[0], w.shape[-1]):
+            return x.new_empty((x.shape[0], w.shape[-1]))
         if not isinstance(w, Tensor):
             with self._decoded(w) as dense:
                 return self._expand(x, dense, s, adapter, bias)
@@ -115,7 +154,12 @@ class TritonProducts(Products):
 
         b = self._along_the_rank(adapter.B, x.shape[0])
         config = self.tiles.config("expand")
-        return expand(x, w, s, b, bias, config, adapter.dropout_out, late_wait=late_wait)
+        own: dict[str, Any] = {"offsets": self._offsets, "late_wait": late_wait}
+        if self.algorithm == "tail_first":
+            # As eager does it: s·b + bias of each group, then the vendor's product of all rows accumulated onto it.
+            y = expand(x[:, :0], w[:0], s, b, bias, config, adapter.dropout_out, **own)
+            return y.addmm_(x, w)
+        return expand(x, w, s, b, bias, config, adapter.dropout_out, **own)
 
     def _decoded(self, w: QuantizedWeight) -> AbstractContextManager[Tensor]:
         """w as a dense tensor, for the products that are launched while it is entered."""
@@ -124,11 +168,11 @@ class TritonProducts(Products):
         return decoded(w, self.tiles.config("dequantise"))
 
     def _along_the_rank(self, b: Tensor, M: int) -> Tensor:
-        """b [R, N], copied to lie column after column where that is faster."""
-        R, N = b.shape
+        """b [R, N], or a stack, copied to lie column after column where that is faster."""
+        R, N = b.shape[-2:]
         config = self.tiles.config("expand")
-        if R > 0 and b.stride(0) != 1 and copy_of_b_pays(config, M, N, self.target):
-            return b.t().contiguous().t()
+        if R > 0 and b.stride(-2) != 1 and copy_of_b_pays(config, M, N, self.target):
+            return b.mT.contiguous().mT
         return b
 
     def _narrow(self, width: int, dropout: bool = False) -> Tiles:

@@ -11,45 +11,54 @@ from torch import Tensor
 
 from lora_kernels.backends.triton.launch import (
     Mask,
+    Rows,
     cdiv,
+    group_block,
     launch,
     needs_int64,
     scale_argument,
     shrink_precision,
+    strides,
 )
 from lora_kernels.backends.triton.partials import sum_partials
-from lora_kernels.backends.triton.tiles import keep_tile, scale_value, widen
+from lora_kernels.backends.triton.tiles import keep_tile, row_block, scale_value, widen
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Scale
 from lora_kernels.tuning.config import TileConfig, rank_block
 
 
-@triton.jit(do_not_specialize=["M", "split", "threshold"])
+@triton.jit(do_not_specialize=["M", "split", "threshold", "groups"])
 def _shrink_kernel(
     x_ptr,  # [M, K]
-    a_ptr,  # [K, R]
+    a_ptr,  # [K, R]; where GROUPED, each group's lies stride_ag behind the last one's
     out_ptr,  # [split, M, R] float32
     alpha,
     seed_ptr,
     threshold,
     keep_scale,
     split,
+    offsets_ptr,
+    groups,
     M,
     K,
     R,
     stride_xm,
     stride_xk,
+    stride_ag,
     stride_ak,
     stride_ar,
+    stride_alpha,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    WHOLE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    SCALED: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
     DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
+    GROUPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -58,9 +67,18 @@ def _shrink_kernel(
     pid = tl.program_id(0)
     blocks_r = tl.cdiv(R, BLOCK_R)
     part = pid // blocks_r % split
-    offs_m = pid // (blocks_r * split) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid_m = pid // (blocks_r * split)
+    start_m, end_m = pid_m * BLOCK_M, M
+    if GROUPED:
+        group, start_m, end_m = row_block(pid_m, offsets_ptr, groups, M, BLOCK_M, BLOCK_G)
+        if start_m >= end_m:
+            return
+        a_ptr += group.to(tl.int64) * stride_ag
+        if ALPHA_IS_PTR:
+            alpha += group * stride_alpha
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_r = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_m = offs_m < M
+    mask_m = offs_m < end_m
     mask_r = offs_r < R
 
     per_part = tl.cdiv(tl.cdiv(K, BLOCK_K), split) * BLOCK_K
@@ -87,7 +105,7 @@ def _shrink_kernel(
         x_ptrs += step * stride_xk
         a_ptrs += step * stride_ak
 
-    if WHOLE:
+    if SCALED:
         acc = acc * scale_value(alpha, ALPHA_IS_PTR) * keep_scale
     out_row = part.to(tl.int64) * M + offs_m
     tl.store(
@@ -112,26 +130,29 @@ def shrink(
     config: TileConfig,
     dropout: Dropout | None = None,
     *,
+    offsets: Tensor | None = None,
     release: bool = False,
 ) -> Tensor:
     """s = alpha·(mask∘x)·a: x [M, K], a [K, R], any strides -> s [M, R] float32. K may be zero, M and R may not.
 
     `a` may be several matrices [K, R_i] of one dtype, of layers that share x: s is then [M, ΣR_i], in their order, and x is
-    read once for each `config.rank_chunk` columns. `release` lets a dependent launch that follows start early (sm_90 and
-    newer).
+    read once for each `config.rank_chunk` columns. With `offsets`, as in `expand`, a is [G, K, R] and alpha may be [G].
+    `release` lets a dependent launch that follows start early (sm_90 and newer).
     """
     if not isinstance(a, Tensor):
         a = _side_by_side(a)
     M, K = x.shape
-    R = a.shape[1]
+    R = a.shape[-1]
+    rows = Rows.of(M, config.block_m, offsets)
     split = min(config.split, max(1, cdiv(K, config.block_k)))
     block_r = rank_block(R, config.rank_chunk)
+    scaled = split == 1 or offsets is not None  # a group's alpha is known where its rows are
     parts = x.new_empty((split, M, R), dtype=torch.float32)
     mask = Mask.of(dropout)
     scale, alpha_is_ptr = scale_argument(alpha)
     launch(
         _shrink_kernel,
-        cdiv(M, config.block_m) * cdiv(R, block_r) * split,
+        rows.blocks * cdiv(R, block_r) * split,
         config,
         x.device,
         x,
@@ -140,24 +161,28 @@ def shrink(
         scale,
         *mask,
         split,
+        rows.offsets,
+        rows.groups,
         M,
         K,
         R,
         *x.stride(),
-        *a.stride(),
+        *strides(a),
+        alpha.stride(0) if isinstance(alpha, Tensor) and alpha.ndim else 0,
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_R=block_r,
-        WHOLE=split == 1,
+        BLOCK_G=group_block(offsets),
+        SCALED=scaled,
         EVEN_K=K % config.block_k == 0,
         PRECISION=shrink_precision(x.dtype, a.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
         DROPOUT=dropout is not None,
         WIDE=needs_int64(x, a),
+        GROUPED=offsets is not None,
         PDL=release and split == 1,
     )
     if split == 1:
         return parts[0]
-    return sum_partials(
-        parts, x.new_empty((M, R), dtype=torch.float32), config, alpha, mask.keep_scale
-    )
+    whole = x.new_empty((M, R), dtype=torch.float32)
+    return sum_partials(parts, whole, config, *(() if scaled else (alpha, mask.keep_scale)))

@@ -1,4 +1,4 @@
-"""Device helpers that the kernels share: offsets, program order, alpha at run time, scales of NF4, dropout masks."""
+"""Device helpers that the kernels share: offsets, program order, rows of groups, alpha at run time, scales of NF4, masks."""
 
 import triton
 import triton.language as tl
@@ -14,14 +14,45 @@ def widen(offsets, WIDE: tl.constexpr):
 
 
 @triton.jit
-def grouped_order(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def grouped_order(pid, blocks_m, blocks_n, GROUP_M: tl.constexpr):
     """(pid_m, pid_n) such that neighbours share GROUP_M blocks of rows, and both operands of a group stay in L2."""
-    blocks_m = tl.cdiv(M, BLOCK_M)
-    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    per_group = GROUP_M * blocks_n
     first = (pid // per_group) * GROUP_M
     height = min(blocks_m - first, GROUP_M)
     within = pid % per_group
     return first + within % height, within // height
+
+
+@triton.jit
+def rows_of(group, offsets_ptr, groups, M):
+    """(first row, end of the rows) of one group, or of each in a block of them; within [0, M] whatever the offsets hold."""
+    mask = group < groups
+    first = tl.load(offsets_ptr + group, mask=mask, other=0)
+    end = tl.load(offsets_ptr + group + 1, mask=mask, other=0)
+    return tl.minimum(tl.maximum(first, 0), M), tl.minimum(tl.maximum(end, 0), M)
+
+
+@triton.jit
+def row_block(pid_m, offsets_ptr, groups, M, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(group, first row, end of the group's rows) of a block of rows, none of which has rows of two groups.
+
+    Blocks count through the groups in their order; a pid_m behind the last block gets no rows.
+    """
+    before = 0
+    group = 0
+    start = 0
+    stop = 0
+    for g in range(0, groups, BLOCK_G):
+        offs_g = g + tl.arange(0, BLOCK_G)
+        first, end = rows_of(offs_g, offsets_ptr, groups, M)
+        blocks = tl.cdiv(tl.maximum(end - first, 0), BLOCK_M)
+        within = pid_m - before - (tl.cumsum(blocks, 0) - blocks)
+        own = (within >= 0) & (within < blocks)  # of one group at most
+        group += tl.sum(tl.where(own, offs_g, 0))
+        start += tl.sum(tl.where(own, first + within * BLOCK_M, 0))
+        stop += tl.sum(tl.where(own, end, 0))
+        before += tl.sum(blocks)
+    return group, start, stop
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""The tall-skinny reduction (mask∘left)ᵀ·right over M rows: dA = xᵀ·q and dB = sᵀ·dy, split over M in a fixed order."""
+"""The tall-skinny reduction (mask∘left)ᵀ·right over M rows: dA = xᵀ·q and dB = sᵀ·dy, split over M in a fixed order.
+
+Over groups of rows there is one sum for each, of zeros for a group without rows.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,22 @@ from lora_kernels.backends.triton.launch import (
     needs_int64,
 )
 from lora_kernels.backends.triton.partials import sum_partials
-from lora_kernels.backends.triton.tiles import keep_tile, widen
+from lora_kernels.backends.triton.tiles import keep_tile, rows_of, widen
 from lora_kernels.dropout import Dropout
 from lora_kernels.tuning.config import TileConfig, rank_block
 
 
-@triton.jit(do_not_specialize=["M", "split", "threshold"])
+@triton.jit(do_not_specialize=["M", "split", "threshold", "groups"])
 def _wgrad_kernel(
     wide_ptr,  # [M, C]
-    thin_ptr,  # [M, R] float32
-    out_ptr,  # [split, C, R] by the strides below
+    thin_ptr,  # [M, R]
+    out_ptr,  # [split, C, R], or [split, groups, C, R], by the strides below
     seed_ptr,
     threshold,
     keep_scale,
     split,
+    offsets_ptr,
+    groups,  # 1 where not GROUPED
     M,
     C,
     R,
@@ -46,11 +51,12 @@ def _wgrad_kernel(
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
+    GROUPED: tl.constexpr,
 ):
     pid = tl.program_id(0)
     blocks_r = tl.cdiv(R, BLOCK_R)
     part = pid // blocks_r % split
-    c_start = pid // (blocks_r * split) * BLOCK_C
+    c_start = pid // (blocks_r * split) % tl.cdiv(C, BLOCK_C) * BLOCK_C
     offs_c = c_start + tl.arange(0, BLOCK_C)
     offs_r = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_c = offs_c < C
@@ -58,11 +64,17 @@ def _wgrad_kernel(
     col = widen(offs_c, WIDE)
     rank = widen(offs_r, WIDE)
 
-    per_part = tl.cdiv(tl.cdiv(M, BLOCK_M), split) * BLOCK_M
+    start_m, end_m = 0, M
+    if GROUPED:
+        group = pid // (blocks_r * split * tl.cdiv(C, BLOCK_C))
+        start_m, end_m = rows_of(group, offsets_ptr, groups, M)
+        out_ptr += group.to(tl.int64) * C * R
+    per_part = tl.cdiv(tl.cdiv(end_m - start_m, BLOCK_M), split) * BLOCK_M
+    start_m += part * per_part
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
-    for m in range(part * per_part, min((part + 1) * per_part, M), BLOCK_M):
+    for m in range(start_m, min(start_m + per_part, end_m), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
+        mask_m = offs_m < end_m
         row = widen(offs_m, WIDE)
         wide_ptrs = wide_ptr + row[:, None] * stride_wm + col[None, :] * stride_wc
         thin_ptrs = thin_ptr + row[:, None] * stride_tm + rank[None, :] * stride_tr
@@ -72,11 +84,11 @@ def _wgrad_kernel(
             wide *= keep_tile(seed_ptr, threshold, offs_m, c_start, C, BLOCK_M, BLOCK_C).to(
                 wide.dtype
             )
-        acc = tl.dot(tl.trans(wide.to(tl.float32)), thin, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(wide.to(thin.dtype)), thin, acc, input_precision=PRECISION)
 
     if WHOLE:
         acc *= keep_scale
-    part_start = part.to(tl.int64) * C * R
+    part_start = part.to(tl.int64) * groups * C * R
     out_ptrs = out_ptr + part_start + col[:, None] * stride_oc + rank[None, :] * stride_or
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_r[None, :])
 
@@ -87,10 +99,13 @@ def wgrad(
     dtype: torch.dtype,
     config: TileConfig,
     dropout: Dropout | None = None,
+    *,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """(mask∘left)ᵀ·right: left [M, C], right [M, D], any strides -> [C, D] in `dtype`. M may be zero, C and D may not.
 
     One operand is wide, in the base's dtype; the other has a rank's width and is float32. A masked left is the wide one.
+    Both may have the base's dtype and any width. With `offsets`, as in `expand`, the result is [G, C, D].
     """
     M = left.shape[0]
     wide_first = left_is_wide(left, right, dropout)
@@ -99,11 +114,13 @@ def wgrad(
     split = min(config.split, max(1, cdiv(M, config.block_m)))
     block_r = rank_block(R, config.rank_chunk)
     mask = Mask.of(dropout)
-    out = left.new_empty((left.shape[1], right.shape[1]), dtype=dtype)
+    count = 1 if offsets is None else offsets.shape[0] - 1
+    groups = () if offsets is None else (count,)
+    out = left.new_empty((*groups, left.shape[1], right.shape[1]), dtype=dtype)
     parts = out[None] if split == 1 else out.new_empty((split, *out.shape), dtype=torch.float32)
     launch(
         _wgrad_kernel,
-        cdiv(C, config.block_n) * cdiv(R, block_r) * split,
+        cdiv(C, config.block_n) * cdiv(R, block_r) * split * count,
         config,
         left.device,
         wide,
@@ -111,6 +128,8 @@ def wgrad(
         parts,
         *mask,
         split,
+        None if offsets is None else offsets.contiguous(),
+        count,
         M,
         C,
         R,
@@ -124,5 +143,6 @@ def wgrad(
         PRECISION=mixed_precision(wide.dtype, dtype),
         DROPOUT=dropout is not None,
         WIDE=needs_int64(wide, thin, out),
+        GROUPED=offsets is not None,
     )
     return out if split == 1 else sum_partials(parts, out, config, keep_scale=mask.keep_scale)

@@ -1,0 +1,259 @@
+"""Several adapters in one batch: one product in which each sample has its own, and the layer that holds them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from lora_kernels.bases import adapter_dtype, features, is_linear, is_quantized
+from lora_kernels.functional import lora_linear
+from lora_kernels.grouped import grouped_lora_linear
+from lora_kernels.modules import LoRALayer, is_plain
+from lora_kernels.operands import Adapter, Weight, accumulated
+from lora_kernels.routing import sorted_by_group
+
+BASE = "__base__"  # the name, as in PEFT, of no adapter at all
+_NONE = -1  # its index
+
+
+def mixed_lora_linear(
+    x: Tensor,
+    weight: Weight,
+    adapters: Sequence[Adapter],
+    index: Sequence[int] | Tensor,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """y[i] = x[i]·weightᵀ + bias + scale·(dropout(x[i])·A)·B with the adapter of index[i], or without one where that is -1.
+
+    x [S, ..., K], weight [N, K], adapters of any ranks, A [K, R] and B [R, N], bias [N] -> y [S, ..., N]. `index` has S
+    integers in [-1, number of adapters). In a list they are read on the host: an adapter that is not in it takes no part,
+    and its gradient is None. In a tensor on x's device they are not read: every adapter takes part, one without samples
+    with a zero gradient, and code that is compiled is not compiled again for another index.
+
+    ValueError for an index without an adapter; in a tensor that is not on a CPU it means the base alone.
+    """
+    S, *lead, K = x.shape
+    if isinstance(index, Tensor):
+        ids, chosen = _of_tensor(index, x, len(adapters))
+        in_order = False
+    else:
+        ids, chosen = _of_list(index, S, len(adapters))
+        in_order = ids == sorted(ids)
+    parts = [_nothing(x, weight, adapters) if g == _NONE else adapters[g] for g in chosen]
+    if len(parts) == 1:
+        A, B, scale, *_ = parts[0]
+        return lora_linear(x, weight, A, B, scale, bias, dropout_p=dropout_p)
+    A, B, scales = _stacked(parts, x)
+    each = x[0].numel() // K if S and K else reduce(lambda a, b: a * b, lead, 1)  # rows of a sample
+    if in_order:
+        counts = [ids.count(g) * each for g in range(len(parts))]
+        offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=x.device)
+        rows = x.reshape(S * each, K)
+        y = grouped_lora_linear(rows, weight, A, B, offsets, scales, bias, dropout_p=dropout_p)
+    else:
+        routing = sorted_by_group(torch.as_tensor(ids, device=x.device), len(parts))
+        rows = routing.spread(x.reshape(S, each * K)).reshape(S * each, K)
+        offsets = routing.offsets * each
+        y = grouped_lora_linear(rows, weight, A, B, offsets, scales, bias, dropout_p=dropout_p)
+        y = routing.gather(y.reshape(S, each * y.shape[1]))
+    return y.reshape(S, *lead, weight.shape[0])
+
+
+def _of_list(index: Sequence[int], S: int, count: int) -> tuple[list[int], list[int]]:
+    """(each sample's place in the second list, the adapters of the batch in the order in which they come)."""
+    if len(index) != S:
+        raise ValueError(
+            f"index must have an integer for each of x's {S} samples, got {len(index)}"
+        )
+    for g in index:
+        if not _NONE <= g < count:
+            raise ValueError(f"index must be in [-1, {count}) for {count} adapters, got {g}")
+    chosen = list(dict.fromkeys(index)) or [_NONE]
+    place = {g: i for i, g in enumerate(chosen)}
+    return [place[g] for g in index], chosen
+
+
+def _of_tensor(index: Tensor, x: Tensor, count: int) -> tuple[Tensor, list[int]]:
+    """`_of_list` of a tensor: all adapters in their order, and last none."""
+    if index.dtype not in (torch.int32, torch.int64) or index.shape != x.shape[:1]:
+        raise ValueError(
+            f"index must be int64 or int32 [{x.shape[0]}], got {index.dtype} {list(index.shape)}"
+        )
+    if index.device != x.device:
+        raise ValueError(f"index must be on x's device, {x.device}, got {index.device}")
+    outside = (index < 0) | (index >= count)
+    if (
+        index.is_cpu
+        and not torch.compiler.is_compiling()
+        and bool(((index < _NONE) | (index >= count)).any())
+    ):
+        raise ValueError(
+            f"index must be in [-1, {count}) for {count} adapters, got {index.tolist()}"
+        )
+    return torch.where(outside, count, index), [*range(count), _NONE]
+
+
+def _nothing(x: Tensor, weight: Weight, adapters: Sequence[Adapter]) -> Adapter:
+    """An adapter of rank 0."""
+    dtype = adapters[0].A.dtype if adapters else x.dtype
+    N, K = weight.shape
+    return Adapter(
+        torch.empty(K, 0, dtype=dtype, device=x.device),
+        torch.empty(0, N, dtype=dtype, device=x.device),
+        0.0,
+    )
+
+
+def _stacked(parts: list[Adapter], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A [G, K, R], B [G, R, N] and scales [G]: zeros beyond an adapter's own rank, whose gradients are dropped."""
+    R = max(part.A.shape[1] for part in parts)
+    dtype = reduce(torch.promote_types, (part.A.dtype for part in parts))
+    A = torch.stack([F.pad(part.A.to(dtype), (0, R - part.A.shape[1])) for part in parts])
+    B = torch.stack([F.pad(part.B.to(dtype), (0, 0, 0, R - part.B.shape[0])) for part in parts])
+    wide, scales = accumulated(x.dtype), [part.scale for part in parts]
+    if any(isinstance(scale, Tensor) for scale in scales):
+        made = [torch.as_tensor(scale, dtype=wide, device=x.device) for scale in scales]
+        return A, B, torch.stack(made)
+    return A, B, torch.tensor(scales, dtype=wide, device=x.device)
+
+
+class LinearWithAdapters(nn.Module):
+    """A Linear with several adapters by name, of which each sample of a batch has one or none, in one product.
+
+    `linear` is an nn.Linear or Transformers' Conv1D and stays the same object; `adapters` holds a `LoRALayer` for each name.
+    Nothing is frozen.
+
+    >>> layer = LinearWithAdapters(nn.Linear(8, 6))
+    >>> _ = layer.add_adapter("fr", rank=2, alpha=1.0), layer.add_adapter("de", rank=4, alpha=0.5)
+    >>> layer(torch.randn(3, 8), ["de", "__base__", "fr"]).shape
+    torch.Size([3, 6])
+    """
+
+    linear: Any
+    adapters: nn.ModuleDict
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        if not is_linear(linear):
+            raise TypeError(
+                f"linear must be a torch.nn.Linear or Transformers' Conv1D, got {type(linear).__name__}"
+            )
+        self.linear = linear
+        self.adapters = nn.ModuleDict()
+        self.selected: str | Sequence[str] | Tensor | None = None
+        self.train(linear.training)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names in the order in which they were added: an index is a place here."""
+        return tuple(self.adapters)
+
+    def add_adapter(
+        self,
+        name: str,
+        rank: int,
+        alpha: float,
+        *,
+        scaling: str = "alpha",
+        dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> LoRALayer:
+        """A new `LoRALayer`, by default in `linear`'s dtype; ValueError for a name that is taken, empty or has a dot."""
+        if not isinstance(name, str) or not name or "." in name or name == BASE:
+            raise ValueError(
+                f"name must be a string without dots other than {BASE!r}, got {name!r}"
+            )
+        if name in self.adapters:
+            raise ValueError(f"name must be new, got {name!r}, which the layer has")
+        lora = LoRALayer(
+            *features(self.linear),
+            rank,
+            alpha,
+            scaling=scaling,
+            dropout=dropout,
+            dtype=dtype or adapter_dtype(self.linear),
+            device=self.linear.weight.device,
+        )
+        self.adapters[name] = lora.train(self.training)
+        return lora
+
+    def remove_adapter(self, name: str) -> None:
+        """Drop an adapter; the places of those behind it fall by one. ValueError for a name that the layer lacks."""
+        self._check_name(name)
+        del self.adapters[name]
+
+    def forward(self, x: Tensor, adapters: str | Sequence[str] | Tensor | None = None) -> Tensor:
+        """y [S, ..., out] for x [S, ..., in]; `adapters`: a name for each sample or one for all, or places in `names`.
+
+        Names and places are the list and the tensor of `mixed_lora_linear`, "__base__" and -1 the base alone; by default
+        those in the attribute `selected`. In training the adapters of a batch must have one dropout. ValueError for a name
+        or a place that there is not, and where nothing is given or selected.
+        """
+        adapters = self.selected if adapters is None else adapters
+        if adapters is None:
+            raise ValueError("adapters must be given, or selected by select_adapters(model, names)")
+        index: Any = adapters
+        if not isinstance(adapters, Tensor):
+            wanted = [adapters] * x.shape[0] if isinstance(adapters, str) else list(adapters)
+            places = {name: place for place, name in enumerate(self.names)} | {BASE: _NONE}
+            for name in wanted:
+                if name not in places:
+                    self._check_name(name)
+            index = [places[name] for name in wanted]
+        if not all(self._is_plain(lora) for lora in self.adapters.values()):
+            return self._apart(x, index)
+        parts = [Adapter(lora.A, lora.B, lora.run_time_scale()) for lora in self.adapters.values()]
+        linear = self.linear
+        weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.t()
+        return mixed_lora_linear(
+            x, weight, parts, index, linear.bias, dropout_p=self._dropout(index)
+        )
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.adapters:
+            raise ValueError(f"name must be one of {self.names}, got {name!r}")
+
+    def _is_plain(self, lora: Any) -> bool:
+        fused = is_plain(self.linear, lora) and not is_quantized(self.linear)
+        return fused and not _has_any_global_hook()
+
+    def _dropout(self, index: Any) -> float:
+        if not self.training:
+            return 0.0
+        used = range(len(self.names)) if isinstance(index, Tensor) else set(index) - {_NONE}
+        layers: list[Any] = list(self.adapters.values())
+        chances = {layers[place].dropout for place in used}
+        if len(chances) > 1:
+            raise ValueError(f"adapters of one batch must have one dropout, got {sorted(chances)}")
+        return chances.pop() if chances else 0.0
+
+    def _apart(self, x: Tensor, index: Any) -> Tensor:
+        """The same, `linear` and each adapter called as the module that it is."""
+        count = len(self.names)
+        if isinstance(index, Tensor):
+            ids, chosen = _of_tensor(index, x, count)
+        else:
+            places, chosen = _of_list(index, x.shape[0], count)
+            ids = torch.as_tensor(places, device=x.device)
+        y = self.linear(x)
+        layers = list(self.adapters.values())
+        ids = ids.reshape(-1, *[1] * (x.ndim - 1))
+        for place, g in enumerate(chosen):
+            if g != _NONE:
+                y = y + torch.where(ids == place, layers[g](x), 0)
+        return y
+
+
+def check_name(name: str) -> None:
+    """ValueError unless an adapter can have this name."""
+    if not isinstance(name, str) or not name or "." in name or name == BASE:
+        raise ValueError(f"name must be a string without dots other than {BASE!r}, got {name!r}")

@@ -1,0 +1,179 @@
+"""The named adapters of a model: added, removed, selected for a batch, saved and loaded by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import adapter_file
+from lora_kernels.bases import features, is_linear
+from lora_kernels.mixed import BASE, LinearWithAdapters, check_name
+from lora_kernels.modules import LoRALayer, Place, check_lora, check_model, linear_places, put
+
+
+class _Layer(NamedTuple):
+    """One adapter of a layer, as `adapter_file` writes it."""
+
+    linear: Any
+    lora: LoRALayer
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, LinearWithAdapters]]:
+    """(name, layer) of every `LinearWithAdapters` in `model`."""
+    check_model(model)
+    for name, module in model.named_modules():
+        if isinstance(module, LinearWithAdapters):
+            yield name, module
+
+
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    rank: int,
+    alpha: float,
+    *,
+    scaling: str = "alpha",
+    dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+    target_modules: str | Iterable[str] | None = None,
+) -> list[str]:
+    """Add an adapter to the Linears below `model`, each of which becomes a `LinearWithAdapters`; returns their names.
+
+    `target_modules` and the rest are as in `replace_linear_with_lora`. ValueError, with the model as it was, for a name
+    that is taken and where nothing matches.
+    """
+    check_model(model)
+    check_name(name)
+    check_lora(rank, alpha, scaling, dropout, dtype)
+    places = list(linear_places(model, target_modules, LinearWithAdapters))
+    if not places:
+        raise ValueError(f"target_modules must name a Linear below model, got {target_modules!r}")
+    for label, _, _, child in places:
+        if isinstance(child, LinearWithAdapters) and name in child.adapters:
+            raise ValueError(f"name must be new, got {name!r}, which {label} has")
+    layers = _layers_for(places)
+    for layer in layers.values():
+        layer.add_adapter(name, rank, alpha, scaling=scaling, dropout=dropout, dtype=dtype)
+    put([(label, parent, key, layers[child]) for label, parent, key, child in places])
+    return [label for label, *_ in places]
+
+
+def _layers_for(places: list[Place]) -> dict[nn.Module, LinearWithAdapters]:
+    """For each child the layer that takes its place, itself where it is one."""
+    return {
+        child: child if isinstance(child, LinearWithAdapters) else LinearWithAdapters(child)
+        for _, _, _, child in places
+    }
+
+
+def remove_adapter(model: nn.Module, name: str) -> list[str]:
+    """Drop an adapter everywhere; a Linear that has none left takes its place again. Returns the layers' names.
+
+    ValueError for a name that no layer has.
+    """
+    having = {layer: label for label, layer in named_layers(model) if name in layer.adapters}
+    if not having:
+        raise ValueError(f"name must be an adapter of the model, got {name!r}")
+    for layer in having:
+        layer.remove_adapter(name)
+        layer.selected = None
+    bare = [
+        (key, parent, key, child.linear)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child in having and isinstance(child, LinearWithAdapters) and not child.adapters
+    ]
+    put(bare)
+    return list(having.values())
+
+
+def select_adapters(model: nn.Module, adapters: str | Sequence[str] | Tensor | None) -> None:
+    """Set what every layer of `model` computes until the next call: a name for each sample, one for all, or indices.
+
+    A name that a layer lacks is the base alone there. A tensor of indices counts the names of a layer, which must be the
+    same in all of them. Under checkpointing the backward computes the forward again: select the next batch's after it.
+    ValueError for a name that no layer has.
+    """
+    layers = [layer for _, layer in named_layers(model)]
+    if not layers:
+        raise ValueError("model must contain a LinearWithAdapters, but it has none")
+    known = {name for layer in layers for name in layer.names} | {BASE}
+    if isinstance(adapters, Tensor) and len({layer.names for layer in layers}) > 1:
+        raise ValueError("adapters must be names where the layers of the model have different ones")
+    if isinstance(adapters, str):
+        wanted: set[str] = {adapters}
+    else:
+        wanted = set() if adapters is None or isinstance(adapters, Tensor) else set(adapters)
+    if not wanted <= known:
+        raise ValueError(f"adapters must be of {sorted(known)}, got {sorted(wanted - known)}")
+    for layer in layers:
+        if isinstance(adapters, str):
+            layer.selected = _present(adapters, layer)
+        elif adapters is None or isinstance(adapters, Tensor):
+            layer.selected = adapters
+        else:
+            layer.selected = [_present(name, layer) for name in adapters]
+
+
+def _present(name: str, layer: LinearWithAdapters) -> str:
+    return name if name in layer.adapters else BASE
+
+
+def save_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]) -> Path:
+    """Write one adapter of `model` into the folder `path`, in PEFT's layout as `save_adapter` does, and return it."""
+    layers: Any = {
+        label: _Layer(layer.linear, layer.adapters[name])
+        for label, layer in named_layers(model)
+        if name in layer.adapters
+    }
+    if not layers:
+        raise ValueError(f"name must be an adapter of the model, got {name!r}")
+    folder = Path(path)
+    adapter_file.write(folder, layers)
+    return folder
+
+
+def load_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]) -> list[str]:
+    """Add the adapter in the folder `path`, PEFT's or of `save_adapter`, by this name; returns its layers.
+
+    ValueError for a file that `load_adapter` refuses or that does not fit, and for a name that is taken: then the model
+    is as it was.
+    """
+    check_model(model)
+    read = adapter_file.read(Path(path))
+    modules = dict(model.named_modules())
+    for label, adapter in read.items():
+        module = modules.get(label)
+        linear = module.linear if isinstance(module, LinearWithAdapters) else module
+        if linear is None or not is_linear(linear):
+            raise ValueError(f"the file's layer {label!r} must be a Linear of the model")
+        if isinstance(module, LinearWithAdapters) and name in module.adapters:
+            raise ValueError(f"name must be new, got {name!r}, which {label} has")
+        ins, outs = features(linear)
+        got = (adapter.A.shape[0], adapter.B.shape[1])
+        if got != (ins, outs):
+            raise ValueError(f"the file's layer {label!r} must be [{ins}, {outs}], got {list(got)}")
+    places = [
+        (f"{path_}.{key}" if path_ else key, parent, key, child)
+        for path_, parent in model.named_modules()
+        for key, child in parent._modules.items()
+        if child is not None and any(child is modules[label] for label in read)
+    ]
+    layers = _layers_for(places)
+    check_name(name)
+    for label, adapter in read.items():
+        layer = layers[modules[label]]
+        rank = adapter.A.shape[1]
+        scaling = "alpha/sqrt(rank)" if adapter.rslora else "alpha/rank"
+        alpha = adapter_file.alpha_for(adapter.scale, scaling, rank)
+        lora = layer.add_adapter(name, rank, alpha, scaling=scaling, dropout=adapter.dropout)
+        with torch.no_grad():
+            lora.A.copy_(adapter.A)
+            lora.B.copy_(adapter.B)
+    put([(label, parent, key, layers[child]) for label, parent, key, child in places])
+    return list(read)

@@ -1,0 +1,157 @@
+"""Several adapters in one batch: each sample against `lora_linear` with its own adapter, values and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import lora_linear
+from lora_kernels.mixed import BASE, LinearWithAdapters
+from lora_kernels.modules import lora_parameters
+
+NAMES = ("fr", "de", "it")
+BATCHES = {
+    "mixed": ["de", "fr", BASE, "de", "fr"],
+    "in runs": ["de", "de", "fr", "fr", BASE],
+    "one": ["it"] * 5,
+    "none": [BASE] * 5,
+    "all and none": ["it", "fr", BASE, "de", "it"],
+}
+
+
+def layer(linear=None, **options):
+    """Adapters of three ranks and scales that are not zero, on a float64 base."""
+    torch.manual_seed(2)
+    made = LinearWithAdapters(linear or nn.Linear(7, 5).double())
+    for name, rank, alpha in zip(NAMES, (2, 4, 1), (0.5, -1.0, 3.0), strict=True):
+        nn.init.normal_(made.add_adapter(name, rank, alpha, **options).B)
+    return made
+
+
+def one_by_one(made, x, names):
+    rows = []
+    for sample, name in zip(x, names, strict=True):
+        y = made.linear(sample)
+        if name != BASE:
+            lora = made.adapters[name]
+            y = y + lora.scale * (sample @ lora.A @ lora.B)
+        rows.append(y)
+    return torch.stack(rows)
+
+
+def gradients(made, x, y):
+    made.zero_grad(), setattr(x, "grad", None)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return {
+        "x": x.grad.clone(),
+        **{n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None},
+    }
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("shape", [(5, 7), (5, 3, 7), (5, 2, 3, 7)])
+@pytest.mark.parametrize("names", BATCHES.values(), ids=BATCHES)
+def test_each_sample_has_its_own_adapter(names, shape, as_tensor):
+    """An adapter without samples has no gradient where the batch is given by names, a zero one where by a tensor."""
+    made = layer()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    given = (
+        torch.tensor([NAMES.index(n) if n in NAMES else -1 for n in names]) if as_tensor else names
+    )
+    y = made(x, given)
+    want = one_by_one(made, x, names)
+    torch.testing.assert_close(y, want)
+    got, exact = gradients(made, x, y), gradients(made, x, want)
+    for key in [key for key in got if key not in exact]:
+        assert as_tensor and not got.pop(key).any()
+    assert got.keys() == exact.keys()
+    for key, value in exact.items():
+        torch.testing.assert_close(got[key], value)
+
+
+def test_an_adapter_without_samples_is_left_alone_by_the_optimizer():
+    made = layer()
+    optimizer = torch.optim.AdamW(made.parameters(), lr=0.1, weight_decay=0.5)
+    before = {n: p.detach().clone() for n, p in made.named_parameters()}
+    made(torch.randn(2, 7, dtype=torch.float64), ["fr", "de"]).sum().backward()
+    optimizer.step()
+    kept = {n for n, p in made.named_parameters() if torch.equal(p, before[n])}
+    assert kept == {"adapters.it.A", "adapters.it.B"}
+
+
+def test_no_sample():
+    made = layer()
+    assert made(torch.empty(0, 3, 7, dtype=torch.float64), []).shape == (0, 3, 5)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["fr", "es"], "name must be one of .*got 'es'"),
+        (["fr"], "an integer for each of x's 2 samples, got 1"),
+        (torch.tensor([0, 3]), r"in \[-1, 3\) for 3 adapters"),
+        (torch.tensor([0, -2]), r"in \[-1, 3\) for 3 adapters"),
+        (torch.tensor([0.0, 1.0]), "int64 or int32"),
+        (torch.tensor([0]), r"int64 or int32 \[2\]"),
+    ],
+    ids=str,
+)
+def test_bad_adapters_of_a_batch(given, message):
+    with pytest.raises(ValueError, match=message):
+        layer()(torch.randn(2, 7, dtype=torch.float64), given)
+
+
+def test_adding_and_removing():
+    made = layer()
+    for name in ("fr", "", "a.b", BASE, 3):
+        with pytest.raises(ValueError, match="name must be"):
+            made.add_adapter(name, 2, 1.0)
+    with pytest.raises(ValueError, match="name must be one of"):
+        made.remove_adapter("es")
+    made.remove_adapter("fr")
+    assert made.names == ("de", "it") and len(list(lora_parameters(made))) == 4
+    x = torch.randn(2, 7, dtype=torch.float64)
+    torch.testing.assert_close(made(x, torch.tensor([1, 0])), one_by_one(made, x, ["it", "de"]))
+    with pytest.raises(TypeError, match="linear must be"):
+        LinearWithAdapters(nn.ReLU())
+
+
+def test_what_is_attached_to_the_parts_runs():
+    made = layer()
+    x = torch.randn(3, 2, 7, dtype=torch.float64)
+    want = made(x, ["fr", BASE, "it"])
+    calls = []
+    made.linear.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(made(x, ["fr", BASE, "it"]), want)
+    torch.testing.assert_close(made(x, torch.tensor([0, -1, 2])), want)
+    assert calls == [1, 1]
+
+
+def test_dropout():
+    made = layer(dropout=0.5)
+    x = torch.ones(2, 400, 7, dtype=torch.float64)
+    y = made(x, ["fr", "de"])
+    assert not torch.equal(y, made(x, ["fr", "de"]))
+    made.eval()
+    exact = made(x, ["fr", "de"])
+    torch.testing.assert_close(exact, one_by_one(made, x, ["fr", "de"]))
+    spread = (y - exact).std(1) / 20
+    assert ((y - exact).mean(1).abs() < 5 * spread).all()
+    made.train().adapters["de"].dropout = 0.1
+    with pytest.raises(ValueError, match="must have one dropout"):
+        made(x, ["fr", "de"])
+    made(x, ["fr", BASE])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_adapters_on_a_half_base(dtype):
+    made = layer(nn.Linear(7, 5).to(dtype), dtype=torch.float32)
+    x = torch.randn(2, 7).to(dtype)
+    y = made(x, ["de", "it"])
+    for i, name in enumerate(("de", "it")):
+        lora = made.adapters[name]
+        want = lora_linear(
+            x[i : i + 1], made.linear.weight, lora.A, lora.B, lora.scale, made.linear.bias
+        )
+        torch.testing.assert_close(y[i : i + 1], want)

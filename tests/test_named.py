@@ -1,0 +1,160 @@
+"""Named adapters of a model: added, selected, trained, removed, saved and loaded; PEFT reads and computes the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from lora_kernels import load_adapter, save_adapter
+from lora_kernels.mixed import BASE, LinearWithAdapters
+from lora_kernels.named import (
+    add_adapter,
+    load_named_adapter,
+    named_layers,
+    remove_adapter,
+    save_named_adapter,
+    select_adapters,
+)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu()))
+
+
+def model():
+    torch.manual_seed(4)
+    net = Net()
+    add_adapter(net, "fr", 2, 0.5, target_modules=["first", "second"])
+    add_adapter(net, "de", 3, 2.0, scaling="alpha/rank", target_modules=["second", "head"])
+    for _, layer in named_layers(net):
+        for lora in layer.adapters.values():
+            nn.init.normal_(lora.B)
+    return net
+
+
+X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+def outputs(net, names):
+    select_adapters(net, names)
+    return net(X)
+
+
+def test_a_batch_is_its_samples_one_by_one():
+    net = model()
+    assert [layer.names for _, layer in named_layers(net)] == [("fr",), ("fr", "de"), ("de",)]
+    names = ["de", BASE, "fr", "de"]
+    mixed = outputs(net, names)
+    for i, name in enumerate(names):
+        torch.testing.assert_close(mixed[i], outputs(net, name)[i])
+    torch.manual_seed(4)
+    torch.testing.assert_close(mixed[1], Net()(X)[1])
+
+
+def test_removing_the_last_adapter_gives_the_model_back():
+    net = model()
+    before = outputs(net, "de")
+    assert remove_adapter(net, "fr") == ["first", "second"]
+    assert type(net.first) is nn.Linear and net.second.names == ("de",)
+    torch.testing.assert_close(outputs(net, "de"), before)
+    remove_adapter(net, "de")
+    torch.manual_seed(4)
+    bare = Net()
+    assert net.state_dict().keys() == bare.state_dict().keys()
+    assert torch.equal(net(X), bare(X))
+    with pytest.raises(ValueError, match="name must be an adapter of the model, got 'de'"):
+        remove_adapter(net, "de")
+
+
+def test_files_are_those_of_one_adapter(tmp_path):
+    """An adapter leaves and comes back by name, alone in a model of ours, and in PEFT."""
+    net = model()
+    want = {name: outputs(net, name) for name in ("fr", "de")}
+    for name in want:
+        save_named_adapter(net, name, tmp_path / name)
+    torch.manual_seed(4)
+    fresh = Net()
+    assert set(load_named_adapter(fresh, "other", tmp_path / "de")) == {"second", "head"}
+    assert set(load_named_adapter(fresh, "fr", tmp_path / "fr")) == {"first", "second"}
+    torch.testing.assert_close(outputs(fresh, "other"), want["de"])
+    torch.testing.assert_close(outputs(fresh, ["fr"] * 4), want["fr"])
+    torch.manual_seed(4)
+    single = Net()
+    load_adapter(single, tmp_path / "de")
+    torch.testing.assert_close(single(X), want["de"])
+    torch.manual_seed(4)
+    theirs = PeftModel.from_pretrained(Net(), tmp_path / "fr").eval()
+    torch.testing.assert_close(theirs(X), want["fr"])
+
+
+def test_files_of_peft_are_loaded(tmp_path):
+    torch.manual_seed(4)
+    theirs = get_peft_model(
+        Net(), LoraConfig(r=3, target_modules=["first", "head"], init_lora_weights=False)
+    )
+    theirs.save_pretrained(tmp_path)
+    torch.manual_seed(4)
+    net = Net()
+    load_named_adapter(net, "fr", tmp_path)
+    torch.testing.assert_close(outputs(net, "fr"), theirs(X))
+
+
+def test_a_step_trains_the_adapters_of_the_batch():
+    net = model()
+    trained = [p for n, p in net.named_parameters() if "adapters" in n]
+    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.1)
+    before = copy.deepcopy(net.state_dict())
+    outputs(net, ["fr", BASE, "fr", BASE]).square().sum().backward()
+    optimizer.step()
+    changed = {
+        key.split(".")[2] for key, t in net.state_dict().items() if not torch.equal(t, before[key])
+    }
+    assert changed == {"fr"}
+
+
+def test_bad_requests_change_nothing(tmp_path):
+    net = model()
+    save_named_adapter(net, "fr", tmp_path / "fr")
+    names = ["fr", "de"]
+    state, kinds = copy.deepcopy(net.state_dict()), {n: type(m) for n, m in net.named_modules()}
+    narrow = nn.ModuleDict({"first": nn.Linear(8, 11), "second": nn.Linear(12, 8)})
+    with pytest.raises(ValueError, match=r"'first' must be \[8, 11\], got \[8, 12\]"):
+        load_named_adapter(narrow, "fr", tmp_path / "fr")
+    assert type(narrow["first"]) is nn.Linear
+    for call, message in (
+        (lambda: add_adapter(net, "fr", 2, 1.0), "name must be new, got 'fr'"),
+        (lambda: add_adapter(net, "a.b", 2, 1.0), "name must be a string without dots"),
+        (lambda: add_adapter(net, "it", 2, 1.0, target_modules=["nothing"]), "must name a Linear"),
+        (lambda: load_named_adapter(net, "de", tmp_path / "fr"), "name must be new, got 'de'"),
+        (lambda: load_named_adapter(net, BASE, tmp_path / "fr"), "name must be a string"),
+        (lambda: save_named_adapter(net, "it", tmp_path / "it"), "must be an adapter of the model"),
+        (lambda: select_adapters(net, ["fr", "it"]), r"must be of .*got \['it'\]"),
+        (
+            lambda: select_adapters(net, torch.tensor([0, 1])),
+            "where the layers of the model have different",
+        ),
+        (lambda: select_adapters(Net(), names), "must contain a LinearWithAdapters"),
+        (lambda: net(X), "adapters must be given, or selected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert {n: type(m) for n, m in net.named_modules()} == kinds
+    assert all(torch.equal(t, state[key]) for key, t in net.state_dict().items())
+
+
+def test_an_adapter_on_adapted_layers_is_no_second_wrapper():
+    net = model()
+    add_adapter(net, "it", 1, 1.0)
+    assert all("it" in layer.names for _, layer in named_layers(net))
+    assert not any(isinstance(layer.linear, LinearWithAdapters) for _, layer in named_layers(net))
+    with pytest.raises(ValueError, match="LinearWithLoRA"):
+        save_adapter(net, "nowhere")
