@@ -3,6 +3,7 @@
 #   make test            every test that needs no GPU; WORKERS=4 in four processes
 #   make quick           the tests to run while editing, in two minutes
 #   make lint            ruff, mypy, clang-format
+#   make docs            pages of the public names, out of their docstrings, into build/docs
 #   make bench           benchmarks, tables and plots
 #   make gpu             on a machine with a GPU, offline, with PYTHON's own packages: tests, tuning, benchmarks, report
 #   make TORCH=2.14.1 …  another torch than the default
@@ -15,9 +16,11 @@ INSTALLED := $(VENV)/.installed-$(TORCH)
 BUILT := $(VENV)/.built-$(TORCH)
 CSRC := $(wildcard csrc/*/*)
 WORKERS ?= 2
+# What is promised: the package's own names, and two modules; the others are left out.
+PAGES := lora_kernels '!lora_kernels\..+' lora_kernels.integrations.peft lora_kernels.distributed
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: setup demo test quick lint bench gpu clean
+.PHONY: setup demo test quick lint docs bench gpu clean
 
 setup: $(BUILT)
 
@@ -52,6 +55,9 @@ lint: $(BUILT)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+docs: $(BUILT)
+	$(BIN)/python -m pdoc --no-show-source --output-directory build/docs $(PAGES)
 
 bench: $(BUILT)
 	$(BIN)/python -m lora_kernels bench --preset laptop --output benchmarks/results

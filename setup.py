@@ -3,15 +3,21 @@
 LORA_KERNELS_BUILD says which: "auto" (the default) builds what this machine can and says in one message what it left out,
 "none" builds nothing, "cpu", "cuda" or "cpu,cuda" build those or fail. Use pip's --no-build-isolation, so that the
 extensions are built against the torch that will load them.
+
+LORA_KERNELS_PREBUILT names a folder of cpu libraries that were built elsewhere, one for each minor version of torch, such
+as _cpu-torch2.13.so: the wheel takes them all, and the one of the torch that is there is loaded.
 """
 
 import importlib.util
 import os
+import platform
+import re
 import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Distribution, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -33,6 +39,8 @@ def requested(value):
 
 def missing(name, auto):
     """What this machine lacks to build the extension `name`, or None. `auto` asks for a use of it as well."""
+    if name == "cpu" and (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return f"it is for Linux x86_64, this is {platform.system()} {platform.machine()}"
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed here (is --no-build-isolation missing?)"
     if name == "cpu":
@@ -53,8 +61,8 @@ class Build(build_ext):
     def run(self):
         names, must = requested(os.environ.get("LORA_KERNELS_BUILD", "auto"))
         # What an earlier wheel left in the build folder is no part of this one.
-        for name in () if self.inplace else NAMES:
-            self.destination(name).unlink(missing_ok=True)
+        for library in () if self.inplace else libraries(self.build_lib):
+            library.unlink()
         left_out = []
         for name in names:
             reason = missing(name, auto=not must)
@@ -71,8 +79,21 @@ class Build(build_ext):
                         f"LORA_KERNELS_BUILD asks for the {name} extension, but {reason}"
                     )
                 left_out.append(f"{name}: {reason}")
+        if os.environ.get("LORA_KERNELS_PREBUILT"):
+            self.take(Path(os.environ["LORA_KERNELS_PREBUILT"]))
         if left_out:
             print("lora_kernels is installed without " + "; ".join(left_out), file=sys.stderr)
+
+    def take(self, folder):
+        """Copy the libraries of `folder`, which must be named as they are looked for."""
+        found = sorted(folder.glob("*.so"))
+        names = [library.name for library in found]
+        if not found or not all(re.fullmatch(r"_cpu-torch\d+\.\d+\.so", name) for name in names):
+            raise RuntimeError(
+                f"LORA_KERNELS_PREBUILT must be a folder of libraries named _cpu-torchX.Y.so, got {folder} with {names}"
+            )
+        for library in found:
+            shutil.copy(library, self.destination("cpu").with_name(library.name))
 
     def get_outputs(self):
         return []  # what is built decides itself in run
@@ -115,9 +136,30 @@ class Build(build_ext):
         module.build(self.destination("cuda"))
 
 
-# The listed extension makes setuptools run build_ext and tag the wheel for this platform; Build decides what is built.
+def libraries(root):
+    """The compiled libraries of the package below `root`."""
+    return sorted((Path(root) / "lora_kernels").glob("_*.so"))
+
+
+class Wheel(bdist_wheel):
+    """Tags the wheel by what its build made: a library is of this platform and of no Python, without one it is for all."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2] if self._libraries() else "any"
+
+    def write_wheelfile(self, *args, **options):
+        self.root_is_pure = (
+            not self._libraries()
+        )  # only here: what is installed lies where an extension would
+        super().write_wheelfile(*args, **options)
+
+    def _libraries(self):
+        return libraries(self.get_finalized_command("build").build_lib)
+
+
+# The listed extension makes setuptools run build_ext; Build decides what is built.
 SOURCES = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*/*.*"))]
 setup(
     ext_modules=[Extension("lora_kernels._native", [], depends=SOURCES)],
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
 )

@@ -222,13 +222,18 @@ def explain(problem: Problem, backend: str = "auto", algorithm: str | None = Non
 
 def predict(problem: Problem, target: Target) -> list[Candidate]:
     """The candidates that a machine with this GPU and every GPU backend would compare."""
-    on_gpu = (
-        backends.get(name)
-        for name in backends.BACKENDS
-        if _runs_on(backends.get(name), torch.device("cuda"))
-    )
-    offered = [each for backend in on_gpu for each in backend.candidates(problem, target)]
+    every = map(backends.get, backends.BACKENDS)
+    on_gpu = (backend for backend in every if _runs_on(backend, torch.device("cuda")))
+    offered = [each for backend in on_gpu for each in _candidates(backend, problem, target)]
     return [candidate for candidate in offered if candidate.refusal is None]
+
+
+def _candidates(backend: Backend, problem: Problem, target: Target | None) -> list[Candidate]:
+    """The backend's candidates for `problem`, with the time of the dense copy that it may need."""
+    offered = backend.candidates(problem, target)
+    if problem.weight_format in backend.formats:
+        return offered
+    return [_after_dequantising(candidate, problem, target) for candidate in offered]
 
 
 def make_plan(
@@ -308,7 +313,7 @@ def _offers(
     known = None if isinstance(target, str) else target
     if backend.needs_target and known is None:
         return str(target), []
-    candidates = backend.candidates(problem, known)
+    candidates = _candidates(backend, problem, known)
     if algorithm is not None:
         candidates = [c for c in candidates if c.name == algorithm]
     if not candidates:
@@ -319,8 +324,6 @@ def _offers(
         reason = selftest.trusted(backend, device)
         if reason is not None:
             return reason, []
-    if problem.weight_format not in backend.formats:
-        candidates = [_after_dequantising(candidate, problem, known) for candidate in candidates]
     return None, candidates
 
 

@@ -1,4 +1,4 @@
-"""Quantised weights with random codes: what the self-test computes with, and what `tune` times."""
+"""Quantised weights with random codes: what the self-test computes with, and what `tune` and `bench` time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def sample(
 
 
 def _nf4(N: int, K: int, generator: torch.Generator) -> NF4Weight:
-    """Doubly quantised, with the quantiles of a normal distribution as codes."""
+    """Doubly quantised."""
     blocks = -(-N * K // BLOCK)
 
     def codes(count: int) -> torch.Tensor:
@@ -31,13 +31,30 @@ def _nf4(N: int, K: int, generator: torch.Generator) -> NF4Weight:
     return NF4Weight(
         codes(-(-N * K // 2)),
         codes(blocks),
-        torch.special.ndtri(torch.linspace(0.03, 0.97, 16)) / 2,
+        nf4_codes(),
         torch.linspace(-1, 1, 256),
         near(largest / 2, -(-blocks // BLOCK2)),
         near(largest, 1),
         N=N,
         K=K,
     )
+
+
+def nf4_codes() -> torch.Tensor:
+    """The 16 values of NF4: quantiles of a normal distribution on each side of zero, the largest scaled to 1.
+
+    Dettmers et al., "QLoRA: efficient finetuning of quantized LLMs", NeurIPS 2023, section 3.
+    """
+    edge = (
+        0.9677083  # as if the first and last quantile were half a step from the distribution's ends
+    )
+
+    def side(count: int) -> torch.Tensor:
+        steps = torch.linspace(edge, 0.5, count + 1, dtype=torch.float64)
+        return torch.special.ndtri(steps[:-1])
+
+    values = torch.cat([-side(7), torch.zeros(1, dtype=torch.float64), side(8).flip(0)])
+    return (values / values.max()).float()
 
 
 def _int8(N: int, K: int, generator: torch.Generator) -> Int8Weight:

@@ -33,11 +33,14 @@ from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.formulas import Needs
 from lora_kernels.once import once
-from lora_kernels.operands import Adapter, name_of
-from lora_kernels.problem import Problem
+from lora_kernels.operands import Adapter, QuantizedWeight, name_of
+from lora_kernels.problem import DENSE, Problem
+from lora_kernels.samples import SAMPLES, sample
 
 _EVERY = Needs(True, False, True, True, False)
 _SIZES = ((1, 48, 64, 8), (33, 65, 47, 12), (130, 136, 264, 16), (70, 40, 24, 72))  # M, N, K, R
+# With whole blocks of NF4 in a row, which a kernel for few rows decodes itself, and without.
+_PACKED_SIZES = ((5, 72, 128, 8), (70, 33, 50, 8))
 _DTYPES = (
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16),
@@ -70,7 +73,11 @@ def run(backend: Backend, device: torch.device | str) -> list[Result]:
     Allowed is twice what eager PyTorch is off in the same types, plus two roundings of the largest number.
     """
     device = torch.device(device)
-    return [result for problem in _problems(device) for result in _check(backend, problem, device)]
+    return [
+        result
+        for problem in _problems(backend, device)
+        for result in _check(backend, problem, device)
+    ]
 
 
 LIMIT = 600.0  # seconds for a backend's test, most of which its kernels are compiled
@@ -80,9 +87,14 @@ _PROGRAM = """
 import sys
 sys.path[:] = [folder for folder in sys.path if folder]
 import json
-sys.path[:], name, index, uuid = json.loads(sys.argv[1])
-from lora_kernels import selftest
-selftest.answer(name, index, uuid)
+sys.path[:], package, folder, name, index, uuid = json.loads(sys.argv[1])
+import importlib.util
+# By its file, as the package may have been loaded from a folder that is on no path.
+file = folder + "/__init__.py"
+spec = importlib.util.spec_from_file_location(package, file, submodule_search_locations=[folder])
+sys.modules[package] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[package])
+importlib.import_module(package + ".selftest").answer(name, index, uuid)
 """
 
 
@@ -133,7 +145,8 @@ def _failure_elsewhere(name: str, index: int) -> str | None:
     python = os.fsdecode(get_executable() or "")  # what multiprocessing.set_executable can change
     if not python or (getattr(sys, "frozen", False) and python == sys.executable):
         raise NoVerdictError("this program has no Python interpreter to start")
-    asked = json.dumps([list(map(str, sys.path)), name, index, _uuid(index)])
+    package = [__package__, str(Path(__file__).resolve().parent)]
+    asked = json.dumps([list(map(str, sys.path)), *package, name, index, _uuid(index)])
     env.logger().info("the %s backend is tested on device %d, for the first time", name, index)
     try:
         code, output, errors = _run_apart([python, "-c", _PROGRAM, asked], LIMIT)
@@ -283,7 +296,13 @@ def _write(file: Path, fingerprint: str, failure: str | None) -> None:
         env.logger().info("%s cannot be written", file)
 
 
-def _problems(device: torch.device) -> Iterator[Problem]:
+def _problems(backend: Backend, device: torch.device) -> Iterator[Problem]:
+    """Each type with every size; and each format of a weight that the backend reads, with few rows and with many."""
+    for weight_format in sorted(SAMPLES.keys() & set(backend.formats)):
+        for dtype, adapter_dtype in _DTYPES:
+            for M, N, K, R in _PACKED_SIZES:
+                names = name_of(dtype), name_of(adapter_dtype)
+                yield Problem(M, N, K, R, *names, device.type, weight_format=weight_format)
     for dtype, adapter_dtype in _DTYPES:
         for i, (M, N, K, R) in enumerate(_SIZES):
             yield Problem(
@@ -313,6 +332,10 @@ def _check(backend: Backend, problem: Problem, device: torch.device) -> Iterator
 
     M, N, K, R = problem.M, problem.N, problem.K, problem.R
     x, weight = normal(M, K, 1, dtype), normal(N, K, K, dtype)
+    packed = None
+    if problem.weight_format != DENSE:
+        packed = sample(problem.weight_format, N, K, dtype, device)
+        weight = packed.dense()
     A, B = normal(K, R, K, adapter_dtype), normal(R, N, R, adapter_dtype)
     bias = normal(1, N, 1, dtype)[0] if problem.bias else None
     dy = normal(M, N, 1, dtype)
@@ -320,7 +343,7 @@ def _check(backend: Backend, problem: Problem, device: torch.device) -> Iterator
     operands = (x, weight, A, B, bias, dy)
     forward, backward = (candidate.products for candidate in own if candidate is not None)
     assert forward is not None and backward is not None
-    actual = _results(forward, backward, operands, dropout)
+    actual = _results(forward, backward, operands, dropout, packed)
     wide = tuple(t if t is None else t.double() for t in operands)
     exact = _results(COMPOSITE, COMPOSITE, wide, dropout)
     eager = _reference(operands, dropout)
@@ -335,11 +358,14 @@ def _results(
     backward: Products,
     operands: tuple[Tensor | None, ...],
     dropout: Dropout | None,
+    packed: QuantizedWeight | None = None,
 ) -> dict[str, Tensor]:
-    x, weight, A, B, bias, dy = operands
+    """y, dx, dA and dB; `packed` is read instead of the weight among the operands, which is its dense copy."""
+    x, dense, A, B, bias, dy = operands
     assert (
-        x is not None and weight is not None and A is not None and B is not None and dy is not None
+        x is not None and dense is not None and A is not None and B is not None and dy is not None
     )
+    weight = packed or dense
     adapter = Adapter(A, B, 0.75, dropout)
     y, s = formulas.forward(forward, x, weight, adapter, bias)
     saved = formulas.keep(_EVERY, x, weight, A, B, s)

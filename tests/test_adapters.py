@@ -690,12 +690,12 @@ def test_a_load_that_fails_in_the_middle(folder, monkeypatch, error, wrapped):
     before = snapshot(model)
     fill, calls = adapters._fill, []
 
-    def fails_at_the_third(lora, A, B, alpha):
+    def fails_at_the_third(lora, A, B, *rest):
         calls.append(lora)
         if len(calls) == 3:
-            fill(lora, A, torch.zeros_like(B), 1.0)
+            fill(lora, A, torch.zeros_like(B), None, 1.0)
             raise error
-        fill(lora, A, B, alpha)
+        fill(lora, A, B, *rest)
 
     monkeypatch.setattr(adapters, "_fill", fails_at_the_third)
     with pytest.raises(error):

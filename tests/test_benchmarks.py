@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_kernels import samples
 from lora_kernels.__main__ import main
 from lora_kernels.bench import (
     check,
@@ -244,6 +246,46 @@ def test_two_kernels_are_formulas_over_the_forced_triton_algorithm(monkeypatch):
     check.Oracle(layer, x, dy).check("two_kernel", contenders.build("two_kernel", layer))
     assert asked and {facts[1:] for facts in asked} == {("triton", "two_kernel")}
     assert all(replace(facts[0], bias=PROBLEM.bias) == PROBLEM for facts in asked)
+
+
+@pytest.mark.parametrize("name", ["peft", "dense", "ours[eager]", "ours[cpu]"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_contenders_over_nf4(name, dtype):
+    """All read the codes of one weight: PEFT's over bitsandbytes' own layer."""
+    if name == "peft":
+        pytest.importorskip("bitsandbytes")
+    problem = Problem(5, 96, 128, 4, dtype, dtype, bias=True, weight_format="nf4")
+    if reason := contenders.left_out(name, problem):
+        pytest.skip(reason)
+    layer, (x, dy) = contenders.make_layer(problem), contenders.make_input(problem)
+    built = contenders.build(name, layer)
+    assert 0 < check.Oracle(layer, x, dy).check(name, built) < 0.1
+    if name == "peft":
+        packed = built.function.base_layer.weight
+        assert type(packed).__name__ == "Params4bit"
+        assert packed.data_ptr() == layer.packed.packed.data_ptr()
+    kept = memory.saved_bytes(built, layer, x)
+    assert kept < problem.N * problem.K, "the packed tensors are the layer's own, W is not saved"
+
+
+def test_contenders_that_a_format_has_not(monkeypatch):
+    nf4, int8 = (replace(PROBLEM, weight_format=kind) for kind in ("nf4", "int8"))
+    assert contenders.left_out("dense", PROBLEM) == "the weight is dense"
+    assert contenders.left_out("peft", int8) == "it has no layer over int8 here"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else name
+    )
+    assert contenders.left_out("peft", nf4) == "bitsandbytes is not installed"
+    assert contenders.left_out("peft", PROBLEM) is None
+    cases = presets.cases("nf4", "cpu")
+    assert {case.problem.weight_format for case in cases} == {"nf4"}
+    assert presets.names("nf4") == ("frozen", "reference", "dense", "peft", "ours")
+
+
+def test_the_codes_of_nf4_are_bitsandbytes_own():
+    bnb = pytest.importorskip("bitsandbytes")
+    table = bnb.functional.get_4bit_type("nf4", device="cpu")
+    torch.testing.assert_close(samples.nf4_codes(), table, rtol=0, atol=1.2e-7)
 
 
 def test_names_are_checked():

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -35,6 +36,7 @@ def build(tmp_path):
             text=True,
         )
 
+    run.folder = tmp_path
     yield run
     assert not list((tmp_path / "lora_kernels").iterdir())  # none of these builds makes a library
 
@@ -123,11 +125,17 @@ def packages(tmp_path):
 
 
 def wheel_of(root: Path) -> dict[str, str]:
-    """The wheel's files of the package, and what its libraries hold."""
+    """The wheel's files of the package, and what its libraries hold; it is for every Python, and for what it holds."""
     (wheel,) = (root / "dist").glob("*.whl")
-    assert wheel.name.endswith(".whl") and "-none-any" not in wheel.name
+    platform_tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     with zipfile.ZipFile(wheel) as file:
         names = [name for name in file.namelist() if name.startswith("lora_kernels/")]
+        tag = platform_tag if any(name.endswith(".so") for name in names) else "any"
+        assert wheel.name.endswith(f"-py3-none-{tag}.whl")
+        (about,) = (name for name in file.namelist() if name.endswith("dist-info/WHEEL"))
+        said = file.read(about).decode().splitlines()
+        assert f"Root-Is-Purelib: {str(tag == 'any').lower()}" in said
+        assert [line for line in said if line.startswith("Tag: ")] == [f"Tag: py3-none-{tag}"]
         return {n: file.read(n).decode().strip() if n.endswith(".so") else "" for n in names}
 
 
@@ -153,6 +161,41 @@ def test_a_wheel_holds_the_library_that_its_build_made(packages):
     made = wheel_of(root)
     assert {name: text for name, text in made.items() if text} == {"lora_kernels/_cpu.so": NEW}
     assert (root / "lora_kernels/_cpu.so").read_text() == OLD
+
+
+def test_a_wheel_takes_libraries_that_were_built_elsewhere(packages, tmp_path, monkeypatch):
+    """One for each minor version of torch, and nothing of what lay about."""
+    folder = tmp_path / "prebuilt"
+    folder.mkdir()
+    for version in ("2.10", "2.13"):
+        (folder / f"_cpu-torch{version}.so").write_text(f"for {version}")
+    monkeypatch.setenv("LORA_KERNELS_PREBUILT", str(folder))
+    made = wheel_of(packages("none", *WHEEL))
+    assert {name: text for name, text in made.items() if text} == {
+        f"lora_kernels/_cpu-torch{version}.so": f"for {version}" for version in ("2.10", "2.13")
+    }
+
+
+@pytest.mark.parametrize("names", [[], ["_cpu.so"], ["_cpu-torch2.10.so", "_cpu-torch2.so"]])
+def test_a_folder_of_other_libraries_is_refused(packages, tmp_path, monkeypatch, names):
+    folder = tmp_path / "prebuilt"
+    folder.mkdir()
+    for name in names:
+        (folder / name).touch()
+    monkeypatch.setenv("LORA_KERNELS_PREBUILT", str(folder))
+    with pytest.raises(AssertionError, match="LORA_KERNELS_PREBUILT must be a folder of libraries"):
+        packages("none", *WHEEL)
+
+
+@pytest.mark.parametrize("system, machine", [("Windows", "AMD64"), ("Darwin", "arm64")])
+def test_elsewhere_the_cpu_extension_is_left_out_with_the_reason(build, system, machine):
+    """What the build asks for first, by a stand-in for the platform."""
+    stand_in = f"import platform\nplatform.system = lambda: {system!r}\nplatform.machine = lambda: {machine!r}\n"
+    (build.folder / "sitecustomize.py").write_text(stand_in)
+    done = build("auto", PYTHONPATH=str(build.folder))
+    assert done.returncode == 0, done.stderr
+    assert f"cpu: it is for Linux x86_64, this is {system} {machine}" in done.stderr
+    (build.folder / "sitecustomize.py").unlink()
 
 
 def test_an_editable_installation_finds_its_library_in_the_sources(packages):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +22,7 @@ from lora_kernels.backends.eager import EagerProducts
 from lora_kernels.backends.triton.configs import tiles_for
 from lora_kernels.cli import info
 from lora_kernels.problem import Problem
-from lora_kernels.tuning import cost
+from lora_kernels.tuning import cost, tables
 from lora_kernels.tuning.targets import TARGETS
 
 
@@ -364,3 +366,52 @@ def test_selftest_on_a_gpu_keeps_its_verdict(capsys, monkeypatch):
     monkeypatch.setattr(selftest, "keep", lambda *what: kept.append(what))
     assert main(["selftest", "--backend", "triton", "--device", "cuda"]) == 0
     assert kept == [(backend, 0, None)]
+
+
+@pytest.mark.parametrize(
+    "shape, how",
+    [
+        ("8 4096 4096 16", "decode (cost model), the nf4 weight decoded in the loop"),
+        ("8 4000 4096 16", "two_kernel (cost model), the nf4 weight decoded by dequantise"),
+        ("4096 4096 4096 16", "two_kernel (cost model), the nf4 weight decoded by dequantise"),
+    ],
+)
+def test_predictions_of_a_quantised_weight(capsys, shape, how):
+    """Every form has the time of what it does about the format; PyTorch's own forms are left out."""
+    sizes = shape.split()
+    command = ["explain", "--shape", *sizes, "--dtype", "bfloat16", "--target", "sm_90"]
+    _, dense = printed(capsys, *command)
+    code, found = printed(capsys, *command, "--weight", "nf4")
+    forward = found["forward"]
+    assert code == 0 and forward["chosen"].startswith(how)
+    assert forward["problem"]["weight_format"] == "nf4" and "reference" not in forward
+
+    def us(told, name):
+        return float(told["forward"][name].split()[1])
+
+    assert us(found, "two_kernel") > us(dense, "two_kernel") + TARGETS["sm_90"].gap_us
+    assert us(found, "eager") > us(dense, "eager") + 100  # 20 bytes an element
+    if "decode" in forward:
+        assert us(found, "decode") < us(dense, "decode")
+
+
+def test_tune_takes_a_format(monkeypatch, capsys):
+    """Both directions of the problem have it, so that a table's entries of a dense weight stay what they are."""
+    from lora_kernels.cli import tune
+
+    asked = tune._problems(
+        argparse.Namespace(
+            preset=None,
+            shape=[(16, 72, 40, 5)],
+            rows=None,
+            dtype="bfloat16",
+            adapter_dtype=None,
+            weight="nf4",
+        )
+    )
+    types = "bfloat16", "bfloat16", "cuda"
+    forward = Problem(16, 40, 72, 5, *types, weight_format="nf4")
+    back = Problem(16, 72, 40, 5, *types, w_k_major=False, weight_format="nf4")
+    assert asked == [forward, back]
+    assert tables.narrow(forward) == tables.narrow(replace(forward, weight_format="dense"))
+    assert tables.bucketed(forward) != tables.bucketed(replace(forward, weight_format="dense"))

@@ -15,18 +15,18 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lora_kernels import LinearWithLoRA, freeze_base, lora_linear, merge_lora, modules
+from lora_kernels import LinearWithLoRA, bases, freeze_base, lora_linear, merge_lora
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2
 
 
-def network(bias=True, frozen=True, dtype=torch.float64):
+def network(bias=True, frozen=True, dtype=torch.float64, dora=False):
     torch.manual_seed(3)
     net = nn.Sequential(
-        LinearWithLoRA(nn.Linear(8, 12, bias=bias), 3, 0.5),
+        LinearWithLoRA(nn.Linear(8, 12, bias=bias), 3, 0.5, dora=dora),
         nn.ReLU(),
-        LinearWithLoRA(nn.Linear(12, 6, bias=bias), 3, 2.0),
+        LinearWithLoRA(nn.Linear(12, 6, bias=bias), 3, 2.0, dora=dora),
     )
     for layer in (net[0], net[2]):
         nn.init.normal_(layer.lora.B)
@@ -69,10 +69,10 @@ def check_ddp(frozen):
     assert_equal(gradients(net), expected)
 
 
-def count_fused(patch, module):
-    """A list that grows with every fused product that `module` asks for."""
+def count_fused(patch):
+    """A list that grows with every fused product that a layer asks for."""
     calls = []
-    patch.setattr(module, "lora_linear", lambda *a, **kw: calls.append(1) or lora_linear(*a, **kw))
+    patch.setattr(bases, "lora_linear", lambda *a, **kw: calls.append(1) or lora_linear(*a, **kw))
     return calls
 
 
@@ -82,13 +82,34 @@ def check_fsdp(patch, frozen):
     net = network(frozen=frozen)
     x = batch()
     expected = single(copy.deepcopy(net), x)
-    calls = count_fused(patch, modules)
+    calls = count_fused(patch)
     for layer in (net[0], net[2]):
         fully_shard(layer)
     fully_shard(net)
     net(x.chunk(RANKS)[dist.get_rank()]).square().sum().backward()
     assert_equal(gradients(net), expected)
     assert type(net[0].lora.A).__name__ == "DTensor" and len(calls) == 2
+
+
+def check_dora_under_fsdp():
+    """Weights that are gathered anew for each step, and changed between two: their norms are those of the moment."""
+    from torch.distributed.fsdp import fully_shard
+
+    net, x = network(dora=True), batch()
+    whole = copy.deepcopy(net)
+    for layer in (net[0], net[2]):
+        fully_shard(layer)
+    fully_shard(net)
+    for _ in range(2):
+        expected = single(whole, x)
+        net(x.chunk(RANKS)[dist.get_rank()]).square().sum().backward()
+        assert_equal(gradients(net), expected)
+        for each in (whole, net):
+            each.zero_grad()
+            with torch.no_grad():
+                for layer in (each[0], each[2]):
+                    layer.linear.weight.mul_(2.0)
+                    layer.lora.B.add_(1.0)
 
 
 def check_fsdp_mixed_precision():
@@ -123,7 +144,7 @@ def check_peft_under_fsdp(patch):
     x = batch()
     expected = single(copy.deepcopy(net), x)
     integration.accelerate(net)
-    calls = count_fused(patch, integration)
+    calls = count_fused(patch)
     for index in (0, 2):
         fully_shard(net.base_model.model[index])
     fully_shard(net)
@@ -132,6 +153,60 @@ def check_peft_under_fsdp(patch):
     assert len(calls) == 2
     with pytest.raises(ValueError, match="must be restored before it is sharded"):
         integration.restore(net)
+
+
+def quantised_network(peft):
+    """NF4 layers in bfloat16: the dtype of the storage, of the bias and of the adapters, as FSDP2 wants."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(3)
+
+    def linear(K, N):
+        half = {"compute_dtype": torch.bfloat16, "quant_storage": torch.bfloat16}
+        made = bnb.nn.Linear4bit(K, N, quant_type="nf4", **half).to(torch.bfloat16).to("cpu")
+        return made.requires_grad_(False)
+
+    net = nn.Sequential(linear(64, 96), nn.ReLU(), linear(96, 32))
+    if not peft:
+        for index in (0, 2):
+            net[index] = LinearWithLoRA(net[index], 3, 0.5)
+            nn.init.normal_(net[index].lora.B)
+        return net
+    from peft import LoraConfig, get_peft_model
+
+    from lora_kernels.integrations import peft as integration
+
+    net.is_loaded_in_4bit = True
+    config = LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
+    model = get_peft_model(net, config, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    assert len(integration.accelerate(model).fused) == 2
+    return model
+
+
+def check_quantised(patch, peft, sharded):
+    from torch.distributed.fsdp import fully_shard
+
+    net = quantised_network(peft)
+    x = torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+    expected = single(copy.deepcopy(net), x)
+    calls = count_fused(patch)
+    layers = net.base_model.model if peft else net
+    parallel = net
+    if sharded:
+        for index in (0, 2):
+            fully_shard(layers[index])
+        fully_shard(net)
+    else:
+        parallel = nn.parallel.DistributedDataParallel(net)
+    parallel(x.chunk(RANKS)[dist.get_rank()]).square().sum().backward()
+    found = gradients(net)
+    assert found.keys() == expected.keys() and len(found) == 4 and len(calls) == 2
+    for name, gradient in found.items():  # a sum of two ranks' bfloat16 gradients
+        difference = (gradient - expected[name]).float().norm() / expected[name].float().norm()
+        assert difference < 0.02, (name, difference)
 
 
 def check_tensor_parallel(bias, frozen):
@@ -244,8 +319,12 @@ CHECKS = {
     "ddp-checkpointed": lambda patch: check_checkpointing_under_ddp(),
     "fsdp-frozen": lambda patch: check_fsdp(patch, frozen=True),
     "fsdp-trained-base": lambda patch: check_fsdp(patch, frozen=False),
+    "fsdp-dora": lambda patch: check_dora_under_fsdp(),
     "fsdp-mixed-precision": lambda patch: check_fsdp_mixed_precision(),
     "fsdp-peft": check_peft_under_fsdp,
+    "ddp-nf4": lambda patch: check_quantised(patch, peft=False, sharded=False),
+    "fsdp-nf4": lambda patch: check_quantised(patch, peft=False, sharded=True),
+    "fsdp-nf4-peft": lambda patch: check_quantised(patch, peft=True, sharded=True),
     "tp": lambda patch: check_tensor_parallel(bias=True, frozen=True),
     "tp-trained-base": lambda patch: check_tensor_parallel(bias=True, frozen=False),
     "tp-without-bias": lambda patch: check_tensor_parallel(bias=False, frozen=True),

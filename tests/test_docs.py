@@ -67,8 +67,10 @@ def short(path):
 @pytest.mark.parametrize("document", with_python(), ids=short)
 def test_python_blocks_run(document, tmp_path):
     """Top to bottom in one process, as a reader would; a block that needs a package that is not here is left out."""
-    has_peft = importlib.util.find_spec("peft") is not None
-    code = "\n".join(b for b in blocks(document, "python") if has_peft or "from peft" not in b)
+    optional = {"from peft": "peft", "import bitsandbytes": "bitsandbytes"}
+    missing = [line for line, name in optional.items() if importlib.util.find_spec(name) is None]
+    kept = [b for b in blocks(document, "python") if not any(line in b for line in missing)]
+    code = "\n".join(kept)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LORA_KERNELS_CACHE": str(tmp_path)}
     # Each document says what its names stand for; the README's line of the formula names a layer without making one.
     prologue = "import torch\nlinear, x = torch.nn.Linear(8, 4), torch.randn(3, 8)\n"
@@ -152,7 +154,8 @@ def test_what_the_readme_says_of_the_grid_is_in_its_file():
     """Each number is that of the contender that the sentence names."""
     rows = json.loads((RESULTS / "amd-epyc-grid.json").read_text())["rows"]
     cases = sum(row["contender"] == "frozen" and row["suite"] == "linear" for row in rows)
-    readme, page = words_of("README.md"), words_of("docs/performance/cpu.md")
+    page = words_of("docs/performance/cpu.md")
+    readme = words_of("README.md") + page
 
     def prices(dtype, wanted):
         return [
@@ -175,11 +178,13 @@ def test_what_the_readme_says_of_the_grid_is_in_its_file():
 
     assert cases == len(speeds(rows, "reference")) == len(speeds(rows, "ours[eager]"))
     sentences = [
-        f"take {narrow:.2f} of the frozen layer's time in float32 and {half:.2f} in bfloat16 "
-        f"(medians of {len(ours[0])} cases each;",
-        f"a quarter of them take more than {most:.2f} and {most_half:.2f}); "
-        f"PyTorch's operations take {narrow_plain:.2f} and {half_plain:.2f} (",
-        f"A [grid of {cases} cases](benchmarks/results/amd-epyc-grid.json) has 1 to 2048 rows",
+        f"forward and backward take {narrow:.2f} of the frozen layer's time in float32 and {half:.2f} in bfloat16, "
+        f"where PyTorch's operations take {narrow_plain:.2f} and {half_plain:.2f}.",
+        f"the picture's medians are of {len(ours[0])} cases each, "
+        f"a quarter of them take more than {most:.2f} and {most_half:.2f}.",
+        f"Ours is slower by more than 5 % than the reference in {len(slow)} of {cases} cases "
+        f"(down to {least(slow)} of its speed).",
+        f"A [grid of {cases} cases](../../benchmarks/results/amd-epyc-grid.json) has 1 to 2048 rows",
         f"The median speed is {fast:.2f} times the reference's in float32 and {fast_half:.2f} times in bfloat16.",
         f"than the reference in {len(slow)} cases (down to {least(slow)} of its speed), "
         f"and than our own `eager` backend in {len(eager)} (down to {least(eager)}):",
@@ -216,10 +221,10 @@ def test_what_the_readme_says_of_the_grid_is_in_its_file():
         assert sentence in page
 
 
-def test_the_readmes_table_is_of_the_report():
+def test_the_table_against_the_others_is_of_the_report():
     """Every cell of the table, and what is said of bfloat16 and of MKL below it."""
     run = json.loads((RESULTS / "amd-epyc-laptop.json").read_text())
-    readme, page = words_of("README.md"), words_of("docs/performance/cpu.md")
+    page = words_of("docs/performance/cpu.md")
     names = ("reference", "compiled", "addmm", "peft", "ours[cpu]")
     found, halves = {}, {}
     for row in run["rows"]:
@@ -233,17 +238,17 @@ def test_the_readmes_table_is_of_the_report():
             case = f"{title[row['case'].split()[0]]}, training step"
             name = "ours[cpu]" if row["contender"] == "ours" else row["contender"]
             found.setdefault(case, {})[name] = f"{row['to_floor']:.2f}"
-    assert "| M, K, N, R | reference | compiled | addmm | PEFT | ours (`cpu`) |" in readme
+    assert "| M, K, N, R | reference | compiled | addmm | PEFT | ours (`cpu`) |" in page
     assert len(found) == 11
     for case, prices in found.items():
         cells = " | ".join(prices.get(name, "") for name in names)
-        assert " ".join(f"| {case} | {cells} |".split()) in readme, case
+        assert " ".join(f"| {case} | {cells} |".split()) in page, case
     ours, plain = (
         sorted(each[name] for each in halves.values()) for name in ("ours[cpu]", "reference")
     )
     assert (
         f"of these take {ours[0]} to {ours[-1]} of the frozen layer's time, and the reference {plain[0]} to {plain[-1]}."
-        in readme
+        in page
     )
     rates = [run["ceilings"][f"float32_{who}_gflops"] for who in ("aten", "ours")]
     alone = json.loads((RESULTS / "cpu-zen4-one-thread.json").read_text())["rows"]
@@ -255,8 +260,13 @@ def test_the_readmes_table_is_of_the_report():
     }
     one = f"{100 * us['ours[cpu]'] / us['frozen']:.0f} %"
     two = f"{100 * rates[0] / rates[1]:.0f} %"
-    assert f"with two threads MKL reached {two} of the rate" in readme
-    assert f"with one thread {one} (" in readme
+    assert f"with two threads MKL reached {two} of the rate" in page
+    assert f"with one thread {one}." in page
+    model = found["the demo's MiniLM, training step"]
+    assert (
+        f"a training step of the demo's MiniLM takes {model['ours[cpu]']} of the frozen model's time, "
+        f"with PyTorch's operations {model['reference']}." in words_of("README.md")
+    )
     assert f"MKL makes {rates[0]:.0f} and these kernels {rates[1]:.0f}: {two} (" in page
     assert f"MKL reaches {one} of their rate" in page
     peaks = {}
@@ -266,6 +276,67 @@ def test_the_readmes_table_is_of_the_report():
                 peaks.setdefault(row["contender"], []).append(row["to_floor"])
     ours, plain = (f"{max(peaks[name]):.2f}" for name in ("ours[cpu]", "reference"))
     assert f"at most {ours} times the frozen layer's, the reference's up to {plain}." in page
+
+
+def test_the_first_screen():
+    """A sentence with a number, a picture of it, a program and a PEFT model: before the first heading of the README."""
+    first = (ROOT / "README.md").read_text().split("\n## ")[0]
+    assert re.match(r"# lora_kernels\n\n[^\n]+ measured on a CPU", first)
+    assert first.index("](docs/pictures/price.svg)") < first.index("```python")
+    program = blocks(ROOT / "README.md", "python")[0].strip().splitlines()
+    at = next(i for i, line in enumerate(program) if line.startswith("replace_linear_with_lora"))
+    assert len(program) - at == 5, "five lines for a model that is there"
+    assert "accelerate(peft_model)" in first and first.count("\n") < 45
+
+
+def test_measured_and_predicted_stay_apart():
+    """In the README's words on speed each paragraph is one or the other; no GPU has a measured number."""
+    section = (ROOT / "README.md").read_text().split("\n## How fast\n")[1].split("\n## ")[0]
+    measured, predicted = section.strip().split("\n\n")
+    assert measured.startswith("**Measured.** On a 2-core AMD EPYC") and "redict" not in measured
+    assert predicted.startswith("**Predicted, not measured.** No kernel has been timed on a GPU")
+    for gpu in ("H100", "A100", "B200", "RTX"):
+        assert gpu not in measured
+    assert not re.search(r"\d+\.\d", predicted)
+
+
+def test_the_pictures_are_those_that_the_results_draw():
+    """`python docs/pictures/draw.py` was run after the last change of it and of its result file."""
+    spec = importlib.util.spec_from_file_location("draw", ROOT / "docs/pictures/draw.py")
+    draw = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(draw)
+    shown = {
+        re.sub(".*/", "", path) for d in DOCUMENTS for path, _ in links(d) if path.endswith("svg")
+    }
+    assert shown == set(draw.PICTURES)
+    for name, drawn in draw.PICTURES.items():
+        assert (ROOT / "docs/pictures" / name).read_text(encoding="utf-8") == drawn(), name
+
+
+def test_answers_quote_what_info_prints(capsys, monkeypatch):
+    """Ten questions and more; what an answer says that `info` prints is in its own words."""
+    text = (ROOT / "docs/faq.md").read_text()
+    answers = text.split("\n## ")[1:]
+    assert len(answers) >= 10
+    printed = "".join(
+        (ROOT / f"lora_kernels/{file}.py").read_text()
+        for file in ("cli/info", "backends/cpu", "tuning/targets")
+    )
+    for answer in answers:
+        title, _, body = answer.partition("\n\n")
+        assert title.endswith("?") and body.startswith("`info` "), title
+    for words in (
+        "NOT TESTED: ",
+        "its extension was built with torch ",
+        "build it beside this torch (docs/installing.md)",
+        "its extension is for ",
+        "compilers: ",
+        "a call that names no backend takes ",
+        "tiles_of",
+        "tiles_kib",
+        "shared_kib",
+    ):
+        assert words in printed and words.removesuffix(" (docs/installing.md)") in text, words
 
 
 def test_every_failure_mode_names_tests_that_exist():

@@ -119,7 +119,7 @@ def test_a_bad_log_level_is_one_warning():
 # The package from the ground up. A name is a module or a folder; a module that is named apart from its folder is not
 # part of the folder's entry. Entries of one line do not import one another, and the modules of one folder may.
 LAYERS = (
-    ("problem", "dropout", "once"),
+    ("problem", "dropout", "once", "routing"),
     ("declined", "env", "operands", "reference"),
     ("quantized", "tuning"),
     ("samples", "backends.base"),

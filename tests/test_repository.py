@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -102,3 +104,25 @@ def test_nothing_is_left_to_fill_in(name):
     text = (ROOT / name).read_text()
     assert not re.search(r"\[INSERT|TODO|FIXME|@example|<your|YOUR_|lorem", text, re.I)
     assert not re.search(r"[\w.]+@[\w.]+\.\w+", text), "an address that nobody here has"
+
+
+@pytest.mark.slow
+def test_the_pages_have_every_public_name_with_its_formula(tmp_path):
+    """As `make docs` makes them; `python -m pdoc` is what it runs."""
+    pytest.importorskip("pdoc")
+    makefile = (ROOT / "Makefile").read_text()
+    asked = shlex.split(re.search(r"^PAGES := (.*)$", makefile, re.M)[1])
+    command = ["-m", "pdoc", "--no-show-source", "--output-directory", str(tmp_path), *asked]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    pages = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.html")}
+    assert pages == {
+        "index.html",
+        "lora_kernels.html",
+        "lora_kernels/integrations/peft.html",
+        "lora_kernels/distributed.html",
+    }
+    page = (tmp_path / "lora_kernels.html").read_text()
+    for name in lora_kernels.__all__:
+        assert f'<section id="{name}"' in page, name
+    assert "y = x·weightᵀ + bias + alpha·(dropout(x)·A)·B" in page

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_kernels import (
     LinearWithLoRA,
+    bases,
     freeze_base,
     load_adapter,
     lora_state_dict,
@@ -21,7 +22,6 @@ from lora_kernels import (
     save_adapter,
 )
 from lora_kernels.adapter_file import CONFIG_FILE
-from lora_kernels.integrations import peft as integration
 from lora_kernels.integrations.peft import accelerate, restore
 from lora_kernels.modules import lora_layers
 from tests.oracle import assert_budget
@@ -335,9 +335,9 @@ def test_the_fused_product_is_what_runs(monkeypatch):
     model, layers = build("llama")
     accelerate(model)
     calls = []
-    original = integration.lora_linear
+    original = bases.lora_linear
     monkeypatch.setattr(
-        integration, "lora_linear", lambda *args, **kw: calls.append(1) or original(*args, **kw)
+        bases, "lora_linear", lambda *args, **kw: calls.append(1) or original(*args, **kw)
     )
     model(input_ids=TOKENS)
     assert len(calls) == layers

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import platform
+import re
 from pathlib import Path
 
 import torch
@@ -18,7 +20,10 @@ from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
 
 _OPS = torch.ops.lora_kernels_cpu
+# What an installation built here; a released wheel has one beside it for each minor version of torch, `_cpu-torch2.13.so`.
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
+PLATFORM = ("Linux", "x86_64")
+_MARK = rb"lora_kernels built with torch (\d+\.\d+);"  # csrc/cpu/built_with.cpp
 
 
 class CpuProducts(Products):
@@ -189,26 +194,48 @@ def _has_amx() -> bool:
 @once
 def _load() -> str | None:
     """Load the extension; the reason why it cannot be used here, logged once, or None."""
-    reason = None
-    if not LIBRARY.exists():
-        reason = (
-            "its extension is not built (install with a C++ compiler, or see LORA_KERNELS_BUILD)"
-        )
-    else:
-        try:
-            torch.ops.load_library(str(LIBRARY))
+    here = (platform.system(), platform.machine())
+    if here != PLATFORM:  # nothing that the user of such a machine could change
+        return f"its extension is for {' '.join(PLATFORM)}, and this is {' '.join(here)}"
+    try:
+        library, reason = _library()
+        if library is not None:
+            torch.ops.load_library(str(library))
             isa = _OPS.isa()
             operator, key = "lora_kernels_cpu::differentiable_backward", "CompositeImplicitAutograd"
             # A second kernel is an error or a warning, by the version of torch.
             if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
                 torch.library.impl(operator, key, _differentiable_backward)
-        except (OSError, RuntimeError, AttributeError) as error:
-            reason = f"its extension does not load ({error.__cause__ or error}); build it again"
-        else:
             reason = None if isa else "this processor has no AVX2 and FMA"
+    except (OSError, RuntimeError, AttributeError) as error:
+        reason = f"its extension does not load ({error.__cause__ or error}); build it again"
     if reason is not None:
         env.logger().warning("The cpu backend is off, plain ATen computes: %s.", reason)
     return reason
+
+
+def _library() -> tuple[Path | None, str | None]:
+    """(the library for this torch, None), or (None, why there is none): another torch's may end the process as it loads."""
+    here = ".".join(torch.__version__.split(".")[:2])
+    present = [path for path in (LIBRARY, *LIBRARY.parent.glob("_cpu-torch*.so")) if path.exists()]
+    versions = [built_with(path) for path in present]
+    for path, version in zip(present, versions, strict=True):
+        if version in (None, here):
+            return path, None
+    if not present:
+        return None, (
+            "its extension is not built (install with a C++ compiler, or see LORA_KERNELS_BUILD)"
+        )
+    return None, (
+        f"its extension was built with torch {', '.join(sorted(map(str, versions)))}, and this is torch {here}; "
+        "build it beside this torch (docs/installing.md)"
+    )
+
+
+def built_with(library: Path) -> str | None:
+    """The minor version of torch, "2.13", that the file of a library names; None where it names none."""
+    found = re.search(_MARK, library.read_bytes())
+    return found and found[1].decode()
 
 
 def _mask(dropout: Dropout | None) -> tuple[int, int, float]:

@@ -4,9 +4,12 @@ frozen        the layer without LoRA: the floor
 reference     linear(x) + alpha·(x·A·B), one operation after the other
 compiled      torch.compile of the reference
 addmm         the product, then addmm_ of the low-rank one onto it, gradients by hand: the form of hand-tuned training code
-peft          PEFT's layer
+peft          PEFT's layer, over bitsandbytes' Linear4bit where the weight is nf4
+dense         this package's layer over the dense weight, where the problem's is quantised
 two_kernel    this package's Triton kernels, forced into shrink and product: what published fused kernels do
 ours[NAME]    `lora_linear` with that backend
+
+Where the weight is quantised, what reads no packed weight has it dequantised, once, before it is measured.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,24 +28,27 @@ from torch import Tensor, nn
 from lora_kernels import autograd, backends, plan
 from lora_kernels.autograd import Call
 from lora_kernels.functional import lora_linear
-from lora_kernels.operands import problem_of
-from lora_kernels.problem import Problem
+from lora_kernels.operands import QuantizedWeight, problem_of
+from lora_kernels.problem import DENSE, Problem
+from lora_kernels.quantized import BLOCK, BLOCK2
+from lora_kernels.samples import sample
 
 Function = Callable[[Tensor], Tensor]
 OURS = tuple(f"ours[{name}]" for name in backends.BACKENDS)
-NAMES = ("frozen", "reference", "compiled", "addmm", "peft", "two_kernel", *OURS)
+NAMES = ("frozen", "reference", "compiled", "addmm", "peft", "dense", "two_kernel", *OURS)
 BACKENDS_ON = {"cpu": ("eager", "cpu"), "cuda": ("eager", "triton", "cuda")}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Frozen weight [N, K] and bias [N], adapters A [K, R] and B [R, N], and alpha."""
+    """Frozen weight [N, K] and bias [N], adapters A [K, R] and B [R, N], and alpha; `packed`: what weight was made of."""
 
     weight: Tensor
     bias: Tensor | None
     A: Tensor
     B: Tensor
     alpha: float
+    packed: QuantizedWeight | None = None
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,20 @@ def make_layer(problem: Problem, seed: int = 0) -> Layer:
         return (scale * values).to(getattr(torch, dtype))
 
     wide = 1 / math.sqrt(max(problem.K, 1))
+    packed = None
+    if problem.weight_format != DENSE:
+        kind, dtype = problem.weight_format, getattr(torch, problem.dtype)
+        packed = sample(kind, problem.N, problem.K, dtype, problem.device)
+        weight = packed.dense()
+    else:
+        weight = normal(problem.N, problem.K, scale=wide, dtype=problem.dtype)
     return Layer(
-        weight=normal(problem.N, problem.K, scale=wide, dtype=problem.dtype),
+        weight=weight,
         bias=normal(problem.N, scale=1.0, dtype=problem.dtype) if problem.bias else None,
         A=normal(problem.K, problem.R, scale=wide, dtype=problem.adapter_dtype).requires_grad_(),
         B=normal(problem.R, problem.N, scale=0.5, dtype=problem.adapter_dtype).requires_grad_(),
         alpha=0.5,
+        packed=packed,
     )
 
 
@@ -95,8 +109,14 @@ def build(name: str, layer: Layer) -> Built:
 
 def left_out(name: str, problem: Problem) -> str | None:
     """Why a contender cannot be measured on this problem here, or None."""
-    if name == "peft" and importlib.util.find_spec("peft") is None:
-        return "peft is not installed"
+    packs = problem.weight_format != DENSE
+    for package in ("peft", *(["bitsandbytes"] if packs else [])):
+        if name == "peft" and importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+    if name == "peft" and problem.weight_format not in (DENSE, "nf4"):
+        return f"it has no layer over {problem.weight_format} here"
+    if name == "dense" and not packs:
+        return "the weight is dense"
     if name == "compiled" and problem.device == "cpu" and shutil.which("c++") is None:
         return "torch.compile needs a C++ compiler"
     if name == "two_kernel" and problem.device != "cuda":
@@ -124,7 +144,8 @@ def reference(x: Tensor, layer: Layer) -> Tensor:
 
 
 def _ours(x: Tensor, layer: Layer, backend: str) -> Tensor:
-    return lora_linear(x, layer.weight, layer.A, layer.B, layer.alpha, layer.bias, backend=backend)
+    weight = layer.weight if layer.packed is None else layer.packed
+    return lora_linear(x, weight, layer.A, layer.B, layer.alpha, layer.bias, backend=backend)
 
 
 def _compiled(layer: Layer) -> Built:
@@ -167,12 +188,11 @@ def _peft(layer: Layer) -> Built:
     from peft import LoraConfig, inject_adapter_in_model
 
     rank = layer.A.shape[1]
-    N, K = layer.weight.shape
-    base = nn.Linear(K, N, bias=layer.bias is not None, device="meta")
-    base.weight = nn.Parameter(layer.weight, requires_grad=False)
+    base = _dense_base(layer) if layer.packed is None else _bitsandbytes_base(layer)
     if layer.bias is not None:
         base.bias = nn.Parameter(layer.bias, requires_grad=False)
     model = nn.Sequential(base)
+    model.is_loaded_in_4bit = layer.packed is not None  # type: ignore[assignment]
     config = LoraConfig(r=rank, lora_alpha=layer.alpha * rank, target_modules=["0"])  # type: ignore
     inject_adapter_in_model(config, model)
     inner: Any = model[0]
@@ -180,6 +200,39 @@ def _peft(layer: Layer) -> Built:
     B = nn.Parameter(layer.B.detach().t().contiguous())
     inner.lora_A["default"].weight, inner.lora_B["default"].weight = A, B
     return Built(inner, (A, B), transposed=True)
+
+
+def _dense_base(layer: Layer) -> nn.Linear:
+    N, K = layer.weight.shape
+    base = nn.Linear(K, N, bias=layer.bias is not None, device="meta")
+    base.weight = nn.Parameter(layer.weight, requires_grad=False)
+    return base
+
+
+def _bitsandbytes_base(layer: Layer) -> Any:
+    """A Linear4bit over the packed tensors themselves."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    packed: Any = layer.packed
+    N, K = packed.shape
+    second = QuantState(packed.absmax2, blocksize=BLOCK2, code=packed.code2, dtype=torch.float32)
+    state = QuantState(
+        packed.absmax,
+        shape=torch.Size((N, K)),
+        code=packed.code,
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=packed.dtype,
+        offset=packed.offset[0],
+        state2=second,
+    )
+    options = {"compute_dtype": packed.dtype, "quant_type": "nf4", "device": "meta"}
+    base: Any = Linear4bit(K, N, bias=layer.bias is not None, **options)
+    codes = packed.packed.view(-1, 1)
+    base.weight = Params4bit(codes, quant_state=state, bnb_quantized=True, module=base)
+    base.quant_state = state
+    return base
 
 
 def _two_kernel(layer: Layer) -> Built:
@@ -200,5 +253,8 @@ _BUILDERS: dict[str, Callable[[Layer], Built]] = {
     "compiled": _compiled,
     "addmm": _addmm,
     "peft": _peft,
+    "dense": lambda layer: Built(
+        lambda x: _ours(x, replace(layer, packed=None), "auto"), (layer.A, layer.B)
+    ),
     "two_kernel": _two_kernel,
 }

@@ -14,7 +14,7 @@ from lora_kernels.bench.contenders import Built, Layer
 from lora_kernels.bench.linear import Case, as_call
 from lora_kernels.bench.results import Row
 
-NAMES = ("frozen", "reference", "addmm", "peft", "two_kernel", "ours")
+NAMES = ("frozen", "reference", "addmm", "peft", "dense", "two_kernel", "ours")
 
 
 def measure(case: Case, names: tuple[str, ...], left_out: dict[str, str]) -> list[Row]:
@@ -42,10 +42,11 @@ def measure(case: Case, names: tuple[str, ...], left_out: dict[str, str]) -> lis
 
 
 def saved_bytes(built: Built, layer: Layer, x: torch.Tensor) -> int:
-    """Bytes of distinct storages that autograd keeps for the backward, without the layer's weight, bias, A and B."""
+    """Bytes of distinct storages that autograd keeps for the backward, without the layer's own weight, bias, A and B."""
+    packed = () if layer.packed is None else layer.packed.tensors
     own = {
         t.untyped_storage().data_ptr()
-        for t in (layer.weight, layer.bias, *built.trained, layer.A, layer.B)
+        for t in (layer.weight, layer.bias, *built.trained, layer.A, layer.B, *packed)
         if t is not None
     }
     kept: dict[int, int] = {}

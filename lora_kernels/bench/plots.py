@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,17 @@ _MANY = 48  # cases of a dtype and mode that boxes stand for
 _HIGHEST = 4.0  # a higher bar ends here and has its value written above it
 
 
-def draw(results: Results, folder: Path, stem: str, suffix: str = "png") -> list[Path]:
-    """Write the pictures that this run has rows for. ModuleNotFoundError names what is missing."""
+def draw(
+    results: Results,
+    folder: Path,
+    stem: str,
+    suffix: str = "png",
+    drawings: dict[str, str] | None = None,
+) -> list[Path]:
+    """Write the pictures that this run has rows for; `drawings` gets each as SVG as well, by the file's name.
+
+    ModuleNotFoundError names what is missing.
+    """
     try:
         import matplotlib
     except ModuleNotFoundError as error:
@@ -46,9 +56,19 @@ def draw(results: Results, folder: Path, stem: str, suffix: str = "png") -> list
         if figure is not None:
             file = folder / f"{stem}-{what}.{suffix}"
             figure.savefig(file, dpi=120)
+            if drawings is not None:
+                drawings[file.name] = _svg(figure, matplotlib)
             pyplot.close(figure)
             written.append(file)
     return written
+
+
+def _svg(figure: Any, matplotlib: Any) -> str:
+    """The figure as SVG with text as text, without a background, the same for the same rows."""
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lora_kernels"}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return text.getvalue()
 
 
 def price(results: Results, pyplot: Any) -> Any:

@@ -40,9 +40,10 @@ MODELS = {
         (128, 8192),
     ),
 }
-PRESETS = (*MODELS, "laptop", "grid", "gpu", "quick")
+PRESETS = (*MODELS, "laptop", "grid", "gpu", "nf4", "quick")
 ALL = ("frozen", "reference", "compiled", "addmm", "peft", "two_kernel", "ours")
 GRID_NAMES = ("frozen", "reference", "addmm", "ours")
+NF4_NAMES = ("frozen", "reference", "dense", "peft", "ours")
 GRID_ROWS = (1, 16, 128, 512, 2048)
 GRID_RANKS = (8, 16, 64)
 GROWTH = {
@@ -75,9 +76,16 @@ def cases(preset: str, device: str, dtypes: tuple[str, ...] = ()) -> list[Case]:
         return _laptop(device, dtypes)
     if preset == "grid":
         return _grid(device, dtypes or ("float32", "bfloat16"))
+    if preset == "nf4":
+        return _nf4(device, dtypes or ("float32", "bfloat16"))
     if preset == "gpu":
         return _gpu(dtypes or ("bfloat16",))
     raise ValueError(f"preset must be one of {PRESETS}, got {preset!r}")
+
+
+def names(preset: str | None) -> tuple[str, ...]:
+    """The contenders of a preset, or of given shapes for None."""
+    return {"grid": GRID_NAMES, "nf4": NF4_NAMES}.get(preset or "", ALL)
 
 
 def model_cases(model: str, device: str, dtype: str, modes: tuple[str, ...] = ()) -> list[Case]:
@@ -157,6 +165,15 @@ def _grid(device: str, dtypes: tuple[str, ...]) -> list[Case]:
         if M * K * N < 1 << 34
     ]
     return shape_cases(sizes, device, dtypes, ())
+
+
+def _nf4(device: str, dtypes: tuple[str, ...]) -> list[Case]:
+    """Layers of GPT-2 and of a 7B model over NF4 weights: many rows, few rows, and one."""
+    sizes = [(512, 768, 3072, 16), *((M, 4096, 4096, 16) for M in (512, 16, 1))]
+    return [
+        replace(case, label=f"nf4 {case.label}", problem=replace(case.problem, weight_format="nf4"))
+        for case in shape_cases(sizes, device, dtypes, ())
+    ]
 
 
 def _gpu(dtypes: tuple[str, ...]) -> list[Case]:

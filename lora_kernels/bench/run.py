@@ -11,6 +11,7 @@ from lora_kernels.bench import contenders, linear, machine, memory, overhead, tr
 from lora_kernels.bench.check import Oracle
 from lora_kernels.bench.linear import Case, Effort
 from lora_kernels.bench.presets import ALL
+from lora_kernels.bench.progress import Progress
 from lora_kernels.bench.results import Results, Row
 from lora_kernels.problem import Problem
 
@@ -55,35 +56,43 @@ def run(
     if isinstance(results.machine["load"], float) and results.machine["load"] > 0.5:
         say(f"the machine is busy (load {results.machine['load']}): times will be noisy")
 
-    def measured(what: str, measure: Callable[[], list[Row]]) -> None:
+    steps = _steps(order, results, say)
+    progress = Progress(len(steps))
+    for title, what, measure in steps:
+        say(f"{progress.next()} {title}")
         try:
             results.rows += measure()
         except Exception as error:  # a device fails in any way; the other measurements count
             results.failed[what] = linear.first_line(error)
         keep(results)
+    say(f"done in {time.perf_counter() - progress.begin:.0f} s")
+    return results
 
-    wanted = [case for case in order.cases if case.suite in order.suites]
+
+def _steps(
+    order: Order, results: Results, say: Say
+) -> list[tuple[str, str, Callable[[], list[Row]]]]:
+    """(what is said before it, its name where it fails, what measures it) of each step."""
+    steps: list[tuple[str, str, Callable[[], list[Row]]]] = []
     oracles: dict[Problem, Oracle] = {}
-    begin = time.perf_counter()
-    for index, case in enumerate(wanted, 1):
-        say(f"[{index}/{len(wanted)}] {case.suite} {case.label}: {case.mode}, {case.problem}")
+    for case in (case for case in order.cases if case.suite in order.suites):
+        title = f"{case.suite} {case.label}: {case.mode}, {case.problem}"
         what = f"{case.suite} {case.label}, {case.mode} of {case.problem}"
-        measured(what, partial(case_rows, case, order.names, order.effort, results, oracles))
+        measure = partial(case_rows, case, order.names, order.effort, results, oracles)
+        steps.append((title, what, measure))
     if "training" in order.suites:
         for which in training.MODELS:
             for dtype in order.dtypes if which == "block" else ("float32",):
-                say(f"training: {which}, {dtype}")
+                what = f"training: {which}, {dtype}"
                 effort = order.effort.times(2)
-                steps = partial(training.measure, which, order.device, effort, results.left_out)
-                measured(f"training: {which}, {dtype}", partial(steps, dtype=dtype))
+                train = partial(training.measure, which, order.device, effort, results.left_out)
+                steps.append((what, what, partial(train, dtype=dtype)))
     if "overhead" in order.suites:
-        say("overhead of a call")
         calls = partial(overhead.measure, order.device, order.effort, results.left_out)
-        measured("overhead of a call", calls)
+        steps.append(("overhead of a call", "overhead of a call", calls))
     if "memory" in order.suites:
-        measured("memory", partial(_memory_rows, order, results, say))
-    say(f"done in {time.perf_counter() - begin:.0f} s")
-    return results
+        steps.append(("memory", "memory", partial(_memory_rows, order, results, say)))
+    return steps
 
 
 def case_rows(

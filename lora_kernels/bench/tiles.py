@@ -21,8 +21,9 @@ from lora_kernels.bench.check import Wrong, relative_error
 from lora_kernels.bench.clock import Call, Clock, clock_for, interleaved
 from lora_kernels.bench.linear import Effort, first_line
 from lora_kernels.bench.results import summary
-from lora_kernels.operands import Adapter
-from lora_kernels.problem import Problem
+from lora_kernels.operands import Adapter, Weight
+from lora_kernels.problem import DENSE, Problem
+from lora_kernels.samples import sample
 from lora_kernels.tuning.search import Choice
 from lora_kernels.tuning.tables import narrow
 
@@ -78,14 +79,22 @@ class Product(Measured):
     def __init__(self, problem: Problem, device: str = "cuda") -> None:
         super().__init__(problem, device)
         layer, (x, _) = contenders.make_layer(self.problem), contenders.make_input(self.problem)
-        w = layer.weight.t() if problem.w_k_major else layer.weight.t().contiguous()
-        self.operands = tuple(t.detach() for t in (x, w, layer.A, layer.B))
+        w: Weight = layer.weight.t() if problem.w_k_major else layer.weight.t().contiguous()
+        if problem.weight_format != DENSE:  # stored as [N, K] of the forward
+            stored = (problem.N, problem.K) if problem.w_k_major else (problem.K, problem.N)
+            w = sample(problem.weight_format, *stored, x.dtype, device)
+            w = w.t() if problem.w_k_major else w
+        x, self.w, a, b = x.detach(), w, layer.A.detach(), layer.B.detach()
+        self.operands = x, w if isinstance(w, Tensor) else w.dense(), a, b
         exact = _y(COMPOSITE, *(t.double() for t in self.operands))
         self._expected = exact, _y(EAGER, *self.operands)
 
     def call(self, choice: Choice) -> Callable[[], Results]:
         products = self._products(choice)
-        return lambda: _y(products, *self.operands)
+        w, (x, _, a, b) = self.w, self.operands
+        if isinstance(w, Tensor) or choice.algorithm in ALGORITHMS:
+            return lambda: _y(products, x, w, a, b)
+        return lambda: _y(products, x, w.dense(), a, b)  # as the plan does it, in each call
 
     def _products(self, choice: Choice) -> Products:
         """The products that `choice` asks for: Triton's with its tiles, or those of a backend without tiles."""
@@ -135,7 +144,7 @@ class Narrow(Measured):
         )
 
 
-def _y(products: Products, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Results:
+def _y(products: Products, x: Tensor, w: Weight, a: Tensor, b: Tensor) -> Results:
     return (products.shrink_expand(x, w, Adapter(a, b, ALPHA))[0],)
 
 

@@ -69,12 +69,20 @@ def run(args: argparse.Namespace) -> int:
         what = "shapes" if args.shape else "comparison" if args.compare else "default"
         return args.output / f"{machine}-{args.preset or what}.json"
 
+    kept: list[Results] = []
+
     def keep(so_far: Results) -> None:
+        kept[:] = [so_far]
         if args.output is not None:
             results.save(so_far, file(so_far))
 
-    found = runner.run(order, say, keep)
-    keep(found)
+    try:
+        keep(runner.run(order, say, keep))
+    except KeyboardInterrupt:
+        if not kept:
+            raise
+        return _stopped(kept[0], args, file(kept[0]) if args.output is not None else None)
+    (found,) = kept
     if args.output is not None:
         say(f"written to {file(found)}")
     for what, why in found.failed.items():
@@ -94,6 +102,13 @@ def run(args: argparse.Namespace) -> int:
     return 1 if found.failed or any(verdict.slower for verdict in verdicts) else 0
 
 
+def _stopped(found: Results, args: argparse.Namespace, file: Path | None) -> int:
+    """130, after what was measured was printed; a comparison of a part of it would call the rest missing."""
+    say(f"stopped: {len(found.rows)} rows were measured" + (f", in {file}" if file else ""))
+    print(json.dumps(asdict(found), indent=1) if args.json else report.plain_table(found))
+    return 130
+
+
 def _order(args: argparse.Namespace, baseline: Results | None) -> Order:
     dtypes = tuple(args.dtype or ())
     preset = None
@@ -106,8 +121,7 @@ def _order(args: argparse.Namespace, baseline: Results | None) -> Order:
         preset = args.preset or (None if args.shape else default)
         if preset == "gpu" and device != "cuda":
             raise RuntimeError("--preset gpu needs a GPU that PyTorch can use")
-        names = presets.GRID_NAMES if preset == "grid" else presets.ALL
-        names = tuple(args.contender or names)
+        names = tuple(args.contender or presets.names(preset))
         cases = [] if preset is None else presets.cases(preset, device, dtypes)
         shapes = [tuple(shape) for shape in args.shape or ()]
         for shape in shapes:

@@ -10,7 +10,8 @@ from typing import Any
 from lora_kernels import plan
 from lora_kernels.backends.base import fastest
 from lora_kernels.cli import check_sizes, device_of
-from lora_kernels.problem import ITEMSIZE, Problem
+from lora_kernels.problem import DENSE, ITEMSIZE, Problem
+from lora_kernels.samples import SAMPLES
 from lora_kernels.tuning import cost
 from lora_kernels.tuning.targets import TARGETS
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     add("--backend", default="auto", help="ask for one by name (default: auto)")
     add("--dropout", action="store_true", help="with dropout before A")
+    add("--weight", choices=(DENSE, *SAMPLES), default=DENSE, help="W's format (default: dense)")
     add("--target", choices=[*TARGETS], help="predict for a GPU architecture that need not be here")
     add("--json", action="store_true", help="print as JSON")
 
@@ -35,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
     M, K, N, R = args.shape
     device = "cuda" if args.target else device_of(args.device)
     adapters = args.adapter_dtype or args.dtype
-    problem = Problem(M, N, K, R, args.dtype, adapters, device, bias=True, dropout=args.dropout)
+    types = args.dtype, adapters, device
+    problem = Problem(
+        M, N, K, R, *types, bias=True, dropout=args.dropout, weight_format=args.weight
+    )
     directions = {"forward": problem, "backward": problem.adjoint()}
     found = {
         name: _predicted(each, args.target) if args.target else _here(each, args.backend)
@@ -70,15 +75,17 @@ def _predicted(problem: Problem, name: str) -> dict[str, Any]:
     chosen = fastest(candidates)
     assert chosen is not None
     source = "tuned" if chosen.measured_us is not None else "cost model"
-    frozen = cost.frozen_us(problem, target)
+    frozen, dense = cost.frozen_us(problem, target), problem.weight_format == DENSE
     found: dict[str, Any] = {
         "problem": asdict(problem),
         "chosen": ", ".join(filter(None, (f"{chosen.name} ({source})", chosen.how)))
         + f" on {target.chip}",
-        "frozen layer": f"predicted {frozen:.1f} us",
+        "frozen layer": f"predicted {frozen:.1f} us" + (not dense) * ", with a dense weight",
     }
     times = {candidate.name: candidate.predicted_us for candidate in candidates}
-    times |= {name: cost.predict_us(name, problem, target) for name in ("addmm", "reference")}
+    if dense:
+        others = ("addmm", "reference")
+        times |= {name: cost.predict_us(name, problem, target) for name in others}
     for name, us in times.items():
         assert us is not None
         found[name] = f"predicted {us:.1f} us, {us / frozen:.2f} of the frozen layer"

@@ -6,7 +6,7 @@ import argparse
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 
 from lora_kernels import backends
 from lora_kernels.backends.triton.configs import tiles_of
-from lora_kernels.bench.linear import Effort
+from lora_kernels.bench.linear import Effort, first_line
 from lora_kernels.bench.presets import MODELS
+from lora_kernels.bench.progress import Progress
 from lora_kernels.bench.tiles import Measured, Narrow, Product
 from lora_kernels.cli import check_output, check_sizes, say
-from lora_kernels.problem import ITEMSIZE, Problem
+from lora_kernels.problem import DENSE, ITEMSIZE, Problem
+from lora_kernels.samples import SAMPLES
 from lora_kernels.tuning import tables
 from lora_kernels.tuning.search import search, search_narrow
 from lora_kernels.tuning.tables import Entry, bucket, narrow
@@ -34,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=int, action="append", help=f"of x, with --preset; repeatable ({ROWS})")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of x, W and y (default: bfloat16)")
     add("--adapter-dtype", choices=DTYPES, help="of A and B (default: --dtype)")
+    add("--weight", choices=(DENSE, *SAMPLES), default=DENSE, help="W's format (default: dense)")
     add("--seconds", type=float, default=0.3, help="for each set of candidates (default: 0.3)")
     add("--dry-run", action="store_true", help="measure, but write no table")
     add("--output", type=Path, help="write everything that was measured to this JSON file as well")
@@ -66,14 +69,24 @@ def run(args: argparse.Namespace) -> int:
         if args.output is not None:
             args.output.write_text(as_text(measured) + "\n", encoding="utf-8")
 
-    entries, measured, failures = tune(problems, target, args.seconds, keep=keep)
+    stopped = False
+    kept: Kept = ([], [], [])
+    entries, measured, failures = kept
+    try:
+        tune(problems, target, args.seconds, keep=keep, into=kept)
+    except KeyboardInterrupt:
+        stopped = True
+        say(f"stopped: {len(measured)} measurements were made")
     if entries and not args.dry_run:
         say(f"{len(entries)} entries written to {tables.path(target)}")
     if args.json:
         print(as_text(measured))
     for failure in failures:
         say(f"NOT COUNTED {failure}")
-    return 1 if failures else 0
+    return 130 if stopped else 1 if failures else 0
+
+
+Kept = tuple[list[Entry], list[dict[str, Any]], list[str]]
 
 
 def tune(
@@ -83,30 +96,37 @@ def tune(
     device: str = "cuda",
     clock: Any = None,
     keep: Callable[[list[Entry], list[dict[str, Any]]], object] = lambda entries, measured: None,
-) -> tuple[list[Entry], list[dict[str, Any]], list[str]]:
+    into: Kept | None = None,
+) -> Kept:
     """(table entries, all that was measured, failures in words): each product, and the narrow kernels of each x or dy.
 
-    `keep` gets the first two after each problem, in case it is the last.
+    `keep` gets the first two after each problem, in case it is the last; the lists are those of `into`, which an interrupt
+    leaves with what was complete. A problem that cannot be measured at all is a failure, and the others go on.
     """
     effort = Effort(seconds)
-    entries: list[Entry] = []
-    measured: list[dict[str, Any]] = []
-    failures: list[str] = []
+    entries, measured, failures = into or ([], [], [])
     problems = [*problems, *dict.fromkeys(map(narrow, problems))]
-    for index, problem in enumerate(problems, 1):
+    progress = Progress(len(problems))
+    for problem in problems:
+        place = progress.next()
         alone = problem == narrow(problem)
-        subject: Measured = Narrow(problem, device) if alone else Product(problem, device)
-        measure = functools.partial(subject.measure, effort=effort, clock=clock)
-        if alone:
-            entry, done = search_narrow(problem, target, measure, tiles_of)
-        else:
-            entry, done = search(problem, target, measure, tiles_of, _untiled(problem, target))
+        try:
+            subject: Measured = Narrow(problem, device) if alone else Product(problem, device)
+            measure = functools.partial(subject.measure, effort=effort, clock=clock)
+            if alone:
+                entry, done = search_narrow(problem, target, measure, tiles_of)
+            else:
+                entry, done = search(problem, target, measure, tiles_of, _untiled(problem, target))
+        except Exception as error:  # such as too little memory for this one
+            failures.append(f"{problem}: {type(error).__name__}: {first_line(error)}")
+            say(f"{place} {failures[-1]}")
+            continue
         if entry is not None:
             entries.append(entry)
         layout = "x·A, xᵀ·q" if alone else "x·W" if problem.w_k_major else "dy·Wᵀ"
         found = min(entry.times, key=entry.times.__getitem__) if entry else "nothing works"
         chosen = "each alone" if entry and alone else found
-        say(f"[{index}/{len(problems)}] {layout} {problem}: {chosen}")
+        say(f"{place} {layout} {problem}: {chosen}")
         for timed in sorted(done, key=lambda timed: timed.us or float("inf")):
             say(f"    {timed}")
             failures += [f"{problem}: {timed}"] if timed.us is None else []
@@ -143,7 +163,8 @@ def _problems(args: argparse.Namespace) -> list[Problem]:
     for shape in shapes:
         check_sizes(shape, 1)
         M, K, N, R = shape
-        types = args.dtype, args.adapter_dtype or args.dtype
-        found[Problem(bucket(M), N, K, R, *types, device="cuda")] = None
-        found[Problem(bucket(M), K, N, R, *types, device="cuda", w_k_major=False)] = None
+        types = args.dtype, args.adapter_dtype or args.dtype, "cuda"
+        forward = Problem(bucket(M), N, K, R, *types, weight_format=args.weight)
+        found[forward] = None
+        found[replace(forward.adjoint(), backward=False)] = None
     return list(found)

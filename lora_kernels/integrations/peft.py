@@ -16,14 +16,16 @@ from typing import Any
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import bases
 from lora_kernels.bases import has_hooks, is_conv1d, is_plain_tensor, is_quantized
 from lora_kernels.declined import why_declined
 from lora_kernels.functional import DTYPES, autocast_dtype
+from lora_kernels.integrations import experts
+from lora_kernels.integrations.state import active, why_not_one_adapter
 from lora_kernels.modules import check_model
 
 
@@ -37,30 +39,11 @@ class Fused:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]; arguments are those of PEFT's forward."""
-        if args or any(value is not None for value in kwargs.values()):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         layer: Any = self
-        base, y = layer.base_layer, None
-        if is_quantized(base):
-            bases.check_order(base, x)
-        if why_not_fused(layer) is None and (is_quantized(base) or _same_dtype(x, base.weight)):
-            name = _active(self)[0]
-            scaling, dropout = layer.scaling[name], layer.lora_dropout[name]
-            lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
-            y = bases.lora_linear_on(
-                base,
-                x,
-                lora_A.weight.t(),
-                lora_B.weight.t(),
-                scaling,
-                None if lora_B.bias is None else scaling * lora_B.bias,
-                magnitude=layer.lora_magnitude_vector[name].weight
-                if name in layer.lora_variant
-                else None,
-                dropout_p=dropout.p
-                if isinstance(dropout, nn.Dropout) and dropout.training
-                else 0.0,
-            )
+        y = None
+        if all(value is None for value in kwargs.values()):
+            product = experts.forward if isinstance(layer, ParamWrapper) else _forward
+            y = product(layer, x, *args)
         return super().forward(x, *args, **kwargs) if y is None else y  # type: ignore[misc]
 
     def _get_name(self) -> str:
@@ -70,15 +53,46 @@ class Fused:
 class FusedLinear(Fused, PeftLinear):
     """PEFT's LoRA Linear with the fused forward."""
 
-    def _get_name(self) -> str:
-        return "Linear"
+
+class FusedParamWrapper(Fused, ParamWrapper):
+    """PEFT's wrapper of a parameter, around the experts of Transformers' models, with the fused forward of `experts`."""
+
+
+# PEFT finds the wrapper that a further adapter is added to by the name of its class.
+FusedParamWrapper.__name__ = ParamWrapper.__name__
+
+
+def _forward(layer: Any, x: Tensor, *args: Any) -> Tensor | None:
+    """The fused product of a Linear of PEFT's, or None where its own forward must run."""
+    if args:
+        return None
+    base = layer.base_layer
+    if is_quantized(base):
+        bases.check_order(base, x)
+    if why_not_fused(layer) is not None:
+        return None
+    if not is_quantized(base) and not _same_dtype(x, base.weight):
+        return None
+    name = active(layer)[0]
+    scaling, dropout = layer.scaling[name], layer.lora_dropout[name]
+    lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+    return bases.lora_linear_on(
+        base,
+        x,
+        lora_A.weight.t(),
+        lora_B.weight.t(),
+        scaling,
+        None if lora_B.bias is None else scaling * lora_B.bias,
+        magnitude=layer.lora_magnitude_vector[name].weight if name in layer.lora_variant else None,
+        dropout_p=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
+    )
 
 
 @functools.cache
 def fused_class(kind: type) -> type:
     """The class that takes the place of a LoRA layer's class of PEFT's, `kind`, with the fused forward."""
-    if kind is PeftLinear:
-        return FusedLinear
+    if kind in _NAMED:
+        return _NAMED[kind]
     name = f"Fused{kind.__name__}"
     doc = f"PEFT's LoRA {kind.__name__} with the fused forward."
     return type(name, (Fused, kind), {"__module__": __name__, "__doc__": doc})
@@ -91,6 +105,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+_NAMED: dict[type, type] = {PeftLinear: FusedLinear, ParamWrapper: FusedParamWrapper}
 _QUANTIZED = ("FusedLinear4bit", "FusedLinear8bitLt")
 _QUANTIZED_MODULE = "peft.tuners.lora.bnb"  # it imports bitsandbytes
 
@@ -98,7 +113,7 @@ _QUANTIZED_MODULE = "peft.tuners.lora.bnb"  # it imports bitsandbytes
 def _can_be_fused(kind: type) -> bool:
     """Whether objects of this class can get the fused forward."""
     named = f"Fused{kind.__name__}" in _QUANTIZED and kind.__module__ == _QUANTIZED_MODULE
-    return kind is PeftLinear or named
+    return kind in _NAMED or named
 
 
 @dataclass(frozen=True)
@@ -140,7 +155,7 @@ def accelerate(model: nn.Module, *, allow_none: bool = False) -> Report:
     base_model.model.2  fused
     """
     found = _layers(model, LoraLayer)
-    report = Report({name: why_not_fused(module) for name, module in found})
+    report = Report(_reasons(found))
     if not report.fused and not allow_none:
         if not found:
             raise ValueError("model must contain LoRA layers of PEFT, but it has none")
@@ -150,6 +165,20 @@ def accelerate(model: nn.Module, *, allow_none: bool = False) -> Report:
             kind: Any = type(module)
             module.__class__ = fused_class(kind)
     return report
+
+
+def _reasons(found: list[tuple[str, Any]]) -> dict[str, str | None]:
+    """`why_not_fused` by name; a wrapper of a parameter that has another around it goes with that one."""
+    reasons: dict[str, str | None] = {}
+    inside: dict[nn.Module, tuple[str, str | None]] = {}
+    for name, layer in found:  # an outer wrapper comes before the one inside it
+        outer, reason = inside.get(layer, ("", None))
+        reasons[name] = (
+            f"{outer} around it is left alone: {reason}" if reason else why_not_fused(layer)
+        )
+        if isinstance(layer, ParamWrapper):
+            inside[layer.base_layer] = (outer or name, reason or reasons[name])
+    return reasons
 
 
 def restore(model: nn.Module) -> list[str]:
@@ -180,12 +209,12 @@ def why_not_fused(module: nn.Module) -> str | None:
         return f"its base layer cannot be read: {declined}"
     if not _can_be_fused(type(module)) and type(module).forward is not Fused.forward:
         return f"it is a lora.{type(module).__name__}, not a lora.Linear"
+    if isinstance(module, ParamWrapper):
+        return experts.why_not_fused(module)
     return _why_not_linear(module)
 
 
 def _why_not_linear(module: Any) -> str | None:
-    if "forward" in module.__dict__:
-        return "its forward was replaced"
     base = module.base_layer
     if is_quantized(base):
         reason = bases.why_unreadable(base)
@@ -195,16 +224,10 @@ def _why_not_linear(module: Any) -> str | None:
         kind = type(base)
         what = "a subclass of" if isinstance(base, nn.Linear) else "not"
         return f"its base layer is a {kind.__module__}.{kind.__qualname__}, {what} nn.Linear"
-    if _has_any_global_hook():
-        return "hooks on all modules are registered"
-    if module.disable_adapters:
-        return "its adapters are disabled"
-    if module.merged:
-        return "its adapters are merged"
-    names = _active(module)
-    if len(names) != 1:
-        return f"{len(names)} adapters are active in it, not one"
-    name = names[0]
+    reason = why_not_one_adapter(module)
+    if reason is not None:
+        return reason
+    (name,) = active(module)
     if name in module.lora_variant:
         reason = _why_not_variant(module, name)
         if reason is not None:
@@ -256,10 +279,6 @@ def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str |
     if lora_B.bias is not None and not packs and lora_B.bias.dtype != base.weight.dtype:
         return f"its lora_bias is {lora_B.bias.dtype} on a base of {base.weight.dtype}"
     return None
-
-
-def _active(module: Any) -> list[str]:
-    return [name for name in module.active_adapters if name in module.lora_A]
 
 
 def _same_dtype(x: Tensor, weight: Tensor) -> bool:

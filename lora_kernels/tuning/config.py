@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lora_kernels.problem import DENSE, ITEMSIZE, Problem
+from lora_kernels.problem import DENSE, ITEMSIZE, PACKED_BYTES, Problem
 from lora_kernels.tuning.targets import Target
 
 KERNELS = ("shrink", "expand", "one_pass", "decode", "wgrad", "shrink_wgrad", "dequantise")
@@ -124,8 +124,12 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
         return f"one_pass has no registers for a mask beside a rank of {problem.R}"
     if config.kernel == "decode" and problem.dropout:
         return "decode has no dropout"
-    if config.kernel == "decode" and problem.weight_format != DENSE:
-        return f"decode reads no {problem.weight_format} weight"
+    if config.kernel == "decode" and problem.weight_format != DENSE and not problem.w_k_major:
+        return f"decode reads {problem.weight_format} weights of a forward only"
+    if config.kernel == "decode" and problem.weight_format == "nf4" and problem.K % 64:
+        return (
+            f"decode reads nf4 weights whose rows are whole blocks of 64, got rows of {problem.K}"
+        )
     if config.kernel == "dequantise" and problem.weight_format == DENSE:
         return "a dense weight is not decoded"
     needed = smem_bytes(config, problem)
@@ -145,11 +149,13 @@ def smem_bytes(config: TileConfig, problem: Problem) -> int:
     adapter = ITEMSIZE[problem.adapter_dtype]
     ranks = rank_block(problem.R, config.rank_chunk)
     m, n, k = config.block_m, config.block_n, config.block_k
+    # NF4's codes are looked up on the way, each a float32.
+    of_w = 4.5 if problem.weight_format == "nf4" else PACKED_BYTES.get(problem.weight_format, size)
     stage = {
         "shrink": m * k * size + k * ranks * adapter,
         "expand": (m + n) * k * size,
         "one_pass": (m + n) * k * size + k * ranks * adapter,
-        "decode": (m + n) * k * size + k * ranks * adapter,
+        "decode": m * k * size + int(n * k * of_w) + k * ranks * adapter,
         "wgrad": m * n * size + m * ranks * 4,
         "shrink_wgrad": m * n * size + m * ranks * 4,
         "dequantise": n * k * size,

@@ -7,7 +7,7 @@ two_kernel  product + shrink + gap                              shrink = e·M·K
                                                                 b is copied for a large product, see `copy_of_b_pays`
 lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, no overlap
 one_pass    product, x·a in its loop
-decode      (bytes + re-read a) / 0.92·W
+decode      (bytes + re-read a) / 0.92·W                        of a quantised w the packed bytes; or the loop's instructions
 cuda_decode the same by the CUDA C++ kernel, + 0.5 us; x·a is a launch of its own where the kernel does not fuse it
 eager       frozen + shrink + 1.25 passes over y + 2 gaps       y = s·b + bias, then y += x·w by the vendor's library
 addmm       frozen + shrink + 2 passes over y + 2 gaps          the usual hand-written form: y = x·w, then y += s·b
@@ -42,7 +42,7 @@ from lora_kernels.tuning.config import (
     cuda_decode_fuses,
     smem_bytes,
 )
-from lora_kernels.tuning.cycles import Cycles, Tile, cycles, flops_per_clock, tiles
+from lora_kernels.tuning.cycles import INSTRUCTIONS, Cycles, Tile, cycles, flops_per_clock, tiles
 from lora_kernels.tuning.targets import Target
 
 ALGORITHMS = ("two_kernel", "one_pass", "decode", "cuda_decode", "eager")
@@ -68,6 +68,14 @@ _PASSES = {
     "eager": ((0.0, 1.25, 2), (0.0, 1.25, 2)),
     "addmm": ((0.0, 2.0, 2), (0.0, 2.0 + 1 / 0.9, 3)),
     "reference": ((0.0, 6.0, 4), (2.0, 4.0, 4)),
+}
+# Instructions of `decode`'s loop for an element of a quantised W, by format and block_k: for at most 16 rows, for more.
+# Counted in the machine code of sm_80 at rank 16 to 64. The loop of a dense W has so few that its bytes decide.
+_DECODE_INSTRUCTIONS = {
+    ("nf4", 64): (16, 21),
+    ("nf4", 32): (54, 62),
+    ("int8", 64): (8, 13),
+    ("int8", 32): (47, 62),
 }
 _HIDDEN = {
     "sm_90": 0.5,
@@ -110,14 +118,16 @@ def predict_us(
         return frozen + shrink + passes_us + launches * gap + adapter_grads
     if algorithm == "decode":
         readers = math.ceil(problem.N / (config.block_n if config else 64))
-        return _streamed_us(problem, target, readers, max(16, problem.R)) + adapter_grads
+        streamed = _streamed_us(problem, target, readers, max(16, problem.R), problem.packed_bytes)
+        return max(streamed, _decode_issue_us(problem, target, config)) + adapter_grads
     if algorithm == "cuda_decode":
         one_half_type = problem.dtype == problem.adapter_dtype != "float32"
         fused = cuda_decode_fuses(problem.R, one_half_type, problem.w_k_major)
         tiles = math.ceil(problem.N / CUDA_DECODE_COLUMNS)
         readers = cuda_decode_blocks(tiles, target.multiprocessors) if fused and tiles else 0
         apart_us = 0.0 if fused else shrink + gap
-        return 0.5 + _streamed_us(problem, target, readers, problem.R) + apart_us + adapter_grads
+        streamed = _streamed_us(problem, target, readers, problem.R, _dense_bytes(problem))
+        return 0.5 + streamed + apart_us + adapter_grads
     if algorithm == "one_pass":
         product = product_us("one_pass", problem, target, config)
         return _dequantise_us(problem, target) + product + adapter_grads
@@ -135,13 +145,30 @@ def _dequantise_us(problem: Problem, target: Target) -> float:
     """A dense copy of a quantised W before the product: the packed bytes read once, the dense ones written once."""
     if problem.weight_format == DENSE:
         return 0.0
-    moved = problem.packed_bytes + problem.N * problem.K * problem.itemsize
+    moved = problem.packed_bytes + _dense_bytes(problem)
     return max(moved / (0.9 * target.bandwidth_gbs * 1e3), MIN_KERNEL_US) + target.gap_us
 
 
-def _streamed_us(problem: Problem, target: Target, readers: int, ranks: int) -> float:
+def _dense_bytes(problem: Problem) -> int:
+    return problem.N * problem.K * problem.itemsize
+
+
+def _decode_issue_us(problem: Problem, target: Target, config: TileConfig | None) -> float:
+    """The instructions of `decode` that make W's elements of its codes, at the clock that the target's rate implies."""
+    block_k = 32 if config and config.block_k < 64 else 64
+    counted = _DECODE_INSTRUCTIONS.get((problem.weight_format, block_k))
+    if counted is None:
+        return 0.0
+    each = counted[problem.M > 16]
+    per_clock = flops_per_clock(target.name, "bfloat16") / (target.half_tflops * 1e6)
+    return problem.N * problem.K * each / (32 * INSTRUCTIONS) * per_clock
+
+
+def _streamed_us(
+    problem: Problem, target: Target, readers: int, ranks: int, w_bytes: float
+) -> float:
     """W streamed once, or A read again from L2 by each of `readers` blocks, whichever takes longer."""
-    moved = problem.frozen_bytes + problem.lowrank_bytes
+    moved = problem.frozen_bytes - _dense_bytes(problem) + w_bytes + problem.lowrank_bytes
     stream_us = moved / (_STREAMED * target.bandwidth_gbs * 1e3)
     again = readers * problem.K * ranks * problem.itemsize
     return max(stream_us, again / (target.l2_gbs * 1e3), MIN_KERNEL_US)

@@ -64,16 +64,17 @@ def search(
     """
     problem = bucketed(problem)
     kept = {kernel: tiles_of(kernel, problem, target) for kernel in PRODUCT_KERNELS}
+    before = tiles_of("dequantise", problem, target)  # none for a dense weight, else the only one
     done: list[Timed] = []
     if kept["expand"] and kept["shrink"]:
         shrink = kept["shrink"][0]
-        pairs = [Choice.of("two_kernel", shrink, c) for c in kept["expand"]]
+        pairs = [Choice.of("two_kernel", *before, shrink, c) for c in kept["expand"]]
         best = _fastest(_timed(pairs, measure, done))
         if best is not None:
             matmul = best.choice.tiles.config("expand")
             others = [c for c in _splits([shrink], problem, target) if c != shrink]
-            _timed([Choice.of("two_kernel", c, matmul) for c in others], measure, done)
-    single = [Choice.of("one_pass", c) for c in kept["one_pass"]]
+            _timed([Choice.of("two_kernel", *before, c, matmul) for c in others], measure, done)
+    single = [Choice.of("one_pass", *before, c) for c in kept["one_pass"]]
     single += [Choice.of("decode", c) for c in _splits(kept["decode"], problem, target)]
     _timed([*single, *(Choice(name) for name in untiled)], measure, done)
     return _entry(problem, done), done

@@ -15,7 +15,7 @@ from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.dropout import Dropout
-from lora_kernels.problem import Problem
+from lora_kernels.problem import DENSE, Problem
 from lora_kernels.samples import sample
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import Target
@@ -58,6 +58,8 @@ class Shapes:
         elif config.kernel == "one_pass":
             one_pass(x, w, a, b, 0.5, bias, config, mask)
         elif config.kernel == "decode":
+            if p.weight_format != DENSE:
+                w = sample(p.weight_format, p.N, p.K, x.dtype, "meta").t()
             decode(x, w, a, b, 0.5, bias, config)
         elif config.kernel == "dequantise":
             dequantise(sample(p.weight_format, p.N, p.K, x.dtype, "meta"), w.t(), config)

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends.triton.configs import shipped, tiles_of
-from lora_kernels.problem import Problem
+from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS
 from tests.compiled.recorder import recording
@@ -34,7 +34,7 @@ MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "mfma", "gfx1100": "
 def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
     """All stride forms and dropout; all but the first form at the widest rank alone, which takes the most registers."""
     pairs = shipped(TARGETS[target])
-    widest = {(config, p.dtype, p.adapter_dtype): p for p, config in pairs}
+    widest = {(config, p.dtype, p.adapter_dtype, p.weight_format): p for p, config in pairs}
     once = target in (*NEAR_DUPLICATES, "gfx942", "gfx1100")
     for problem, config in pairs:
         if target in NEAR_DUPLICATES and (
@@ -42,8 +42,10 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
         ):
             continue
         yield problem, config, True, False
-        last = widest[config, problem.dtype, problem.adapter_dtype] is problem
-        if last and not once and config.kernel not in ("shrink_wgrad", "dequantise"):
+        types = problem.dtype, problem.adapter_dtype, problem.weight_format
+        last = widest[(config, *types)] is problem
+        both = config.kernel != "shrink_wgrad" and problem.weight_format == DENSE
+        if last and not once and both:
             yield problem, config, False, False
         if last and config.kernel == "expand" and config.tma:
             yield problem, config, True, True

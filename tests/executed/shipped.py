@@ -14,7 +14,7 @@ from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 from lora_kernels.backends.triton.wgrad import wgrad
-from lora_kernels.problem import Problem
+from lora_kernels.problem import DENSE, Problem
 from lora_kernels.samples import sample
 from lora_kernels.tuning.config import TileConfig
 from tests.oracle import Case, Operands, assert_budget
@@ -44,8 +44,10 @@ def execute(
     case = small(problem, config)
     if config.kernel == "dequantise":
         return execute_decoder(target, problem.weight_format, case, config, schedule)
-    o = case.operands()
     config = replace(config, split=min(config.split, 2))
+    if problem.weight_format != DENSE:
+        return execute_packed(target, problem.weight_format, case, config, schedule)
+    o = case.operands()
     with emulate(target, schedule) as executed:
         actual = launch(config, o)
     compare(actual, o, f"{config} on {target}, schedule {schedule}")
@@ -61,6 +63,20 @@ def execute_decoder(
     with emulate(target, schedule) as executed:
         dequantise(weight, out, config)
     assert torch.equal(out, weight.dense()), f"{config} on {target}, schedule {schedule}"
+    return executed
+
+
+def execute_packed(
+    target: str, weight_format: str, case: Case, config: TileConfig, schedule: int | None
+) -> list[Executed]:
+    """The same for `decode` over a quantised weight, whose dense copy is the oracle's weight."""
+    case = replace(case, K=case.K // 64 * 64 + 64)
+    weight = sample(weight_format, case.N, case.K, case.dtype)
+    o = replace(case.operands(), w=weight.dense().t())
+    with emulate(target, schedule) as executed:
+        found = decode(o.x, weight.t(), o.a, o.b, case.alpha, o.bias, config)
+    what = f"{weight_format} by {config} on {target}, schedule {schedule}"
+    compare(dict(zip(("y", "s"), found, strict=True)), o, what)
     return executed
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lora_kernels.backends.triton.configs import tiles_of
+from lora_kernels.backends.triton.decode import decode
 from lora_kernels.backends.triton.dequantise import dequantise
 from lora_kernels.problem import Problem
 from lora_kernels.quantized import NF4Weight
@@ -67,3 +70,24 @@ def test_int8(target):
     assert codes.bytes_loaded == N * K and (w.stores == 1).all()
     assert codes.load_sectors == codes.fewest_load_sectors
     assert w.store_sectors == w.fewest_store_sectors
+
+
+@pytest.mark.parametrize("name, bytes_of_w", [("nf4", N * K // 2), ("int8", N * K)])
+@pytest.mark.parametrize("target", EXECUTED)
+def test_few_rows_read_the_packed_bytes_once(target, name, bytes_of_w):
+    """A quarter, or half, of the bytes of a half w, in whole sectors; what a dense w gives, bit for bit."""
+    weight = sample(name, N, K, torch.bfloat16)
+    problem = Problem(16, N, K, 16, "bfloat16", "bfloat16", "cuda", weight_format=name)
+    (config,) = tiles_of("decode", problem, TARGETS[target])
+    config = replace(config, split=2)
+    x, a, b = (torch.randn(size).bfloat16() for size in ((16, K), (K, 16), (16, N)))
+    with emulate(target, 5) as executed:
+        y, _ = decode(x, weight.t(), a, b, 0.5, None, config)
+        dense, _ = decode(x, weight.t().dense(), a, b, 0.5, None, config)
+    packed, other = (launch.counters.tensors for launch in executed)
+    assert torch.equal(y, dense)
+    w = packed["w_ptr"]
+    assert w.bytes_loaded == bytes_of_w and other["w_ptr"].bytes_loaded == 2 * N * K
+    assert w.load_sectors == w.fewest_load_sectors
+    for each in ("x_ptr", "a_ptr", "b_ptr"):
+        assert packed[each].bytes_loaded == other[each].bytes_loaded

@@ -68,11 +68,15 @@ def test_every_shipped_configuration_is_right(kernel, triton_backend):
             wrong = Narrow(problem, DEVICE).wrong(Choice.of(config.kernel, config))
             failures += [f"{config} for {problem}: {wrong}"] if wrong else []
             continue
-        algorithm = {"expand": "two_kernel"}.get(config.kernel, config.kernel)
-        shrink = tiles_for(problem, target).config("shrink")
+        algorithm = config.kernel
+        beside = [tiles_for(problem, target).config("shrink")]
+        if kernel in ("expand", "dequantise"):
+            algorithm = "two_kernel"
+        if kernel == "dequantise":
+            beside.append(tiles_for(problem, target).config("expand"))
         if product is None or product.problem != problem:
             product = Product(problem, DEVICE)
-        wrong = product.wrong(Choice.of(algorithm, shrink, config))
+        wrong = product.wrong(Choice.of(algorithm, *beside, config))
         failures += [f"{config} for {problem}: {wrong}"] if wrong else []
     assert not failures, failures
 

@@ -51,7 +51,11 @@ def small_tiles(changes: dict[str, dict] | None = None) -> Callable[..., Tiles]:
             able -= {"decode", "shrink_wgrad"}
         if problem.weight_format == DENSE:
             able -= {"dequantise"}
-        if problem.M > DECODE_ROWS or problem.dropout or problem.weight_format != DENSE:
+        packed = problem.weight_format != DENSE
+        straddles = problem.weight_format == "nf4" and problem.K % 64 != 0
+        if problem.M > DECODE_ROWS or problem.dropout or straddles:
+            able -= {"decode"}
+        if packed and not problem.w_k_major:
             able -= {"decode"}
         return Tiles(tuple(config for config in configs if config.kernel in able))
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import explain, lora_linear
-from lora_kernels.backends.triton import dequantise, scratch
+from lora_kernels import explain, lora_linear, selftest
+from lora_kernels.backends.triton import BACKEND, dequantise, scratch
 from lora_kernels.operands import Adapter
 from lora_kernels.quantized import NF4Weight
 from lora_kernels.samples import SAMPLES, sample
 from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter import strict
 from tests.interpreter.test_memory import reserved
 from tests.oracle import Case, assert_budget, made_inside, reference
@@ -318,3 +319,98 @@ def test_a_decoder_runs_before_the_kernels_that_overlap(triton_products):
     kernels = [launch.kernel for launch in launches]
     assert kernels == ["_dequantise_nf4_kernel", "_shrink_kernel", "_expand_kernel"]
     assert launches[-1].kwargs["launch_pdl"]
+
+
+class TestDecode:
+    """Few rows: the same kernel as for a dense weight, which decodes w in its loop."""
+
+    @pytest.mark.parametrize(
+        "name, doubly, case",
+        [
+            ("nf4", True, Case(5, 40, 192, 6, dtype=torch.bfloat16)),
+            ("nf4", False, Case(17, 33, 64, 5, dtype=torch.float16, adapter_dtype=torch.float32)),
+            ("nf4", True, Case(1, 1, 128, 1)),
+            ("int8", True, Case(9, 37, 75, 6, dtype=torch.bfloat16)),
+        ],
+        ids=str,
+    )
+    def test_the_bits_are_those_over_the_dense_copy(self, name, doubly, case, triton_products):
+        products = triton_products("decode")
+        o = case.operands()
+        weight = (
+            sample(name, case.N, case.K, case.dtype)
+            if doubly
+            else plain_nf4(case.N, case.K, case.dtype)
+        )
+        dense = products.shrink_expand(o.x, weight.t().dense(), o.adapter, o.bias)
+        with strict.recording() as launches:
+            found = products.shrink_expand(o.x, weight.t(), o.adapter, o.bias)
+        assert [launch.kernel for launch in launches] == ["_decode_kernel"]
+        assert all(map(torch.equal, found, dense))
+        exact = o.x.double() @ weight.dense().double().t() + o.results(torch.float64)["y"]
+        exact -= o.x.double() @ o.w.double()
+        eager = o.x @ weight.dense().t() + (o.results(None)["y"] - o.x @ o.w)
+        assert_budget(found[0], eager, exact)
+
+    def test_a_quarter_of_the_bytes(self, triton_products):
+        """Eight codes in each word; a scale for each block; x and a as for a dense weight."""
+        products = triton_products("decode")
+        o = Case(16, 64, 256, 16, dtype=torch.bfloat16).operands()
+        with strict.recording() as launches:
+            products.shrink_expand(o.x, sample("nf4", 64, 256, torch.bfloat16).t(), o.adapter)
+            products.shrink_expand(o.x, o.w, o.adapter)
+        packed, dense = launches
+        assert 4 * packed.loads["w_ptr"] * 4 == 2 * dense.loads["w_ptr"]
+        # The tests' tile has 32 terms of the sum: it reads a block's scale twice.
+        assert packed.loads["absmax_ptr"] == packed.loads["absmax2_ptr"] == 2 * 64 * 256 // 64
+        for name in ("x_ptr", "a_ptr", "b_ptr"):
+            assert packed.loads[name] == dense.loads[name]
+        assert packed.stores == dense.stores
+
+    def test_codes_that_begin_within_a_word(self, triton_products):
+        products = triton_products("decode")
+        weight = sample("nf4", 40, 64, torch.bfloat16)
+        buffer = torch.empty(weight.packed.numel() + 1, dtype=torch.uint8)
+        apart = replace(weight, packed=buffer[1:].copy_(weight.packed))
+        o = Case(5, 40, 64, 6, dtype=torch.bfloat16).operands()
+        y, _ = products.shrink_expand(o.x, apart.t(), o.adapter)
+        assert torch.equal(y, products.shrink_expand(o.x, weight.t(), o.adapter)[0])
+
+    def test_what_it_does_not_decode_is_decoded_before(self, triton_products):
+        """Rows that are no whole blocks, and dx."""
+        products = triton_products("decode")
+        for K, forward in ((70, True), (64, False)):
+            o = Case(5, 40, K, 6).operands()
+            weight = sample("nf4", 40, K, torch.float32)
+            x, w, adapter = o.x, weight.t(), o.adapter
+            if not forward:
+                x, w, adapter = o.dy, weight, o.adapter.t()
+            with strict.recording() as launches:
+                found = products.shrink_expand(x, w, adapter)
+            assert launches[0].kernel == "_dequantise_nf4_kernel"
+            torch.testing.assert_close(found, products.shrink_expand(x, w.dense(), adapter))
+
+
+def test_the_self_test_covers_every_format(monkeypatch):
+    """Both ways to read each: in the loop of the kernel for few rows, and decoded before."""
+
+    class OnSm80:
+        formats = BACKEND.formats
+
+        @staticmethod
+        def candidates(problem, target):
+            found = BACKEND.candidates(problem, TARGETS["sm_80"])
+            return [c for c in found if c.name == ("decode" if problem.M < 16 else "two_kernel")]
+
+    monkeypatch.setattr(selftest, "_SIZES", ())
+    monkeypatch.setattr(selftest, "_DTYPES", ((torch.bfloat16, torch.float32),))
+    with strict.recording() as launches:
+        results = selftest.run(OnSm80, "cpu")
+    assert results and all(result.passed for result in results)
+    tested = {(r.problem.weight_format, r.problem.M, r.tensor) for r in results}
+    assert len(tested) == len(SAMPLES) * 2 * 4
+    kernels = {launch.kernel for launch in launches}
+    assert {"_decode_kernel", *(f"_dequantise_{name}_kernel" for name in SAMPLES)} <= kernels
+    monkeypatch.setattr(dequantise, "dequantise", lambda weight, out, config: out.zero_())
+    broken = [r for r in selftest.run(OnSm80, "cpu") if not r.passed]
+    assert {r.tensor for r in broken if r.problem.M > 16} == {"y", "dx"}

@@ -183,3 +183,22 @@ def _effort():
     from lora_kernels.bench.linear import Effort
 
     return Effort(0.01, (1, 1))
+
+
+def test_a_format_is_timed_as_a_call_computes_it():
+    """Triton's algorithms over the packed weight, eager over a dense copy that is made within the time."""
+    problem = replace(PROBLEM, K=64, weight_format="nf4")
+    entries, told, failures = command.tune(
+        [problem], TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
+    )
+    assert not failures
+    assert entries[0].times.keys() == {*configs.ALGORITHMS, "eager"}
+    assert "dequantise" in {config.kernel for config in entries[0].configs}
+    tables.save(entries, TARGETS["sm_80"])
+    assert tables.lookup(problem, TARGETS["sm_80"]).times == entries[0].times
+    assert tables.lookup(replace(problem, weight_format="dense"), TARGETS["sm_80"]) is None
+    made = []
+    w = Product(problem, "cpu")
+    w.w = SimpleNamespace(dense=lambda: made.append(1) or w.operands[1])
+    w.call(Choice("eager"))()
+    assert made == [1]

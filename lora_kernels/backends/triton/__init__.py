@@ -11,6 +11,7 @@ from lora_kernels.backends.triton.configs import ALGORITHMS, MAIN_KERNEL
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
 from lora_kernels.tuning import tables
+from lora_kernels.tuning.config import Tiles
 from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.targets import Target
 
@@ -39,9 +40,6 @@ class TritonBackend(Backend):
             problem = replace(problem, weight_format=DENSE)
         tiles = configs.tiles_for(problem, target)
         same = tables.bucketed(problem)
-        before = ""
-        if tiles.has("dequantise"):
-            before = f"the {problem.weight_format} weight decoded by {tiles.config('dequantise')}, "
         made = []
         for name in ALGORITHMS:
             if not tiles.has(MAIN_KERNEL[name]):
@@ -58,10 +56,18 @@ class TritonBackend(Backend):
                     else None,
                     measured_us=measured.get(name),
                     predicted_us=predict_us(name, same, target, config),
-                    how=before + str(config),
+                    how=_decoding(name, problem, tiles) + str(config),
                 )
             )
         return made
+
+
+def _decoding(algorithm: str, problem: Problem, tiles: Tiles) -> str:
+    """How `algorithm` reads a quantised weight, in words; "" for a dense one."""
+    if problem.weight_format == DENSE:
+        return ""
+    where = "in the loop" if algorithm == "decode" else f"by {tiles.config('dequantise')}"
+    return f"the {problem.weight_format} weight decoded {where}, "
 
 
 BACKEND = TritonBackend()

@@ -10,7 +10,7 @@ import functools
 import itertools
 from dataclasses import replace
 
-from lora_kernels.problem import PACKED_BYTES, Problem
+from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
 from lora_kernels.tuning import tables
 from lora_kernels.tuning.config import (
     DECODE_ROWS,
@@ -28,6 +28,7 @@ _HALF = ("float16", "bfloat16")
 # The kernel with the main loop of each algorithm.
 MAIN_KERNEL = {"two_kernel": "expand", "one_pass": "one_pass", "decode": "decode"}
 ALGORITHMS = tuple(MAIN_KERNEL)
+_READS_PACKED = ("decode", "dequantise")  # the kernels that read a quantised weight
 # N, K that get every kernel somewhere with and somewhere without a split
 _SHIPPED_SHAPES = ((512, 4096), (4096, 4096), (4096, 512), (32768, 128))
 
@@ -89,25 +90,37 @@ def shipped(target: Target) -> list[tuple[Problem, TileConfig]]:
     takes bfloat16's code with another instruction. Ranks take the code of their block, of which each configuration has its
     narrowest and its widest here.
     """
-    found: dict[tuple[TileConfig, str, str], dict[int, tuple[Problem, TileConfig]]] = {}
+    found: dict[tuple[TileConfig, str, str, str], dict[int, tuple[Problem, TileConfig]]] = {}
     for dtype, adapter_dtype in (
         ("bfloat16", "bfloat16"),
         ("bfloat16", "float32"),
         ("float32", "float32"),
     ):
         sizes = itertools.product((16, 32, 64), tables.BUCKETS, _SHIPPED_SHAPES)
-        for dropout, (R, M, (N, K)) in itertools.product((False, True), sizes):
-            problem = Problem(M, N, K, R, dtype, adapter_dtype, device="cuda", dropout=dropout)
-            tiles = (tiles_of(kernel, problem, target) for kernel in KERNELS)
+        each = itertools.product((False, True), (DENSE, *PACKED_BYTES), sizes)
+        for dropout, weight_format, (R, M, (N, K)) in each:
+            problem = Problem(
+                M,
+                N,
+                K,
+                R,
+                dtype,
+                adapter_dtype,
+                "cuda",
+                False,
+                dropout,
+                weight_format=weight_format,
+            )
+            kernels = KERNELS if weight_format == DENSE else _READS_PACKED
+            tiles = (tiles_of(kernel, problem, target) for kernel in kernels)
             for config in itertools.chain(*tiles):
-                code = replace(config, split=min(config.split, 2)), dtype, adapter_dtype
+                same = replace(config, split=min(config.split, 2))
+                code = same, dtype, adapter_dtype, weight_format
                 ranks = rank_block(R, config.rank_chunk)
+                if config.kernel == "dequantise":  # it reads no adapter
+                    code, ranks = (config, dtype, dtype, weight_format), 16
                 if not dropout or ranks not in found.get(code, {}):
                     found.setdefault(code, {})[ranks] = (problem, config)
-    for weight_format, dtype in itertools.product(PACKED_BYTES, ("bfloat16", "float32")):
-        problem = Problem(4096, 4096, 4096, 16, dtype, dtype, "cuda", weight_format=weight_format)
-        for config in tiles_of("dequantise", problem, target):
-            found[config, dtype, weight_format] = {16: (problem, config)}
     ends = ({min(ranks), max(ranks)} for ranks in found.values())
     return [
         ranks[end] for ranks, both in zip(found.values(), ends, strict=True) for end in sorted(both)
@@ -159,10 +172,15 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
 
 def _decode(problem: Problem, target: Target) -> list[TileConfig]:
     block_n, block_k = (64, 64) if _all_half(problem) else (32, 32)
+    warps = 4
+    if target.name == "sm_90" and _all_half(problem) and problem.weight_format != DENSE:
+        # Warp groups multiply 64 rows of w. Triton 3.9 lets them read x while the next x is fetched over it, if w comes
+        # from registers: the emulator finds the race. Half as many rows for half as many warps take mma.sync.
+        block_n, warps = 32, 2
     programs = max(1, problem.N // block_n)
     split = _split(2 * target.multiprocessors // programs, problem.K // (4 * block_k))
     block_m = 16 if problem.M <= 16 else DECODE_ROWS
-    return [TileConfig("decode", block_m, block_n, block_k, 4, 3, split=split)]
+    return [TileConfig("decode", block_m, block_n, block_k, warps, 3, split=split)]
 
 
 def _dequantise(problem: Problem, target: Target) -> list[TileConfig]:

@@ -4,15 +4,20 @@ Weights are the tall operand of the matrix instruction, so that a tile of w is n
 split, because N alone gives too few programs; each part adds its own s·b, as the product is linear. The program that
 arrives last at a block of columns, found by an integer counter, adds the parts in index order: which one it is does not
 change a bit of the result. Each call makes and clears its own counters, which is one more, tiny, launch.
+
+A quantised w is decoded in the loop, to the bits of its dense copy: W's packed bytes are all that is read of it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.backends.triton.dequantise import nf4_arguments
 from lora_kernels.backends.triton.launch import (
     base_precision,
     cdiv,
@@ -22,15 +27,53 @@ from lora_kernels.backends.triton.launch import (
     scale_argument,
     shrink_precision,
 )
-from lora_kernels.backends.triton.tiles import scale_value, widen
-from lora_kernels.operands import Scale
+from lora_kernels.backends.triton.tiles import int8_scale, nf4_scale, scale_value, widen
+from lora_kernels.operands import Scale, Weight
+from lora_kernels.problem import DENSE
 from lora_kernels.tuning.config import TileConfig, rank_block
+
+
+@triton.jit
+def _decoded_nf4(
+    w_ptr,  # int32 [N, K / 8]: eight codes each
+    absmax_ptr,
+    code_ptr,
+    code2_ptr,
+    absmax2_ptr,
+    offset_ptr,
+    col,
+    mask_n,
+    k,
+    K,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOUBLE: tl.constexpr,
+):
+    """Rows `col` of W [N, K] and columns k to k + BLOCK_K, of one block of 64: [BLOCK_N, BLOCK_K]. 64 divides K."""
+    word = k // 8 + tl.arange(0, BLOCK_K // 8)
+    words = tl.load(w_ptr + col[:, None] * (K // 8) + word[None, :], mask=mask_n[:, None], other=0)
+    scale = nf4_scale(
+        absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, col * (K // 64) + k // 64, mask_n, DOUBLE
+    )
+    # A thread keeps the eight codes of a word, and so few scales, because their axis is the slowest. Within a byte the
+    # first code is the high nibble.
+    place = tl.arange(0, 8)
+    shift = 8 * (place // 2) + 4 - 4 * (place % 2)
+    nibble = (words[None, :, :] >> shift[:, None, None]) & 15
+    w = (tl.load(code_ptr + nibble) * scale[None, :, None]).to(DTYPE)
+    return tl.reshape(tl.permute(w, (1, 2, 0)), (BLOCK_N, BLOCK_K))
 
 
 @triton.jit(do_not_specialize=["M", "split"])
 def _decode_kernel(
     x_ptr,  # [M, K]
-    w_ptr,  # [K, N]
+    w_ptr,  # [K, N], or the codes of a quantised one
+    absmax_ptr,  # its scales, as its format has them
+    code_ptr,
+    code2_ptr,
+    absmax2_ptr,
+    offset_ptr,
     a_ptr,  # [K, R]
     b_ptr,  # [R, N]
     bias_ptr,  # [N]
@@ -58,6 +101,8 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DOUBLE: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     SHRINK_PRECISION: tl.constexpr,
@@ -78,6 +123,8 @@ def _decode_kernel(
     row = widen(offs_m, WIDE)
     col = widen(offs_n, WIDE)
     rank = widen(offs_r, WIDE)
+    if FORMAT == "int8":
+        scale = int8_scale(absmax_ptr, col, mask_n)
 
     per_part = tl.cdiv(tl.cdiv(K, BLOCK_K), split) * BLOCK_K
     k_start = part * per_part
@@ -88,10 +135,18 @@ def _decode_kernel(
         mask_k = offs_k < K
         term = widen(offs_k, WIDE)
         x_ptrs = x_ptr + term[:, None] * stride_xk + row[None, :] * stride_xm
-        w_ptrs = w_ptr + col[:, None] * stride_wn + term[None, :] * stride_wk
         a_ptrs = a_ptr + rank[:, None] * stride_ar + term[None, :] * stride_ak
         x = tl.load(x_ptrs, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
+        if FORMAT == "nf4":
+            w = _decoded_nf4(
+                w_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, col, mask_n, k, K,
+                x_ptr.dtype.element_ty, BLOCK_N, BLOCK_K, DOUBLE,
+            )  # fmt: skip
+        else:
+            w_ptrs = w_ptr + col[:, None] * stride_wn + term[None, :] * stride_wk
+            w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0)
+            if FORMAT == "int8":
+                w = (w.to(tl.float32) * scale[:, None]).to(x_ptr.dtype.element_ty)
         a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
         acc = tl.dot(w, x, acc, input_precision=PRECISION)
         s = tl.dot(a, x.to(a.dtype), s, input_precision=SHRINK_PRECISION)
@@ -135,7 +190,7 @@ def _decode_kernel(
 
 def decode(
     x: Tensor,
-    w: Tensor,
+    w: Weight,
     a: Tensor,
     b: Tensor,
     alpha: Scale,
@@ -144,7 +199,7 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, R] float32): x [M, K] with M <= 64, w [K, N], a [K, R] with R <= 64, b [R, N], any strides.
 
-    K may be zero; M, N and R may not.
+    K may be zero; M, N and R may not. w may be int8 rows, or the transpose of an NF4 weight whose rows are whole blocks.
     """
     (M, K), N, R = x.shape, w.shape[1], a.shape[1]
     split = min(config.split, max(1, cdiv(K, config.block_k)))
@@ -156,13 +211,15 @@ def decode(
     # Each call has its own: kept ones would be a CUDA graph's memory, or be counted in by two calls at once.
     arrived = x.new_zeros(blocks, dtype=torch.int32) if split > 1 else None
     scale, alpha_is_ptr = scale_argument(alpha)
+    weight_format, codes, scales, strides = _parts(w)
     launch(
         _decode_kernel,
         blocks * split,
         config,
         x.device,
         x,
-        w,
+        codes,
+        *scales,
         a,
         b,
         bias,
@@ -178,20 +235,37 @@ def decode(
         K,
         R,
         *x.stride(),
-        *w.stride(),
+        *strides,
         *a.stride(),
         *b.stride(),
         0 if bias is None else bias.stride(0),
+        contract=weight_format != "nf4",
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         BLOCK_R=rank_block(R, config.rank_chunk),
+        FORMAT=weight_format,
+        DOUBLE=scales[2] is not None,
         WHOLE=split == 1,
         PRECISION=base_precision(x.dtype),
         SHRINK_PRECISION=shrink_precision(x.dtype, a.dtype),
         TAIL_PRECISION=mixed_precision(x.dtype, x.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
         HAS_BIAS=bias is not None,
-        WIDE=needs_int64(x, w, a, b, bias, y),
+        WIDE=needs_int64(x, codes, a, b, bias, y),
     )
     return y, s
+
+
+def _parts(w: Any) -> tuple[str, Tensor, tuple[Tensor | None, ...], tuple[int, int]]:
+    """(format, what w_ptr reads, the five tensors of its scales, strides along K and N) of w [K, N]."""
+    if isinstance(w, Tensor):
+        return DENSE, w, (None,) * 5, w.stride()  # type: ignore[return-value]
+    assert w.transposed  # [K, N]: scales run along N, as `fits` demands
+    if w.format == "int8":
+        codes = w.codes.t()
+        return w.format, codes, (w.absmax.contiguous(), *(None,) * 4), codes.stride()
+    packed, *scales = nf4_arguments(w)
+    if packed.storage_offset() % 4:  # a word must not straddle its alignment
+        packed = packed.clone()
+    return w.format, packed.view(torch.int32), tuple(scales), (0, 0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_kernels.backends.triton.launch import cdiv, launch, needs_int64
 from lora_kernels.backends.triton.scratch import lent
-from lora_kernels.backends.triton.tiles import nf4_scale, widen
+from lora_kernels.backends.triton.tiles import int8_scale, nf4_scale, widen
 from lora_kernels.operands import QuantizedWeight
 from lora_kernels.tuning.config import TileConfig
 
@@ -61,7 +61,6 @@ def _dequantise_int8_kernel(
     K,
     stride_n,
     stride_k,
-    stride_absmax,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr,
@@ -71,12 +70,11 @@ def _dequantise_int8_kernel(
     offs_k = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
     row, col = widen(offs_n, WIDE), widen(offs_k, WIDE)
-    absmax = tl.load(absmax_ptr + row * stride_absmax, mask=offs_n < N, other=0.0)
+    scale = int8_scale(absmax_ptr, row, offs_n < N)
     codes = tl.load(
         codes_ptr + row[:, None] * stride_n + col[None, :] * stride_k, mask=mask, other=0
     )
-    # By the reciprocal of 127, as bitsandbytes does it.
-    w = codes.to(tl.float32) * (absmax * (1.0 / 127.0))[:, None]
+    w = codes.to(tl.float32) * scale[:, None]
     tl.store(w_ptr + row[:, None] * K + col[None, :], w.to(w_ptr.dtype.element_ty), mask=mask)
 
 
@@ -101,23 +99,22 @@ def _nf4(weight: Any, out: Tensor, config: TileConfig) -> None:
 
 
 def _int8(weight: Any, out: Tensor, config: TileConfig) -> None:
-    (N, K), codes, absmax = out.shape, weight.codes, weight.absmax
+    (N, K), codes = out.shape, weight.codes
     launch(
         _dequantise_int8_kernel,
         cdiv(N, config.block_n) * cdiv(K, config.block_k),
         config,
         out.device,
         codes,
-        absmax,
+        weight.absmax.contiguous(),
         out,
         N,
         K,
         *codes.stride(),
-        absmax.stride(0),
         contract=False,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        WIDE=needs_int64(codes, absmax, out),
+        WIDE=needs_int64(codes, out),
     )
 
 

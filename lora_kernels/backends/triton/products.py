@@ -52,13 +52,13 @@ class TritonProducts(Products):
         A, B, scale, dropout_in, dropout_out, _ = adapter
         if 0 in (x.shape[0], w.shape[1], A.shape[1]):
             return super().shrink_expand(x, w, adapter, bias)
-        if not isinstance(w, Tensor):
-            with self._decoded(w) as dense:
-                return self.shrink_expand(x, dense, adapter, bias)
         if self.algorithm == "decode" and dropout_in is dropout_out is None:
             from lora_kernels.backends.triton.decode import decode
 
             return decode(x, w, A, B, scale, bias, self.tiles.config("decode"))
+        if not isinstance(w, Tensor):
+            with self._decoded(w) as dense:
+                return self.shrink_expand(x, dense, adapter, bias)
         if self.algorithm == "one_pass" and dropout_out is None:
             from lora_kernels.backends.triton.one_pass import one_pass
 

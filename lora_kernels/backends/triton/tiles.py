@@ -58,6 +58,12 @@ def nf4_scale(
 
 
 @triton.jit
+def int8_scale(absmax_ptr, row, mask):
+    """The float32 scales of these rows of int8 codes: by the reciprocal of 127, as bitsandbytes does it."""
+    return tl.load(absmax_ptr + row, mask=mask, other=0.0) * (1.0 / 127.0)
+
+
+@triton.jit
 def keep_tile(
     seed_ptr,
     threshold,

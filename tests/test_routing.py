@@ -1,0 +1,61 @@
+"""Rows sorted by group and brought back: against loops over the tokens, with every derivative."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_kernels.routing import sorted_by_group
+
+ROUTES = {
+    "two slots": torch.tensor([[2, 0], [0, 3], [2, 1], [3, 2], [0, 2]]),
+    "one slot": torch.tensor([1, 0, 1, 3, 3, 0]),
+    "an empty group in the middle and one at the end": torch.tensor([[0, 2], [2, 0]]),
+    "one group": torch.tensor([[3, 3], [3, 3], [3, 3]]),
+    "no token": torch.empty(0, 2, dtype=torch.int64),
+    "int32": torch.tensor([[1, 3], [0, 1]], dtype=torch.int32),
+}
+GROUPS = 4
+
+
+@pytest.mark.parametrize("groups", ROUTES.values(), ids=ROUTES)
+def test_offsets_and_order(groups):
+    routing = sorted_by_group(groups, GROUPS)
+    flat = groups.flatten().tolist()
+    wanted = sorted(range(len(flat)), key=lambda i: flat[i])  # stable
+    assert routing.order.tolist() == wanted
+    assert routing.inverse[routing.order].tolist() == list(range(len(flat)))
+    below = [sum(g < bound for g in flat) for bound in range(GROUPS + 1)]
+    assert routing.offsets.tolist() == below and routing.offsets.dtype == torch.int32
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("groups", ROUTES.values(), ids=ROUTES)
+def test_spread_and_gather(groups, weighted):
+    routing = sorted_by_group(groups, GROUPS)
+    T = groups.shape[0]
+    x = torch.randn(T, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(T, routing.slots, dtype=torch.float64, requires_grad=True)
+
+    def there_and_back(x, weights):
+        rows = routing.spread(x)
+        return routing.gather(rows * rows, weights if weighted else None)
+
+    total = weights.sum(1, keepdim=True) if weighted else routing.slots
+    torch.testing.assert_close(there_and_back(x, weights), x * x * total)
+    for s, token in enumerate((routing.order // routing.slots).tolist()):
+        assert torch.equal(routing.spread(x)[s], x[token])
+    if T:
+        assert torch.autograd.gradcheck(there_and_back, (x, weights), check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(there_and_back, (x, weights))
+
+
+def test_the_form_for_other_devices_is_the_same():
+    """On a CPU `spread` takes the faster of two forms; a tensor that hides its device takes the other."""
+    routing = sorted_by_group(ROUTES["two slots"], GROUPS)
+    x = torch.randn(5, 3)
+
+    class Elsewhere(torch.Tensor):
+        is_cpu = False
+
+    assert torch.equal(routing.spread(x), routing.spread(x.as_subclass(Elsewhere)))
