@@ -144,7 +144,7 @@ class GroupedEagerProducts(Products):
 def _of_group(adapter: Adapter, g: int, rows: slice) -> Adapter:
     """The adapter of group g; an A or B that was not saved stays None."""
     A, B = (t if t is None else t[g] for t in adapter[:2])
-    scale, *masks = adapter[2:]
+    scale, *masks = adapter[2:5]
     scale = scale[g] if isinstance(scale, Tensor) and scale.ndim else scale
     return Adapter(A, B, scale, *(_from_row(mask, rows) for mask in masks))
 

@@ -34,7 +34,9 @@ def test_every_gradient(variant, dtype, triton_products):
     with strict.recording() as launches:
         actual = run(ours)
     assert launches
-    for name, *triple in zip(("y", *NAMES), actual, run(plain), run(plain, torch.float64)):
+    for name, *triple in zip(
+        ("y", *NAMES), actual, run(plain), run(plain, torch.float64), strict=True
+    ):
         assert_budget(*triple, what=name)
     told = str(explain(*tensors[:4], 0.7, tensors[4], magnitude=tensors[5], backend="triton"))
     assert "DoRA's scale in a pass of its own" in told
