@@ -82,7 +82,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     wrappers = {m: _wrapper(m, adapters[n]) for m, n in names.items() if is_linear(m)}
     layers: dict[str, Any] = {n: wrappers.get(m, m).lora for m, n in names.items()}
     alphas = {name: _alpha(name, lora, adapters[name].scale) for name, lora in layers.items()}
-    before = [
+    before: list[tuple[Any, ...]] = [
         (
             layer.lora,
             *map(_copied, (layer.lora.A, layer.lora.B, layer.lora.magnitude)),

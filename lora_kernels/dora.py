@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_kernels import formulas, ops
 from lora_kernels.autograd import ALPHA_IS_NO_PARAMETER, any_dual, under_transform
+from lora_kernels.backends.base import Products
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.formulas import Needs, Saved
 from lora_kernels.operands import Adapter, Scale, Weight
@@ -37,14 +38,14 @@ def row_norms(
     A, B = A.detach(), B.detach()
     with torch.no_grad():
         if how == "operator":
-            packed: tuple = (
-                (list(weight.tensors), weight.format, list(weight.sizes))
-                if not (isinstance(weight, Tensor))
-                else ([weight.detach()], DENSE, [])
+            packed: tuple[Any, ...] = (
+                ([weight.detach()], DENSE, []) if isinstance(weight, Tensor) else ()
             )
+            if not isinstance(weight, Tensor):
+                packed = list(weight.tensors), weight.format, list(weight.sizes)
             return ops.row_norms(*packed, weight.dtype, A, B, alpha, backend)
         dense = weight.detach() if isinstance(weight, Tensor) else weight.dense()
-        products = COMPOSITE
+        products: Products = COMPOSITE
         if how == "eager":
             products = plan_call(backend, dense, dense, A, None, False).products
         return formulas.row_norms(products, dense, Adapter(A, B, alpha))
@@ -99,7 +100,7 @@ class DoRALinear(torch.autograd.Function):
         if ctx.needs_input_grad[6]:
             raise ValueError(ALPHA_IS_NO_PARAMETER)
         ctx.needs = Needs(*ctx.needs_input_grad[:5])
-        ctx.adapter_dtype = A.dtype
+        ctx.dtype, ctx.adapter_dtype = x.dtype, A.dtype
         ctx.set_materialize_grads(False)
         kept = formulas.keep(ctx.needs, x, weight, A, B, output[1])
         ctx.weight, packed = None, ()
@@ -124,10 +125,10 @@ class DoRALinear(torch.autograd.Function):
             if ds is None and dz is None:
                 return (None,) * 8
             rows = len(ds if ds is not None else dz)  # type: ignore[arg-type]
-            dtype = (x if (x := kept.x) is not None else ds if dz is None else dz).dtype
-            dy = c.new_zeros((rows, len(c)), dtype=dtype)
+            dy = c.new_zeros((rows, len(c)), dtype=ctx.dtype)
         adapter = Adapter(kept.A, kept.B, ctx.alpha if alpha is None else alpha, column_scale=c)  # type: ignore[arg-type]
-        products, plan = COMPOSITE, ctx.plan.adjoint
+        products: Products = COMPOSITE
+        plan = ctx.plan.adjoint
         again = torch.is_grad_enabled() or ds is not None or dz is not None
         if not (again or under_transform(dy) or any_dual(dy, *saved, c, z)):
             products = plan.products

@@ -107,13 +107,14 @@ def scaled_backward(
     if dy.is_sparse:
         dy = dy.to_dense()
     c = cast(Tensor, c)
+    of_z: Tensor | None = None
+    dc: Tensor | None = None
     if dz is not None:
         dbias = dy.sum(0) if needs.bias else None
-        of_z, dc = products.scaled_gradient(dy, c, z)
-        rest = saved, needs._replace(bias=False), plain, adapter_dtype, ds
-        dx, dW, dA, dB, _ = backward(products, of_z + dz, *rest)
+        scaled, dc = products.scaled_gradient(dy, c, z)
+        above = saved, needs._replace(bias=False), plain, adapter_dtype, ds
+        dx, dW, dA, dB, _ = backward(products, scaled + dz, *above)
         return dx, dW, dA, dB, dbias, dc
-    of_z = dc = None
     if needs.x or needs.weight or z is not None:
         of_z, dc = products.scaled_gradient(dy, c, z)
     if plain.B is not None:

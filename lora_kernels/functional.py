@@ -359,7 +359,7 @@ def _apply(
         alpha = _number(alpha)
     seed = _seed(seed, x.device) if dropout_p else None
     quantised = not isinstance(weight, Tensor)  # the type check of an abstract class takes longer
-    traced = _is_traced(x, None if quantised else weight, A, B, bias)
+    traced = _is_traced(x, weight if isinstance(weight, Tensor) else None, A, B, bias)
     chosen = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
     usual = not traced and _has_usual_derivatives(weight, A, B, alpha, bias)
@@ -445,7 +445,7 @@ def _apply_dropped(
     else:
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         dropout = Dropout(dropout_p, _seed(seed, x.device))
-        v = (rows * scaled_mask(dropout, *rows.shape, x.dtype)).view(x.shape)  # type: ignore[misc]
+        v = (rows * scaled_mask(dropout, rows.shape[0], rows.shape[1], x.dtype)).view(x.shape)
     adapted = _apply_dora(v, weight, A, B, alpha, None, 0.0, None, backend, magnitude)
     left = _apply(x - v, weight, A[:, :0], B[:0], alpha, bias, 0.0, None, backend)
     return left + adapted

@@ -118,10 +118,10 @@ class LoRALayer(nn.Module):
 
     def forward(self, x: Tensor, *, dropped: bool = False) -> Tensor:
         """`scale · (dropout(x)·A)·B` [..., out_dim] in x's dtype, computed by plain PyTorch; `dropped`: x is dropout(x)."""
-        dropped = x if dropped else F.dropout(x, self.dropout, self.training)
+        v = x if dropped else F.dropout(x, self.dropout, self.training)
         if autocast_dtype(x.device.type) is None:
-            dropped = dropped.to(self.A.dtype)
-        return (self.run_time_scale() * (dropped @ self.A @ self.B)).to(x.dtype)
+            v = v.to(self.A.dtype)
+        return (self.run_time_scale() * (v @ self.A @ self.B)).to(x.dtype)
 
     def run_time_scale(self) -> float | Tensor:
         """`scale` as a number in eager mode and as a 0-d tensor in traced code."""
@@ -287,7 +287,8 @@ def _scaled(linear: Any, lora: LoRALayer, x: Tensor) -> Tensor:
     """DoRA where `linear` and `lora` must be called as modules: base + (c-1)∘(v·Wᵀ) + c∘lora, v = dropout(x)."""
     dropping = lora.training and lora.dropout > 0
     v = F.dropout(x, lora.dropout, dropping)
-    c = lora.magnitude / bases.row_norms_on(linear, lora.A, lora.B, lora.run_time_scale())
+    magnitude: Any = lora.magnitude
+    c = magnitude / bases.row_norms_on(linear, lora.A, lora.B, lora.run_time_scale())
     y = linear(x)
     inner = linear(v) if dropping else y
     if linear.bias is not None:
