@@ -148,12 +148,20 @@ class TritonProducts(Products):
 
         b = self._along_the_rank(adapter.B, x.shape[0])
         config = self.tiles.config("expand")
-        own = {"offsets": self._offsets, "late_wait": late_wait}
-        if self.algorithm == "tail_first":
-            # As eager does it: s·b + bias of each group, then the vendor's product of all rows accumulated onto it.
-            y = expand(x[:, :0], w[:0], s, b, bias, config, adapter.dropout_out, **own)
-            return y.addmm_(x, w)
-        return expand(x, w, s, b, bias, config, adapter.dropout_out, **own)
+        first = self.algorithm == "tail_first"
+        # As eager does it: s·b + bias of each group, then the vendor's product of all rows accumulated onto it.
+        terms = (x[:, :0], w[:0]) if first else (x, w)
+        y = expand(
+            *terms,
+            s,
+            b,
+            bias,
+            config,
+            adapter.dropout_out,
+            offsets=self._offsets,
+            late_wait=late_wait,
+        )
+        return y.addmm_(x, w) if first else y
 
     def _along_the_rank(self, b: Tensor, M: int) -> Tensor:
         """b [R, N], or a stack, copied to lie column after column where that is faster."""
