@@ -404,8 +404,7 @@ def _reference(
     mask = 1.0 if dropout is None else scaled_mask(dropout, x.shape[0], x.shape[1], x.dtype)
     masked = (x * mask).to(A.dtype)
 
-    def layer(rows: slice, *operands: Tensor | None) -> Tensor:
-        w, a, b, own_bias = operands
+    def layer(rows: slice, w: Tensor, a: Tensor, b: Tensor, own_bias: Tensor | None) -> Tensor:
         y = torch.nn.functional.linear(x[rows], w, own_bias)
         return y + (0.75 * (masked[rows] @ a @ b)).to(y.dtype)
 

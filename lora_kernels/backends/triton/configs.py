@@ -184,7 +184,7 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
     }[kernel](problem, target)
 
 
-def _grouped_tiles(problem: Problem, target: Target) -> list[tuple[int, ...]]:
+def _grouped_tiles(problem: Problem, target: Target) -> list[tuple[int, int, int, int, int]]:
     """Those that are no lower than a group's rows: each block of rows reads the group's weight once."""
     own = _GROUPED_HALF.get(target.name, _GROUPED_HALF["sm"])
     tiles = own if problem.dtype in _HALF else _GROUPED_FLOAT32
