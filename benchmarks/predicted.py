@@ -126,7 +126,7 @@ QUANTISED = [
     "is read and each element written once, in whole sectors. Assumed: 0.9 of the copy bandwidth, float32 scales, and that",
     "the product finds nothing of the copy in L2. The copy is the same for every M, so this assumption decides only up to",
     "some hundred rows. For at most 64 rows W is decoded in the loop of `decode`: the codes are read once, a quarter of the",
-    "bytes. Its instructions decide, not its bytes: 16 for an element, 26 for more than 16 rows, counted in the machine code;",
+    "bytes. Its instructions decide, not its bytes: 16 an element, 26 for more than 16 rows, counted in the machine code;",
     "assumed is that four are issued in every clock. The bytes alone would allow 3.5 us on H100 for M = 1.",
     "",
 ]
