@@ -142,6 +142,42 @@ def gains() -> str:
     return ", ".join(found)
 
 
+def quantised() -> Iterator[str]:
+    """The forward over an NF4 weight: decoded in the loop, decoded before, and over a dense weight."""
+    yield "| chip | M, K, N, R | frozen, dense W | ours, dense W | nf4: chosen | nf4: two_kernel | of it decoding |"
+    yield "|---|---|---|---|---|---|---|"
+    for name in ("sm_90", "sm_80"):
+        target = TARGETS[name]
+        for M in (1, 16, 64, 512, 4096):
+            dense = problem_of((M, 4096, 4096, 16))
+            packed = replace(dense, weight_format="nf4")
+            ours, best = (fastest(predict(each, target)) for each in (dense, packed))
+            assert ours is not None and best is not None
+            before, product = (predict_us("two_kernel", each, target) for each in (packed, dense))
+            cells = (
+                f"{predict_us('frozen', dense, target):.1f}",
+                f"{ours.predicted_us:.1f} {ours.name}",
+                f"{best.predicted_us:.1f} {best.name}",
+                f"{before:.1f}",
+                f"{before - product:.1f}",
+            )
+            yield f"| {target.chip} | {M}, 4096, 4096, 16 | {' | '.join(cells)} |"
+
+
+QUANTISED = [
+    "## A quantised weight",
+    "",
+    "Microseconds of a forward, bfloat16. For many rows a kernel decodes W into a dense copy in memory that all layers",
+    "share, and the product reads it. Counted in the emulator (`tests/executed/test_dequantise.py`): half a byte of codes",
+    "is read and each element written once, in whole sectors. Assumed: 0.9 of the copy bandwidth, float32 scales, and that",
+    "the product finds nothing of the copy in L2. The copy is the same for every M, so this assumption decides only up to",
+    "some hundred rows. For at most 64 rows W is decoded in the loop of `decode`: the codes are read once, a quarter of the",
+    "bytes. Its instructions decide, not its bytes: 16 an element, 26 for more than 16 rows, counted in the machine code;",
+    "assumed is that four are issued in every clock. The bytes alone would allow 3.5 us on H100 for M = 1.",
+    "",
+]
+
+
 def plot(file: Path) -> None:
     """Forward and backward of the larger shapes on every chip of the tables, from zero."""
     import matplotlib
@@ -317,6 +353,9 @@ def main() -> None:
         *textwrap.wrap(GROUPED_TEXT, 120),
         "",
         *grouped_table(),
+        "",
+        *QUANTISED,
+        *quantised(),
         "",
         "## Cycles of one block by pipe, counted from the compiled code",
         "",

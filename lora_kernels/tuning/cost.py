@@ -79,11 +79,11 @@ _PASSES = {
     "reference": ((0.0, 6.0, 4), (2.0, 4.0, 4)),
 }
 # Instructions of `decode`'s loop for an element of a quantised W, by format and block_k: for at most 16 rows, for more.
-# Counted in the machine code of sm_80 at rank 16 to 64. The loop of a dense W has so few that its bytes decide.
+# Counted in the machine code of sm_80 and sm_90 at rank 16 to 64. Of a dense W the bytes decide.
 _DECODE_INSTRUCTIONS = {
-    ("nf4", 64): (16, 21),
+    ("nf4", 64): (16, 26),
     ("nf4", 32): (54, 62),
-    ("int8", 64): (8, 13),
+    ("int8", 64): (8, 16),
     ("int8", 32): (47, 62),
 }
 # The same of eager over groups: operands are widened to float32, written into blocks, and gathered again.
