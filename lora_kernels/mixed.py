@@ -16,7 +16,7 @@ from lora_kernels.bases import adapter_dtype, features, is_linear, is_quantized
 from lora_kernels.functional import lora_linear
 from lora_kernels.grouped import grouped_lora_linear
 from lora_kernels.modules import LoRALayer, is_plain
-from lora_kernels.operands import Adapter, Weight, accumulated
+from lora_kernels.operands import Adapter, Scale, Weight, accumulated
 from lora_kernels.routing import sorted_by_group
 
 BASE = "__base__"  # the name, as in PEFT, of no adapter at all
@@ -26,7 +26,7 @@ _NONE = -1  # its index
 def mixed_lora_linear(
     x: Tensor,
     weight: Weight,
-    adapters: Sequence[Adapter],
+    adapters: Sequence[tuple[Tensor, Tensor, Scale] | Adapter],
     index: Sequence[int] | Tensor,
     bias: Tensor | None = None,
     *,
@@ -34,7 +34,7 @@ def mixed_lora_linear(
 ) -> Tensor:
     """y[i] = x[i]·weightᵀ + bias + scale·(dropout(x[i])·A)·B with the adapter of index[i], or without one where that is -1.
 
-    x [S, ..., K], weight [N, K], adapters of any ranks, A [K, R] and B [R, N], bias [N] -> y [S, ..., N]. `index` has S
+    x [S, ..., K], weight [N, K], adapters (A [K, R], B [R, N], scale) of any ranks, bias [N] -> y [S, ..., N]. `index` has S
     integers in [-1, number of adapters). In a list they are read on the host: an adapter that is not in it takes no part,
     and its gradient is None. In a tensor on x's device they are not read: every adapter takes part, one without samples
     with a zero gradient, and code that is compiled is not compiled again for another index.
@@ -48,7 +48,7 @@ def mixed_lora_linear(
     else:
         ids, chosen = _of_list(index, S, len(adapters))
         in_order = ids == sorted(ids)
-    parts = [_nothing(x, weight, adapters) if g == _NONE else adapters[g] for g in chosen]
+    parts = [_nothing(x, weight, adapters) if g == _NONE else Adapter(*adapters[g]) for g in chosen]
     if len(parts) == 1:
         A, B, scale, *_ = parts[0]
         return lora_linear(x, weight, A, B, scale, bias, dropout_p=dropout_p)
@@ -102,9 +102,9 @@ def _of_tensor(index: Tensor, x: Tensor, count: int) -> tuple[Tensor, list[int]]
     return torch.where(outside, count, index), [*range(count), _NONE]
 
 
-def _nothing(x: Tensor, weight: Weight, adapters: Sequence[Adapter]) -> Adapter:
+def _nothing(x: Tensor, weight: Weight, adapters: Sequence[Any]) -> Adapter:
     """An adapter of rank 0."""
-    dtype = adapters[0].A.dtype if adapters else x.dtype
+    dtype = adapters[0][0].dtype if adapters else x.dtype
     N, K = weight.shape
     return Adapter(
         torch.empty(K, 0, dtype=dtype, device=x.device),
@@ -117,8 +117,12 @@ def _stacked(parts: list[Adapter], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A [G, K, R], B [G, R, N] and scales [G]: zeros beyond an adapter's own rank, whose gradients are dropped."""
     R = max(part.A.shape[1] for part in parts)
     dtype = reduce(torch.promote_types, (part.A.dtype for part in parts))
-    A = torch.stack([F.pad(part.A.to(dtype), (0, R - part.A.shape[1])) for part in parts])
-    B = torch.stack([F.pad(part.B.to(dtype), (0, 0, 0, R - part.B.shape[0])) for part in parts])
+
+    def padded(t: Tensor, *room: int) -> Tensor:
+        return F.pad(t.to(dtype), room) if room[-1] else t.to(dtype)
+
+    A = torch.stack([padded(part.A, 0, R - part.A.shape[1]) for part in parts])
+    B = torch.stack([padded(part.B, 0, 0, 0, R - part.B.shape[0]) for part in parts])
     wide, scales = accumulated(x.dtype), [part.scale for part in parts]
     if any(isinstance(scale, Tensor) for scale in scales):
         made = [torch.as_tensor(scale, dtype=wide, device=x.device) for scale in scales]

@@ -155,3 +155,20 @@ def test_float32_adapters_on_a_half_base(dtype):
             x[i : i + 1], made.linear.weight, lora.A, lora.B, lora.scale, made.linear.bias
         )
         torch.testing.assert_close(y[i : i + 1], want)
+
+
+@pytest.mark.slow
+def test_compile():
+    """One graph, which another batch's indices do not compile again."""
+    made = layer(nn.Linear(7, 5))
+    x = torch.randn(4, 3, 7, requires_grad=True)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(made, fullgraph=True)
+        for index in (torch.tensor([0, -1, 2, 1]), torch.tensor([1, 1, 0, -1])):
+            y, want = compiled(x, index), made(x, index)
+            torch.testing.assert_close(y, want)
+            got, exact = gradients(made, x, y), gradients(made, x, want)
+            assert got.keys() == exact.keys()
+            for key, value in exact.items():
+                torch.testing.assert_close(got[key], value)
