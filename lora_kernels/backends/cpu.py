@@ -24,6 +24,8 @@ _OPS = torch.ops.lora_kernels_cpu
 # What an installation built here; a released wheel has one beside it for each minor version of torch, `_cpu-torch2.13.so`.
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 PLATFORM = ("Linux", "x86_64")
+# Rows of x that multiply the codes of a packed weight where they lie, by whether bfloat16 is multiplied in pairs.
+MAX_CODED_ROWS = {False: 16, True: 4}
 _MARK = rb"lora_kernels built with torch (\d+\.\d+);"  # csrc/cpu/built_with.cpp
 
 
@@ -155,8 +157,8 @@ def _how(problem: Problem) -> str:
     if problem.weights > 1:
         return f"{arithmetic}, each group in the form for its number of rows"
     dense = problem.weight_format == DENSE
-    few = 4 if halves else 16
-    if not dense and problem.M <= few and _in_groups(problem):
+    by_codes = not dense and problem.M <= MAX_CODED_ROWS[halves] and _in_groups(problem)
+    if by_codes:
         return (
             f"{arithmetic}, codes of the {problem.weight_format} weight multiplied where they lie"
         )
