@@ -1,5 +1,6 @@
-// The version of PyTorch that this library was compiled against, as text that the file holds: PyTorch's C++ API changes from
-// one minor version to the next, and lora_kernels/backends/cpu.py reads this before it loads the library.
+// The version of PyTorch that this library was compiled against, as text that the file holds:
+// PyTorch's C++ API changes from one minor version to the next, and lora_kernels/backends/cpu.py
+// reads this before it loads the library.
 #include <torch/version.h>
 
 #define TEXT_OF(x) #x

@@ -24,8 +24,6 @@ _OPS = torch.ops.lora_kernels_cpu
 # What an installation built here; a released wheel has one beside it for each minor version of torch, `_cpu-torch2.13.so`.
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 PLATFORM = ("Linux", "x86_64")
-# Rows of x that multiply the codes of a packed weight where they lie, by whether bfloat16 is multiplied in pairs.
-MAX_CODED_ROWS = {False: 16, True: 4}
 _MARK = rb"lora_kernels built with torch (\d+\.\d+);"  # csrc/cpu/built_with.cpp
 
 
@@ -157,8 +155,8 @@ def _how(problem: Problem) -> str:
     if problem.weights > 1:
         return f"{arithmetic}, each group in the form for its number of rows"
     dense = problem.weight_format == DENSE
-    by_codes = not dense and problem.M <= MAX_CODED_ROWS[halves] and _in_groups(problem)
-    if by_codes:
+    few = 4 if halves else 16
+    if not dense and few >= problem.M and _in_groups(problem):
         return (
             f"{arithmetic}, codes of the {problem.weight_format} weight multiplied where they lie"
         )
