@@ -115,8 +115,8 @@ def _how(problem: Problem) -> str:
     halves = problem.dtype == "bfloat16" and isa == "avx512_bf16"
     arithmetic = f"{isa} kernels" + ("" if problem.itemsize == 4 or halves else " in float32")
     dense = problem.weight_format == DENSE
-    few = 4 if halves else 16
-    if not dense and problem.M <= few and _in_groups(problem):
+    most_rows = 4 if halves else 16
+    if not dense and most_rows >= problem.M and _in_groups(problem):
         return (
             f"{arithmetic}, codes of the {problem.weight_format} weight multiplied where they lie"
         )
