@@ -21,7 +21,7 @@ constexpr int64_t SHALLOW = 256;
 constexpr int64_t MAX_SCRATCH_ROWS = 516;  // of float32 results that wait for their rounding
 constexpr int64_t BLOCK_DEPTH = 512;       // deeper blocks are narrower, and read x more often
 constexpr int64_t MAX_ADDED_ROWS = 4;
-constexpr int64_t MAX_CODED_ROWS_BESIDE_PAIRS = 4;  // more are faster as pairs, after rounding
+constexpr int64_t MAX_CODED_ROWS_BESIDE_PAIRS = 4;  // pairs multiply twice as fast; not measured
 constexpr int64_t DOT_COLS = 64;                    // a task's share of w in the forms for few rows
 
 // Half of the L2 cache, in floats: what a thread's packed panels may take.

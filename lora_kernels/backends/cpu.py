@@ -155,8 +155,8 @@ def _how(problem: Problem) -> str:
     if problem.weights > 1:
         return f"{arithmetic}, each group in the form for its number of rows"
     dense = problem.weight_format == DENSE
-    few = 4 if halves else 16
-    if not dense and few >= problem.M and _in_groups(problem):
+    most_rows = 4 if halves else 16
+    if not dense and most_rows >= problem.M and _in_groups(problem):
         return (
             f"{arithmetic}, codes of the {problem.weight_format} weight multiplied where they lie"
         )
