@@ -42,6 +42,7 @@ def mixed_lora_linear(
     ValueError for an index without an adapter; in a tensor that is not on a CPU it means the base alone.
     """
     S, *lead, K = x.shape
+    ids: Any
     if isinstance(index, Tensor):
         ids, chosen = _of_tensor(index, x, len(adapters))
         in_order = False
@@ -213,9 +214,10 @@ class LinearWithAdapters(nn.Module):
                 if name not in places:
                     self._check_name(name)
             index = [places[name] for name in wanted]
-        if not all(self._is_plain(lora) for lora in self.adapters.values()):
+        layers: list[Any] = list(self.adapters.values())
+        if not all(map(self._is_plain, layers)):
             return self._apart(x, index)
-        parts = [Adapter(lora.A, lora.B, lora.run_time_scale()) for lora in self.adapters.values()]
+        parts = [Adapter(lora.A, lora.B, lora.run_time_scale()) for lora in layers]
         linear = self.linear
         weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.t()
         return mixed_lora_linear(

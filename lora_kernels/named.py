@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from lora_kernels import adapter_file
 from lora_kernels.bases import features, is_linear
 from lora_kernels.mixed import BASE, LinearWithAdapters, check_name
-from lora_kernels.modules import LoRALayer, Place, check_lora, check_model, linear_places, put
+from lora_kernels.modules import Place, check_lora, check_model, linear_places, put
 
 
 class _Layer(NamedTuple):
     """One adapter of a layer, as `adapter_file` writes it."""
 
     linear: Any
-    lora: LoRALayer
+    lora: Any  # a LoRALayer
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, LinearWithAdapters]]:
