@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels.backends import eager
+from lora_kernels.backends import base
 from lora_kernels.backends.base import left_is_wide
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.backends.eager import PRODUCTS as EAGER
@@ -27,7 +27,7 @@ def test_composite_products(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_masked_blocks_after_the_first(dtype, monkeypatch):
     """Each block of rows takes its own rows of the mask."""
-    monkeypatch.setitem(eager._BLOCK_BYTES, "cpu", 4 * 42 * 16)  # 16 rows of K = 42
+    monkeypatch.setitem(base._BLOCK_BYTES, "cpu", 4 * 42 * 16)  # 16 rows of K = 42
     check_products(
         EAGER, Case(70, 37, 42, 5, dtype=dtype, adapter_dtype=torch.float32, dropout=0.3)
     )

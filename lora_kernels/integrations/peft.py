@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import torch
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
@@ -238,11 +239,9 @@ def why_not_fused(module: nn.Module) -> str | None:
     if not isinstance(module, LoraLayer):
         return f"it is a {type(module).__name__}, not a LoRA layer of PEFT"
     # fully_shard makes a subclass for each layer that it is given, and that is still ours.
-    declined = why_declined(module.base_layer)
-    if declined is not None:
-        return f"its base layer cannot be read: {declined}"
     if not _can_be_fused(type(module)) and type(module).forward is not Fused.forward:
-        return f"it is a lora.{type(module).__name__}, not a lora.Linear"
+        kind = f"it is a lora.{type(module).__name__}, not a lora.Linear"
+        return _declined(module.base_layer) or kind
     if isinstance(module, ParamWrapper):
         return experts.why_not_fused(module)
     return _why_not_linear(module)
@@ -256,8 +255,15 @@ def _why_not_base(base: Any) -> str | None:
     elif type(base) is not nn.Linear and not is_conv1d(base):
         kind = type(base)
         what = "a subclass of" if isinstance(base, nn.Linear) else "not"
-        return f"its base layer is a {kind.__module__}.{kind.__qualname__}, {what} nn.Linear"
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return _declined(base) or f"its base layer is a {name}, {what} nn.Linear"
     return None
+
+
+def _declined(base: nn.Module) -> str | None:
+    """Why nothing reads this base, None for bases that are read. None in compiled code too, which reports nothing."""
+    reason = None if torch.compiler.is_compiling() else why_declined(base)
+    return None if reason is None else f"its base layer cannot be read: {reason}"
 
 
 def _why_not_linear(module: Any) -> str | None:
@@ -311,7 +317,8 @@ def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str |
         del weights["base weight"]
     for part, weight in weights.items():
         if not is_plain_tensor(weight) or weight.dtype not in DTYPES:
-            return f"its {part} is a {type(weight).__name__} of {weight.dtype}, no plain floating-point tensor"
+            kind = f"a {type(weight).__name__} of {weight.dtype}"
+            return _declined(base) or f"its {part} is {kind}, no plain floating-point tensor"
     if lora_A.weight.dtype != lora_B.weight.dtype:
         return "its lora_A and lora_B have different dtypes"
     if lora_B.bias is not None and not packs and lora_B.bias.dtype != base.weight.dtype:
