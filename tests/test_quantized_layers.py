@@ -135,6 +135,11 @@ class TestTheLayer:
         if compute == dtype == torch.float32 and mode is None:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         assert layer.linear.compute_type_is_set == (compute is not None)  # nothing of it is set
+        if compute == torch.float32:
+            x = x.detach().float()
+            with torch.autocast("cpu", torch.bfloat16):
+                under = layer(x)  # autocast would have it computed in bfloat16
+            assert torch.equal(under, layer(x))
 
     @pytest.mark.parametrize("threshold", [0.0, 6.0])
     @pytest.mark.parametrize("mode", [None, torch.bfloat16], ids=str)
