@@ -156,7 +156,8 @@ def check_operands(
     `autocast`: x, weight and bias will be cast to one dtype. With `offsets` they are those of `grouped_lora_linear`.
     """
     device = x.device if isinstance(x, Tensor) else None
-    if type(weight) not in _EAGER_TYPES:
+    usual = type(weight) in _EAGER_TYPES or isinstance(weight, QuantizedWeight)
+    if not usual and not torch.compiler.is_compiling():  # compilers cannot trace a search by name
         _check_kind(weight)
     operands = ("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)
     for name, t in (*operands, ("magnitude", magnitude)):

@@ -7,9 +7,10 @@ in. bitsandbytes' own backward of NF4 rounds to the dtype of the unquantised wei
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class NF4Weight(QuantizedWeight):
         return cls(packed, absmax, code, code2, absmax2, offset, N, K, **more)  # type: ignore[arg-type]
 
     def t(self) -> NF4Weight:
-        return replace(self, transposed=not self.transposed)
+        return _turned(self)
 
     def scales(self) -> Tensor:
         """The scale of each block, float32."""
@@ -164,7 +165,7 @@ class Int8Weight(QuantizedWeight):
         return cls(codes, absmax, dtype, bool(sizes[0]))
 
     def t(self) -> Int8Weight:
-        return replace(self, transposed=not self.transposed)
+        return _turned(self)
 
     def dense(self) -> Tensor:
         # Multiplied by the reciprocal, as bitsandbytes does: the same bits.
@@ -227,7 +228,7 @@ class FP8Weight(QuantizedWeight):
         return cls(codes, scales, (rows, columns), dtype, bool(transposed))
 
     def t(self) -> FP8Weight:
-        return replace(self, transposed=not self.transposed)
+        return _turned(self)
 
     def dense(self) -> Tensor:
         N, K = self.codes.shape
@@ -349,6 +350,13 @@ def _check_frozen(weight: Any) -> None:
             "weight must not require grad: a quantised weight has no gradient, got one that does;"
             " freeze_base(model) freezes every weight that is not an adapter's"
         )
+
+
+def _turned(weight: Any) -> Any:
+    """The transposed weight; a copy, since making it anew would check every tensor again."""
+    other = copy.copy(weight)
+    object.__setattr__(other, "transposed", not weight.transposed)
+    return other
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
