@@ -54,6 +54,8 @@ _MATMUL_FLOAT32 = [(64, 64, 32, 4, 3)]
 # Over groups, which may have few rows each. Eight warps: at 128x128 four have no registers left for a group's addresses.
 _GROUPED_HALF = {
     "sm": [(128, 128, 64, 8, 3), (64, 128, 64, 4, 3), (32, 128, 64, 4, 3), (16, 128, 64, 4, 3)],
+    # With 64 rows it spills beside a mask.
+    "sm_100": [(128, 128, 64, 8, 3), (32, 128, 64, 4, 3), (16, 128, 64, 4, 3)],
     "gfx942": [(128, 128, 64, 8, 2), (64, 64, 32, 4, 2), (16, 128, 64, 4, 2)],
     "gfx1100": [(64, 64, 32, 4, 2), (16, 64, 32, 4, 2)],
 }
@@ -209,6 +211,8 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
     if problem.groups:
         if problem.dtype == "float32" and problem.R > 32:  # a group's addresses take registers
             block_m = 16
+        elif target.name == "sm_100" and problem.R > 32:
+            block_m = 32
         block_m = min(block_m, _rows_block(problem))
         programs = max(1, row_blocks(problem, block_m))
     split = _split(target.multiprocessors // programs, problem.K // (4 * block_k))
@@ -217,16 +221,21 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
 
 def _decode(problem: Problem, target: Target) -> list[TileConfig]:
     block_n, block_k = (64, 64) if _all_half(problem) else (32, 32)
-    warps = 4
+    block_m = 16 if problem.M <= 16 else DECODE_ROWS
+    warps, stages = 4, 3
     if target.name in ("sm_90", "sm_100") and _all_half(problem) and problem.weight_format != DENSE:
         # A tile of 64 rows of w takes a warp group's matrix instructions. On sm_90 Triton 3.9 lets them read x while the
         # next x is fetched over it, as w comes from registers: the emulator finds the race. On sm_100 the loop has 903
         # instructions. Half as many rows for half as many warps take mma.sync.
         block_n, warps = 32, 2
+        # Both spill 8 to 16 bytes otherwise.
+        if problem.weight_format == "int8" and target.name == "sm_100":
+            warps = 4
+        elif block_m == 16 and problem.R > 32:
+            stages = 2
     programs = max(1, problem.N // block_n)
     split = _split(2 * target.multiprocessors // programs, problem.K // (4 * block_k))
-    block_m = 16 if problem.M <= 16 else DECODE_ROWS
-    return [TileConfig("decode", block_m, block_n, block_k, warps, 3, split=split)]
+    return [TileConfig("decode", block_m, block_n, block_k, warps, stages, split=split)]
 
 
 def _dequantise(problem: Problem, target: Target) -> list[TileConfig]:
