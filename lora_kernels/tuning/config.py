@@ -128,6 +128,9 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
         return f"one_pass has no registers for a mask beside a rank of {problem.R}"
     if config.kernel == "decode" and problem.dropout:
         return "decode has no dropout"
+    packed = problem.weight_format != DENSE
+    if config.kernel == "decode" and packed and target.name == "gfx942" and problem.M > 16:
+        return f"{target.name} runs out of registers for more than 16 rows beside packed weights"
     if config.kernel == "decode" and problem.weight_format != DENSE and not problem.w_k_major:
         return f"decode reads {problem.weight_format} weights of a forward only"
     if config.kernel == "decode" and problem.weight_format == "nf4" and problem.K % 64:
