@@ -395,7 +395,7 @@ def test_the_self_test_covers_every_format(monkeypatch):
     """Both ways to read each: in the loop of the kernel for few rows, and decoded before."""
 
     class OnSm80:
-        formats = BACKEND.formats
+        formats, groups = BACKEND.formats, False
 
         @staticmethod
         def candidates(problem, target):
