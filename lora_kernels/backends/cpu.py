@@ -129,7 +129,7 @@ class CpuBackend(Backend):
     name = "cpu"
     groups = True
     devices = ("cpu",)
-    formats = (DENSE, "nf4", "int8")
+    formats = (DENSE, "nf4", "int8", "fp8")
 
     def unavailable(self) -> str | None:
         return _load()
