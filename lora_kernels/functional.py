@@ -369,7 +369,7 @@ def _apply(
         chosen = plan.plan_call(backend, x, weight, A, bias, seed is not None, groups)
         adapter = Adapter(A, B, alpha, None if seed is None else as_dropout(dropout_p, seed))
         layer = chosen.products.layer
-        if layer is not None and isinstance(weight, Tensor) and groups is None:
+        if layer is not None and not chosen.dequantises and groups is None:
             return layer(x, weight, adapter, bias)
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
