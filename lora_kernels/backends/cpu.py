@@ -189,7 +189,7 @@ def _differentiable_backward(
     seed: int,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB) of `CpuProducts.layer` that can be differentiated themselves; empty where x or the weight was not kept."""
+    """(dx, dA, dB) of `CpuProducts.layer` that can be differentiated themselves; empty where x or weight was not kept."""
     dropout = Dropout(p, torch.tensor(seed)) if p else None
     (K, _), N = A.shape, B.shape[1]
     M = math.prod(dy.shape[:-1])
