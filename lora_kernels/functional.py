@@ -153,7 +153,7 @@ def _apply(a: Arguments) -> Tensor:
         chosen = plan.plan_call(a.backend, x, weight, A, bias, seed is not None, groups)
         adapter = Adapter(A, B, alpha, None if seed is None else as_dropout(a.dropout_p, seed))
         layer = chosen.products.layer
-        if layer is not None and isinstance(weight, Tensor) and groups is None:
+        if layer is not None and not chosen.dequantises and groups is None:
             return layer(x, weight, adapter, bias)
     rows = _rows(x)
     rest = A, B, bias, alpha, a.dropout_p, seed

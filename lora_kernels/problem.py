@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 DENSE = "dense"  # the format of a weight that is a plain tensor
 # Bytes of an element in formats that GPU kernels read. Of nf4 with float32 scales; doubly quantised ones make it 0.52.
-PACKED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
+PACKED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0, "fp8": 1.0}
 
 
 @dataclass(frozen=True)

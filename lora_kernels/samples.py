@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lora_kernels.operands import QuantizedWeight
-from lora_kernels.quantized import BLOCK, BLOCK2, Int8Weight, NF4Weight
+from lora_kernels.quantized import BLOCK, BLOCK2, FP8Weight, Int8Weight, NF4Weight
 
 
 def sample(
@@ -63,4 +63,12 @@ def _int8(N: int, K: int, generator: torch.Generator) -> Int8Weight:
     return Int8Weight(codes, absmax)
 
 
-SAMPLES = {"nf4": _nf4, "int8": _int8}
+def _fp8(N: int, K: int, generator: torch.Generator) -> FP8Weight:
+    """In blocks of 128 x 128."""
+    codes = torch.randn(N, K, generator=generator).clamp(-4, 4).mul(64).to(torch.float8_e4m3fn)
+    blocks = -(-N // 128), -(-K // 128)
+    scales = (1 + torch.rand(blocks, generator=generator)) / (96 * max(K, 1) ** 0.5)
+    return FP8Weight(codes, scales, (128, 128))
+
+
+SAMPLES = {"nf4": _nf4, "int8": _int8, "fp8": _fp8}

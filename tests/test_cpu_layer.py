@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_kernels import autograd, lora_linear
 from lora_kernels.autograd import Call
 from lora_kernels.backends.cpu import BACKEND, PRODUCTS
+from lora_kernels.samples import SAMPLES, sample
 from tests.oracle import AWKWARD
 from tests.test_functional import NAMES, operands
 
@@ -462,3 +463,90 @@ def test_second_derivatives_of_an_empty_extent(sizes, calls):
     for mine, theirs in zip(*results, strict=True):
         if mine is not None and theirs is not None:
             torch.testing.assert_close(mine, theirs)
+
+
+def packed(kind, needed=("x", "A", "B"), **options):
+    """Operands of which the weight is quantised."""
+    tensors = frozen(needed, **options)
+    tensors[1] = sample(kind, *tensors[1].shape, tensors[0].dtype)
+    return tensors
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+class TestAQuantisedWeight:
+    """The same operator over packed tensors."""
+
+    @trained
+    @pytest.mark.parametrize("lead", [(9,), (2, 10), (0,)], ids=str)
+    def test_bits_are_those_of_the_products(self, kind, needed, lead, calls):
+        options = {"dropout_p": 0.4, "seed": 7}
+        results = []
+        for function in (called, by_function):
+            tensors = packed(kind, needed, lead=lead, N=70, K=64)
+            y = function(*tensors, **options)
+            if needed:
+                y.backward(torch.arange(float(y.numel())).view(y.shape))
+            results.append([y, *(tensors[i].grad for i in (0, 2, 3))])
+        assert len(calls) == 1
+        for mine, theirs in zip(*results, strict=True):
+            assert (mine is None) == (theirs is None)
+            assert mine is None or torch.equal(mine, theirs)
+
+    def test_derivatives_of_derivatives_and_batches_of_them(self, kind, calls):
+        results = []
+        for function in (called, by_function):
+            tensors = packed(kind)
+            wanted = [tensors[i] for i in (0, 2, 3)]
+            y = function(*tensors)
+            grads = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
+            penalty = sum(g.square().sum() for g in grads)
+            second = torch.autograd.grad(penalty, wanted, retain_graph=True)
+            vectors = torch.linspace(-1, 1, 3 * y.numel()).view(3, *y.shape)
+            batch = torch.autograd.grad(y, wanted, vectors, is_grads_batched=True)
+            results.append([*grads, *second, *batch])
+        assert len(calls) == 1
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+    @trained
+    def test_packed_tensors_are_saved_where_dx_is_needed(self, kind, needed, calls):
+        saved = []
+        tensors = packed(kind, needed, M=11, N=13, K=17, R=3)
+        with saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+            called(*tensors)
+        expected = [] if not needed else [(17, 3), (3, 13)]
+        expected += [tuple(t.shape) for t in tensors[1].tensors] if "x" in needed else []
+        expected += [(11, 17), (11, 3)] if "A" in needed else []
+        assert sorted(saved) == sorted(expected) and calls
+
+    def test_a_packed_tensor_changed_in_place_is_noticed(self, kind, calls):
+        tensors = packed(kind)
+        y = called(*tensors)
+        tensors[1].tensors[1].zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+        assert calls
+
+    def test_a_checkpoint_recomputes_it(self, kind, calls):
+        results = []
+        for wrap in (False, True):
+            tensors = packed(kind)
+            y = checkpoint(called, *tensors, use_reentrant=False) if wrap else called(*tensors)
+            y.square().sum().backward()
+            results.append([tensors[i].grad for i in (0, 2, 3)])
+        assert len(calls) == 3 and all(map(torch.equal, *results))
+
+    def test_other_gradients_are_the_functions(self, kind, calls):
+        tensors = packed(kind, ("B", "bias"))
+        called(*tensors).sum().backward()
+        assert tensors[3].grad is not None and tensors[4].grad is not None and not calls
+
+
+@pytest.mark.parametrize(
+    "tensors, sizes", [([], [0]), ([torch.zeros(7, 6, dtype=torch.int8)], [])], ids=["no", "sizes"]
+)
+def test_a_quantised_weight_of_nothing_is_refused(tensors, sizes):
+    x, _, A, B, bias = (t.detach() for t in operands())
+    rest = A, B, bias, 1.0, 0.0, 0, 0
+    with pytest.raises(RuntimeError, match="must have tensors and sizes"):
+        torch.ops.lora_kernels_cpu.lora_linear_quantized(x, tensors, "int8", sizes, *rest)

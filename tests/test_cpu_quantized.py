@@ -10,7 +10,7 @@ import torch
 from lora_kernels.backends.cpu import BACKEND, PRODUCTS
 from lora_kernels.functional import explain, lora_linear
 from lora_kernels.operands import Adapter
-from lora_kernels.quantized import Int8Weight, NF4Weight
+from lora_kernels.quantized import FP8Weight, Int8Weight, NF4Weight
 from tests.oracle import assert_budget, made_inside
 
 if (_why_not := BACKEND.unavailable()) is not None:
@@ -54,8 +54,27 @@ def _int8(N, K, dtype):
     return Int8Weight(codes, torch.rand(N, generator=generator) / max(K, 1) ** 0.5, dtype)
 
 
+def _fp8(block, codes=None):
+    """`block` None: one scale for all of W. The codes are random ones of all but NaN, or those given."""
+
+    def weight(N, K, dtype):
+        generator = torch.Generator().manual_seed(N * K)
+        bits = torch.randint(0, 127, (N, K), generator=generator)
+        bits += 128 * torch.randint(0, 2, (N, K), generator=generator)
+        rows, cols = block or (N, K)
+        blocks = -(-N // rows), -(-K // cols)
+        scales = (torch.rand(blocks, generator=generator) + 0.5) / (200 * max(K, 1) ** 0.5)
+        own = bits.to(torch.uint8) if codes is None else codes
+        return FP8Weight(own.view(torch.float8_e4m3fn).view(N, K), scales, (rows, cols), dtype)
+
+    return weight
+
+
 WEIGHTS = {
     "int8": _int8,
+    "fp8": _fp8((128, 128)),
+    "fp8-odd": _fp8((5, 7)),
+    "fp8-one": _fp8(None),
     "nf4": lambda N, K, dtype: _nf4(N, K, dtype, False),
     "nf4-doubly": lambda N, K, dtype: _nf4(N, K, dtype, True),
 }
@@ -125,6 +144,27 @@ class TestTheProduct:
                 for t in (torch.float64, dtype)
             )
             assert_budget(y, eager, exact, f"y of {kind}, {M} rows, {tuple(w.shape)}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("flushed", [False, True])
+def test_every_code_of_fp8_by_every_instruction_set(dtype, flushed, isa):
+    """NaN and subnormal codes too, also where the processor takes subnormal floats for zero."""
+    codes = torch.arange(256).to(torch.uint8).repeat(3)
+    weight = _fp8((1, 128), codes)(3, 256, dtype)
+    one = torch.zeros(20, 3, dtype=dtype)
+    one[:3] = torch.eye(3)
+    dense, adapter = weight.dense(), Adapter(torch.zeros(3, 1), torch.zeros(1, 256), 0.5)
+    try:
+        torch.set_flush_denormal(flushed)
+        y = PRODUCTS.shrink_expand(
+            one.to(dtype), weight, Adapter(*(t.to(dtype) for t in adapter[:2]), 0.5)
+        )[0]
+    finally:
+        torch.set_flush_denormal(False)
+    # A row of y has NaN where any row of W has it.
+    assert torch.equal(y[:3].isnan(), dense.isnan()) and dense.isnan().any()
+    assert torch.equal(y[:3].nan_to_num(), dense.nan_to_num())
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -260,12 +300,16 @@ def test_memory_that_was_freed_is_not_read():
 @pytest.mark.parametrize(
     "format, sizes, message",
     [
-        ("nf5", [5, 80, 1], "format must be nf4 or int8, got nf5"),
+        ("nf5", [5, 80, 1], "format must be nf4, int8 or fp8, got nf5"),
         ("nf4", [5, 80], "sizes of nf4 must be N, K and transposed"),
         ("nf4", [-5, 80, 1], "sizes of nf4"),
         ("nf4", [2**40, 2**40, 1], "sizes of nf4"),
         ("nf4", [80, 5, 1], "x must be a|must be"),
         ("int8", [1], "packed must be codes"),
+        ("int8", [1, 1, 1], "sizes must be transposed alone"),
+        ("fp8", [1], "sizes must be two of a block and transposed"),
+        ("fp8", [0, 64, 1], "sizes must be two of a block"),
+        ("fp8", [4, 64, 1], "packed must be codes"),
     ],
 )
 def test_the_operator_refuses_what_is_no_weight(format, sizes, message):

@@ -252,8 +252,12 @@ TORCH_LIBRARY(lora_kernels_cpu, m) {
       "lora_linear(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, float alpha, "
       "float dropout_p, int threshold, int seed) -> Tensor");
   m.def(
+      "lora_linear_quantized(Tensor x, Tensor[] packed, str format, int[] sizes, Tensor A, "
+      "Tensor B, Tensor? bias, float alpha, float dropout_p, int threshold, int seed) -> Tensor");
+  m.def(
       "differentiable_backward(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, "
       "float alpha, float dropout_p, int seed, bool needs_x) -> (Tensor, Tensor, Tensor)");
+  m.def("dense(Tensor[] packed, str format, int[] sizes, ScalarType dtype) -> Tensor");
   m.def("isa() -> str", &isa);
   m.def("use_isa(str name) -> bool", &use_isa);
 }

@@ -21,8 +21,11 @@ void fetch(const Quantized& q, int64_t row, int64_t col, int64_t count) {
 }  // namespace
 
 void Quantized::scales(float* to, int64_t row, int64_t col, int64_t count) const {
-  if (format == Format::INT8) {
-    *to = absmax[row] * float(1.0 / 127.0);
+  if (format != Format::NF4) {
+    const float* of_row = absmax + row / block_rows * ((cols + block_cols - 1) / block_cols);
+    const float unit = format == Format::INT8 ? float(1.0 / 127.0) : 1.0f;
+    for (int64_t i = col / run; i <= (col + count - 1) / run; ++i)
+      *to++ = of_row[i * run / block_cols] * unit;
     return;
   }
   const int64_t first = (row * cols + col) / NF4_BLOCK;

@@ -6,8 +6,9 @@
 
 namespace lora_kernels {
 
-enum class Format { NF4, INT8 };
+enum class Format { NF4, INT8, FP8 };
 constexpr int64_t NF4_BLOCK = 64, NF4_BLOCK2 = 256;
+constexpr int64_t BYTES_RUN = 64;         // of 8-bit codes where they are multiplied where they lie
 constexpr int64_t MAX_ADDED_COLS = 4096;  // of a call of Kernels::quantized_rows
 
 // A matrix as it is stored, [rows, cols]: element (row, col) is the value of its code times a
@@ -19,9 +20,12 @@ struct Quantized {
   int64_t rows, cols;
   const uint8_t* codes;
 
-  // See lora_kernels/quantized.py. INT8: `absmax` of each row. NF4: the values of the codes; a
-  // scale for each 64 elements of the flattened matrix, float32 in `absmax`, or, where code2 is not
-  // null, by 8-bit codes in `absmax8`.
+  // See lora_kernels/quantized.py. NF4: the values of the codes; a scale for each 64 elements of
+  // the flattened matrix, float32 in `absmax`, or, where code2 is not null, by 8-bit codes in
+  // `absmax8`. INT8 and FP8: `absmax` of each block of block_rows x block_cols elements, row after
+  // row of blocks; those of INT8 are whole rows. A run is a part of a block's row: all of it, or,
+  // where that is a multiple of them, BYTES_RUN elements.
+  int64_t block_rows = 1, block_cols = 1, run = NF4_BLOCK;
   const float* code = nullptr;
   const float* absmax = nullptr;
   const uint8_t* absmax8 = nullptr;
@@ -29,11 +33,11 @@ struct Quantized {
   const float* absmax2 = nullptr;
   float offset = 0.0f;
 
+  // Whether rows are whole groups of codes, so that few rows of x can multiply them where they lie.
+  bool grouped() const { return cols % 64 == 0 && run % 64 == 0; }
+  int64_t bits() const { return format == Format::NF4 ? 4 : 8; }  // of a code
   // The scale of each run that has a part in the `count` elements from (row, col) on. Compiled
   // without fused multiply-adds: product and sum are rounded one after the other.
-  // Whether rows are whole groups of codes, so that few rows of x can multiply them where they lie.
-  bool grouped() const { return cols % 64 == 0; }
-  int64_t bits() const { return format == Format::NF4 ? 4 : 8; }  // of a code
   void scales(float* to, int64_t row, int64_t col, int64_t count) const;
 };
 

@@ -55,17 +55,26 @@ void read_nf4(QuantizedTensors& w, at::IntArrayRef sizes) {
   q.offset = *data<float>(t[5], "offset", at::kFloat, 1);
 }
 
-void read_int8(QuantizedTensors& w, at::IntArrayRef sizes) {
+// Codes of 8 bits in rows and a scale for each of their blocks: those of int8 are whole rows.
+void read_bytes(QuantizedTensors& w, Format format, at::IntArrayRef sizes) {
   const auto& t = w.tensors;
-  TORCH_CHECK(sizes.size() == 1, "sizes of int8 must be transposed alone, got ", sizes);
-  TORCH_CHECK(t.size() == 2 && t[0].dim() == 2, "packed must be codes [N, K] and absmax of int8");
+  const bool fp8 = format == Format::FP8;
+  TORCH_CHECK(sizes.size() == (fp8 ? 3 : 1) && (!fp8 || std::min(sizes[0], sizes[1]) >= 1),
+              "sizes must be ", fp8 ? "two of a block and transposed" : "transposed alone",
+              ", got ", sizes);
+  TORCH_CHECK(t.size() == 2 && t[0].dim() == 2, "packed must be codes [N, K] and their scales");
   Quantized& q = w.weight;
-  q.format = Format::INT8;
+  q.format = format;
   q.rows = t[0].size(0);
   q.cols = t[0].size(1);
-  w.transposed = sizes[0] != 0;
-  q.codes = data<uint8_t>(t[0], "codes", at::kChar, q.rows * q.cols);
-  q.absmax = data<float>(t[1], "absmax", at::kFloat, q.rows);
+  w.transposed = sizes.back() != 0;
+  q.codes = data<uint8_t>(t[0], "codes", fp8 ? at::kFloat8_e4m3fn : at::kChar, q.rows * q.cols);
+  q.block_rows = fp8 ? sizes[0] : 1;
+  q.block_cols = fp8 ? sizes[1] : std::max<int64_t>(q.cols, 1);
+  const int64_t across = fp8 ? ceil_div(q.cols, q.block_cols) : 1;
+  q.absmax = data<float>(t[1], "scales", at::kFloat, ceil_div(q.rows, q.block_rows) * across);
+  // No boundary is within a row of one block, so that its runs may have any length.
+  q.run = across == 1 || q.block_cols % BYTES_RUN == 0 ? BYTES_RUN : q.block_cols;
 }
 
 }  // namespace
@@ -75,8 +84,13 @@ QuantizedTensors::QuantizedTensors(at::TensorList packed, const std::string& for
   tensors.reserve(packed.size());
   for (const Tensor& t : packed) tensors.push_back(in_memory(t, "packed")->contiguous());
   weight.type = type_of(dtype);
-  TORCH_CHECK(format == "nf4" || format == "int8", "format must be nf4 or int8, got ", format);
-  format == "nf4" ? read_nf4(*this, sizes) : read_int8(*this, sizes);
+  if (format == "nf4") {
+    read_nf4(*this, sizes);
+  } else {
+    const bool fp8 = format == "fp8";
+    TORCH_CHECK(fp8 || format == "int8", "format must be nf4, int8 or fp8, got ", format);
+    read_bytes(*this, fp8 ? Format::FP8 : Format::INT8, sizes);
+  }
 }
 
 Matrix QuantizedTensors::view() const {

@@ -14,6 +14,13 @@ struct Vector {
   static Vector load(const int8_t* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
   }
+  static Vector load(const E4M3* p) {
+    const __m128i codes = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7);
+    const __m128i absolute = _mm_and_si128(codes, _mm_set1_epi16(0x3F80));
+    const __m128i nan = _mm_cmpeq_epi16(absolute, _mm_set1_epi16(0x3F80));
+    const __m128i bits = _mm_or_si128(_mm_and_si128(codes, _mm_set1_epi16(short(0xBF80))), nan);
+    return {_mm256_mul_ps(_mm256_cvtph_ps(bits), _mm256_set1_ps(256.0f))};
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(BF16* p) const {
     const __m256i bits = _mm256_castps_si256(v);

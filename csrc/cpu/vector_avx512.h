@@ -16,6 +16,15 @@ struct Vector {
   static Vector load(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
   }
+  static Vector load(const E4M3* p) {
+    const __m256i codes =
+        _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+    const __m256i absolute = _mm256_and_si256(codes, _mm256_set1_epi16(0x3F80));
+    const __m256i nan = _mm256_cmpeq_epi16(absolute, _mm256_set1_epi16(0x3F80));
+    const __m256i bits =
+        _mm256_or_si256(_mm256_and_si256(codes, _mm256_set1_epi16(short(0xBF80))), nan);
+    return {_mm512_mul_ps(_mm512_cvtph_ps(bits), _mm512_set1_ps(256.0f))};
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BF16* p) const {
 #ifdef LORA_KERNELS_AVX512_BF16

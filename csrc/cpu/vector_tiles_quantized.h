@@ -30,6 +30,8 @@ struct Nf4 {
   void round(Type type) {
     values.each([&](Vector v) { return rounded(v, type); });
   }
+  // The length of a whole run.
+  static int64_t run(const Quantized&) { return RUN; }
   // How many elements from (row, col) on belong to the run.
   static int64_t left(const Quantized& w, int64_t row, int64_t col) {
     return RUN - (row * w.cols + col) % RUN;
@@ -48,23 +50,25 @@ struct Nf4 {
   }
 };
 
-// Rows of 8-bit integers, each with a scale.
-struct Int8 {
-  static constexpr int64_t RUN = int64_t(1) << 40;  // a row, however long
+// Rows of 8-bit codes that are numbers of type T, in runs within a row.
+template <class T>
+struct Bytes {
+  static constexpr int64_t RUN = BYTES_RUN;
   static constexpr int64_t BITS = 8;
   const uint8_t* codes;
   Vector scale;
   Type type = Type::F32;
 
-  Int8(const Quantized& w, float of_row) : codes(w.codes), scale(Vector::all(of_row)) {}
+  Bytes(const Quantized& w, float of_run) : codes(w.codes), scale(Vector::all(of_run)) {}
   void round(Type to) { type = to; }
-  static int64_t left(const Quantized& w, int64_t, int64_t col) { return w.cols - col; }
+  static int64_t run(const Quantized& w) { return w.run; }
+  static int64_t left(const Quantized& w, int64_t, int64_t col) { return w.run - col % w.run; }
   static int64_t head(const Quantized&, int64_t, int64_t) { return 0; }
   Vector at(int64_t e) const {
-    return rounded(Vector::load((const int8_t*)codes + e).times(scale), type);
+    return rounded(Vector::load((const T*)codes + e).times(scale), type);
   }
   Vector part(int64_t e, int64_t count) const {
-    int8_t some[Vector::LANES] = {};
+    T some[Vector::LANES] = {};
     std::memcpy(some, codes + e, count);
     return rounded(Vector::load(some).times(scale), type);
   }
@@ -76,7 +80,7 @@ struct Int8 {
       constexpr int64_t L = Vector::LANES;
 #pragma GCC unroll 4
       for (int64_t i = 0; i < 32 / L; ++i)
-        out[i] = Vector::load((const int8_t*)p + WHICH * 32 + i * L).times(scale);
+        out[i] = Vector::load((const T*)p + WHICH * 32 + i * L).times(scale);
     }
   };
 };
@@ -85,7 +89,8 @@ struct Int8 {
 template <class F>
 void with_decoder(const Quantized& w, const F& f) {
   if (w.format == Format::NF4) return f(static_cast<Nf4*>(nullptr));
-  f(static_cast<Int8*>(nullptr));
+  if (w.format == Format::INT8) return f(static_cast<Bytes<int8_t>*>(nullptr));
+  f(static_cast<Bytes<E4M3>*>(nullptr));
 }
 
 // each(scale, col, count) for the runs within `count` elements from (row, col) on.
@@ -93,10 +98,11 @@ template <class Codes, class Each>
 inline __attribute__((always_inline)) void for_each_run(const Quantized& w, int64_t row,
                                                         int64_t col, int64_t count,
                                                         const Each& each) {
-  constexpr int64_t PIECE = 4096;
-  float scales[PIECE / Codes::RUN + 1];  // of the runs in a piece
+  constexpr int64_t MOST = 64;  // whole runs in a piece
+  float scales[MOST + 1];
+  const int64_t piece = MOST * Codes::run(w);
   for (int64_t end = col + count; col < end;) {
-    const int64_t piece_end = end - col < PIECE ? end : col + PIECE;
+    const int64_t piece_end = end - col < piece ? end : col + piece;
     w.scales(scales, row, col, piece_end - col);
     for (const float* scale = scales; col < piece_end; ++scale) {
       const int64_t left = Codes::left(w, row, col);

@@ -26,7 +26,7 @@ class Products(ABC):
     reads_memory = False  # whether `formulas` must give it each operand `in_memory`
     # (x [..., K], weight [N, K], adapter, bias) -> y with derivatives, where the layer is one operator: for a frozen
     # weight and bias, A and B both trained or both not, a number as scale.
-    layer: Callable[[Tensor, Tensor, Adapter, Tensor | None], Tensor] | None = None
+    layer: Callable[[Tensor, Weight, Adapter, Tensor | None], Tensor] | None = None
 
     @abstractmethod
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:

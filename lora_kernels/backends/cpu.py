@@ -15,7 +15,7 @@ from lora_kernels.backends.base import Backend, Candidate, Products
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.dropout import Dropout, threshold
 from lora_kernels.once import once
-from lora_kernels.operands import Adapter, Groups, Weight
+from lora_kernels.operands import Adapter, Groups, Weight, restored
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
 
@@ -79,14 +79,18 @@ class CpuProducts(Products):
         return GroupedCpuProducts(groups)
 
     def layer(  # type: ignore[override]
-        self, x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None
+        self, x: Tensor, weight: Weight, adapter: Adapter, bias: Tensor | None
     ) -> Tensor:
         """y [..., N]: forward and backward are one call each, which is what a small layer's time depends on."""
         A, B, scale, dropout = adapter[:4]
         p, limit, seed = 0.0, 0, 0
         if dropout is not None:
             p, (limit, seed, _) = dropout.p, _mask(dropout)
-        return _OPS.lora_linear.default(x, weight, A, B, bias, scale, p, limit, seed)
+        rest = A, B, bias, scale, p, limit, seed
+        if isinstance(weight, Tensor):
+            return _OPS.lora_linear.default(x, weight, *rest)
+        packed = weight.tensors, weight.format, weight.sizes
+        return _OPS.lora_linear_quantized.default(x, *packed, *rest)
 
 
 class GroupedCpuProducts(Products):
@@ -129,7 +133,7 @@ class CpuBackend(Backend):
     name = "cpu"
     groups = True
     devices = ("cpu",)
-    formats = (DENSE, "nf4", "int8")
+    formats = (DENSE, "nf4", "int8", "fp8")
 
     def unavailable(self) -> str | None:
         return _load()
@@ -157,9 +161,10 @@ def _how(problem: Problem) -> str:
     dense = problem.weight_format == DENSE
     most_rows = 4 if halves else 16
     if not dense and most_rows >= problem.M and _in_groups(problem):
-        return (
-            f"{arithmetic}, codes of the {problem.weight_format} weight multiplied where they lie"
-        )
+        where = "where they lie"
+        if problem.weight_format == "fp8":  # a Problem does not have the blocks
+            where += " if blocks have a multiple of 64 columns"
+        return f"{arithmetic}, codes of the {problem.weight_format} weight multiplied {where}"
     decoded = "" if dense else f", decoded from {problem.weight_format} strip by strip"
     if problem.w_k_major and problem.M <= 16:
         return f"{arithmetic}, dot products with the rows of W{decoded}"
@@ -200,6 +205,14 @@ def _differentiable_backward(
     return tuple(dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB))  # type: ignore[return-value]
 
 
+def _dense(packed: list[Tensor], format: str, sizes: list[int], dtype: torch.dtype) -> Tensor:
+    return restored(format, packed, sizes, dtype).dense()
+
+
+# Operators that the extension calls: what plain ATen computes for derivatives of derivatives.
+_IN_PYTHON = {"differentiable_backward": _differentiable_backward, "dense": _dense}
+
+
 def _has_amx() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
@@ -215,10 +228,11 @@ def _load() -> str | None:
         if library is not None:
             torch.ops.load_library(str(library))
             isa = _OPS.isa()
-            operator, key = "lora_kernels_cpu::differentiable_backward", "CompositeImplicitAutograd"
-            # A second kernel is an error or a warning, by the version of torch.
-            if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
-                torch.library.impl(operator, key, _differentiable_backward)
+            for name, function in _IN_PYTHON.items():
+                operator, key = f"lora_kernels_cpu::{name}", "CompositeImplicitAutograd"
+                # A second kernel is an error or a warning, by the version of torch.
+                if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
+                    torch.library.impl(operator, key, function)
             reason = None if isa else "this processor has no AVX2 and FMA"
     except (OSError, RuntimeError, AttributeError) as error:
         reason = f"its extension does not load ({error.__cause__ or error}); build it again"

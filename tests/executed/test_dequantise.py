@@ -61,9 +61,10 @@ def test_product_and_sum_of_a_scale_round_one_after_the_other():
     assert torch.equal(run("sm_90", weight)[0], weight.dense())
 
 
+@pytest.mark.parametrize("name", ["int8", "fp8"])
 @pytest.mark.parametrize("target", EXECUTED)
-def test_int8(target):
-    weight = sample("int8", N, K, torch.bfloat16)
+def test_codes_of_a_byte(target, name):
+    weight = sample(name, N, K, torch.bfloat16)
     out, tensors = run(target, weight, schedule=3)
     assert torch.equal(out, weight.dense())
     codes, w = tensors["codes_ptr"], tensors["w_ptr"]
@@ -72,7 +73,7 @@ def test_int8(target):
     assert w.store_sectors == w.fewest_store_sectors
 
 
-@pytest.mark.parametrize("name, bytes_of_w", [("nf4", N * K // 2), ("int8", N * K)])
+@pytest.mark.parametrize("name, bytes_of_w", [("nf4", N * K // 2), ("int8", N * K), ("fp8", N * K)])
 @pytest.mark.parametrize("target", EXECUTED)
 def test_few_rows_read_the_packed_bytes_once(target, name, bytes_of_w):
     """A quarter, or half, of the bytes of a half w, in whole sectors; what a dense w gives, bit for bit."""

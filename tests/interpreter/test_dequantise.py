@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from lora_kernels import explain, lora_linear, selftest
 from lora_kernels.backends.triton import BACKEND, dequantise, scratch
 from lora_kernels.operands import Adapter
-from lora_kernels.quantized import NF4Weight
+from lora_kernels.quantized import FP8Weight, NF4Weight
 from lora_kernels.samples import SAMPLES, sample
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS
@@ -38,6 +39,14 @@ def plain_nf4(N, K, dtype):
     return NF4Weight(w.packed, w.scales(), w.code, N=N, K=K, dtype=dtype)
 
 
+def fp8(N, K, dtype, block, codes=256):
+    """So many codes in turn, of all 256 those of NaN and of subnormal values too; no two scales are equal."""
+    blocks = -(-N // block[0]), -(-K // block[1])
+    values = torch.arange(N * K).remainder(codes).to(torch.uint8).view(torch.float8_e4m3fn)
+    scales = torch.arange(1.0, math.prod(blocks) + 1).div(7 * codes * K).view(blocks)
+    return FP8Weight(values.view(N, K), scales, block, dtype)
+
+
 def written(weight):
     stored = weight.t() if weight.transposed else weight
     out = torch.full(stored.shape, torch.nan, dtype=weight.dtype)
@@ -51,6 +60,17 @@ def test_the_bits_are_those_of_the_weights_own_copy(size, dtype):
     for weight in (plain_nf4(*size, dtype), *(sample(name, *size, dtype) for name in SAMPLES)):
         for each in (weight, weight.t()):
             assert torch.equal(written(each), each.dense())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    "size, block", [((40, 70), (16, 32)), ((33, 60), (5, 7)), ((9, 300), (9, 300))], ids=str
+)
+def test_every_code_of_fp8_in_any_blocks(size, block, dtype):
+    weight = fp8(*size, dtype, block)
+    found, dense = written(weight), weight.dense()
+    assert torch.equal(found.isnan(), dense.isnan()) and dense.isnan().any()
+    assert torch.equal(found.nan_to_num(), dense.nan_to_num())
 
 
 def test_parts_that_lie_apart():
@@ -325,23 +345,27 @@ class TestDecode:
     """Few rows: the same kernel as for a dense weight, which decodes w in its loop."""
 
     @pytest.mark.parametrize(
-        "name, doubly, case",
+        "name, case",
         [
-            ("nf4", True, Case(5, 40, 192, 6, dtype=torch.bfloat16)),
-            ("nf4", False, Case(17, 33, 64, 5, dtype=torch.float16, adapter_dtype=torch.float32)),
-            ("nf4", True, Case(1, 1, 128, 1)),
-            ("int8", True, Case(9, 37, 75, 6, dtype=torch.bfloat16)),
+            ("nf4", Case(5, 40, 192, 6, dtype=torch.bfloat16)),
+            ("plain", Case(17, 33, 64, 5, dtype=torch.float16, adapter_dtype=torch.float32)),
+            ("nf4", Case(1, 1, 128, 1)),
+            ("int8", Case(9, 37, 75, 6, dtype=torch.bfloat16)),
+            ("fp8", Case(9, 37, 75, 6, dtype=torch.bfloat16)),
+            ("odd blocks", Case(3, 37, 75, 6)),
         ],
         ids=str,
     )
-    def test_the_bits_are_those_over_the_dense_copy(self, name, doubly, case, triton_products):
+    def test_the_bits_are_those_over_the_dense_copy(self, name, case, triton_products):
         products = triton_products("decode")
         o = case.operands()
-        weight = (
-            sample(name, case.N, case.K, case.dtype)
-            if doubly
-            else plain_nf4(case.N, case.K, case.dtype)
-        )
+        makers = {
+            "plain": plain_nf4,
+            "fp8": lambda *size: fp8(*size, (16, 32), 120),
+            "odd blocks": lambda *size: fp8(*size, (5, 7), 120),
+        }
+        size = case.N, case.K, case.dtype
+        weight = makers[name](*size) if name in makers else sample(name, *size)
         dense = products.shrink_expand(o.x, weight.t().dense(), o.adapter, o.bias)
         with strict.recording() as launches:
             found = products.shrink_expand(o.x, weight.t(), o.adapter, o.bias)

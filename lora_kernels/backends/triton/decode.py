@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.backends.triton.dequantise import nf4_arguments
+from lora_kernels.backends.triton.dequantise import bytes_arguments, nf4_arguments
 from lora_kernels.backends.triton.launch import (
     base_precision,
     cdiv,
@@ -27,7 +27,14 @@ from lora_kernels.backends.triton.launch import (
     scale_argument,
     shrink_precision,
 )
-from lora_kernels.backends.triton.tiles import int8_scale, nf4_scale, scale_value, widen
+from lora_kernels.backends.triton.tiles import (
+    fp8_scale,
+    fp8_value,
+    int8_scale,
+    nf4_scale,
+    scale_value,
+    widen,
+)
 from lora_kernels.operands import Scale, Weight
 from lora_kernels.problem import DENSE
 from lora_kernels.tuning.config import TileConfig, rank_block
@@ -103,6 +110,8 @@ def _decode_kernel(
     BLOCK_R: tl.constexpr,
     FORMAT: tl.constexpr,
     DOUBLE: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLS: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     SHRINK_PRECISION: tl.constexpr,
@@ -147,6 +156,16 @@ def _decode_kernel(
             w = tl.load(w_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0)
             if FORMAT == "int8":
                 w = (w.to(tl.float32) * scale[:, None]).to(x_ptr.dtype.element_ty)
+            elif FORMAT == "fp8":
+                if SCALE_COLS % BLOCK_K == 0:
+                    of_row = fp8_scale(absmax_ptr, col, k, mask_n, K, SCALE_ROWS, SCALE_COLS)
+                    scale = of_row[:, None]
+                else:
+                    mask_w = mask_n[:, None] & mask_k[None, :]
+                    scale = fp8_scale(
+                        absmax_ptr, col[:, None], term[None, :], mask_w, K, SCALE_ROWS, SCALE_COLS
+                    )
+                w = (fp8_value(w) * scale).to(x_ptr.dtype.element_ty)
         a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
         acc = tl.dot(w, x, acc, input_precision=PRECISION)
         s = tl.dot(a, x.to(a.dtype), s, input_precision=SHRINK_PRECISION)
@@ -199,7 +218,8 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, R] float32): x [M, K] with M <= 64, w [K, N], a [K, R] with R <= 64, b [R, N], any strides.
 
-    K may be zero; M, N and R may not. w may be int8 rows, or the transpose of an NF4 weight whose rows are whole blocks.
+    K may be zero; M, N and R may not. w may be the transpose of int8 rows, of fp8 blocks,
+    or of an NF4 weight whose rows are whole blocks.
     """
     (M, K), N, R = x.shape, w.shape[1], a.shape[1]
     split = min(config.split, max(1, cdiv(K, config.block_k)))
@@ -211,7 +231,7 @@ def decode(
     # Each call has its own: kept ones would be a CUDA graph's memory, or be counted in by two calls at once.
     arrived = x.new_zeros(blocks, dtype=torch.int32) if split > 1 else None
     scale, alpha_is_ptr = scale_argument(alpha)
-    weight_format, codes, scales, strides = _parts(w)
+    weight_format, codes, scales, strides, block = _parts(w)
     launch(
         _decode_kernel,
         blocks * split,
@@ -246,6 +266,8 @@ def decode(
         BLOCK_R=rank_block(R, config.rank_chunk),
         FORMAT=weight_format,
         DOUBLE=scales[2] is not None,
+        SCALE_ROWS=block[0],
+        SCALE_COLS=block[1],
         WHOLE=split == 1,
         PRECISION=base_precision(x.dtype),
         SHRINK_PRECISION=shrink_precision(x.dtype, a.dtype),
@@ -257,15 +279,18 @@ def decode(
     return y, s
 
 
-def _parts(w: Any) -> tuple[str, Tensor, tuple[Tensor | None, ...], tuple[int, int]]:
-    """(format, what w_ptr reads, the five tensors of its scales, strides along K and N) of w [K, N]."""
+_Pair = tuple[int, int]
+
+
+def _parts(w: Any) -> tuple[str, Tensor, tuple[Tensor | None, ...], _Pair, _Pair]:
+    """(format, what w_ptr reads, five tensors of its scales, strides along K and N, sizes of a block of w.t())."""
     if isinstance(w, Tensor):
-        return DENSE, w, (None,) * 5, w.stride()  # type: ignore[return-value]
+        return DENSE, w, (None,) * 5, w.stride(), (1, 1)  # type: ignore[return-value]
     assert w.transposed  # [K, N]: scales run along N, as `fits` demands
-    if w.format == "int8":
-        codes = w.codes.t()
-        return w.format, codes, (w.absmax.contiguous(), *(None,) * 4), codes.stride()
-    packed, scales = nf4_arguments(w)
+    if w.format != "nf4":
+        codes, scales, block = bytes_arguments(w)
+        return w.format, codes, (scales, *(None,) * 4), codes.t().stride(), block  # type: ignore[return-value]
+    packed, values = nf4_arguments(w)
     if packed.storage_offset() % 4:  # a word must not straddle its alignment
         packed = packed.clone()
-    return w.format, packed.view(torch.int32), scales, (0, 0)
+    return w.format, packed.view(torch.int32), values, (0, 0), (1, 64)

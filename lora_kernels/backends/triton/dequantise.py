@@ -1,4 +1,4 @@
-"""Dense copies of quantised weights: W = code[nibble]·scale of NF4, W = code·scale of int8 rows, each rounded once.
+"""Dense copies of quantised weights: W = code[nibble]·scale of NF4, W = code·scale of int8 and fp8, each rounded once.
 
 For more rows than `decode` takes, W is decoded once and then read by the ordinary product: inside of its loop each block
 of rows would decode it again. The bits are those of the weight's own `dense()`. So these kernels are compiled without
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_kernels.backends.triton.launch import cdiv, launch, needs_int64
 from lora_kernels.backends.triton.scratch import lent
-from lora_kernels.backends.triton.tiles import int8_scale, nf4_scale, widen
+from lora_kernels.backends.triton.tiles import fp8_scale, fp8_value, int8_scale, nf4_scale, widen
 from lora_kernels.operands import QuantizedWeight
 from lora_kernels.tuning.config import TileConfig
 
@@ -53,6 +53,16 @@ def _dequantise_nf4_kernel(
 
 
 @triton.jit
+def _tile(N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
+    """(rows [BLOCK_N, 1], columns [1, BLOCK_K], which of them are in [N, K]) of this program."""
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    offs_n = tl.program_id(0) // blocks_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    return widen(offs_n, WIDE)[:, None], widen(offs_k, WIDE)[None, :], mask
+
+
+@triton.jit
 def _dequantise_int8_kernel(
     codes_ptr,  # int8 [N, K]
     absmax_ptr,  # float32 [N]
@@ -65,17 +75,31 @@ def _dequantise_int8_kernel(
     BLOCK_K: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    blocks_k = tl.cdiv(K, BLOCK_K)
-    offs_n = tl.program_id(0) // blocks_k * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-    row, col = widen(offs_n, WIDE), widen(offs_k, WIDE)
-    scale = int8_scale(absmax_ptr, row, offs_n < N)
-    codes = tl.load(
-        codes_ptr + row[:, None] * stride_n + col[None, :] * stride_k, mask=mask, other=0
-    )
-    w = codes.to(tl.float32) * scale[:, None]
-    tl.store(w_ptr + row[:, None] * K + col[None, :], w.to(w_ptr.dtype.element_ty), mask=mask)
+    row, col, mask = _tile(N, K, BLOCK_N, BLOCK_K, WIDE)
+    codes = tl.load(codes_ptr + row * stride_n + col * stride_k, mask=mask, other=0)
+    w = codes.to(tl.float32) * int8_scale(absmax_ptr, row, row < N)
+    tl.store(w_ptr + row * K + col, w.to(w_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dequantise_fp8_kernel(
+    codes_ptr,  # float8_e4m3fn [N, K] as int8
+    scales_ptr,  # float32, of each SCALE_ROWS x SCALE_COLS block
+    w_ptr,  # [N, K], contiguous
+    N,
+    K,
+    stride_n,
+    stride_k,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    row, col, mask = _tile(N, K, BLOCK_N, BLOCK_K, WIDE)
+    codes = tl.load(codes_ptr + row * stride_n + col * stride_k, mask=mask, other=0)
+    w = fp8_value(codes) * fp8_scale(scales_ptr, row, col, mask, K, SCALE_ROWS, SCALE_COLS)
+    tl.store(w_ptr + row * K + col, w.to(w_ptr.dtype.element_ty), mask=mask)
 
 
 def _nf4(weight: Any, out: Tensor, config: TileConfig) -> None:
@@ -100,26 +124,44 @@ def _nf4(weight: Any, out: Tensor, config: TileConfig) -> None:
 
 
 def _int8(weight: Any, out: Tensor, config: TileConfig) -> None:
-    (N, K), codes = out.shape, weight.codes
+    codes, scales, _ = bytes_arguments(weight)
+    _launch_over_tiles(_dequantise_int8_kernel, codes, scales, out, config)
+
+
+def _fp8(weight: Any, out: Tensor, config: TileConfig) -> None:
+    codes, scales, (rows, cols) = bytes_arguments(weight)
+    block = {"SCALE_ROWS": rows, "SCALE_COLS": cols}
+    _launch_over_tiles(_dequantise_fp8_kernel, codes, scales, out, config, **block)
+
+
+def _launch_over_tiles(
+    kernel: Any, codes: Tensor, scales: Tensor, out: Tensor, config: TileConfig, **more: int
+) -> None:
+    """One program for each block_n x block_k tile of codes."""
+    N, K = out.shape
     launch(
-        _dequantise_int8_kernel,
+        kernel,
         cdiv(N, config.block_n) * cdiv(K, config.block_k),
         config,
         out.device,
         codes,
-        weight.absmax.contiguous(),
+        scales,
         out,
         N,
         K,
         *codes.stride(),
         contract=False,
+        **more,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         WIDE=needs_int64(codes, out),
     )
 
 
-_DECODERS = {"nf4": _nf4, "int8": _int8}
+_DECODERS = {"nf4": _nf4, "int8": _int8, "fp8": _fp8}
+_WHOLE = (
+    1 << 30
+)  # rows or columns of a block that has them all: one number, and one kernel, for every such size
 
 
 def nf4_arguments(weight: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -127,6 +169,16 @@ def nf4_arguments(weight: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     packed = weight.packed.contiguous().flatten().view(torch.uint8)
     parts = weight.absmax, weight.code, weight.code2, weight.absmax2, weight.offset
     return packed, tuple(None if t is None else t.contiguous() for t in parts)
+
+
+def bytes_arguments(weight: Any) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """(codes [N, K] as int8, their scales, contiguous, rows and columns that share one) of an int8 or fp8 weight."""
+    codes = weight.codes.view(torch.int8)
+    if weight.format == "int8":
+        return codes, weight.absmax.contiguous(), (1, _WHOLE)
+    shared = zip(weight.block, codes.shape, strict=True)
+    rows, cols = (_WHOLE if size >= whole else size for size, whole in shared)
+    return codes, weight.scales.contiguous(), (rows, cols)
 
 
 def dequantise(weight: QuantizedWeight, out: Tensor, config: TileConfig) -> None:

@@ -1,4 +1,4 @@
-"""Device helpers that the kernels share: offsets, program order, rows of groups, alpha at run time, scales of NF4, masks."""
+"""Device helpers of the kernels: offsets, program order, groups of rows, alpha at run time, packed weights, masks."""
 
 import triton
 import triton.language as tl
@@ -92,6 +92,27 @@ def nf4_scale(
 def int8_scale(absmax_ptr, row, mask):
     """The float32 scales of these rows of int8 codes: by the reciprocal of 127, as bitsandbytes does it."""
     return tl.load(absmax_ptr + row, mask=mask, other=0.0) * (1.0 / 127.0)
+
+
+@triton.jit
+def fp8_value(codes):
+    """The float32 values of float8_e4m3fn codes, given as int8: arithmetic that every target has, where fp8 is no type.
+
+    As a float16 the code's sign, exponent and mantissa make its value divided by 256, subnormal ones included.
+    """
+    bits = codes.to(tl.int16) << 7
+    value = (bits & -0x4080).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((bits & 0x3F80) == 0x3F80, float("nan"), value)
+
+
+@triton.jit
+def fp8_scale(scales_ptr, row, col, mask, K, SCALE_ROWS: tl.constexpr, SCALE_COLS: tl.constexpr):
+    """The float32 scales of elements (row, col) of an fp8 weight [N, K], one for each SCALE_ROWS x SCALE_COLS of them."""
+    return tl.load(
+        scales_ptr + row // SCALE_ROWS * tl.cdiv(K, SCALE_COLS) + col // SCALE_COLS,
+        mask=mask,
+        other=0.0,
+    )
 
 
 @triton.jit
