@@ -1,12 +1,14 @@
 // The whole layer as one operator with derivatives of its own, for the usual case: a frozen base,
-// and A and B trained or not. A small layer's time is that of the calls between its products, so
-// these are made here; the formulas are those of lora_kernels/formulas.py.
+// and A and B trained or not; with DoRA's factor of the columns, trained or not. A small layer's
+// time is that of the calls between its products, so these are made here; the formulas are those of
+// lora_kernels/formulas.py.
 #include <ATen/ops/_unsafe_view.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
+#include <vector>
 
 #include "operators.h"
 
@@ -37,17 +39,22 @@ Tensor shaped_like(const Tensor& rows, const Tensor& like) {
   return at::_unsafe_view(rows, sizes);
 }
 
-// (y [..., N], s [M, R])
-std::tuple<Tensor, Tensor> forward(const Tensor& any_x, const Tensor& any_weight,
-                                   const Tensor& any_A, const Tensor& any_B,
-                                   const std::optional<Tensor>& bias, double alpha,
-                                   const Dropout& dropout) {
+struct Results {
+  Tensor y, s, z;  // [..., N], [M, R], [M, N]; z, y before the factor, only where it is kept
+};
+
+Results forward(const Tensor& any_x, const Tensor& any_weight, const Tensor& any_A,
+                const Tensor& any_B, const std::optional<Tensor>& bias, double alpha,
+                const Dropout& dropout, const std::optional<Tensor>& factor, bool keeps_z) {
   const auto x = in_memory(any_x, "x"), weight = in_memory(any_weight, "weight");
   const auto A = in_memory(any_A, "A"), B = in_memory(any_B, "B");
   TORCH_CHECK(x->dim() > 0 && weight->dim() == 2, "x must have a last dimension, weight two");
+  TORCH_CHECK(!factor || dropout.threshold == 0, "a factor must come without dropout");
   const Tensor rows = rows_of(*x);
   Tensor s = shrink(rows, *A, alpha, dropout.threshold, dropout.seed, dropout.keep_scale());
-  return {shaped_like(expand(rows, weight->t(), s, *B, bias, 0, 0, 1.0), *x), s};
+  if (!factor) return {shaped_like(expand(rows, weight->t(), s, *B, bias, 0, 0, 1.0), *x), s, {}};
+  auto [y, z] = expand_scaled(rows, weight->t(), s, *B, *factor, bias, keeps_z);
+  return {shaped_like(y, *x), s, z};
 }
 
 // Autograd can differentiate plain ATen, and so can function transforms, forward mode, those who
@@ -58,90 +65,113 @@ bool must_be_transparent(const Tensor& dy, const variable_list& saved) {
          dy._fw_grad(/*level=*/0).defined() || !std::all_of(saved.begin(), saved.end(), kept);
 }
 
-std::tuple<Tensor, Tensor, Tensor> differentiable_backward(const Tensor& dy, const Tensor& x,
-                                                           const Tensor& weight, const Tensor& A,
-                                                           const Tensor& B, double alpha,
-                                                           const Dropout& dropout, bool needs_x) {
-  using Signature =
-      std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                         const Tensor&, double, double, int64_t, bool);
+std::vector<Tensor> differentiable_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                            const Tensor& A, const Tensor& B,
+                                            const std::optional<Tensor>& factor, double alpha,
+                                            const Dropout& dropout, at::ArrayRef<bool> needs) {
+  using Signature = std::vector<Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                        const Tensor&, const std::optional<Tensor>&, double, double,
+                                        int64_t, at::ArrayRef<bool>);
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("lora_kernels_cpu::differentiable_backward", "")
                              .typed<Signature>();
-  return op.call(dy, x, weight, A, B, alpha, dropout.p, dropout.seed, needs_x);
+  return op.call(dy, x, weight, A, B, factor, alpha, dropout.p, dropout.seed, needs);
 }
 
 class Layer : public torch::autograd::Function<Layer> {
  public:
+  // Tensors that are always given come first: autograd does not count those that are not.
+  enum Input { X, WEIGHT, A_, B_, FACTOR, BIAS, ALPHA, DROPOUT, INPUTS };
+
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                        const Tensor& A, const Tensor& B, const std::optional<Tensor>& bias,
-                        double alpha, const Dropout& dropout) {
-    auto [y, s] = lora_kernels::forward(x, weight, A, B, bias, alpha, dropout);
+                        const Tensor& A, const Tensor& B, const std::optional<Tensor>& factor,
+                        const std::optional<Tensor>& bias, double alpha, const Dropout& dropout) {
+    const bool adapters = A.requires_grad(), scaled = factor && factor->requires_grad();
+    auto [y, s, z] =
+        lora_kernels::forward(x, weight, A, B, bias, alpha, dropout, factor, /*keeps_z=*/scaled);
     ctx->set_materialize_grads(false);
     ctx->saved_data["alpha"] = alpha;
     ctx->saved_data["dropout_p"] = dropout.p;
     ctx->saved_data["threshold"] = dropout.threshold;
     ctx->saved_data["seed"] = dropout.seed;
-    // x is an operand of dA alone, W of dx alone, s of dB alone; a second derivative of dB reads A.
-    const bool adapters = A.requires_grad();
-    ctx->save_for_backward({adapters ? x : Tensor(), x.requires_grad() ? weight : Tensor(), A, B,
-                            adapters ? s : Tensor()});
+    // x is an operand of dA alone, W of dx alone, s of dB alone, z of the factor's gradient alone;
+    // a second derivative of dB reads A, one of the factor's x and W.
+    ctx->save_for_backward({adapters || scaled ? x : Tensor(),
+                            x.requires_grad() || scaled ? weight : Tensor(), A, B,
+                            adapters ? s : Tensor(), factor.value_or(Tensor()), z});
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list out(7);
+    variable_list out(INPUTS);
     if (!grads[0].defined()) return out;
     const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &A = saved[2], &B = saved[3], &s = saved[4];
+    const Tensor &x = saved[0], &weight = saved[1], &A = saved[2], &B = saved[3], &s = saved[4],
+                 &factor = saved[5], &z = saved[6];
     const double alpha = ctx->saved_data["alpha"].toDouble();
     const Dropout dropout{ctx->saved_data["dropout_p"].toDouble(),
                           ctx->saved_data["threshold"].toInt(), ctx->saved_data["seed"].toInt()};
     // What was asked for now, which may be less than what requires a gradient.
-    const bool needs_x = ctx->needs_input_grad(0);
-    const bool needs_A = ctx->needs_input_grad(2), needs_B = ctx->needs_input_grad(3);
+    const bool needs_x = ctx->needs_input_grad(X), needs_A = ctx->needs_input_grad(A_);
+    const bool needs_B = ctx->needs_input_grad(B_);
+    const bool needs_factor = factor.defined() && ctx->needs_input_grad(FACTOR);
     // A gather with sparse_grad gives a sparse gradient.
     const Tensor grad = grads[0].is_sparse() ? grads[0].to_dense() : grads[0];
     if (must_be_transparent(grad, saved)) {
-      auto [dx, dA, dB] = differentiable_backward(grad, x, weight, A, B, alpha, dropout, needs_x);
-      if (needs_x) out[0] = dx;
-      if (needs_A) out[2] = dA;
-      if (needs_B) out[3] = dB;
+      const auto found = differentiable_backward(
+          grad, x, weight, A, B, factor.defined() ? std::optional(factor) : std::nullopt, alpha,
+          dropout, {needs_x, needs_A, needs_B, needs_factor});
+      if (needs_x) out[X] = found[0];
+      if (needs_A) out[A_] = found[1];
+      if (needs_B) out[B_] = found[2];
+      if (needs_factor) out[FACTOR] = found[3];
       return out;
     }
     const Tensor dy = rows_of(*in_memory(grad, "dy"));
-    const Tensor q = needs_x || needs_A ? shrink(dy, B.t(), alpha, 0, 0, 1.0) : Tensor();
+    Tensor dz = dy, scaled_B = B;
+    if (factor.defined()) {
+      if (needs_x || needs_factor)
+        std::tie(dz, out[FACTOR]) =
+            scaled_gradient(dy, factor, needs_factor ? std::optional(z) : std::nullopt);
+      if (!needs_factor) out[FACTOR] = Tensor();
+      scaled_B = B.mul(factor).to(B.scalar_type());
+    }
+    const Tensor q = needs_x || needs_A ? shrink(dy, scaled_B.t(), alpha, 0, 0, 1.0) : Tensor();
     if (needs_x)
-      out[0] = shaped_like(expand(dy, weight, q, A.t(), std::nullopt, dropout.threshold,
+      out[X] = shaped_like(expand(dz, weight, q, A.t(), std::nullopt, dropout.threshold,
                                   dropout.seed, dropout.keep_scale()),
                            grad);
     if (needs_A)
-      out[2] = wgrad(rows_of(x), q, A.scalar_type(), dropout.threshold, dropout.seed,
-                     dropout.keep_scale());
-    if (needs_B) out[3] = wgrad(s, dy, B.scalar_type(), 0, 0, 1.0);
+      out[A_] = wgrad(rows_of(x), q, A.scalar_type(), dropout.threshold, dropout.seed,
+                      dropout.keep_scale());
+    if (needs_B) {
+      out[B_] = wgrad(s, dy, B.scalar_type(), 0, 0, 1.0);
+      if (factor.defined()) out[B_] = out[B_].mul(factor).to(B.scalar_type());
+    }
     return out;
   }
 };
 
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
                    const std::optional<Tensor>& bias, double alpha, double dropout_p,
-                   int64_t threshold, int64_t seed) {
-  return std::get<0>(forward(x, weight, A, B, bias, alpha, {dropout_p, threshold, seed}));
+                   int64_t threshold, int64_t seed, const std::optional<Tensor>& factor) {
+  return forward(x, weight, A, B, bias, alpha, {dropout_p, threshold, seed}, factor, false).y;
 }
 
 Tensor lora_linear_autograd(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
                             const std::optional<Tensor>& bias, double alpha, double dropout_p,
-                            int64_t threshold, int64_t seed) {
+                            int64_t threshold, int64_t seed, const std::optional<Tensor>& factor) {
   const bool adapters = A.requires_grad() || B.requires_grad();
   const bool base = weight.requires_grad() || (bias && bias->requires_grad());
-  if (!c10::GradMode::is_enabled() || !(x.requires_grad() || adapters || base)) {
+  const bool scaled = factor && factor->requires_grad();
+  if (!c10::GradMode::is_enabled() || !(x.requires_grad() || adapters || base || scaled)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return lora_linear(x, weight, A, B, bias, alpha, dropout_p, threshold, seed);
+    return lora_linear(x, weight, A, B, bias, alpha, dropout_p, threshold, seed, factor);
   }
   TORCH_CHECK(!base && A.requires_grad() == B.requires_grad(),
               "this operator's derivatives are those of a frozen weight and bias, and of both or "
               "none of A and B");
-  return Layer::apply(x, weight, A, B, bias, alpha, Dropout{dropout_p, threshold, seed});
+  return Layer::apply(x, weight, A, B, factor, bias, alpha, Dropout{dropout_p, threshold, seed});
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Device helpers that the kernels share: offsets, program order, rows of groups, alpha at run time, scales of NF4, masks."""
+"""Device helpers that the kernels share: offsets, program order, rows of groups, alpha, scales of NF4, c∘dy, masks."""
 
 import triton
 import triton.language as tl
@@ -92,6 +92,16 @@ def nf4_scale(
 def int8_scale(absmax_ptr, row, mask):
     """The float32 scales of these rows of int8 codes: by the reciprocal of 127, as bitsandbytes does it."""
     return tl.load(absmax_ptr + row, mask=mask, other=0.0) * (1.0 / 127.0)
+
+
+@triton.jit
+def scaled_tile(dy, c, z_ptr, dz_ptr, at, mask, HAS_Z: tl.constexpr):
+    """Stores dz = c∘dy of a tile [rows, columns] at the offsets `at`; gives dy∘z in float32, or dy where there is no z."""
+    wide = dy.to(tl.float32)
+    tl.store(dz_ptr + at, (wide * c[None, :]).to(dz_ptr.dtype.element_ty), mask=mask)
+    if HAS_Z:
+        wide *= tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return wide
 
 
 @triton.jit
