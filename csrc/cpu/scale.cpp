@@ -66,17 +66,19 @@ void norm_rows(const Kernels& k, const Norms& p, const Shared& shared, int64_t b
     k.dots(shared.x, x_pitch, w, R, count, K, c, NORM_ROWS);
     k.copy(u, NORM_ROWS, p.b.from(0, begin), R, count);
   }
-  for (int64_t r = 0; r < R; ++r)
-    for (int64_t j = 0; j < count; ++j) u[r * NORM_ROWS + j] *= p.alpha;
+  // In double: where the adapter takes w away the parts cancel.
+  double total[NORM_ROWS], inner[NORM_ROWS];
+  for (int64_t j = 0; j < count; ++j) total[j] = out[j];
   for (int64_t r = 0; r < R; ++r) {
-    float* sum = c + r * NORM_ROWS;
-    for (int64_t j = 0; j < count; ++j) sum[j] *= 2.0f;
-    for (int64_t q = 0; q < R; ++q)
-      for (int64_t j = 0; j < count; ++j) sum[j] += shared.gram[r * R + q] * u[q * NORM_ROWS + j];
-    for (int64_t j = 0; j < count; ++j) out[j] += sum[j] * u[r * NORM_ROWS + j];
+    for (int64_t j = 0; j < count; ++j) inner[j] = 2.0 * c[r * NORM_ROWS + j];
+    for (int64_t q = 0; q < R; ++q) {
+      const double factor = double(p.alpha) * shared.gram[r * R + q];
+      for (int64_t j = 0; j < count; ++j) inner[j] += factor * u[q * NORM_ROWS + j];
+    }
+    for (int64_t j = 0; j < count; ++j) total[j] += inner[j] * p.alpha * u[r * NORM_ROWS + j];
   }
   // A NaN is no less than zero, and stays.
-  for (int64_t j = 0; j < count; ++j) out[j] = out[j] < 0.0f ? 0.0f : std::sqrt(out[j]);
+  for (int64_t j = 0; j < count; ++j) out[j] = total[j] < 0.0 ? 0.0f : float(std::sqrt(total[j]));
 }
 
 }  // namespace

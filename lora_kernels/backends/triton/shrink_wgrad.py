@@ -69,7 +69,7 @@ def _shrink_wgrad_kernel(
     if SCALED:
         c = tl.load(c_ptr + offs_n, mask=mask_n, other=0.0)
         b = (b.to(tl.float32) * c[:, None]).to(b.dtype)
-        dc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        dc = tl.zeros((BLOCK_N,), tl.float32)
 
     per_part = tl.cdiv(tl.cdiv(M, BLOCK_M), split) * BLOCK_M
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
@@ -81,24 +81,24 @@ def _shrink_wgrad_kernel(
         s_ptrs = s_ptr + row[:, None] * stride_sm + rank[None, :] * stride_sr
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        if SCALED:
-            at, mask = row[:, None] * N + col[None, :], mask_m[:, None] & mask_n[None, :]
-            product = scaled_tile(dy, c, z_ptr, dz_ptr, at, mask, HAS_Z)
-            if HAS_Z:
-                dc += product
         q = tl.dot(dy.to(b.dtype), b, input_precision=Q_PRECISION)  # [BLOCK_M, BLOCK_R]
         db = tl.dot(tl.trans(dy.to(tl.float32)), s, db, input_precision=DB_PRECISION)
         q_row = pid_n.to(tl.int64) * M + offs_m
         tl.store(
             q_ptr + q_row[:, None] * R + offs_r[None, :], q, mask=mask_m[:, None] & mask_r[None, :]
         )
+        if SCALED:
+            at, mask = row[:, None] * N + col[None, :], mask_m[:, None] & mask_n[None, :]
+            product = scaled_tile(dy, c, z_ptr, dz_ptr, at, mask, HAS_Z)
+            if HAS_Z:
+                dc += tl.sum(product, 0)
 
     if SCALED:
         db *= c[:, None]
     db_ptrs = db_ptr + part.to(tl.int64) * R * N + col[:, None] + rank[None, :] * N
     tl.store(db_ptrs, db, mask=mask_n[:, None] & mask_r[None, :])
     if HAS_Z:
-        tl.store(dc_ptr + part.to(tl.int64) * N + offs_n, tl.sum(dc, 0), mask=mask_n)
+        tl.store(dc_ptr + part.to(tl.int64) * N + offs_n, dc, mask=mask_n)
 
 
 def shrink_wgrad(
@@ -119,7 +119,8 @@ def shrink_wgrad(
     """
     (M, N), R = dy.shape, s.shape[1]
     blocks = cdiv(N, config.block_n)
-    split = min(config.split, cdiv(M, config.block_m))
+    block_m = config.block_m if c is None else 16  # z and dz take registers beside dy's tile
+    split = min(config.split, cdiv(M, block_m))
     q_parts = dy.new_empty((blocks, M, R), dtype=torch.float32)
     db_parts = dy.new_empty((split, R, N), dtype=torch.float32)
     dz = None if c is None else dy.new_empty((M, N))
@@ -145,7 +146,7 @@ def shrink_wgrad(
         *dy.stride(),
         *b_t.stride(),
         *s.stride(),
-        BLOCK_M=config.block_m,
+        BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=rank_block(R, config.rank_chunk),
         Q_PRECISION=base_precision(dy.dtype)
