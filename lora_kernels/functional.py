@@ -194,7 +194,8 @@ def _apply_dora(a: Arguments) -> Tensor:
     c = dora.column_scale(magnitude, norms)
     if how != "eager":
         return with_column_scale(_apply(a._replace(bias=None)), c, bias)
-    return _like(dora.dora_linear(_rows(x), weight, A, B, bias, a.alpha, a.backend, c), x)
+    usual = _has_usual_derivatives(weight, A, B, a.alpha, bias)
+    return _like(dora.dora_linear(_rows(x), weight, A, B, bias, a.alpha, a.backend, c, usual), x)
 
 
 def _apply_dora_dropped(a: Arguments) -> Tensor:

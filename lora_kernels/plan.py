@@ -71,8 +71,7 @@ class Plan:
         if self.dequantises:
             steps.insert(0, f"a dense copy of the {self.problem.weight_format} weight")
         if self.magnitude:
-            dense = self.dequantises or self.problem.weight_format == DENSE
-            fused = dense and self.products.scales_columns
+            fused = self.products.scales_columns
             steps.append(f"DoRA's scale in {'the same product' if fused else 'a pass of its own'}")
         if self.compared:
             name = "" if chosen.name in (self.backend, "eager") else chosen.name

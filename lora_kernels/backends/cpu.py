@@ -59,11 +59,12 @@ class CpuProducts(Products):
         *,
         keeps_z: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if not isinstance(w, Tensor):
-            return super().shrink_expand_scaled(x, w, adapter, bias, keeps_z=keeps_z)
-        s, c = self.shrink(x, adapter), adapter.column_scale
-        op = _OPS.expand_scaled
-        y, z = op(x, w, s, adapter.B, c, bias, keeps_z)
+        s = self.shrink(x, adapter)
+        rest = s, adapter.B, adapter.column_scale, bias, keeps_z
+        if isinstance(w, Tensor):
+            y, z = _OPS.expand_scaled(x, w, *rest)
+        else:
+            y, z = _OPS.expand_scaled_quantized(x, w.tensors, w.format, w.sizes, *rest)
         return y, s, z if keeps_z else None
 
     def scaled_gradient(
@@ -72,8 +73,8 @@ class CpuProducts(Products):
         dz, dc = _OPS.scaled_gradient(dy, c, z)
         return dz, None if z is None else dc
 
-    def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        return _OPS.shrink_squares(w, A)
+    def row_norms(self, w: Tensor, adapter: Adapter) -> Tensor:
+        return _OPS.row_norms(w, adapter.A, adapter.B, float(adapter.scale))
 
     def grouped(self, groups: Groups) -> Products:
         return GroupedCpuProducts(groups)
@@ -82,11 +83,11 @@ class CpuProducts(Products):
         self, x: Tensor, weight: Weight, adapter: Adapter, bias: Tensor | None
     ) -> Tensor:
         """y [..., N]: forward and backward are one call each, which is what a small layer's time depends on."""
-        A, B, scale, dropout = adapter[:4]
+        A, B, scale, dropout, _, c = adapter
         p, limit, seed = 0.0, 0, 0
         if dropout is not None:
             p, (limit, seed, _) = dropout.p, _mask(dropout)
-        rest = A, B, bias, scale, p, limit, seed
+        rest = A, B, bias, scale, p, limit, seed, c
         if isinstance(weight, Tensor):
             return _OPS.lora_linear.default(x, weight, *rest)
         packed = weight.tensors, weight.format, weight.sizes
@@ -184,25 +185,38 @@ def _differentiable_backward(
     weight: Tensor | None,
     A: Tensor,
     B: Tensor,
+    c: Tensor | None,
     alpha: float,
     p: float,
     seed: int,
-    needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB) of `CpuProducts.layer` that can be differentiated themselves; empty where x or weight was not kept."""
+    needed: list[bool],
+) -> tuple[Tensor, ...]:
+    """(dx, dA, dB, dc) of `CpuProducts.layer` that can be differentiated themselves; empty where they are not needed.
+
+    x and weight are None where no gradient reads them.
+    """
     dropout = Dropout(p, torch.tensor(seed)) if p else None
     (K, _), N = A.shape, B.shape[1]
-    M = math.prod(dy.shape[:-1])
-    rows = None if x is None else x.reshape(M, K)
+    dy_rows = dy.reshape(math.prod(dy.shape[:-1]), N)
+    rows = None if x is None else x.reshape(dy_rows.shape[0], K)
     adapter = Adapter(A, B, alpha, dropout)
     s = None if rows is None else COMPOSITE.shrink(rows, adapter)
-    needs = formulas.Needs(needs_x, False, x is not None, x is not None, False)
+    needs = formulas.Needs(needed[0], False, needed[1], needed[2], False)
     saved = formulas.Saved(rows, weight, A, B, s)
-    dx, _, dA, dB, _ = formulas.backward(
-        COMPOSITE, dy.reshape(M, N), saved, needs, adapter, A.dtype
-    )
+    dc = None
+    if c is None:
+        dx, _, dA, dB, _ = formulas.backward(COMPOSITE, dy_rows, saved, needs, adapter, A.dtype)
+    else:
+        z = None
+        if needed[3]:
+            assert rows is not None and weight is not None
+            z = COMPOSITE.shrink_expand(rows, weight.t(), adapter)[0]
+        scaled = adapter._replace(column_scale=c)
+        dx, _, dA, dB, _, dc = formulas.scaled_backward(
+            COMPOSITE, dy_rows, z, saved, needs, scaled, A.dtype
+        )
     dx = None if dx is None else dx.reshape(*dy.shape[:-1], K)
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB))  # type: ignore[return-value]
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB, dc))
 
 
 def _dense(packed: list[Tensor], format: str, sizes: list[int], dtype: torch.dtype) -> Tensor:

@@ -31,6 +31,7 @@ class TritonProducts(Products):
     """
 
     reads_memory = True
+    scales_columns = True
     groups: Groups | None = None
 
     def __init__(self, algorithm: str, problem: Problem, target: Target, tiles: Tiles) -> None:
@@ -51,31 +52,52 @@ class TritonProducts(Products):
     def expand(
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
     ) -> Tensor:
-        return self._expand(x, w, s, adapter, bias)
+        return self._expand(x, w, s, adapter, bias, None)
 
     def shrink_expand(
         self, x: Tensor, w: Weight, adapter: Adapter, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        A, B, scale, dropout_in, dropout_out, _ = adapter
+        return self._shrink_expand(x, w, adapter, bias, None)
+
+    def shrink_expand_scaled(
+        self,
+        x: Tensor,
+        w: Weight,
+        adapter: Adapter,
+        bias: Tensor | None = None,
+        *,
+        keeps_z: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        z = x.new_empty((x.shape[0], w.shape[-1])) if keeps_z else None
+        y, s = self._shrink_expand(x, w, adapter, bias, z)
+        return y, s, z
+
+    def _shrink_expand(
+        self, x: Tensor, w: Weight, adapter: Adapter, bias: Tensor | None, z: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(y, s), with the adapter's column scale where it has one; what y is before it and bias is stored in z, if given."""
+        A, B, scale, dropout_in, dropout_out, c = adapter
         if 0 in (x.shape[0], w.shape[-1], A.shape[-1]):
-            return super().shrink_expand(x, w, adapter, bias)
+            s = self.shrink(x, adapter)
+            return self._expand(x, w, s, adapter, bias, z), s
         if self.algorithm == "decode" and dropout_in is dropout_out is None:
             from lora_kernels.backends.triton.decode import decode
 
-            return decode(x, w, A, B, scale, bias, self.tiles.config("decode"))
+            return decode(x, w, A, B, scale, bias, self.tiles.config("decode"), c=c, z=z)
         if not isinstance(w, Tensor):
             with self._decoded(w) as dense:
-                return self.shrink_expand(x, dense, adapter, bias)
+                return self._shrink_expand(x, dense, adapter, bias, z)
         if self.algorithm == "one_pass" and dropout_out is None:
             from lora_kernels.backends.triton.one_pass import one_pass
 
-            return one_pass(x, w, A, B, scale, bias, self.tiles.config("one_pass"), dropout_in)
+            config = self.tiles.config("one_pass")
+            return one_pass(x, w, A, B, scale, bias, config, dropout_in, c=c, z=z)
         # Between the two kernels the second waits by itself, where the hardware lets it start early.
         config = self.tiles.config("shrink")
         overlap = self.target.tma and config.split == 1
         B = self._along_the_rank(B, x.shape[0])  # a copy is launched before, not between them
         s = self._shrink(x, adapter, config, release=overlap)
-        return self._expand(x, w, s, adapter._replace(B=B), bias, late_wait=overlap), s
+        return self._expand(x, w, s, adapter._replace(B=B), bias, z, late_wait=overlap), s
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
@@ -92,16 +114,60 @@ class TritonProducts(Products):
     def shrink_wgrad(
         self, dy: Tensor, adapter: Adapter, s: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
+        found = self._one_reading(dy, adapter, s, dtype, None, None)
+        return super().shrink_wgrad(dy, adapter, s, dtype) if found is None else found[:2]
+
+    def scaled_shrink_wgrad(
+        self,
+        dy: Tensor,
+        c: Tensor,
+        z: Tensor | None,
+        adapter: Adapter,
+        s: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        found = self._one_reading(dy, adapter, s, dtype, c, z)
+        if found is None:
+            return super().scaled_shrink_wgrad(dy, c, z, adapter, s, dtype)
+        return found  # type: ignore[return-value]  # with c there is a dz
+
+    def _one_reading(
+        self,
+        dy: Tensor,
+        adapter: Adapter,
+        s: Tensor,
+        dtype: torch.dtype,
+        c: Tensor | None,
+        z: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+        """(q, dB, dz, dc) of the kernel that reads dy once for all of them; None where it does not pay or cannot."""
         R = s.shape[1]
         tiles = self._narrow(dy.shape[1])
         if 0 in (*dy.shape, R) or not tiles.has("shrink_wgrad"):
-            return super().shrink_wgrad(dy, adapter, s, dtype)
+            return None
         config = tiles.config("shrink_wgrad")
         if not one_reading_pays(dy.itemsize, R, config, tiles.measured):
-            return super().shrink_wgrad(dy, adapter, s, dtype)
+            return None
         from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 
-        return shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config)
+        return shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config, c=c, z=z)
+
+    def scaled_gradient(
+        self, dy: Tensor, c: Tensor, z: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if dy.numel() == 0:
+            return super().scaled_gradient(dy, c, z)
+        from lora_kernels.backends.triton.scale import scaled_gradient
+
+        # It has the grid of wgrad: blocks of columns, parts of the rows.
+        return scaled_gradient(dy, c, z, self._narrow(dy.shape[1]).config("wgrad"))
+
+    def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        if 0 in (w.shape[0], A.shape[1]):
+            return super().shrink_squares(w, A)
+        from lora_kernels.backends.triton.shrink import shrink_squares
+
+        return shrink_squares(w, A, self._narrow(w.shape[1]).config("shrink"))
 
     def scaled(self, s: Tensor, scale: Scale) -> Tensor:
         if self.groups is None:
@@ -143,13 +209,14 @@ class TritonProducts(Products):
         s: Tensor,
         adapter: Adapter,
         bias: Tensor | None,
+        z: Tensor | None,
         late_wait: bool = False,
     ) -> Tensor:
         if 0 in (x.shape[0], w.shape[-1]):
             return x.new_empty((x.shape[0], w.shape[-1]))
         if not isinstance(w, Tensor):
             with self._decoded(w) as dense:
-                return self._expand(x, dense, s, adapter, bias)
+                return self._expand(x, dense, s, adapter, bias, z)
         from lora_kernels.backends.triton.expand import expand
 
         b = self._along_the_rank(adapter.B, x.shape[0])
@@ -159,7 +226,8 @@ class TritonProducts(Products):
             # As eager does it: s·b + bias of each group, then the vendor's product of all rows accumulated onto it.
             y = expand(x[:, :0], w[:0], s, b, bias, config, adapter.dropout_out, **own)
             return y.addmm_(x, w)
-        return expand(x, w, s, b, bias, config, adapter.dropout_out, **own)
+        scaled = {"c": adapter.column_scale, "z": z}
+        return expand(x, w, s, b, bias, config, adapter.dropout_out, **scaled, **own)
 
     def _decoded(self, w: QuantizedWeight) -> AbstractContextManager[Tensor]:
         """w as a dense tensor, for the products that are launched while it is entered."""

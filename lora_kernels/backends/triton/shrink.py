@@ -32,6 +32,7 @@ def _shrink_kernel(
     x_ptr,  # [M, K]
     a_ptr,  # [K, R]; where GROUPED, each group's lies stride_ag behind the last one's
     out_ptr,  # [split, M, R] float32
+    squares_ptr,  # [split, M] float32: the sums of x² over its columns
     alpha,
     seed_ptr,
     threshold,
@@ -53,6 +54,7 @@ def _shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
     SCALED: tl.constexpr,
+    SQUARES: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
@@ -91,6 +93,8 @@ def _shrink_kernel(
     step = widen(tl.full((), BLOCK_K, tl.int32), WIDE)
 
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if SQUARES:
+        squares = tl.zeros((BLOCK_M,), tl.float32)
     for k in range(k_start, k_end, BLOCK_K):
         mask_x = mask_m[:, None]
         mask_a = mask_r[None, :]
@@ -101,6 +105,8 @@ def _shrink_kernel(
         a = tl.load(a_ptrs, mask=mask_a, other=0.0)  # [BLOCK_K, BLOCK_R]
         if DROPOUT:
             x *= keep_tile(seed_ptr, threshold, offs_m, k, K, BLOCK_M, BLOCK_K).to(x.dtype)
+        if SQUARES:
+            squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
         acc = tl.dot(x.to(a.dtype), a, acc, input_precision=PRECISION)
         x_ptrs += step * stride_xk
         a_ptrs += step * stride_ak
@@ -113,6 +119,9 @@ def _shrink_kernel(
         acc,
         mask=mask_m[:, None] & mask_r[None, :],
     )
+    if SQUARES:
+        if pid % blocks_r == 0:  # every block of the rank has them
+            tl.store(squares_ptr + out_row, squares, mask=mask_m)
 
 
 def _side_by_side(matrices: Sequence[Tensor]) -> Tensor:
@@ -141,10 +150,38 @@ def shrink(
     """
     if not isinstance(a, Tensor):
         a = _side_by_side(a)
+    return _shrink(x, a, alpha, config, dropout, offsets, release, None)
+
+
+def shrink_squares(x: Tensor, a: Tensor, config: TileConfig) -> tuple[Tensor, Tensor]:
+    """(x·a [M, R], the sums of x² over columns [M]), float32, from one reading of x for `config.rank_chunk` columns."""
+    split = _split(x, config)
+    parts = x.new_empty((split, x.shape[0]), dtype=torch.float32)
+    lowrank = _shrink(x, a, 1.0, config, None, None, False, parts)
+    if split == 1:
+        return lowrank, parts[0]
+    return lowrank, sum_partials(parts, x.new_empty(x.shape[0], dtype=torch.float32), config)
+
+
+def _split(x: Tensor, config: TileConfig) -> int:
+    """How many parts of K are summed apart."""
+    return min(config.split, max(1, cdiv(x.shape[1], config.block_k)))
+
+
+def _shrink(
+    x: Tensor,
+    a: Tensor,
+    alpha: Scale,
+    config: TileConfig,
+    dropout: Dropout | None,
+    offsets: Tensor | None,
+    release: bool,
+    squares: Tensor | None,
+) -> Tensor:
     M, K = x.shape
     R = a.shape[-1]
     rows = Rows.of(M, config.block_m, offsets)
-    split = min(config.split, max(1, cdiv(K, config.block_k)))
+    split = _split(x, config)
     block_r = rank_block(R, config.rank_chunk)
     scaled = split == 1 or offsets is not None  # a group's alpha is known where its rows are
     parts = x.new_empty((split, M, R), dtype=torch.float32)
@@ -158,6 +195,7 @@ def shrink(
         x,
         a,
         parts,
+        squares,
         scale,
         *mask,
         split,
@@ -174,6 +212,7 @@ def shrink(
         BLOCK_R=block_r,
         BLOCK_G=group_block(offsets),
         SCALED=scaled,
+        SQUARES=squares is not None,
         EVEN_K=K % config.block_k == 0,
         PRECISION=shrink_precision(x.dtype, a.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
