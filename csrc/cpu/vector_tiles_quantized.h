@@ -242,6 +242,8 @@ void dots_of_groups(const float* x, int64_t x_pitch, const Quantized& w, int64_t
   float* const scales = scratch + cols * rows * L;  // [cols, runs]
   std::memset(sums, 0, cols * rows * L * sizeof(float));
   for (int64_t n = 0; n < cols; ++n) w.scales(scales + n * runs, row + n, 0, w.cols);
+  // An infinite scale makes elements of both signs, and NaN of 0, whose sum is NaN.
+  for (int64_t i = 0; i < cols * runs; ++i) scales[i] += scales[i] - scales[i];
   for (int64_t k = 0; k < w.cols; k += step) {
     const int64_t depth = w.cols - k < step ? w.cols - k : step;
     for (int64_t n = 0; n < cols; ++n)
