@@ -63,7 +63,7 @@ class LoRALinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         x, weight, A, B, bias, scale, ctx.dropout_p, seed, ctx.call, *given = inputs
         offsets = given[0] if given else None
-        if ctx.needs_input_grad[5]:  # `check_operands` cannot see it in a transform's wrapper
+        if ctx.needs_input_grad[5]:  # `arguments.check` cannot see it in a transform's wrapper
             raise ValueError(ALPHA_IS_NO_PARAMETER)
         ctx.needs = Needs(*ctx.needs_input_grad[:5])
         ctx.dtype, ctx.adapter_dtype, (ctx.K, ctx.R) = x.dtype, A.dtype, A.shape[-2:]

@@ -1,9 +1,8 @@
-"""The functional form of a LoRA linear layer: the one place that checks operands, casts them and flattens x."""
+"""The functional form of a LoRA linear layer: the one place that casts operands and flattens x."""
 
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import replace
 from typing import Any
 
@@ -12,14 +11,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lora_kernels import autograd, dora, formulas, ops, plan
-from lora_kernels.autograd import ALPHA_IS_NO_PARAMETER, Call, as_dropout
+from lora_kernels.arguments import EAGER_TYPES, Arguments, check, number
+from lora_kernels.autograd import Call, as_dropout
 from lora_kernels.backends.composite import with_column_scale
-from lora_kernels.declined import why_declined
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.operands import (
-    DTYPES,
     Adapter,
-    QuantizedWeight,
     Weight,
     accumulated,
     adapters_as_used,
@@ -29,9 +26,6 @@ from lora_kernels.operands import (
 )
 from lora_kernels.plan import Plan
 from lora_kernels.problem import Problem
-
-# Other types (fake and distributed tensors) intercept operators, so they must see a registered one.
-_EAGER_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
 def lora_linear(
@@ -72,39 +66,21 @@ def lora_linear(
     >>> torch.allclose(y, layer(x) + 0.5 * (x @ A @ B), atol=1e-5)
     True
     """
-    return call(x, weight, A, B, alpha, bias, dropout_p, seed, backend, magnitude=magnitude)
+    return call(Arguments(x, weight, A, B, alpha, bias, dropout_p, seed, backend, magnitude))
 
 
-def call(
-    x: Tensor,
-    weight: Weight,
-    A: Tensor,
-    B: Tensor,
-    alpha: float | Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: int | Tensor | None,
-    backend: str,
-    offsets: Tensor | None = None,
-    magnitude: Tensor | None = None,
-) -> Tensor:
-    """`lora_linear`, over groups of rows where there are offsets: checks the operands and does what autocast asks for."""
-    half = _autocast_to(x)
-    check_operands(
-        x, weight, A, B, alpha, bias, magnitude, autocast=half is not None, offsets=offsets
-    )
-    check_dropout("dropout_p", dropout_p)
-    _check_seed(seed)
-    plan.check_name(backend)
-    apply: Any = _apply if magnitude is None else _apply_dora
-    last = offsets if magnitude is None else magnitude
-    if half is not None:
-        x = x.to(half)
-        weight = weight.to(half)
-        bias = None if bias is None else bias.to(half)
-        with torch.autocast(x.device.type, enabled=False):
-            return apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, last)
-    return apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, last)
+def call(a: Arguments) -> Tensor:
+    """`lora_linear`, over groups of rows where there are offsets: checks the arguments and does what autocast asks for."""
+    half = _autocast_to(a.x)
+    check(a, autocast=half is not None)
+    plan.check_name(a.backend)
+    apply = _apply if a.magnitude is None else _apply_dora
+    if half is None:
+        return apply(a)
+    bias = None if a.bias is None else a.bias.to(half)
+    a = a._replace(x=a.x.to(half), weight=a.weight.to(half), bias=bias)
+    with torch.autocast(a.x.device.type, enabled=False):
+        return apply(a)
 
 
 def explain(
@@ -130,170 +106,11 @@ def explain(
     if weight is None or A is None or B is None:
         raise TypeError("explain needs a Problem, or x, weight, A and B")
     half = _autocast_to(x)
-    check_operands(
-        x, weight, A, B, alpha, bias, magnitude, autocast=half is not None, offsets=offsets
-    )
-    check_dropout("dropout_p", dropout_p)
+    a = Arguments(x, weight, A, B, alpha, bias, dropout_p, None, backend, magnitude, offsets)
+    check(a, autocast=half is not None)
     groups = groups_of(offsets, weight, bias)
     problem = problem_of(x, weight, A, bias, dropout=dropout_p > 0, dtype=half, groups=groups)
     return replace(plan.explain(problem, backend), magnitude=magnitude is not None)
-
-
-def check_operands(
-    x: Tensor,
-    weight: Weight,
-    A: Tensor,
-    B: Tensor,
-    alpha: float | Tensor,
-    bias: Tensor | None,
-    magnitude: Tensor | None = None,
-    *,
-    autocast: bool,
-    offsets: Tensor | None = None,
-) -> None:
-    """TypeError or ValueError unless these are the operands of one LoRA linear; it names argument, value and rule.
-
-    `autocast`: x, weight and bias will be cast to one dtype. With `offsets` they are those of `grouped_lora_linear`.
-    """
-    device = x.device if isinstance(x, Tensor) else None
-    usual = type(weight) in _EAGER_TYPES or isinstance(weight, QuantizedWeight)
-    if not usual and not torch.compiler.is_compiling():  # compilers cannot trace a search by name
-        _check_kind(weight)
-    operands = ("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)
-    for name, t in (*operands, ("magnitude", magnitude)):
-        if t is None and name in ("bias", "magnitude"):
-            continue
-        if not isinstance(t, Tensor) and not (name == "weight" and isinstance(t, QuantizedWeight)):
-            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-        if t.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
-        if t.device != device:
-            raise ValueError(f"{name} must be on x's device, {device}, got {t.device}")
-    if x.is_nested:
-        raise TypeError("x must be a dense tensor, got a nested one: give its values or pad it")
-    if not isinstance(weight, Tensor):
-        _check_packed(weight, device)
-    if offsets is not None:
-        _check_grouped(x, weight, A, B, alpha, bias, offsets)
-    elif len(weight.shape) != 2:
-        raise ValueError(f"weight must be [N, K], 2-D, got {_shape(weight)}")
-    else:
-        N, K = weight.shape
-        if x.ndim < 1 or x.shape[-1] != K:
-            raise ValueError(f"x must be [..., K] with K = {K} as in weight, got {_shape(x)}")
-        if A.ndim != 2 or A.shape[0] != K:
-            raise ValueError(f"A must be [K, R] with K = {K} as in weight, got {_shape(A)}")
-        R = A.shape[1]
-        if B.shape != (R, N):
-            raise ValueError(f"B must be [R, N] = [{R}, {N}], got {_shape(B)}")
-        if bias is not None and bias.shape != (N,):
-            raise ValueError(f"bias must be [N] = [{N}], got {_shape(bias)}")
-        if magnitude is not None and magnitude.shape != (N,):
-            raise ValueError(f"magnitude must be [N] = [{N}], got {_shape(magnitude)}")
-    if A.dtype != B.dtype:
-        raise TypeError(f"B must have A's dtype, {A.dtype}, got {B.dtype}")
-    if not autocast:
-        for name, t in (("weight", weight), ("bias", bias)):
-            if t is not None and t.dtype != x.dtype:
-                raise TypeError(f"{name} must have x's dtype, {x.dtype}, got {t.dtype}")
-    name, rule = ("alpha", "0-d") if offsets is None else ("scale", "[G]")
-    if isinstance(alpha, Tensor):
-        if alpha.ndim != 0 and offsets is None:
-            raise ValueError(f"alpha must be a number or a 0-d tensor, got {_shape(alpha)}")
-        if alpha.requires_grad:
-            raise ValueError(ALPHA_IS_NO_PARAMETER.replace("alpha", name))
-        if alpha.dtype == torch.bool or alpha.dtype.is_complex:
-            raise TypeError(f"{name} must be real, got a tensor of {alpha.dtype}")
-    elif isinstance(alpha, bool) or not isinstance(
-        alpha, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)
-    ):
-        raise TypeError(f"{name} must be a number or a {rule} tensor, got {type(alpha).__name__}")
-    else:
-        _number(alpha)
-
-
-def _check_grouped(
-    x: Tensor,
-    weight: Weight,
-    A: Tensor,
-    B: Tensor,
-    scale: float | Tensor,
-    bias: Tensor | None,
-    offsets: Tensor,
-) -> None:
-    """TypeError or ValueError unless the shapes are those of `grouped_lora_linear`. The values of offsets are not read."""
-    if not isinstance(offsets, Tensor):
-        raise TypeError(f"offsets must be a Tensor, got {type(offsets).__name__}")
-    if offsets.dtype != torch.int32:
-        raise TypeError(f"offsets must be int32, got {offsets.dtype}")
-    if offsets.device != x.device:
-        raise ValueError(f"offsets must be on x's device, {x.device}, got {offsets.device}")
-    if offsets.ndim != 1 or offsets.shape[0] < 2:
-        raise ValueError(f"offsets must be [G + 1] for G >= 1 groups, got {_shape(offsets)}")
-    G = offsets.shape[0] - 1
-    shape = weight.shape
-    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != G):
-        raise ValueError(f"weight must be [G, N, K] with G = {G} or [N, K], got {_shape(weight)}")
-    N, K = shape[-2:]
-    if x.ndim != 2 or x.shape[1] != K:
-        raise ValueError(f"x must be [T, K] with K = {K} as in weight, got {_shape(x)}")
-    if A.ndim != 3 or A.shape[:2] != (G, K):
-        raise ValueError(f"A must be [G, K, R] with G, K = {G}, {K}, got {_shape(A)}")
-    R = A.shape[2]
-    if B.shape != (G, R, N):
-        raise ValueError(f"B must be [G, R, N] = [{G}, {R}, {N}], got {_shape(B)}")
-    if bias is not None and bias.shape not in ((N,), (G, N)):
-        raise ValueError(f"bias must be [G, N] = [{G}, {N}] or [N], got {_shape(bias)}")
-    if isinstance(scale, Tensor) and scale.shape not in ((), (G,)):
-        raise ValueError(f"scale must be a number or [G] = [{G}], got {_shape(scale)}")
-    if isinstance(scale, Tensor) and scale.ndim == 1 and scale.device != x.device:
-        raise ValueError(f"scale must be on x's device, {x.device}, got {scale.device}")
-
-
-def _number(alpha: Any) -> Any:
-    """alpha as a Python float, whatever kind of real number it is; ValueError where it is past float64."""
-    if isinstance(alpha, (float, Tensor, torch.SymFloat, torch.SymInt)):
-        return alpha
-    try:
-        return float(alpha)
-    except OverflowError:
-        raise ValueError(
-            f"alpha must be within float64's range, up to 1.8e308, got {shown(alpha)}"
-        ) from None
-
-
-def shown(number: Any) -> str:
-    """A real number in a few characters, for an error: an integer may have thousands of digits."""
-    try:
-        return f"{float(number):.6g}"
-    except OverflowError:
-        bits = number.numerator.bit_length() - number.denominator.bit_length()
-        return f"about {'-' if number < 0 else ''}2^{bits}"
-
-
-def _check_kind(weight: Any) -> None:
-    """TypeError for a tensor of a quantised kind that products cannot read as it is; it says why."""
-    reason = why_declined(weight)
-    if reason is not None:
-        raise TypeError(f"weight must be a dense tensor or a QuantizedWeight, but {reason}")
-    if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
-        raise TypeError(
-            f"weight must be a dense tensor or a QuantizedWeight, got a {type(weight).__name__}: give"
-            " lora_kernels.quantized.from_bitsandbytes(weight)"
-        )
-
-
-def _check_packed(weight: QuantizedWeight, device: torch.device | None) -> None:
-    """ValueError unless every packed tensor is on x's device and none requires grad."""
-    for t in weight.tensors:
-        if t.device != device:
-            raise ValueError(f"weight must be on x's device, {device}, got {t.device} in part")
-        dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
-        if t.requires_grad or dual:
-            raise ValueError(
-                f"weight must not require grad: a quantised weight has no gradient, got a packed"
-                f" {weight.format} tensor that requires one"
-            )
 
 
 def alpha_tensor(alpha: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -302,28 +119,6 @@ def alpha_tensor(alpha: float, dtype: torch.dtype, device: torch.device | str) -
     if isinstance(alpha, float) and abs(alpha) > torch.finfo(wide).max:
         alpha = math.copysign(math.inf, alpha)  # as a product with it would be
     return torch.scalar_tensor(alpha, dtype=wide, device=device)
-
-
-def check_dropout(name: str, p: float) -> None:
-    """ValueError unless 0 <= p < 1, TypeError unless it is a number."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"{name} must be a number in [0, 1), got {type(p).__name__}")
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {p}")
-
-
-def _check_seed(seed: int | Tensor | None) -> None:
-    """TypeError or ValueError unless it is None, an int64 or a 0-d int64 tensor."""
-    if isinstance(seed, Tensor):
-        if seed.ndim != 0 or seed.dtype != torch.int64:
-            raise ValueError(f"seed must be 0-d int64, got {_shape(seed)} {seed.dtype}")
-    elif seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-            raise TypeError(
-                f"seed must be an integer or a 0-d int64 tensor, got {type(seed).__name__}"
-            )
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
 
 
 def _autocast_to(x: Tensor) -> torch.dtype | None:
@@ -342,23 +137,12 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
-def _apply(
-    x: Tensor,
-    weight: Weight,
-    A: Tensor,
-    B: Tensor,
-    alpha: float | Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: int | Tensor | None,
-    backend: str,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    """y of checked operands: casts the adapters, flattens x, calls an operator or the Function."""
-    A, B = adapters_as_used(A, B, x.dtype)
-    if type(alpha) is not float:
-        alpha = _number(alpha)
-    seed = _seed(seed, x.device) if dropout_p else None
+def _apply(a: Arguments) -> Tensor:
+    """y of checked arguments: casts the adapters, flattens x, calls an operator or the Function."""
+    x, weight, bias, offsets = a.x, a.weight, a.bias, a.offsets
+    A, B = adapters_as_used(a.A, a.B, x.dtype)
+    alpha = a.alpha if type(a.alpha) is float else number(a.alpha)
+    seed = _seed(a.seed, x.device) if a.dropout_p else None
     quantised = not isinstance(weight, Tensor)  # the type check of an abstract class takes longer
     traced = _is_traced(x, weight if isinstance(weight, Tensor) else None, A, B, bias)
     chosen = None
@@ -366,90 +150,78 @@ def _apply(
     usual = not traced and _has_usual_derivatives(weight, A, B, alpha, bias)
     if usual and (x.is_cpu or not needs_grad):
         groups = groups_of(offsets, weight, bias)
-        chosen = plan.plan_call(backend, x, weight, A, bias, seed is not None, groups)
-        adapter = Adapter(A, B, alpha, None if seed is None else as_dropout(dropout_p, seed))
+        chosen = plan.plan_call(a.backend, x, weight, A, bias, seed is not None, groups)
+        adapter = Adapter(A, B, alpha, None if seed is None else as_dropout(a.dropout_p, seed))
         layer = chosen.products.layer
         if layer is not None and not chosen.dequantises and groups is None:
             return layer(x, weight, adapter, bias)
-    lead = x.shape[:-1]
-    rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
-    rest = A, B, bias, alpha, dropout_p, seed, backend
+    rows = _rows(x)
+    rest = A, B, bias, alpha, a.dropout_p, seed
     # A Function hides packed tensors, which are no arguments of its own, and has no tangents over groups.
     if (quantised or offsets is not None) and _is_differentiated_elsewhere():
         if type(offsets) is Tensor and offsets.is_cpu and not traced:
             bounds_of(offsets, x.shape[0])  # which plain ATen does not read
-        y, _ = autograd.transparent(rows, weight, *rest, offsets)
+        y, _ = autograd.transparent(rows, weight, *rest, a.backend, offsets)
     elif traced:
-        y, _ = _traced(rows, weight, *rest, offsets)
+        y, _ = _traced(rows, weight, *rest, a.backend, offsets)
     elif chosen is not None and not needs_grad:
         weight = chosen.readable(weight)
         y, _ = formulas.forward(chosen.products.bound(groups), rows, weight, adapter, bias)
     else:
-        call = Call(backend, chosen)
-        y, _ = autograd.apply(rows, weight, A, B, bias, alpha, dropout_p, seed, call, offsets)
-    return y if x.ndim == 2 else y.reshape(*lead, weight.shape[-2])
+        y, _ = autograd.apply(rows, weight, *rest, Call(a.backend, chosen), offsets)
+    return _like(y, x)
 
 
-def _apply_dora(
-    x: Tensor,
-    weight: Weight,
-    A: Tensor,
-    B: Tensor,
-    alpha: float | Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: int | Tensor | None,
-    backend: str,
-    magnitude: Tensor,
-) -> Tensor:
+def _apply_dora(a: Arguments) -> Tensor:
     """`_apply` with DoRA's magnitude: in eager mode in one product, else as a scale of the columns of `_apply`'s result."""
-    A, B = adapters_as_used(A, B, x.dtype)
-    alpha = _number(alpha)
-    if dropout_p:
-        rest = A, B, alpha, bias, magnitude, dropout_p, seed, backend
-        return _apply_dropped(x, weight, *rest)
+    A, B = adapters_as_used(a.A, a.B, a.x.dtype)
+    a = a._replace(A=A, B=B, alpha=number(a.alpha))
+    if a.dropout_p:
+        return _apply_dora_dropped(a)
+    x, weight, bias, magnitude = a.x, a.weight, a.bias, a.magnitude
+    assert magnitude is not None
     dense = weight if isinstance(weight, Tensor) else None
     traced = _is_traced(x, dense, A, B, bias, magnitude)
-    elsewhere = _is_differentiated_elsewhere()
-    if traced and not isinstance(alpha, Tensor):
-        alpha = alpha_tensor(alpha, x.dtype, x.device)
-    how = "operator" if torch.compiler.is_compiling() else "transparent"
-    how = "transparent" if elsewhere else how if traced else "eager"
-    c = dora.column_scale(magnitude, dora.row_norms(weight, A, B, alpha, backend, how=how))
+    if traced and not isinstance(a.alpha, Tensor):
+        a = a._replace(alpha=alpha_tensor(a.alpha, x.dtype, x.device))
+    if _is_differentiated_elsewhere():
+        how = "transparent"
+    elif traced:
+        how = "operator" if torch.compiler.is_compiling() else "transparent"
+    else:
+        how = "eager"
+    norms = dora.row_norms(weight, A, B, a.alpha, a.backend, how=how)
+    c = dora.column_scale(magnitude, norms)
     if how != "eager":
-        z = _apply(x, weight, A, B, alpha, None, 0.0, None, backend)
-        return with_column_scale(z, c, bias)
-    lead = x.shape[:-1]
-    rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
-    y = dora.dora_linear(rows, weight, A, B, bias, alpha, backend, c)
-    return y if x.ndim == 2 else y.reshape(*lead, weight.shape[0])
+        return with_column_scale(_apply(a._replace(bias=None)), c, bias)
+    return _like(dora.dora_linear(_rows(x), weight, A, B, bias, a.alpha, a.backend, c), x)
 
 
-def _apply_dropped(
-    x: Tensor,
-    weight: Weight,
-    A: Tensor,
-    B: Tensor,
-    alpha: float | Tensor,
-    bias: Tensor | None,
-    magnitude: Tensor,
-    dropout_p: float,
-    seed: int | Tensor | None,
-    backend: str,
-) -> Tensor:
+def _apply_dora_dropped(a: Arguments) -> Tensor:
     """DoRA with dropout: the whole layer on v = dropout(x), and the base on what is left, x - v.
 
     y = (x - v)·Wᵀ + bias + c∘(v·Wᵀ + alpha·(v·A)·B) = x·Wᵀ + bias + (c-1)∘v·Wᵀ + c∘alpha·(v·A)·B, as PEFT has it.
     """
-    if seed is None:
-        v = torch.nn.functional.dropout(x, dropout_p)
+    x = a.x
+    if a.seed is None:
+        v = torch.nn.functional.dropout(x, a.dropout_p)
     else:
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        dropout = Dropout(dropout_p, _seed(seed, x.device))
+        rows = _rows(x)
+        dropout = Dropout(a.dropout_p, _seed(a.seed, x.device))
         v = (rows * scaled_mask(dropout, rows.shape[0], rows.shape[1], x.dtype)).view(x.shape)
-    adapted = _apply_dora(v, weight, A, B, alpha, None, 0.0, None, backend, magnitude)
-    left = _apply(x - v, weight, A[:, :0], B[:0], alpha, bias, 0.0, None, backend)
-    return left + adapted
+    a = a._replace(dropout_p=0.0, seed=None)
+    left = _apply(a._replace(x=x - v, A=a.A[:, :0], B=a.B[:0]))
+    return left + _apply_dora(a._replace(x=v, bias=None))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., K] as a matrix."""
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """y [M, N] with the leading dimensions of x."""
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _is_traced(*operands: Tensor | None) -> bool:
@@ -457,7 +229,7 @@ def _is_traced(*operands: Tensor | None) -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or not _EAGER_TYPES.issuperset(map(type, operands))
+        or not EAGER_TYPES.issuperset(map(type, operands))
         or autograd.modes_are_active()
     )
 
@@ -517,7 +289,3 @@ def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
         return seed.to(device)
     return torch.full((), seed, dtype=torch.int64, device=device)
-
-
-def _shape(t: Weight) -> list[int]:
-    return list(t.shape)

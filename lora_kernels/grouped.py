@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lora_kernels import functional
+from lora_kernels.arguments import Arguments
 from lora_kernels.operands import Weight
 
 
@@ -42,4 +43,5 @@ def grouped_lora_linear(
     >>> torch.allclose(y[2:], x[2:] @ weight[2].T + 0.5 * (x[2:] @ A[2] @ B[2]), atol=1e-5)
     True
     """
-    return functional.call(x, weight, A, B, scale, bias, dropout_p, seed, backend, offsets)
+    rest = bias, dropout_p, seed, backend, None, offsets
+    return functional.call(Arguments(x, weight, A, B, scale, *rest))

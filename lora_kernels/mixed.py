@@ -173,10 +173,7 @@ class LinearWithAdapters(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> LoRALayer:
         """A new `LoRALayer`, by default in `linear`'s dtype; ValueError for a name that is taken, empty or has a dot."""
-        if not isinstance(name, str) or not name or "." in name or name == BASE:
-            raise ValueError(
-                f"name must be a string without dots other than {BASE!r}, got {name!r}"
-            )
+        check_name(name)
         if name in self.adapters:
             raise ValueError(f"name must be new, got {name!r}, which the layer has")
         lora = LoRALayer(

@@ -19,15 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import bases
+from lora_kernels.arguments import check_dropout, shown
 from lora_kernels.bases import features, has_hooks, is_linear
 from lora_kernels.declined import why_declined
-from lora_kernels.functional import (
-    DTYPES,
-    alpha_tensor,
-    autocast_dtype,
-    check_dropout,
-    shown,
-)
+from lora_kernels.functional import alpha_tensor, autocast_dtype
+from lora_kernels.operands import DTYPES
 
 Place = tuple[str, nn.Module, str, nn.Module]  # name, parent, key and child: `parent.key` is child
 

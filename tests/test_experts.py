@@ -679,7 +679,8 @@ def test_models_train_generate_and_save_as_before(family, tmp_path):
     net.save_pretrained(tmp_path / "ours")
     plain.save_pretrained(tmp_path / "theirs")
     ours, theirs = (
-        json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")
+        json.loads((tmp_path / who / "adapter_config.json").read_text())
+        for who in ("ours", "theirs")
     )
     for config in (ours, theirs):  # PEFT writes a set, in the order of a process's hashes
         config["target_modules"] = sorted(config["target_modules"])

@@ -129,7 +129,7 @@ LAYERS = (
     ("plan",),
     ("autograd",),
     ("ops",),
-    ("dora",),
+    ("arguments", "dora"),
     ("functional",),
     ("bases", "grouped"),
     ("modules",),

@@ -16,9 +16,10 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from lora_kernels.bases import has_hooks, is_plain_tensor
-from lora_kernels.functional import DTYPES, autocast_dtype
+from lora_kernels.functional import autocast_dtype
 from lora_kernels.grouped import grouped_lora_linear
 from lora_kernels.integrations.state import active, why_not_one_adapter
+from lora_kernels.operands import DTYPES
 from lora_kernels.routing import Routing, sorted_by_group
 
 _DOWN = "down_proj"

@@ -25,12 +25,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from lora_kernels import bases
 from lora_kernels.bases import has_hooks, is_conv1d, is_plain_tensor, is_quantized
 from lora_kernels.declined import why_declined
-from lora_kernels.functional import DTYPES, autocast_dtype
+from lora_kernels.functional import autocast_dtype
 from lora_kernels.integrations import experts
 from lora_kernels.integrations.state import active, why_not_one_adapter
 from lora_kernels.mixed import mixed_lora_linear
 from lora_kernels.modules import check_model
-from lora_kernels.operands import Adapter
+from lora_kernels.operands import DTYPES, Adapter
 
 
 class Fused:

@@ -25,6 +25,7 @@ NEAR_DUPLICATES = (
     "sm_89",
 )  # the code of sm_80 in smaller tiles: one rank and one stride form suffice
 TYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+USUAL = ("bfloat16", "bfloat16", DENSE)
 PARTS = 8  # of a target's work, for test processes beside each other
 # Nothing spills, but for what the compiler of Triton 3.6 sets aside of one thread to fit more warps, before and after a
 # loop but for an instruction or two.
@@ -33,18 +34,26 @@ MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "mfma", "gfx1100": "
 
 
 def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
-    """All stride forms and dropout; all but the first form at the widest rank alone, which takes the most registers."""
+    """Every configuration at its widest rank, which takes the most registers, with all stride forms and dropout.
+
+    A bfloat16 layer with a dense weight has more: the narrowest rank, and the forms that split no sum beside those that do.
+    """
     pairs = shipped(TARGETS[target])
-    widest = {(config, p.dtype, p.adapter_dtype, p.weight_format): p for p, config in pairs}
+    widest = {(config, *_types(p)): p for p, config in pairs}
+    splits: dict[tuple, int] = {}
+    for p, config in pairs:
+        code = (replace(config, split=0), *_types(p))
+        splits[code] = max(config.split, splits.get(code, 1))
     once = target in (*NEAR_DUPLICATES, "gfx942", "gfx1100")
     for problem, config in pairs:
-        if target in NEAR_DUPLICATES and (
-            problem.R != 64 or problem.adapter_dtype != problem.dtype
-        ):
+        types = _types(problem)
+        usual = types == USUAL
+        if target in NEAR_DUPLICATES and (problem.R != 64 or not usual):
+            continue
+        last = widest[(config, *types)] is problem
+        if not usual and not (last and config.split == splits[(replace(config, split=0), *types)]):
             continue
         yield problem, config, True, False
-        types = problem.dtype, problem.adapter_dtype, problem.weight_format
-        last = widest[(config, *types)] is problem
         both = config.kernel != "shrink_wgrad" and problem.weight_format == DENSE
         if last and not once and both:
             yield problem, config, False, False
@@ -57,12 +66,14 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
                 yield masked, config, kernel != "expand", False
 
 
+def _types(problem: Problem) -> tuple[str, str, str]:
+    return problem.dtype, problem.adapter_dtype, problem.weight_format
+
+
 def grouped_jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
     """Over groups, at the widest rank: each configuration as it is, and the product of dx, with a mask."""
     for problem, config in shipped(TARGETS[target], groups=8):
-        if problem.R != 64 or (
-            target in NEAR_DUPLICATES and problem.dtype != problem.adapter_dtype
-        ):
+        if problem.R != 64 or (target in NEAR_DUPLICATES and _types(problem) != USUAL):
             continue
         yield problem, config, True, False
         if config.kernel == "expand":

@@ -1,0 +1,212 @@
+"""The arguments of one call as a value, and the rules that they obey: every error names argument, value and rule."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lora_kernels.autograd import ALPHA_IS_NO_PARAMETER
+from lora_kernels.declined import why_declined
+from lora_kernels.operands import DTYPES, QuantizedWeight, Weight
+
+# Other types (fake and distributed tensors) intercept operators, so they must see a registered one.
+EAGER_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+class Arguments(NamedTuple):
+    """What `lora_linear` was called with; `grouped_lora_linear` where there are offsets, its scale as alpha."""
+
+    x: Tensor
+    weight: Weight
+    A: Tensor
+    B: Tensor
+    alpha: float | Tensor
+    bias: Tensor | None = None
+    dropout_p: float = 0.0
+    seed: int | Tensor | None = None
+    backend: str = "auto"
+    magnitude: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+def check(a: Arguments, *, autocast: bool) -> None:
+    """TypeError or ValueError unless these are the arguments of one LoRA linear.
+
+    `autocast`: x, weight and bias will be cast to one dtype.
+    """
+    _check_operands(a, autocast)
+    check_dropout("dropout_p", a.dropout_p)
+    _check_seed(a.seed)
+
+
+def _check_operands(a: Arguments, autocast: bool) -> None:
+    x, weight, A, B, bias, magnitude = a.x, a.weight, a.A, a.B, a.bias, a.magnitude
+    device = x.device if isinstance(x, Tensor) else None
+    usual = type(weight) in EAGER_TYPES or isinstance(weight, QuantizedWeight)
+    if not usual and not torch.compiler.is_compiling():  # compilers cannot trace a search by name
+        _check_kind(weight)
+    operands = ("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)
+    for name, t in (*operands, ("magnitude", magnitude)):
+        if t is None and name in ("bias", "magnitude"):
+            continue
+        if not isinstance(t, Tensor) and not (name == "weight" and isinstance(t, QuantizedWeight)):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"{name} must be on x's device, {device}, got {t.device}")
+    if x.is_nested:
+        raise TypeError("x must be a dense tensor, got a nested one: give its values or pad it")
+    if not isinstance(weight, Tensor):
+        _check_packed(weight, device)
+    if a.offsets is not None:
+        _check_grouped(a, a.offsets)
+    elif len(weight.shape) != 2:
+        raise ValueError(f"weight must be [N, K], 2-D, got {_shape(weight)}")
+    else:
+        N, K = weight.shape
+        if x.ndim < 1 or x.shape[-1] != K:
+            raise ValueError(f"x must be [..., K] with K = {K} as in weight, got {_shape(x)}")
+        if A.ndim != 2 or A.shape[0] != K:
+            raise ValueError(f"A must be [K, R] with K = {K} as in weight, got {_shape(A)}")
+        R = A.shape[1]
+        if B.shape != (R, N):
+            raise ValueError(f"B must be [R, N] = [{R}, {N}], got {_shape(B)}")
+        if bias is not None and bias.shape != (N,):
+            raise ValueError(f"bias must be [N] = [{N}], got {_shape(bias)}")
+        if magnitude is not None and magnitude.shape != (N,):
+            raise ValueError(f"magnitude must be [N] = [{N}], got {_shape(magnitude)}")
+    if A.dtype != B.dtype:
+        raise TypeError(f"B must have A's dtype, {A.dtype}, got {B.dtype}")
+    if not autocast:
+        for name, t in (("weight", weight), ("bias", bias)):
+            if t is not None and t.dtype != x.dtype:
+                raise TypeError(f"{name} must have x's dtype, {x.dtype}, got {t.dtype}")
+    _check_scale(a.alpha, "alpha" if a.offsets is None else "scale")
+
+
+def _check_scale(alpha: Any, name: str) -> None:
+    """TypeError or ValueError unless it is a real number, or a tensor that needs no gradient: 0-d, or [G] over groups."""
+    if isinstance(alpha, Tensor):
+        if alpha.ndim != 0 and name == "alpha":
+            raise ValueError(f"alpha must be a number or a 0-d tensor, got {_shape(alpha)}")
+        if alpha.requires_grad:
+            raise ValueError(ALPHA_IS_NO_PARAMETER.replace("alpha", name))
+        if alpha.dtype == torch.bool or alpha.dtype.is_complex:
+            raise TypeError(f"{name} must be real, got a tensor of {alpha.dtype}")
+    elif isinstance(alpha, bool) or not isinstance(
+        alpha, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)
+    ):
+        rule = "0-d" if name == "alpha" else "[G]"
+        raise TypeError(f"{name} must be a number or a {rule} tensor, got {type(alpha).__name__}")
+    else:
+        number(alpha)
+
+
+def _check_grouped(a: Arguments, offsets: Any) -> None:
+    """TypeError or ValueError unless the shapes are those of `grouped_lora_linear`. The values of offsets are not read."""
+    x, weight, A, B, scale, bias = a.x, a.weight, a.A, a.B, a.alpha, a.bias
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"offsets must be a Tensor, got {type(offsets).__name__}")
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"offsets must be int32, got {offsets.dtype}")
+    if offsets.device != x.device:
+        raise ValueError(f"offsets must be on x's device, {x.device}, got {offsets.device}")
+    if offsets.ndim != 1 or offsets.shape[0] < 2:
+        raise ValueError(f"offsets must be [G + 1] for G >= 1 groups, got {_shape(offsets)}")
+    if a.magnitude is not None:
+        raise ValueError("magnitude must be None over groups: DoRA has no form with offsets")
+    G = offsets.shape[0] - 1
+    shape = weight.shape
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != G):
+        raise ValueError(f"weight must be [G, N, K] with G = {G} or [N, K], got {_shape(weight)}")
+    N, K = shape[-2:]
+    if x.ndim != 2 or x.shape[1] != K:
+        raise ValueError(f"x must be [T, K] with K = {K} as in weight, got {_shape(x)}")
+    if A.ndim != 3 or A.shape[:2] != (G, K):
+        raise ValueError(f"A must be [G, K, R] with G, K = {G}, {K}, got {_shape(A)}")
+    R = A.shape[2]
+    if B.shape != (G, R, N):
+        raise ValueError(f"B must be [G, R, N] = [{G}, {R}, {N}], got {_shape(B)}")
+    if bias is not None and bias.shape not in ((N,), (G, N)):
+        raise ValueError(f"bias must be [G, N] = [{G}, {N}] or [N], got {_shape(bias)}")
+    if isinstance(scale, Tensor) and scale.shape not in ((), (G,)):
+        raise ValueError(f"scale must be a number or [G] = [{G}], got {_shape(scale)}")
+    if isinstance(scale, Tensor) and scale.ndim == 1 and scale.device != x.device:
+        raise ValueError(f"scale must be on x's device, {x.device}, got {scale.device}")
+
+
+def number(alpha: Any) -> Any:
+    """alpha as a Python float, whatever kind of real number it is; ValueError where it is past float64."""
+    if isinstance(alpha, (float, Tensor, torch.SymFloat, torch.SymInt)):
+        return alpha
+    try:
+        return float(alpha)
+    except OverflowError:
+        raise ValueError(
+            f"alpha must be within float64's range, up to 1.8e308, got {shown(alpha)}"
+        ) from None
+
+
+def shown(number: Any) -> str:
+    """A real number in a few characters, for an error: an integer may have thousands of digits."""
+    try:
+        return f"{float(number):.6g}"
+    except OverflowError:
+        bits = number.numerator.bit_length() - number.denominator.bit_length()
+        return f"about {'-' if number < 0 else ''}2^{bits}"
+
+
+def _check_kind(weight: Any) -> None:
+    """TypeError for a tensor of a quantised kind that products cannot read as it is; it says why."""
+    reason = why_declined(weight)
+    if reason is not None:
+        raise TypeError(f"weight must be a dense tensor or a QuantizedWeight, but {reason}")
+    if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
+        raise TypeError(
+            f"weight must be a dense tensor or a QuantizedWeight, got a {type(weight).__name__}: give"
+            " lora_kernels.quantized.from_bitsandbytes(weight)"
+        )
+
+
+def _check_packed(weight: QuantizedWeight, device: torch.device | None) -> None:
+    """ValueError unless every packed tensor is on x's device and none requires grad."""
+    for t in weight.tensors:
+        if t.device != device:
+            raise ValueError(f"weight must be on x's device, {device}, got {t.device} in part")
+        dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+        if t.requires_grad or dual:
+            raise ValueError(
+                f"weight must not require grad: a quantised weight has no gradient, got a packed"
+                f" {weight.format} tensor that requires one"
+            )
+
+
+def check_dropout(name: str, p: float) -> None:
+    """ValueError unless 0 <= p < 1, TypeError unless it is a number."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1), got {type(p).__name__}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {p}")
+
+
+def _check_seed(seed: int | Tensor | None) -> None:
+    """TypeError or ValueError unless it is None, an int64 or a 0-d int64 tensor."""
+    if isinstance(seed, Tensor):
+        if seed.ndim != 0 or seed.dtype != torch.int64:
+            raise ValueError(f"seed must be 0-d int64, got {_shape(seed)} {seed.dtype}")
+    elif seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+            raise TypeError(
+                f"seed must be an integer or a 0-d int64 tensor, got {type(seed).__name__}"
+            )
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
+
+
+def _shape(t: Weight) -> list[int]:
+    return list(t.shape)
