@@ -27,8 +27,34 @@ class NotFrozen(ValueError):
     """A gradient is asked of a quantised weight, which has none."""
 
 
+class _Stored:
+    """A weight over a matrix that is stored row after row; `t` is a flag, and nothing is moved."""
+
+    transposed: bool
+
+    @property
+    def _stored(self) -> tuple[int, int]:
+        """Rows and columns of the matrix that is stored."""
+        return tuple(self.codes.shape)  # type: ignore[attr-defined]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        N, K = self._stored
+        return (K, N) if self.transposed else (N, K)
+
+    def t(self) -> Any:
+        # A copy, since making it anew would check every tensor again.
+        other = copy.copy(self)
+        object.__setattr__(other, "transposed", not self.transposed)
+        return other
+
+    def _turned(self, stored: Tensor) -> Tensor:
+        """The matrix that is stored as `shape` has it."""
+        return stored.t() if self.transposed else stored
+
+
 @dataclass(frozen=True, eq=False)
-class NF4Weight(QuantizedWeight):
+class NF4Weight(_Stored, QuantizedWeight):
     """A matrix W [N, K] of 4-bit codes, row after row, in the layout of bitsandbytes.
 
     Element e of the flattened W has its code in byte e // 2 of `packed`, an even e in the high four bits. W is
@@ -78,8 +104,8 @@ class NF4Weight(QuantizedWeight):
             _check("offset", self.offset, torch.float32, 1, what)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return (self.K, self.N) if self.transposed else (self.N, self.K)
+    def _stored(self) -> tuple[int, int]:
+        return self.N, self.K
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -101,9 +127,6 @@ class NF4Weight(QuantizedWeight):
         more = {"dtype": dtype, "transposed": bool(transposed)}
         return cls(packed, absmax, code, code2, absmax2, offset, N, K, **more)  # type: ignore[arg-type]
 
-    def t(self) -> NF4Weight:
-        return _turned(self)
-
     def scales(self) -> Tensor:
         """The scale of each block, float32."""
         if self.code2 is None or self.absmax2 is None or self.offset is None:
@@ -121,11 +144,11 @@ class NF4Weight(QuantizedWeight):
             values = F.pad(values, (0, missing))
         scaled = values.view(-1, self.block).mul_(scales[:, None])
         weight = scaled.to(self.dtype).view(-1)[:elements].view(self.N, self.K)
-        return weight.t() if self.transposed else weight
+        return self._turned(weight)
 
 
 @dataclass(frozen=True, eq=False)
-class Int8Weight(QuantizedWeight):
+class Int8Weight(_Stored, QuantizedWeight):
     """A matrix W [N, K] of int8 codes with a float32 scale for each row: W = codes · (absmax / 127), rounded to `dtype`."""
 
     codes: Tensor  # int8 [N, K]
@@ -145,11 +168,6 @@ class Int8Weight(QuantizedWeight):
         _check("absmax", self.absmax, torch.float32, codes.shape[0], what)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        N, K = self.codes.shape
-        return (K, N) if self.transposed else (N, K)
-
-    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.codes, self.absmax
 
@@ -164,17 +182,14 @@ class Int8Weight(QuantizedWeight):
         codes, absmax = tensors
         return cls(codes, absmax, dtype, bool(sizes[0]))
 
-    def t(self) -> Int8Weight:
-        return _turned(self)
-
     def dense(self) -> Tensor:
         # Multiplied by the reciprocal, as bitsandbytes does: the same bits.
         weight = (self.codes.float() * (self.absmax * (1.0 / 127.0))[:, None]).to(self.dtype)
-        return weight.t() if self.transposed else weight
+        return self._turned(weight)
 
 
 @dataclass(frozen=True, eq=False)
-class FP8Weight(QuantizedWeight):
+class FP8Weight(_Stored, QuantizedWeight):
     """A matrix W [N, K] of float8_e4m3fn codes, a float32 scale for each block of rows and columns.
 
     W[n, k] = codes[n, k] · scales[n // block[0], k // block[1]], a float32 product that is rounded to `dtype`; the last
@@ -207,11 +222,6 @@ class FP8Weight(QuantizedWeight):
         return -(-N // self.block[0]), -(-K // self.block[1])
 
     @property
-    def shape(self) -> tuple[int, int]:
-        N, K = self.codes.shape
-        return (K, N) if self.transposed else (N, K)
-
-    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.codes, self.scales
 
@@ -227,9 +237,6 @@ class FP8Weight(QuantizedWeight):
         rows, columns, transposed = sizes
         return cls(codes, scales, (rows, columns), dtype, bool(transposed))
 
-    def t(self) -> FP8Weight:
-        return _turned(self)
-
     def dense(self) -> Tensor:
         N, K = self.codes.shape
         rows, columns = self.block
@@ -240,7 +247,7 @@ class FP8Weight(QuantizedWeight):
         whole.mul_(scales[:, :full, None])
         values[:, full * columns :].mul_(scales[:, full:])
         weight = values.to(self.dtype)
-        return weight.t() if self.transposed else weight
+        return self._turned(weight)
 
 
 def from_fp8_linear(linear: Any, dtype: torch.dtype | None = None) -> QuantizedWeight:
@@ -350,13 +357,6 @@ def _check_frozen(weight: Any) -> None:
             "weight must not require grad: a quantised weight has no gradient, got one that does;"
             " freeze_base(model) freezes every weight that is not an adapter's"
         )
-
-
-def _turned(weight: Any) -> Any:
-    """The transposed weight; a copy, since making it anew would check every tensor again."""
-    other = copy.copy(weight)
-    object.__setattr__(other, "transposed", not weight.transposed)
-    return other
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,6 +226,17 @@ def test_nan_and_infinity_stand_where_the_dense_weight_has_them(kind, M):
         eager = x @ w.dense() + (0.5 * (x @ adapter.A @ adapter.B)).to(bf16)
         for test in (torch.isnan, torch.isinf):
             assert torch.equal(test(y), test(eager))
+
+
+@pytest.mark.parametrize("M", [1, 5, 20])
+def test_scales_that_are_no_numbers(M):
+    weight = _nf4(128, 192, f32, False)
+    absmax = weight.absmax.clone()
+    absmax[5], absmax[77] = float("inf"), float("nan")
+    weight = replace(weight, absmax=absmax)
+    for x, w, adapter in both_ways(weight, M, 4, f32):
+        y, eager = PRODUCTS.shrink_expand(x, w, adapter)[0], x @ w.dense()
+        assert torch.equal(y.isnan(), eager.isnan()) and y.isnan().any() and not y.isnan().all()
 
 
 @pytest.mark.parametrize("M", [1, 70])

@@ -301,6 +301,15 @@ void Run::panels_task(int64_t task) const {
     panel_task(row, std::min(step, end - row), cols, w, c);
 }
 
+// Asks for the lines of a small matrix that lie apart, one row after the other.
+void fetch(const Matrix& m, int64_t rows, int64_t cols) {
+  if (m.col_stride != 1) return;
+  const int64_t size = size_of(m.type), row = m.row_stride * size;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t byte = 0; byte < cols * size; byte += 64)
+      __builtin_prefetch(m.data + r * row + byte);
+}
+
 // Few rows: x as floats, `block_` columns of w a task.
 void Run::prepare(float* shared) {
   if (in_place_ == nullptr) return;
@@ -328,6 +337,8 @@ void Run::in_place_task(int64_t task) const {
   take_tail(cols, c + M * block_);
   Matrix w = p.quantized == nullptr ? p.w.from(0, cols.begin) : p.w;
   if (in_place_ != k.rows_of_w) w = w.transposed();
+  if (R > 0 && p.ends == nullptr)
+    fetch(p.b->from(0, cols.begin), std::min(R, MAX_DOT_ROWS), std::min(cols.count, DOT_COLS));
   if (copied) {
     k.copy(w_copy, x_pitch(), w, cols.count, K);
     w = {reinterpret_cast<const char*>(w_copy), Type::F32, cols.count, K, x_pitch(), 1};

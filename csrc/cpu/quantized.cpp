@@ -34,8 +34,12 @@ void Quantized::scales(float* to, int64_t row, int64_t col, int64_t count) const
     std::copy_n(absmax + first, runs, to);
     return;
   }
-  for (int64_t i = 0; i < runs; ++i)
-    to[i] = code2[absmax8[first + i]] * absmax2[(first + i) / NF4_BLOCK2];
+  for (int64_t i = 0; i < runs;) {
+    const int64_t block = (first + i) / NF4_BLOCK2;
+    const int64_t end = std::min(runs, (block + 1) * NF4_BLOCK2 - first);
+    for (const float shared = absmax2[block]; i < end; ++i)
+      to[i] = code2[absmax8[first + i]] * shared;
+  }
   for (int64_t i = 0; i < runs; ++i) to[i] += offset;
 }
 

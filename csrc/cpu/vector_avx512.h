@@ -25,6 +25,10 @@ struct Vector {
         _mm256_or_si256(_mm256_and_si256(codes, _mm256_set1_epi16(short(0xBF80))), nan);
     return {_mm512_mul_ps(_mm512_cvtph_ps(bits), _mm512_set1_ps(256.0f))};
   }
+  template <class T>
+  static void load_two(const T* p, Vector* out) {
+    out[0] = load(p), out[1] = load(p + LANES);
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BF16* p) const {
 #ifdef LORA_KERNELS_AVX512_BF16
@@ -105,6 +109,7 @@ struct Table16 {
 };
 
 // The values of 64 codes in 32 bytes, half of them at a time.
+template <int>
 struct Groups16 {
   Vector all;
 
@@ -112,10 +117,9 @@ struct Groups16 {
   // The element of the group that is decoded as number i: of 16 bytes the even ones, then the odd.
   static constexpr int64_t order(int64_t i) { return i / 32 * 32 + 2 * (i % 16) + i / 16 % 2; }
   template <int WHICH>
-  void half(const uint8_t* p, Vector scale, Vector* out) const {
+  void half(const uint8_t* p, Vector* out) const {
     const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(p + 16 * WHICH)));
-    const __m512 scaled = all.times(scale).v;
-    out[0] = {_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), scaled)};
-    out[1] = {_mm512_permutexvar_ps(codes, scaled)};
+    out[0] = {_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), all.v)};
+    out[1] = {_mm512_permutexvar_ps(codes, all.v)};
   }
 };

@@ -20,7 +20,7 @@ inline Vector rounded(Vector v, Type type) {
 struct Nf4 {
   static constexpr int64_t RUN = NF4_BLOCK;  // the most elements of a run
   static constexpr int64_t BITS = 4;
-  using Values = Groups16;
+  using Values = Groups16<4>;
   const uint8_t* codes;
   Table16 values;
 
@@ -50,6 +50,11 @@ struct Nf4 {
   }
 };
 
+// The same beside halves, for few rows of x.
+struct Nf4BesideHalves : Nf4 {
+  using Values = Groups16<3>;
+};
+
 // Rows of 8-bit codes that are numbers of type T, in runs within a row.
 template <class T>
 struct Bytes {
@@ -76,11 +81,11 @@ struct Bytes {
     explicit Values(const Quantized&) {}
     static constexpr int64_t order(int64_t i) { return i; }
     template <int WHICH>
-    void half(const uint8_t* p, Vector scale, Vector* out) const {
+    void half(const uint8_t* p, Vector* out) const {
       constexpr int64_t L = Vector::LANES;
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < 32 / L; ++i)
-        out[i] = Vector::load((const T*)p + WHICH * 32 + i * L).times(scale);
+#pragma GCC unroll 2
+      for (int64_t i = 0; i < 32 / L; i += 2)
+        Vector::load_two((const T*)p + WHICH * 32 + i * L, out + i);
     }
   };
 };
@@ -91,6 +96,14 @@ void with_decoder(const Quantized& w, const F& f) {
   if (w.format == Format::NF4) return f(static_cast<Nf4*>(nullptr));
   if (w.format == Format::INT8) return f(static_cast<Bytes<int8_t>*>(nullptr));
   f(static_cast<Bytes<E4M3>*>(nullptr));
+}
+
+// f of the decoder of w's format whose values few rows of x multiply.
+template <class F>
+void with_groups(const Quantized& w, const F& f) {
+  if (w.format == Format::NF4 && w.type != Type::F32)
+    return f(static_cast<Nf4BesideHalves*>(nullptr));
+  with_decoder(w, f);
 }
 
 // each(scale, col, count) for the runs within `count` elements from (row, col) on.
@@ -137,20 +150,11 @@ void decode(void* dst, Type type, const Quantized& w, int64_t row, int64_t col, 
   });
 }
 
-constexpr int64_t GROUP = 64;      // codes that are decoded together, of one run
-constexpr int64_t FETCHED = 4096;  // codes between those that are decoded and those asked for
+constexpr int64_t GROUP = 64;       // codes that are decoded together, a run of every format
+constexpr int64_t FETCHED = 16384;  // codes between those that are decoded and those asked for
 
 // Of x these are multiplied at once: with their sums they stay in the L1 cache.
 constexpr int64_t X_FLOATS = 2048;
-
-// The scaled values of one half of a group.
-template <class Codes, int WHICH>
-inline __attribute__((always_inline)) void half_group(const typename Codes::Values& values,
-                                                      const uint8_t* codes, const float* scales,
-                                                      int64_t at, Vector* out) {
-  values.template half<WHICH>(codes + at * Codes::BITS / 8, Vector::all(scales[at / Codes::RUN]),
-                              out);
-}
 
 template <class Codes>
 const uint8_t* codes_of(const Quantized& w, int64_t row, int64_t col) {
@@ -169,41 +173,50 @@ void arrange_groups(float* x, int64_t pitch, int64_t rows, int64_t cols) {
   }
 }
 
-// The sums of the products of a group's values and those of one row of x.
-template <int VECTORS>
-inline __attribute__((always_inline)) Vector multiply_group(const float* x, const Vector* b) {
+// The sums of the products of half a group's values and those of one row of x.
+inline __attribute__((always_inline)) Vector multiply_half(const float* x, const Vector* b) {
   constexpr int64_t L = Vector::LANES;
-  Vector even = Vector::load(x).times(b[0]), odd = Vector::load(x + L).times(b[1]);
+  Vector sum = Vector::load(x).times(b[0]);
 #pragma GCC unroll 4
-  for (int j = 2; j < VECTORS; j += 2) {
-    even = even.multiply_add(Vector::load(x + j * L), b[j]);
-    odd = odd.multiply_add(Vector::load(x + (j + 1) * L), b[j + 1]);
-  }
-  return even.plus(odd);
+  for (int j = 1; j < GROUP / L / 2; ++j) sum = sum.multiply_add(Vector::load(x + j * L), b[j]);
+  return sum;
 }
 
-// sums[r] += x[r]·(`depth` values of w), x arranged: each code is decoded once for all rows of x.
-// Sums of ROWS rows stay in registers; of any number, with ROWS 0, in memory.
+// sums[r] += x[r]·(`depth` values of w), x arranged: each code is decoded once for all rows of x,
+// and a scale multiplies the sum over its group. Sums of ROWS rows stay in registers; of any
+// number, with ROWS 0, in memory.
 template <class Codes, int ROWS>
 void add_dots_of_groups(const typename Codes::Values& values, const float* x, int64_t x_pitch,
                         const uint8_t* codes, int64_t ahead, const float* scales, int64_t rows,
                         int64_t depth, float* sums) {
   constexpr int64_t L = Vector::LANES;
-  constexpr int VECTORS = GROUP / L;
+  constexpr int HALF = GROUP / L / 2;
   Vector acc[ROWS + 1];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) acc[r] = Vector::load(sums + r * L);
-  for (int64_t at = 0; at < depth; at += GROUP) {
-    _mm_prefetch((const char*)codes + (at + ahead) * Codes::BITS / 8, _MM_HINT_T0);
-    Vector b[VECTORS];
-    half_group<Codes, 0>(values, codes, scales, at, b);
-    half_group<Codes, 1>(values, codes, scales, at, b + VECTORS / 2);
+  for (const float* end = x + depth; x < end; x += GROUP, codes += GROUP * Codes::BITS / 8) {
+    _mm_prefetch((const char*)codes + ahead, _MM_HINT_T0);
+    const Vector scale = Vector::all(*scales++);
+    if constexpr (ROWS > 0) {
+      Vector b[HALF], part[ROWS];
+      values.template half<0>(codes, b);
 #pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r)
-      acc[r] = acc[r].plus(multiply_group<VECTORS>(x + r * x_pitch + at, b));
-    for (int64_t r = 0; ROWS == 0 && r < rows; ++r) {
-      float* to = sums + r * L;
-      Vector::load(to).plus(multiply_group<VECTORS>(x + r * x_pitch + at, b)).store(to);
+      for (int r = 0; r < ROWS; ++r) part[r] = multiply_half(x + r * x_pitch, b);
+      values.template half<1>(codes, b);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        part[r] = part[r].plus(multiply_half(x + r * x_pitch + GROUP / 2, b));
+        acc[r] = acc[r].multiply_add(part[r], scale);
+      }
+    } else {
+      Vector b[2 * HALF];
+      values.template half<0>(codes, b);
+      values.template half<1>(codes, b + HALF);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* xs = x + r * x_pitch;
+        const Vector part = multiply_half(xs, b).plus(multiply_half(xs + GROUP / 2, b + HALF));
+        Vector::load(sums + r * L).multiply_add(part, scale).store(sums + r * L);
+      }
     }
   }
 #pragma GCC unroll 4
@@ -223,11 +236,14 @@ void dots_of_groups(const float* x, int64_t x_pitch, const Quantized& w, int64_t
   const typename Codes::Values values(w);
   const int64_t step = X_FLOATS / rows / GROUP * GROUP,
                 runs = (w.cols + Codes::RUN - 1) / Codes::RUN;
-  const int64_t ahead = (FETCHED + w.cols - 1) / w.cols * w.cols;  // rows, of which a part is next
-  float* const sums = scratch;                                     // [cols, rows, L]
-  float* const scales = scratch + cols * rows * L;                 // [cols, runs]
+  // Whole rows, of which a part is next.
+  const int64_t ahead = (FETCHED + w.cols - 1) / w.cols * w.cols * Codes::BITS / 8;
+  float* const sums = scratch;                      // [cols, rows, L]
+  float* const scales = scratch + cols * rows * L;  // [cols, runs]
   std::memset(sums, 0, cols * rows * L * sizeof(float));
   for (int64_t n = 0; n < cols; ++n) w.scales(scales + n * runs, row + n, 0, w.cols);
+  // An infinite scale makes elements of both signs, and NaN of 0, whose sum is NaN.
+  for (int64_t i = 0; i < cols * runs; ++i) scales[i] += scales[i] - scales[i];
   for (int64_t k = 0; k < w.cols; k += step) {
     const int64_t depth = w.cols - k < step ? w.cols - k : step;
     for (int64_t n = 0; n < cols; ++n)
@@ -238,6 +254,15 @@ void dots_of_groups(const float* x, int64_t x_pitch, const Quantized& w, int64_t
     for (int64_t r = 0; r < rows; ++r)
       c[r * c_pitch + n] = Vector::load(sums + (n * rows + r) * L).sum();
   }
+}
+
+// The scaled values of half a group.
+template <int WHICH, class Values>
+inline __attribute__((always_inline)) void scaled_half(const Values& values, const uint8_t* group,
+                                                       float scale, Vector* out) {
+  values.template half<WHICH>(group, out);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < GROUP / Vector::LANES / 2; ++i) out[i] = out[i].times(Vector::all(scale));
 }
 
 // sums[r][n] += x[r][k]·(row k of w)[col + n] for STEPS rows k of w, n in the order of decoding.
@@ -270,16 +295,16 @@ void add_rows_of_groups(const typename Codes::Values& values, const float* x, in
   };
   for (int64_t at = 0; at < cols; at += GROUP) {
     Vector b[STEPS * HALF];
+    const int64_t byte = at * Codes::BITS / 8, run = at / Codes::RUN;
 #pragma GCC unroll 2
     for (int i = 0; i < STEPS; ++i) {
-      const int64_t ahead = at + STEPS * w.cols;
-      _mm_prefetch((const char*)codes[i] + ahead * Codes::BITS / 8, _MM_HINT_T0);
-      half_group<Codes, 0>(values, codes[i], scales[i], at, b + i * HALF);
+      _mm_prefetch((const char*)codes[i] + byte + STEPS * w.cols * Codes::BITS / 8, _MM_HINT_T0);
+      scaled_half<0>(values, codes[i] + byte, scales[i][run], b + i * HALF);
     }
     add(at, b);
 #pragma GCC unroll 2
     for (int i = 0; i < STEPS; ++i)
-      half_group<Codes, 1>(values, codes[i], scales[i], at, b + i * HALF);
+      scaled_half<1>(values, codes[i] + byte, scales[i][run], b + i * HALF);
     add(at + GROUP / 2, b);
   }
 }
@@ -305,14 +330,14 @@ void rows_of_groups(const float* x, int64_t x_pitch, const Quantized& w, int64_t
 }
 
 void arrange(float* x, int64_t pitch, const Quantized& w, int64_t rows, int64_t cols) {
-  with_decoder(w, [&](auto* decoder) {
+  with_groups(w, [&](auto* decoder) {
     arrange_groups<std::remove_pointer_t<decltype(decoder)>>(x, pitch, rows, cols);
   });
 }
 
 void quantized_dots(const float* x, int64_t x_pitch, const Quantized& w, int64_t row, int64_t rows,
                     int64_t cols, float* scratch, float* c, int64_t c_pitch) {
-  with_decoder(w, [&](auto* decoder) {
+  with_groups(w, [&](auto* decoder) {
     dots_of_groups<std::remove_pointer_t<decltype(decoder)>>(x, x_pitch, w, row, rows, cols,
                                                              scratch, c, c_pitch);
   });
@@ -320,7 +345,7 @@ void quantized_dots(const float* x, int64_t x_pitch, const Quantized& w, int64_t
 
 void quantized_rows(const float* x, int64_t x_pitch, const Quantized& w, int64_t col, int64_t rows,
                     int64_t cols, float* scratch, float* c, int64_t c_pitch) {
-  with_decoder(w, [&](auto* decoder) {
+  with_groups(w, [&](auto* decoder) {
     rows_of_groups<std::remove_pointer_t<decltype(decoder)>>(x, x_pitch, w, col, rows, cols,
                                                              scratch, c, c_pitch);
   });
