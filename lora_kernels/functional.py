@@ -89,6 +89,34 @@ def call(
     magnitude: Tensor | None = None,
 ) -> Tensor:
     """`lora_linear`, over groups of rows where there are offsets: checks the operands and does what autocast asks for."""
+    half = check_call(
+        x, weight, A, B, alpha, bias, dropout_p, seed, backend, offsets, magnitude
+    )
+    compute: Any = apply if magnitude is None else _apply_dora
+    last = offsets if magnitude is None else magnitude
+    if half is not None:
+        x = x.to(half)
+        weight = weight.to(half)
+        bias = None if bias is None else bias.to(half)
+        with torch.autocast(x.device.type, enabled=False):
+            return compute(x, weight, A, B, alpha, bias, dropout_p, seed, backend, last)
+    return compute(x, weight, A, B, alpha, bias, dropout_p, seed, backend, last)
+
+
+def check_call(
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    alpha: float | Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    backend: str,
+    offsets: Tensor | None = None,
+    magnitude: Tensor | None = None,
+) -> torch.dtype | None:
+    """TypeError or ValueError unless these are the arguments of `call`; the dtype that autocast casts x to, or None."""
     half = _autocast_to(x)
     check_operands(
         x, weight, A, B, alpha, bias, magnitude, autocast=half is not None, offsets=offsets
@@ -96,15 +124,7 @@ def call(
     check_dropout("dropout_p", dropout_p)
     _check_seed(seed)
     plan.check_name(backend)
-    apply: Any = _apply if magnitude is None else _apply_dora
-    last = offsets if magnitude is None else magnitude
-    if half is not None:
-        x = x.to(half)
-        weight = weight.to(half)
-        bias = None if bias is None else bias.to(half)
-        with torch.autocast(x.device.type, enabled=False):
-            return apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, last)
-    return apply(x, weight, A, B, alpha, bias, dropout_p, seed, backend, last)
+    return half
 
 
 def explain(
@@ -209,7 +229,7 @@ def check_operands(
     ):
         raise TypeError(f"{name} must be a number or a {rule} tensor, got {type(alpha).__name__}")
     else:
-        _number(alpha)
+        as_number(alpha)
 
 
 def _check_grouped(
@@ -250,7 +270,7 @@ def _check_grouped(
         raise ValueError(f"scale must be on x's device, {x.device}, got {scale.device}")
 
 
-def _number(alpha: Any) -> Any:
+def as_number(alpha: Any) -> Any:
     """alpha as a Python float, whatever kind of real number it is; ValueError where it is past float64."""
     if isinstance(alpha, (float, Tensor, torch.SymFloat, torch.SymInt)):
         return alpha
@@ -342,7 +362,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
-def _apply(
+def apply(
     x: Tensor,
     weight: Weight,
     A: Tensor,
@@ -357,10 +377,10 @@ def _apply(
     """y of checked operands: casts the adapters, flattens x, calls an operator or the Function."""
     A, B = adapters_as_used(A, B, x.dtype)
     if type(alpha) is not float:
-        alpha = _number(alpha)
-    seed = _seed(seed, x.device) if dropout_p else None
+        alpha = as_number(alpha)
+    seed = seed_on(seed, x.device) if dropout_p else None
     quantised = not isinstance(weight, Tensor)  # the type check of an abstract class takes longer
-    traced = _is_traced(x, weight if isinstance(weight, Tensor) else None, A, B, bias)
+    traced = is_traced(x, weight if isinstance(weight, Tensor) else None, A, B, bias)
     chosen = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
     usual = not traced and _has_usual_derivatives(weight, A, B, alpha, bias)
@@ -375,7 +395,7 @@ def _apply(
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
     rest = A, B, bias, alpha, dropout_p, seed, backend
     # A Function hides packed tensors, which are no arguments of its own, and has no tangents over groups.
-    if (quantised or offsets is not None) and _is_differentiated_elsewhere():
+    if (quantised or offsets is not None) and is_differentiated_elsewhere():
         if type(offsets) is Tensor and offsets.is_cpu and not traced:
             bounds_of(offsets, x.shape[0])  # which plain ATen does not read
         y, _ = autograd.transparent(rows, weight, *rest, offsets)
@@ -402,22 +422,22 @@ def _apply_dora(
     backend: str,
     magnitude: Tensor,
 ) -> Tensor:
-    """`_apply` with DoRA's magnitude: in eager mode in one product, else as a scale of the columns of `_apply`'s result."""
+    """`apply` with DoRA's magnitude: in eager mode in one product, else as a scale of the columns of `apply`'s result."""
     A, B = adapters_as_used(A, B, x.dtype)
-    alpha = _number(alpha)
+    alpha = as_number(alpha)
     if dropout_p:
         rest = A, B, alpha, bias, magnitude, dropout_p, seed, backend
         return _apply_dropped(x, weight, *rest)
     dense = weight if isinstance(weight, Tensor) else None
-    traced = _is_traced(x, dense, A, B, bias, magnitude)
-    elsewhere = _is_differentiated_elsewhere()
+    traced = is_traced(x, dense, A, B, bias, magnitude)
+    elsewhere = is_differentiated_elsewhere()
     if traced and not isinstance(alpha, Tensor):
         alpha = alpha_tensor(alpha, x.dtype, x.device)
     how = "operator" if torch.compiler.is_compiling() else "transparent"
     how = "transparent" if elsewhere else how if traced else "eager"
     c = dora.column_scale(magnitude, dora.row_norms(weight, A, B, alpha, backend, how=how))
     if how != "eager":
-        z = _apply(x, weight, A, B, alpha, None, 0.0, None, backend)
+        z = apply(x, weight, A, B, alpha, None, 0.0, None, backend)
         return with_column_scale(z, c, bias)
     lead = x.shape[:-1]
     rows = x if x.ndim == 2 else x.reshape(math.prod(lead), x.shape[-1])
@@ -445,14 +465,14 @@ def _apply_dropped(
         v = torch.nn.functional.dropout(x, dropout_p)
     else:
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        dropout = Dropout(dropout_p, _seed(seed, x.device))
+        dropout = Dropout(dropout_p, seed_on(seed, x.device))
         v = (rows * scaled_mask(dropout, rows.shape[0], rows.shape[1], x.dtype)).view(x.shape)
     adapted = _apply_dora(v, weight, A, B, alpha, None, 0.0, None, backend, magnitude)
-    left = _apply(x - v, weight, A[:, :0], B[:0], alpha, bias, 0.0, None, backend)
+    left = apply(x - v, weight, A[:, :0], B[:0], alpha, bias, 0.0, None, backend)
     return left + adapted
 
 
-def _is_traced(*operands: Tensor | None) -> bool:
+def is_traced(*operands: Tensor | None) -> bool:
     """Whether registered operators must be called, which compilers, modes and other kinds of tensors see."""
     return (
         torch.compiler.is_compiling()
@@ -487,7 +507,7 @@ def _traced(
     return ops.lora_linear_quantized(x, *packed, *adapter)
 
 
-def _is_differentiated_elsewhere() -> bool:
+def is_differentiated_elsewhere() -> bool:
     """Whether a function transform or forward mode is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -506,11 +526,11 @@ def _has_usual_derivatives(
                 or (bias is not None and bias.requires_grad)
             )
         )
-        or _is_differentiated_elsewhere()
+        or is_differentiated_elsewhere()
     )
 
 
-def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+def seed_on(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """A 0-d int64 tensor on `device`: as given, or drawn from that device's torch generator."""
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)

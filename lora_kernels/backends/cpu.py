@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lora_kernels import env, formulas
-from lora_kernels.backends.base import Backend, Candidate, Products
+from lora_kernels.backends.base import Backend, Candidate, ProjectionProducts, Products
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.dropout import Dropout, threshold
 from lora_kernels.once import once
@@ -78,6 +79,9 @@ class CpuProducts(Products):
     def grouped(self, groups: Groups) -> Products:
         return GroupedCpuProducts(groups)
 
+    def together(self, each: Sequence[Products]) -> ProjectionProducts:
+        return PROJECTIONS
+
     def layer(  # type: ignore[override]
         self, x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None
     ) -> Tensor:
@@ -121,6 +125,39 @@ class GroupedCpuProducts(Products):
 
     def bias_grad(self, dy: Tensor) -> Tensor:
         return COMPOSITE.grouped(self.groups).bias_grad(dy)
+
+
+class CpuProjectionProducts(ProjectionProducts):
+    """`CpuProducts` of several projections: one parallel region for all of them, dx summed in float32."""
+
+    def shrink(self, xs: Sequence[Tensor], adapters: Sequence[Adapter]) -> Tensor:
+        A, scales = [each.A for each in adapters], [float(each.scale) for each in adapters]
+        return _OPS.projections_shrink(xs, A, scales, *_masks([a.dropout_in for a in adapters]))
+
+    def expand(
+        self,
+        x: Tensor,
+        ws: Sequence[Tensor],
+        s: Tensor,
+        adapters: Sequence[Adapter],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        return _OPS.projections_expand(x, ws, s, [each.B for each in adapters], biases)
+
+    def expand_sum(
+        self, xs: Sequence[Tensor], ws: Sequence[Tensor], s: Tensor, adapters: Sequence[Adapter]
+    ) -> Tensor:
+        masks = _masks([each.dropout_out for each in adapters])
+        return _OPS.projections_sum(xs, ws, s, [each.B for each in adapters], *masks)
+
+    def wgrad(
+        self,
+        lefts: Sequence[Tensor],
+        rights: Sequence[Tensor],
+        dtype: torch.dtype,
+        dropouts: Sequence[Dropout | None] | None = None,
+    ) -> list[Tensor]:
+        return _OPS.projections_wgrad(lefts, rights, dtype, *_masks(dropouts or ()))
 
 
 class CpuBackend(Backend):
@@ -258,5 +295,14 @@ def _mask(dropout: Dropout | None) -> tuple[int, int, float]:
     return threshold(dropout.p), int(dropout.seed), 1.0 / (1.0 - dropout.p)
 
 
+def _masks(dropouts: Sequence[Dropout | None]) -> tuple[list[int], list[int], list[float]]:
+    """`_mask` of each projection as three lists; empty ones keep everything."""
+    if not any(dropouts):
+        return [], [], []
+    thresholds, seeds, factors = zip(*map(_mask, dropouts), strict=True)
+    return list(thresholds), list(seeds), list(factors)
+
+
 PRODUCTS = CpuProducts()
+PROJECTIONS = CpuProjectionProducts()
 BACKEND = CpuBackend()
