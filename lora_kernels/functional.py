@@ -89,9 +89,7 @@ def call(
     magnitude: Tensor | None = None,
 ) -> Tensor:
     """`lora_linear`, over groups of rows where there are offsets: checks the operands and does what autocast asks for."""
-    half = check_call(
-        x, weight, A, B, alpha, bias, dropout_p, seed, backend, offsets, magnitude
-    )
+    half = check_call(x, weight, A, B, alpha, bias, dropout_p, seed, backend, offsets, magnitude)
     compute: Any = apply if magnitude is None else _apply_dora
     last = offsets if magnitude is None else magnitude
     if half is not None:

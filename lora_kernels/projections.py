@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from lora_kernels.backends.base import ProjectionProducts
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.formulas import Needs, Saved
 from lora_kernels.operands import Adapter, Scale, Weight, adapters_as_used
-from lora_kernels.plan import Plan, plan_call
+from lora_kernels.plan import JointPlan, plan_projections
 
 
 class Projection(NamedTuple):
@@ -28,6 +29,9 @@ class Projection(NamedTuple):
     bias: Tensor | None = None  # [N]
     dropout_p: float = 0.0
     seed: int | Tensor | None = None
+
+
+_LEAST = len(Projection._fields) - len(Projection._field_defaults)
 
 
 def lora_projections(
@@ -55,9 +59,14 @@ def lora_projections(
     >>> torch.allclose(y, q(x) + 0.5 * (x @ A @ B), atol=1e-5), list(z.shape)
     (True, [4, 2])
     """
-    parts = [Projection(*part) for part in projections]
-    half = None
-    for place, part in enumerate(parts):
+    parts, half = [], None
+    for place, given in enumerate(projections):
+        if not isinstance(given, tuple) or not _LEAST <= len(given) <= len(Projection._fields):
+            raise TypeError(
+                f"projections[{place}] must be a tuple of {Projection._fields}, got {given!r}"
+            )
+        part = Projection(*given)
+        parts.append(part)
         try:
             half = functional.check_call(x, *part, backend)
         except (TypeError, ValueError) as error:
@@ -65,10 +74,8 @@ def lora_projections(
     if half is not None:
         x, parts = x.to(half), [_cast(part, half) for part in parts]
     with nullcontext() if half is None else torch.autocast(x.device.type, enabled=False):
-        plans = _plans(x, parts, backend)
-        if plans is not None:
-            return _together(x, parts, plans)
-        return tuple(functional.apply(x, *part, backend) for part in parts)
+        ys = together(x, parts, backend)
+        return tuple(functional.apply(x, *part, backend) for part in parts) if ys is None else ys
 
 
 def _cast(part: Projection, dtype: torch.dtype) -> Projection:
@@ -76,63 +83,69 @@ def _cast(part: Projection, dtype: torch.dtype) -> Projection:
     return part._replace(weight=part.weight.to(dtype), bias=bias)
 
 
-def _plans(x: Tensor, parts: list[Projection], backend: str) -> list[Plan] | None:
-    """The plan of each projection, or None where they are not computed together."""
-    operands = [t for part in parts for t in (part.weight, part.A, part.B, part.bias)]
-    if (
-        len(parts) < 2
-        or not all(t is None or isinstance(t, Tensor) for t in operands)
-        or functional.is_traced(x, *operands)  # type: ignore[arg-type]
-        or functional.is_differentiated_elsewhere()
-        or any(isinstance(part.scale, Tensor) for part in parts)
-        or len({part.A.dtype for part in parts}) > 1
+def together(
+    x: Tensor, parts: Sequence[Projection], backend: str = "auto"
+) -> tuple[Tensor, ...] | None:
+    """`lora_projections` of checked and cast operands in one call, or None where each is to be computed for itself."""
+    if len(parts) < 2 or functional.is_differentiated_elsewhere():
+        return None
+    weights, As, Bs, scales, biases, ps, seeds = map(list, zip(*parts, strict=True))
+    if functional.is_traced(
+        x, *weights, *As, *Bs, *biases
+    ) or any(  # a quantised weight is no such type
+        isinstance(scale, Tensor) for scale in scales
     ):
         return None
-    plans = [
-        plan_call(backend, x, part.weight, part.A, part.bias, part.dropout_p > 0) for part in parts
-    ]
-    if len({plan.backend for plan in plans}) > 1 or any(plan.problem.empty for plan in plans):
+    if any(A.dtype != As[0].dtype for A in As):
         return None
-    return None if _products(plans) is None else plans
-
-
-def _products(plans: Sequence[Plan]) -> ProjectionProducts | None:
-    each = [plan.products for plan in plans]
-    return each[0].together(each)
-
-
-def _together(x: Tensor, parts: list[Projection], plans: list[Plan]) -> tuple[Tensor, ...]:
-    """y of each, by the products of `plans` together."""
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    flat: list[Tensor | None] = []
-    for part in parts:
-        A, B = adapters_as_used(part.A, part.B, x.dtype)
-        seed = functional.seed_on(part.seed, x.device) if part.dropout_p else None
-        flat += [part.weight, A, B, part.bias, seed]  # type: ignore[list-item]
-    scales = [functional.as_number(part.scale) for part in parts]
-    call = Call(plans, scales, [part.dropout_p for part in parts])
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(rows, *flat):
-        ys = LoRAProjections.apply(call, rows, *flat)[:-1]
+    if any(A.dtype != x.dtype for A in As):
+        As, Bs = map(
+            list,
+            zip(
+                *(adapters_as_used(*each, x.dtype) for each in zip(As, Bs, strict=True)),
+                strict=True,
+            ),
+        )
+    rows = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    operands = weights, As, Bs, biases
+    trains = torch.is_grad_enabled() and torch._C._any_requires_grad(
+        rows, *weights, *As, *Bs, *biases
+    )
+    plan = plan_projections(backend, rows, weights, As, biases, [p > 0 for p in ps], trains)
+    if plan.products is None:
+        return None
+    seeds = [functional.seed_on(s, x.device) if p else None for s, p in zip(seeds, ps, strict=True)]
+    call = Call(plan, [functional.as_number(scale) for scale in scales], ps)
+    if trains:
+        ys = LoRAProjections.apply(call, rows, *weights, *As, *Bs, *biases, *seeds)[:-1]
     else:
-        ys, _ = call.forward(rows, flat)
+        ys, _ = call.forward(rows, *operands, seeds)
     if x.ndim == 2:
         return tuple(ys)
     return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
 class Call(NamedTuple):
-    """What `LoRAProjections` is given beside tensors: a plan, scale and dropout for each projection."""
+    """What `LoRAProjections` is given beside tensors: the plan, and a scale and a dropout for each projection."""
 
-    plans: list[Plan]
+    plan: JointPlan
     scales: list[float]
     dropout_ps: list[float]
 
-    def forward(self, x: Tensor, flat: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
-        """(y of each, s), by the plans' products together; `flat`: weight, A, B, bias and seed of each."""
-        weights, A, B, biases, seeds = (list(flat[i::5]) for i in range(5))
-        adapters = self.adapters(A, B, seeds)
-        products: Any = _products(self.plans)
-        return formulas.projections_forward(products, x, weights, adapters, biases)  # type: ignore[arg-type]
+    def forward(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        A: Sequence[Tensor],
+        B: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        seeds: Sequence[Tensor | None],
+    ) -> tuple[list[Tensor], Tensor]:
+        """(y of each, s), by the plan's products."""
+        products: Any = self.plan.products
+        return formulas.projections_forward(
+            products, x, weights, self.adapters(A, B, seeds), biases
+        )
 
     def adapters(
         self, A: Sequence[Any], B: Sequence[Any], seeds: Sequence[Tensor | None]
@@ -143,52 +156,69 @@ class Call(NamedTuple):
 
 
 class LoRAProjections(torch.autograd.Function):
-    """(call, x, then weight, A, B, bias, seed of each) -> (y of each, s), on 2-D x.
+    """(call, x, every weight, every A, every B, every bias, every seed) -> (every y, s), on 2-D x.
 
     s [M, ΣR] is a result, so that what is saved of it is still connected to x and the A's.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        ys, s = call.forward(x, flat)
-        ctx.call, ctx.dtype = call, x.dtype
-        ctx.ranks, ctx.adapter_dtype = [A.shape[1] for A in flat[1::5]], flat[1].dtype  # type: ignore[union-attr]
-        needs_x, given = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
-        ctx.needs = [Needs(needs_x, *given[i : i + 4]) for i in range(0, len(flat), 5)]
+    def forward(ctx: Any, call: Call, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+        weights, As, Bs, biases, seeds = lists = _lists(flat)
+        ys, s = call.forward(x, *lists)
+        ctx.call, ctx.dtype, ctx.adapter_dtype = call, x.dtype, As[0].dtype
+        ctx.ranks = [A.shape[1] for A in As]
+        needs_x, *given = ctx.needs_input_grad[1:]
+        ctx.needs = [Needs(needs_x, *each) for each in zip(*_lists(given)[:4], strict=True)]
         ctx.set_materialize_grads(False)
-        weights, As, Bs, _, seeds = (flat[i::5] for i in range(5))
         kept = [
-            formulas.keep(*each, s)  # type: ignore[arg-type]
-            for each in zip(ctx.needs, [x] * len(ys), weights, As, Bs, strict=True)
+            formulas.keep(need, x, *each, s)
+            for need, *each in zip(ctx.needs, weights, As, Bs, strict=True)
         ]
-        one_x = next((each.x for each in kept if each.x is not None), None)
-        one_s = next((each.s for each in kept if each.s is not None), None)
-        own = [t for each in kept for t in (each.weight, each.A, each.B)]
-        ctx.save_for_backward(one_x, one_s, *own, *seeds)
+        shared = [
+            next((t for t in ts if t is not None), None)
+            for ts in ((k.x for k in kept), (k.s for k in kept))
+        ]
+        own = [t for name in ("weight", "A", "B") for t in (getattr(k, name) for k in kept)]
+        ctx.save_for_backward(*shared, *own, *seeds)
         return (*ys, s)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *given, ds = grads
         x, s, *tensors = ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
-        P = len(given)
         dys = [dy.to_dense() if dy is not None and dy.is_sparse else dy for dy in given]
-        weights, As, Bs = (tensors[i : 3 * P : 3] for i in range(3))
-        adapters = ctx.call.adapters(As, Bs, tensors[3 * P :])
+        weights, As, Bs, seeds = _lists(tensors, 4)
+        adapters = ctx.call.adapters(As, Bs, seeds)
         saved = [Saved(x, *each, s) for each in zip(weights, As, Bs, strict=True)]
-        again = torch.is_grad_enabled() or ds is not None or any_dual(x, s, *tensors, *dys)
-        again = again or modes_are_active() or any(dy is not None and under_transform(dy) for dy in dys)
-        products = None if again else _products([plan.adjoint for plan in ctx.call.plans])
+        again = (
+            torch.is_grad_enabled()
+            or ds is not None
+            or modes_are_active()
+            or any_dual(x, s, *tensors, *dys)
+            or any(dy is not None and under_transform(dy) for dy in dys)
+        )
+        products = None if again else ctx.call.plan.adjoint
         alike = len({(need.x, need.A, need.B) for need in ctx.needs}) == 1
         if products is None or not alike or any(dy is None for dy in dys):
             dx, each = _gradients_apart(ctx, dys, ds, saved, adapters, again)
         else:
             dx, each = _gradients_together(ctx, products, dys, saved, adapters)  # type: ignore[arg-type]
-        return None, dx, *(grad for of_one in each for grad in (*of_one, None))
+        return (
+            None,
+            dx,
+            *(t for of_all in zip(*each, strict=True) for t in of_all),
+            *(None for _ in dys),
+        )
+
+
+def _lists(flat: Sequence[Any], count: int = 5) -> list[Sequence[Any]]:
+    """`count` lists of equal lengths, one after the other in `flat`."""
+    each = len(flat) // count
+    return [flat[i : i + each] for i in range(0, len(flat), each)]
 
 
 # (dW, dA, dB, dbias) of each projection, beside the dx of all.
-_Each = list[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]
+_Each = list[tuple[Tensor | None, ...]]
 
 
 def _gradients_together(
@@ -202,7 +232,7 @@ def _gradients_together(
     dx, dA, dB = formulas.projections_backward(products, dys, saved, *rest)
     each: _Each = []
     for p, (need, dy) in enumerate(zip(ctx.needs, dys, strict=True)):
-        one = ctx.call.plans[p].adjoint.products
+        one = ctx.call.plan.plans[p].adjoint.products
         dW = one.weight_grad(dy, saved[p].x) if need.weight else None
         each.append((dW, dA[p], dB[p], one.bias_grad(dy) if need.bias else None))
     return dx, each
@@ -217,7 +247,8 @@ def _gradients_apart(
     again: bool,
 ) -> tuple[Tensor | None, _Each]:
     """By the formulas of one projection, in turn; `again`: by ATen, which can itself be differentiated."""
-    dx, each = None, []
+    dx: Tensor | None = None
+    each: _Each = []
     for p, (dy, kept, need) in enumerate(zip(dys, saved, ctx.needs, strict=True)):
         begin, rank = sum(ctx.ranks[:p]), ctx.ranks[p]
         of_s, of_ds = (None if t is None else t[:, begin : begin + rank] for t in (kept.s, ds))
@@ -226,9 +257,9 @@ def _gradients_apart(
         if dy is None:
             each.append((None, None, None, None))
             continue
-        products = COMPOSITE if again else ctx.call.plans[p].adjoint.products
-        rest = kept._replace(s=of_s), need, adapters[p], ctx.adapter_dtype, of_ds
-        own, *others = formulas.backward(products, dy, *rest)
+        products = COMPOSITE if again else ctx.call.plan.plans[p].adjoint.products
+        rest = need, adapters[p], ctx.adapter_dtype, of_ds
+        own, *others = formulas.backward(products, dy, kept._replace(s=of_s), *rest)
         dx = own if dx is None or own is None else dx + own
         each.append(tuple(others))
     return dx, each

@@ -20,9 +20,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from lora_kernels.bases import features, has_hooks, is_quantized
 from lora_kernels.functional import autocast_dtype
 from lora_kernels.modules import LinearWithLoRA, LoRALayer, check_model, is_plain
-from lora_kernels.projections import Projection, lora_projections
+from lora_kernels.projections import Projection, lora_projections, together
 
 _TENSORS = (Tensor, nn.Parameter)
+_MOST_REFUSED = 256
 _thread = threading.local()  # .rounds: of the parents whose forward is running, the innermost last
 
 
@@ -46,10 +47,17 @@ class Group:
 
     def __init__(self, names: tuple[str, ...], parent: nn.Module) -> None:
         self.names = names
+        self.refused: set[tuple] = set()  # kinds of x for which the plan computes each for itself
         self.handles = (
             parent.register_forward_pre_hook(self.begin),
             parent.register_forward_hook(self.end, always_call=True),
         )
+
+    def refuse(self, kind: tuple) -> None:
+        """Do not ask again for such an x."""
+        if len(self.refused) >= _MOST_REFUSED:
+            self.refused.clear()
+        self.refused.add(kind)
 
     def begin(self, parent: nn.Module, _: Any) -> None:
         """Let the siblings exchange results from now on."""
@@ -75,21 +83,21 @@ class _Round:
         self.siblings: list[Any] = [parent._modules.get(name) for name in group.names]
         self.results: dict[nn.Module, tuple[Tensor, tuple]] = {}
         self.x: Tensor | None = None
-        self.version = 0
-        self.parts: list[Projection] = []  # whose tensors stay alive, so that their addresses are theirs
+        self.parts: list[
+            Projection
+        ] = []  # whose tensors stay alive, so that their addresses are theirs
         self.apart = False  # whether each sibling computes for itself until the forward ends
 
-    def take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+    def take(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's result for x, or None where it must compute for itself."""
         if self.apart:
             return None
-        if not self.results and not self._compute(x):
-            self.apart = True
-            return None
+        if not self.results:
+            y = self._compute(layer, x)
+            self.apart = y is None
+            return y
         y, state = self.results.pop(layer, (None, None))
-        part = _projection(layer)
-        same = x is self.x and x._version == self.version and part is not None
-        if y is None or not same or state != _state(part, x):  # type: ignore[arg-type]
+        if y is None or x is not self.x or state != _state(layer, x):
             self.drop(warns=True)
             self.apart = True
             return None
@@ -97,20 +105,34 @@ class _Round:
             self.drop()
         return y
 
-    def _compute(self, x: Tensor) -> bool:
-        """Whether the results of all siblings for x are there now."""
+    def _compute(self, layer: Any, x: Tensor) -> Tensor | None:
+        """The layer's result for x, with those of its siblings kept for them; None where each computes for itself."""
         if type(x) not in _TENSORS or x.is_inference() or x.layout != torch.strided or x.is_nested:
-            return False
+            return None
         if _has_any_global_hook() or torch.jit.is_tracing():
-            return False
-        parts = [_projection(layer) for layer in self.siblings]
+            return None
+        kind = x.shape, x.dtype, x.device, torch.is_grad_enabled()
+        if kind in self.group.refused:
+            return None
+        parts: Any = [_projection(sibling) for sibling in self.siblings]
         if None in parts:
-            return False
-        self.parts, self.x, self.version = parts, x, x._version  # type: ignore[assignment]
-        ys = lora_projections(x, self.parts)
-        states = [_state(part, x) for part in self.parts]
-        self.results = dict(zip(self.siblings, zip(ys, states, strict=True), strict=True))
-        return True
+            return None
+        if autocast_dtype(x.device.type) is not None:
+            ys: Any = lora_projections(x, parts)
+        elif not _fit(x, parts):
+            return None
+        else:
+            ys = together(x, parts)
+        if ys is None:
+            self.group.refuse(kind)
+            return None
+        self.parts, self.x = parts, x
+        for sibling, y in zip(self.siblings, ys, strict=True):
+            if sibling is layer:
+                own = y
+            else:
+                self.results[sibling] = y, _state(sibling, x)
+        return own
 
     def drop(self, warns: bool = False) -> None:
         """Let go of everything that is held; `warns` where a result was computed and not taken."""
@@ -125,32 +147,55 @@ class _Round:
 
 def _projection(layer: Any) -> Projection | None:
     """The operands of a sibling that computes the plain formula now, else None."""
-    if _why_not(layer) is not None or layer.merged:
+    if not isinstance(layer, FusedProjection) or _why_not(layer) is not None or layer.merged:
         return None
-    linear, lora = layer.linear, layer.lora
-    weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.t()
-    tensors = weight, lora.A, lora.B, linear.bias
-    if any(t is not None and (type(t) not in _TENSORS or t.is_inference()) for t in tensors):
-        return None
-    p = lora.dropout if lora.training else 0.0
-    return Projection(weight, lora.A, lora.B, lora.scale, linear.bias, p)
+    linear, lora = layer._modules["linear"], layer._modules["lora"]
+    (weight, bias), (A, B) = _parameters(linear, lora)
+    for t in (weight, A, B, bias):
+        if t is not None and (type(t) not in _TENSORS or t.is_inference()):
+            return None
+    if not isinstance(linear, nn.Linear):
+        weight = weight.t()
+    return Projection(weight, A, B, lora.scale, bias, lora.dropout if lora.training else 0.0)
 
 
-def _state(part: Projection, x: Tensor) -> tuple:
-    """What a result for x depends on beside x: equal states at one time mean equal results."""
-    tensors: Any = part.weight, part.A, part.B, part.bias
-    return (
-        torch.is_grad_enabled(),
-        autocast_dtype(x.device.type),
-        part.scale,
-        part.dropout_p,
-        *((t.data_ptr(), t._version, t.requires_grad) for t in tensors if t is not None),
+def _fit(x: Tensor, parts: list[Projection]) -> bool:
+    """Whether x and these are the operands of a call without autocast; where not, the layer's own forward says why."""
+    K = x.shape[-1] if x.ndim else -1
+    return all(
+        weight.dtype is x.dtype
+        and weight.device == x.device == A.device
+        and weight.shape == (B.shape[1], K)
+        and A.shape == (K, B.shape[0])
+        and (bias is None or bias.dtype is x.dtype)
+        for weight, A, B, _, bias, *_ in parts
     )
 
 
-def fuse_projections(
-    model: nn.Module, groups: Iterable[Iterable[str]]
-) -> list[tuple[str, ...]]:
+def _parameters(linear: Any, lora: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """(weight, bias) and (A, B), without the search of an attribute: it takes 0.5 us each."""
+    own, low = linear._parameters, lora._parameters
+    return (own["weight"], own["bias"]), (low["A"], low["B"])
+
+
+def _state(layer: Any, x: Tensor) -> tuple:
+    """What the layer's result for x depends on: equal states at two times mean equal results."""
+    linear, lora = layer._modules["linear"], layer._modules["lora"]
+    (weight, bias), (A, B) = _parameters(linear, lora)
+    return (
+        x._version,
+        torch.is_grad_enabled(),
+        autocast_dtype(x.device.type),
+        layer.merged,
+        *(lora.alpha, lora.scaling, lora.dropout, lora.training),
+        *(weight.data_ptr(), weight._version, weight.requires_grad),
+        *(A.data_ptr(), A._version, A.requires_grad),
+        *(B.data_ptr(), B._version, B.requires_grad),
+        *(() if bias is None else (bias.data_ptr(), bias._version, bias.requires_grad)),
+    )
+
+
+def fuse_projections(model: nn.Module, groups: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:
     """Compute sibling layers that read one x in one call, in place; returns the names of each group's layers.
 
     A group is the names of children of one module, as ("q_proj", "k_proj", "v_proj") or ("W_query", "W_key", "W_value");
@@ -209,7 +254,9 @@ def unfuse_projections(model: nn.Module) -> list[tuple[str, ...]]:
     ValueError, with the model as it was, where another class was built on a fused layer's, as sharding does.
     """
     check_model(model)
-    fused = [(n, module) for n, module in model.named_modules() if isinstance(module, FusedProjection)]
+    fused = [
+        (n, module) for n, module in model.named_modules() if isinstance(module, FusedProjection)
+    ]
     for name, module in fused:
         if type(module) is not FusedProjection:
             raise ValueError(
@@ -279,15 +326,15 @@ _SHARED: dict[str, Any] = {
 
 def _why_not(layer: Any) -> str | None:
     """None if calling this layer does nothing but the plain formula, else why not."""
-    linear, lora = layer.linear, layer.lora
+    linear, lora = layer._modules["linear"], layer._modules["lora"]
     if type(layer) not in (LinearWithLoRA, FusedProjection) or "forward" in layer.__dict__:
         return f"it has a forward of its own, a {type(layer).__name__}"
-    if has_hooks(layer) or has_hooks(linear) or has_hooks(lora):
+    if has_hooks(layer):
         return "it has hooks"
     if is_quantized(linear):
         return f"its base is quantised, a {type(linear).__name__}"
     if type(lora) is not LoRALayer or not is_plain(linear, lora):
-        return "its linear or lora is parametrized, sharded or has a forward of its own"
-    if lora.magnitude is not None:
+        return "its linear or lora has hooks or a forward of its own, or is parametrized or sharded"
+    if lora._parameters["magnitude"] is not None:
         return "it has DoRA"
     return None

@@ -89,8 +89,13 @@ class Products(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no products over groups")
 
-    def together(self, each: Sequence[Products]) -> ProjectionProducts | None:
-        """The products of projections that read one x, of which `each` has its own; None where these are faster apart."""
+    def together(
+        self, each: Sequence[tuple[Problem, Products]], trains: bool
+    ) -> ProjectionProducts | None:
+        """The products of projections that read one x, from `each` one's own; None where these are faster apart.
+
+        `trains`: the problems are followed by a backward, or are one.
+        """
         return None
 
     def shrink_expand_scaled(
