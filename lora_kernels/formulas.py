@@ -28,7 +28,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.base import ProjectionProducts, Products
+from lora_kernels.backends.base import Products, ProjectionProducts
 from lora_kernels.operands import Adapter, Weight, in_memory, transposed
 
 # (dx, dW, dA, dB, dbias), each None where it is not needed.

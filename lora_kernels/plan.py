@@ -20,8 +20,8 @@ from lora_kernels import backends, env, selftest
 from lora_kernels.backends.base import (
     Backend,
     Candidate,
-    ProjectionProducts,
     Products,
+    ProjectionProducts,
     fastest,
 )
 from lora_kernels.backends.device import current_target

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import env, formulas
-from lora_kernels.backends.base import Backend, Candidate, ProjectionProducts, Products
+from lora_kernels.backends.base import Backend, Candidate, Products, ProjectionProducts
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.dropout import Dropout, threshold
 from lora_kernels.once import once
