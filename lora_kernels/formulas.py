@@ -212,8 +212,9 @@ def projections_backward(
     Each of `saved` has the s of all.
     """
     adjoints = [adapter.t() for adapter in adapters]
-    nothing: list[Tensor | None] = [None] * len(dys)
-    dx, dA, dB, q = None, nothing, nothing, None
+    dx = q = None
+    dA: Sequence[Tensor | None] = [None] * len(dys)
+    dB: Sequence[Tensor | None] = dA
     if needs.x or needs.A:
         q = products.shrink(dys, adjoints)
     if needs.x:

@@ -163,7 +163,7 @@ class LoRAProjections(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-        weights, As, Bs, biases, seeds = lists = _lists(flat)
+        weights, As, Bs, _, seeds = lists = _lists(flat)
         ys, s = call.forward(x, *lists)
         ctx.call, ctx.dtype, ctx.adapter_dtype = call, x.dtype, As[0].dtype
         ctx.ranks = [A.shape[1] for A in As]
@@ -171,8 +171,8 @@ class LoRAProjections(torch.autograd.Function):
         ctx.needs = [Needs(needs_x, *each) for each in zip(*_lists(given)[:4], strict=True)]
         ctx.set_materialize_grads(False)
         kept = [
-            formulas.keep(need, x, *each, s)
-            for need, *each in zip(ctx.needs, weights, As, Bs, strict=True)
+            formulas.keep(need, x, weight, A, B, s)
+            for need, weight, A, B in zip(ctx.needs, weights, As, Bs, strict=True)
         ]
         shared = [
             next((t for t in ts if t is not None), None)

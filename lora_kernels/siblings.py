@@ -1,9 +1,9 @@
 """Sibling layers that read one x, computed in one call: `fuse_projections`, undone by `unfuse_projections`.
 
-The siblings stay where they are, with the class `FusedProjection`, and their parent gets two hooks around its forward. Within
-one forward of the parent the first sibling that is called computes `lora_projections` of all; the others, called with the
-same x, are given their results. So nothing is kept from one forward to the next, and a sibling that is called on its own
-computes for itself. A thread has results of its own.
+The siblings stay where they are, with the class `FusedProjection`, and their parent gets two hooks around its forward.
+Within one forward of the parent the first sibling that is called computes `lora_projections` of all. The others are given
+their results when they are called with the same x. So nothing is kept from one forward to the next, and a sibling that is
+called on its own computes for itself. A thread has results of its own.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def _projection(layer: Any) -> Projection | None:
     """The operands of a sibling that computes the plain formula now, else None."""
     if not isinstance(layer, FusedProjection) or _why_not(layer) is not None or layer.merged:
         return None
-    linear, lora = layer._modules["linear"], layer._modules["lora"]
+    inner: Any = layer._modules
+    linear, lora = inner["linear"], inner["lora"]
     (weight, bias), (A, B) = _parameters(linear, lora)
     for t in (weight, A, B, bias):
         if t is not None and (type(t) not in _TENSORS or t.is_inference()):
@@ -254,22 +255,21 @@ def unfuse_projections(model: nn.Module) -> list[tuple[str, ...]]:
     ValueError, with the model as it was, where another class was built on a fused layer's, as sharding does.
     """
     check_model(model)
-    fused = [
-        (n, module) for n, module in model.named_modules() if isinstance(module, FusedProjection)
-    ]
+    every: list[tuple[str, Any]] = list(model.named_modules())
+    fused = [(name, module) for name, module in every if isinstance(module, FusedProjection)]
     for name, module in fused:
         if type(module) is not FusedProjection:
             raise ValueError(
                 f"model must be unfused before it is sharded: {name} is a {type(module).__name__}"
             )
     labels = []
-    for path, parent in model.named_modules():
+    for path, parent in every:
         for group in _groups_of(parent):
             labels.append(tuple(f"{path}.{name}" if path else name for name in group.names))
             for handle in group.handles:
                 handle.remove()
     for _, module in fused:
-        module.__class__ = LinearWithLoRA
+        module.__class__ = LinearWithLoRA  # type: ignore[assignment]
     return labels
 
 

@@ -420,7 +420,7 @@ def rewrap(name, **options):
         (rewrap("k", dora=True), [GROUP], ValueError, "k must be a layer that can be fused, but it has DoRA"),
         (lambda m: m.v.register_forward_hook(print), [GROUP], ValueError, "v must be .* it has hooks"),
         (lambda m: m.v.lora.register_forward_hook(print), [GROUP], ValueError, "v must be .* hooks"),
-        (lambda m: setattr(m, "v", LinearWithLoRA(nn.Linear(9, 4), 2, 1.0)), [GROUP], ValueError, "v must have the in_features of q, 8, got 9"),
+        (rewrap("v", K=9), [GROUP], ValueError, "v must have the in_features of q, 8, got 9"),
         (lambda m: m.k.double(), [GROUP], ValueError, "k must have the dtype of q, torch.float32, got torch.float64"),
         (lambda m: m.k.lora.bfloat16(), [GROUP], ValueError, "k must have the adapter's dtype of q"),
         (lambda m: m.k.to("meta"), [GROUP], ValueError, "k must have the device of q, cpu, got meta"),

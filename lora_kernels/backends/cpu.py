@@ -25,8 +25,8 @@ _OPS = torch.ops.lora_kernels_cpu
 # What an installation built here; a released wheel has one beside it for each minor version of torch, `_cpu-torch2.13.so`.
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 PLATFORM = ("Linux", "x86_64")
-# Multiply-adds of a forward from which projections are trained together: below, a layer's own operator, whose backward is C++
-# too, is faster. 3 x 768x768 float32 by rows, apart over together: 64 0.91, 128 1.00, 256 1.08 (AMD Zen 3, 2026-11).
+# Multiply-adds of a forward from which projections are trained together: below, a layer's own operator is faster, whose
+# backward is C++ too. Three of 768 x 768 in float32, by rows, apart over together: 64 0.91, 128 1.00, 256 1.08 (AMD Zen 3).
 _TRAINED_TOGETHER = 1 << 28
 _MARK = rb"lora_kernels built with torch (\d+\.\d+);"  # csrc/cpu/built_with.cpp
 
