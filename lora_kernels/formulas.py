@@ -13,7 +13,8 @@ backward   dz   = c∘dy,  dc = Σ dy∘z,  dm = dc / n
            q    = alpha·dy·(c∘B)ᵀ,  dB = c∘(sᵀ·dy)           so that only dx and dW read dz, and no rounding of it is in q
 
 x [M, K], weight W [N, K] as nn.Linear stores it, A [K, R], B [R, N], bias [N], y and dy [M, N], s and q [M, R]. The
-adjoint of a LoRA linear is a LoRA linear, so one product serves both directions. Over groups of rows the same lines hold
+adjoint of a LoRA linear is a LoRA linear, so one product serves both directions. Of several projections that read one x
+dx is the sum. Over groups of rows the same lines hold
 for each group: the products are bound to the groups, and operands are stacks. See Hu et al., "LoRA: low-rank adaptation of
 large language models", ICLR 2022, for the layer, and Liu et al., "DoRA: weight-decomposed low-rank adaptation", ICML 2024,
 for m [N] and for n as a constant (section 4.3).
@@ -21,12 +22,13 @@ for m [N] and for n as a constant (section 4.3).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.base import Products
+from lora_kernels.backends.base import Products, ProjectionProducts
 from lora_kernels.operands import Adapter, Weight, in_memory, transposed
 
 # (dx, dW, dA, dB, dbias), each None where it is not needed.
@@ -180,6 +182,48 @@ def backward(
         dW = products.weight_grad(dz, x)
     dbias = products.bias_grad(dy) if needs.bias else None
     return dx, dW, dA, dB, dbias
+
+
+def projections_forward(
+    products: ProjectionProducts,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    adapters: Sequence[Adapter],
+    biases: Sequence[Tensor | None],
+) -> tuple[list[Tensor], Tensor]:
+    """y [M, N] of each of several projections of one x, and s [M, ΣR]."""
+    s = products.shrink([x], adapters)
+    return products.expand(x, [transposed(w) for w in weights], s, adapters, biases), s  # type: ignore[misc]
+
+
+def projections_backward(
+    products: ProjectionProducts,
+    dys: Sequence[Tensor],
+    saved: Sequence[Saved],
+    needs: Needs,
+    adapters: Sequence[Adapter],
+    ranks: Sequence[int],
+    adapter_dtype: torch.dtype,
+) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """(dx, dA of each, dB of each) of `projections_forward`, where all have a dy and the same `needs`.
+
+    Each of `saved` has the s of all.
+    """
+    adjoints = [adapter.t() for adapter in adapters]
+    dx = q = None
+    dA: Sequence[Tensor | None] = [None] * len(dys)
+    dB: Sequence[Tensor | None] = dA
+    if needs.x or needs.A:
+        q = products.shrink(dys, adjoints)
+    if needs.x:
+        weights = [cast(Tensor, each.weight) for each in saved]
+        dx = products.expand_sum(dys, weights, cast(Tensor, q), adjoints)
+    if needs.A:
+        x, masks = cast(Tensor, saved[0].x), [adapter.dropout_in for adapter in adapters]
+        dA = products.wgrad([x], cast(Tensor, q).split(ranks, 1), adapter_dtype, masks)
+    if needs.B:
+        dB = products.wgrad(cast(Tensor, saved[0].s).split(ranks, 1), dys, adapter_dtype)
+    return dx, dA, dB
 
 
 def jvp(

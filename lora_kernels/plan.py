@@ -9,7 +9,7 @@ Plans are remembered: a table that `tune` writes meanwhile counts for calls that
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from lora_kernels import backends, env, selftest
-from lora_kernels.backends.base import Backend, Candidate, Products, fastest
+from lora_kernels.backends.base import (
+    Backend,
+    Candidate,
+    Products,
+    ProjectionProducts,
+    fastest,
+)
 from lora_kernels.backends.device import current_target
 from lora_kernels.operands import Groups, Weight, layout_of, name_of
 from lora_kernels.problem import DENSE, Problem
@@ -27,6 +33,7 @@ _MOST_PLANS = 4096
 # Moved for each element by `QuantizedWeight.dense`, whose operations read and write float32: 22 of nf4, 19 of int8.
 _DENSE_BYTES = 20
 _plans: dict[tuple, Plan] = {}
+_joint_plans: dict[tuple, JointPlan] = {}
 _requested: tuple[str, bool] | None = None  # (name, strict) of the innermost use_backend
 
 
@@ -83,6 +90,19 @@ class Plan:
         chosen = f"{self.backend}: chosen" + (f", {self.plan}" if self.plan else "")
         others = (f"{name}: {why}" for name, why in self.rejected.items())
         return "\n".join([str(self.problem), chosen, *others])
+
+
+@dataclass(frozen=True)
+class JointPlan:
+    """The plans of projections that read one x, and the products of all; None where each is to be computed for itself."""
+
+    plans: tuple[Plan, ...]
+    products: ProjectionProducts | None
+
+    @functools.cached_property
+    def adjoint(self) -> ProjectionProducts | None:
+        """The products of the backward, likewise."""
+        return _together([plan.adjoint for plan in self.plans], trains=True)
 
 
 @contextmanager
@@ -201,9 +221,46 @@ def plan_backward(
     return _remember(key, make_plan(problem, dy.device, asked))
 
 
+def plan_projections(
+    backend: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    A: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    dropout: Sequence[bool],
+    trains: bool,
+) -> JointPlan:
+    """The `JointPlan` of a forward call on x [..., K]; kept for the next call like it. `trains`: a backward may follow.
+
+    RuntimeError where an explicit or strict choice cannot compute one of them.
+    """
+    each = [
+        (w.shape[0], w.stride(1), a.shape[1], a.dtype, b is None, p)
+        for w, a, b, p in zip(weights, A, biases, dropout, strict=True)
+    ]
+    key = (_asked(backend), trains, x.device, x.dtype, x.numel(), x.shape[-1], *each)
+    known = _joint_plans.get(key)
+    if known is None:
+        operands = zip(weights, A, biases, dropout, strict=True)
+        plans = tuple(plan_call(backend, x, *of_one) for of_one in operands)
+        known = JointPlan(plans, _together(plans, trains))
+        if len(_joint_plans) >= _MOST_PLANS:
+            _joint_plans.clear()
+        _joint_plans[key] = known
+    return known
+
+
+def _together(plans: Sequence[Plan], trains: bool) -> ProjectionProducts | None:
+    if len({plan.backend for plan in plans}) > 1 or any(plan.problem.empty for plan in plans):
+        return None
+    each = [(plan.problem, plan.products) for plan in plans]
+    return plans[0].products.together(each, trains)
+
+
 def forget() -> None:
     """Forget every plan: the next call of each kind makes a new one."""
     _plans.clear()
+    _joint_plans.clear()
 
 
 def explain(problem: Problem, backend: str = "auto", algorithm: str | None = None) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +89,15 @@ class Products(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no products over groups")
 
+    def together(
+        self, each: Sequence[tuple[Problem, Products]], trains: bool
+    ) -> ProjectionProducts | None:
+        """The products of projections that read one x, from `each` one's own; None where these are faster apart.
+
+        `trains`: the problems are followed by a backward, or are one.
+        """
+        return None
+
     def shrink_expand_scaled(
         self,
         x: Tensor,
@@ -164,6 +173,45 @@ class Products(ABC):
             norms = torch.linalg.vector_norm(w[rows].to(lowrank.dtype), dim=1)
             torch.square(norms, out=squares[rows])
         return lowrank, squares
+
+
+class ProjectionProducts(ABC):
+    """Products of several projections of one x. Lists have an element for each of them, operands are those of `Products`.
+
+    s and q are one tensor [M, ΣR]: the projections' columns beside each other. Those of the backward are only called where
+    `Products.together` of the adjoint's products gives them.
+    """
+
+    @abstractmethod
+    def shrink(self, xs: Sequence[Tensor], adapters: Sequence[Adapter]) -> Tensor:
+        """scale·(mask_in∘x)·A of each -> [M, ΣR] float32; xs is one x for all, or one each."""
+
+    @abstractmethod
+    def expand(
+        self,
+        x: Tensor,
+        ws: Sequence[Tensor],
+        s: Tensor,
+        adapters: Sequence[Adapter],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        """x·w + bias + s·B of each: x [M, K], s [M, ΣR] -> y [M, N] each."""
+
+    def expand_sum(
+        self, xs: Sequence[Tensor], ws: Sequence[Tensor], s: Tensor, adapters: Sequence[Adapter]
+    ) -> Tensor:
+        """The sum over projections of x·w + mask_out∘(s·B) [M, N], rounded once."""
+        raise NotImplementedError(f"{type(self).__name__} has no products of a backward")
+
+    def wgrad(
+        self,
+        lefts: Sequence[Tensor],
+        rights: Sequence[Tensor],
+        dtype: torch.dtype,
+        dropouts: Sequence[Dropout | None] | None = None,
+    ) -> list[Tensor]:
+        """(mask∘left)ᵀ·right of each; lefts is one for all, or one each."""
+        raise NotImplementedError(f"{type(self).__name__} has no products of a backward")
 
 
 @dataclass(frozen=True)
