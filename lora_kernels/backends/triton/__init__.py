@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import importlib.util
 from dataclasses import replace
 
@@ -14,6 +16,10 @@ from lora_kernels.tuning import tables
 from lora_kernels.tuning.config import Tiles
 from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.targets import Target
+
+# The versions of Triton with which the persistent product was compiled and executed: it is written in Gluon, which Triton
+# calls experimental. Other versions have other names in it.
+_GLUON_VERSIONS = ("3.9.",)
 
 
 class TritonBackend(Backend):
@@ -46,21 +52,45 @@ class TritonBackend(Backend):
             if not tiles.has(MAIN_KERNEL[name]):
                 made.append(Candidate(name, refusal=configs.refusal(name, same, target)))
                 continue
+            if name == "persistent" and (reason := untried()) is not None:
+                made.append(Candidate(name, refusal=reason))
+                continue
             config = tiles.config(MAIN_KERNEL[name])
-            beside = problem.backward and name in ("one_pass", "decode")
             made.append(
                 Candidate(
                     name,
                     TritonProducts(name, problem, target, tiles),
-                    slower="in a backward q comes with dB from one reading of dy"
-                    if beside
-                    else None,
+                    slower=_slower(name, problem, name in measured),
                     measured_us=measured.get(name),
                     predicted_us=predict_us(name, same, target, config),
                     how=_decoding(name, problem, tiles) + str(config),
                 )
             )
         return made
+
+
+@functools.cache
+def untried() -> str | None:
+    """Why the persistent product is not imported here: None with a Triton that it was tried with, or with none at all."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if version.startswith(_GLUON_VERSIONS):
+        return None
+    tried = " and ".join(f"{each}x" for each in _GLUON_VERSIONS)
+    return f"it was tried with Triton {tried} only, got {version}"
+
+
+def _slower(algorithm: str, problem: Problem, measured: bool) -> str | None:
+    """Why `algorithm` is not to be taken for `problem` by itself, or None."""
+    if algorithm in ("one_pass", "decode") and problem.backward:
+        return "in a backward q comes with dB from one reading of dy"
+    if algorithm == "persistent" and problem.backward and problem.dropout:
+        return "the mask of dx is on its rank tail alone, which is a step of the sum"
+    if algorithm == "persistent" and not measured:
+        return "it is taken where `tune` has timed it: Gluon is experimental"
+    return None
 
 
 def _decoding(algorithm: str, problem: Problem, tiles: Tiles) -> str:

@@ -33,8 +33,9 @@ MAIN_KERNEL = {
     "one_pass": "one_pass",
     "decode": "decode",
     "tail_first": "expand",
+    "persistent": "persistent",
 }
-ALGORITHMS = ("two_kernel", "one_pass", "decode")
+ALGORITHMS = ("two_kernel", "one_pass", "decode", "persistent")
 _READS_PACKED = ("decode", "dequantise")  # the kernels that read a quantised weight
 # N, K that get every kernel somewhere with and somewhere without a split
 _SHIPPED_SHAPES = ((512, 4096), (4096, 4096), (4096, 512), (32768, 128))
@@ -50,6 +51,7 @@ _MATMUL_HALF = {
     "gfx942": [(128, 128, 32, 8, 2), (64, 64, 32, 4, 2)],
     "gfx1100": [(64, 64, 32, 4, 2)],
 }
+_PERSISTENT = [(128, 256, 64, 8, 3)]
 _MATMUL_FLOAT32 = [(64, 64, 32, 4, 3)]
 # Over groups, which may have few rows each. Eight warps: at 128x128 four have no registers left for a group's addresses.
 _GROUPED_HALF = {
@@ -160,7 +162,7 @@ def _best(kernel: str, problem: Problem, target: Target) -> TileConfig:
     made = _shipped_tiles(kernel, problem, target)
     fitting = [c for c in made if fits(c, problem, target) is None] or made
     algorithm = next((name for name, main in MAIN_KERNEL.items() if main == kernel), None)
-    if algorithm is None:
+    if algorithm is None or len(fitting) == 1:
         return fitting[0]
     return min(fitting, key=lambda config: predict_us(algorithm, problem, target, config))
 
@@ -175,6 +177,8 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
             tiles = _grouped_tiles(problem, target)
         tma = target.tma and half and problem.weights == 1
         return [TileConfig(kernel, *tile, tma=tma, rank_chunk=chunk) for tile in tiles]
+    if kernel == "persistent":
+        return [TileConfig(kernel, *tile, tma=True) for tile in _PERSISTENT]
     if kernel == "one_pass":
         tiles = _ONE_PASS_HALF.get(target.name, _ONE_PASS_OTHER) if half else _ONE_PASS_FLOAT32
         return [TileConfig(kernel, *tile, rank_chunk=32 if target.tma else 16) for tile in tiles]
