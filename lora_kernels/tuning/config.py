@@ -164,7 +164,9 @@ def _persistent_refuses(problem: Problem, target: Target) -> str | None:
         # float16 does not hold every s = alpha·x·A.
         return f"persistent rounds s to x's type, which must be bfloat16, got {problem.dtype}"
     if problem.adapter_dtype != problem.dtype:
-        return f"persistent takes adapters of x's type, {problem.dtype}, got {problem.adapter_dtype}"
+        return (
+            f"persistent takes adapters of x's type, {problem.dtype}, got {problem.adapter_dtype}"
+        )
     if problem.N % 8 or problem.K % 8:
         return f"persistent takes N and K that are multiples of 8, got {problem.N} and {problem.K}"
     return None

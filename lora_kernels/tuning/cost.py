@@ -21,8 +21,8 @@ library's product only the matrix pipe counts. A last wave that is not full slow
 tiles; it may split its sum, these kernels do not.
 
 A backward's problem (x is dy, y is dx) adds dA, one reading of its other side, to every algorithm, and dB, a second reading
-of dy, to all but two_kernel, persistent and lorafusion, which get q and dB from one. addmm computes x·a again, another reading of the
-other side. reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 4 passes over dx.
+of dy, to all but two_kernel, persistent and lorafusion, which get q and dB from one. addmm computes x·a again, another
+reading of the other side. reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 4 passes over dx.
 
 A quantised weight costs two_kernel and one_pass a launch before, which reads it and writes a dense copy, and a gap. The
 others are predicted for a dense weight: `plan` adds the copy that they are given.

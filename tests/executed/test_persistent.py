@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.shipped import compare
 from tests.oracle import Case, Operands, assert_budget, reference
+from tests.ptx import launch
 from tests.ptx.launch import Executed, emulate
 
 pytestmark = pytest.mark.slow
@@ -92,7 +94,9 @@ def test_an_infinity_stays_where_it_is():
 def test_what_it_does_not_take_is_refused():
     o = Case(16, 24, 20, 4, dtype=torch.bfloat16).operands()
     s = rank_operand(16, 4, torch.bfloat16, o.x.device).zero_()
-    with pytest.raises(ValueError, match=r"^x and w must have 16-byte aligned rows.* got strides \(20, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"^x and w must have 16-byte aligned rows.* got strides \(20, 1\)"
+    ):
         persistent(o.x, o.w, s, o.b, None, TILE, 1)
 
 
@@ -130,7 +134,9 @@ def test_a_layers_forward_and_every_gradient(on_sm_90, dropout, schedule):
         return [out, *torch.autograd.grad(out, cast, dy.to(to))]
 
     names = ("y", *shapes)
-    for name, *triple in zip(names, actual, plain(torch.bfloat16), plain(torch.float64), strict=True):
+    for name, *triple in zip(
+        names, actual, plain(torch.bfloat16), plain(torch.float64), strict=True
+    ):
         assert_budget(*triple, what=name)
     kernels = names_of(executed)
     assert kernels[:2] == ["shrink", "persistent"] and executed[1].dependent
@@ -143,8 +149,8 @@ def names_of(executed: list[Executed]) -> list[str]:
     return [launch.name.strip("_").removesuffix("_kernel") for launch in executed]
 
 
-def test_s_is_waited_for_where_the_product_starts_early():
-    """In lockstep the dependent launch goes as far as it can before `shrink` has stored anything."""
+def test_s_is_waited_for_where_the_product_starts_early(monkeypatch):
+    """In lockstep the dependent launch goes as far as it can before `shrink` has stored anything: too far without a wait."""
     o = Case(133, 264, 136, 16, dtype=torch.bfloat16, layout="peft").operands()
     products = TritonProducts("persistent", PROBLEM, TARGET, tiles_for(PROBLEM, TARGET))
     for schedule in (None, 1):
@@ -152,6 +158,18 @@ def test_s_is_waited_for_where_the_product_starts_early():
             y, s = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
         compare({"y": y, "s": s}, o, f"schedule {schedule}")
         assert names_of(executed) == ["shrink", "persistent"] and executed[1].dependent
+
+    monkeypatch.setattr(
+        launch, "prepare_triton", functools.partial(_without_wait, launch.prepare_triton)
+    )
+    with emulate("sm_90"):
+        y, _ = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
+    with pytest.raises(AssertionError):
+        compare({"y": y}, o, "without a wait")
+
+
+def _without_wait(prepare, compiled, grid, bound):
+    return prepare(compiled, grid, bound, compiled.asm["ptx"].replace("griddepcontrol.wait ;", ""))
 
 
 def test_operands_that_copies_cannot_fetch_take_the_other_product():

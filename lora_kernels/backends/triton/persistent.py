@@ -91,8 +91,10 @@ def _persistent_kernel(
     HALF: gl.constexpr = BLOCK_N // 2
     warps: gl.constexpr = gl.num_warps()
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, BLOCK_N, 16])
-    lefts = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)
-    rights = gl.allocate_shared_memory(x.dtype, [STAGES] + w.block_shape, w.layout)
+    lefts = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, BLOCK_K], x.layout)
+    rights = gl.allocate_shared_memory(
+        x.dtype, [STAGES, w.block_shape[0], w.block_shape[1]], w.layout
+    )
     out = gl.allocate_shared_memory(x.dtype, y.block_shape, y.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -201,7 +203,8 @@ def persistent(
     N, R = b.shape[1], b.shape[0]
     if not applies(x, w):
         raise ValueError(
-            f"x and w must have 16-byte aligned rows or columns and N % 8 = 0, got strides {x.stride()}, {w.stride()}, N = {N}"
+            "x and w must have 16-byte aligned rows or columns and N % 8 = 0, "
+            f"got strides {x.stride()}, {w.stride()}, N = {N}"
         )
     y = x.new_empty((M, N))
     block_r = rank_block(R, config.block_k)
@@ -257,7 +260,9 @@ def fetchable(b: Tensor) -> Tensor:
 
 def _described(t: Tensor, block: list[int]) -> TensorDescriptor:
     dtype = gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor.from_tensor(t, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+    return TensorDescriptor.from_tensor(
+        t, block, gl.NVMMASharedLayout.get_default_for(block, dtype)
+    )
 
 
 def _right_operand(t: Tensor, block_k: int, block_n: int, k_major: bool) -> TensorDescriptor:

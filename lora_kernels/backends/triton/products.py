@@ -26,8 +26,8 @@ from lora_kernels.tuning.targets import Target
 class TritonProducts(Products):
     """Fused products in float32, bfloat16 and float16 for one problem on one target.
 
-    `algorithm` is "two_kernel", "persistent", "one_pass" or "decode"; `tiles` has a tile for each kernel that it launches. Over groups
-    it is "two_kernel" or "tail_first", and each kernel is one launch, which reads the offsets on the device.
+    `algorithm` is "two_kernel", "persistent", "one_pass" or "decode"; `tiles` has a tile for each kernel that it launches.
+    Over groups it is "two_kernel" or "tail_first", and each kernel is one launch, which reads the offsets on the device.
     """
 
     reads_memory = True
@@ -199,7 +199,7 @@ class TritonProducts(Products):
         from lora_kernels.backends.triton.persistent import fetchable, persistent, rank_operand
 
         if rounded is None:
-            rounded = rank_operand(*s.shape, x.dtype, x.device).copy_(s)
+            rounded = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device).copy_(s)
         programs = self.target.multiprocessors
         if x.is_cuda:
             programs = torch.cuda.get_device_properties(x.device).multi_processor_count
