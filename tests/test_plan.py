@@ -24,6 +24,8 @@ from lora_kernels import (
 )
 from lora_kernels.backends.base import Candidate
 from lora_kernels.backends.eager import EagerBackend, EagerProducts
+from lora_kernels.backends.triton import configs
+from lora_kernels.backends.triton.configs import tiles_of
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.tuning import tables
 from lora_kernels.tuning.targets import TARGETS
@@ -335,9 +337,7 @@ class TestTritonOrCUDA:
 
     def test_the_persistent_product_where_tune_has_timed_it(self, monkeypatch):
         """By prediction it is never taken, and `explain` says why: with this Triton, on this GPU, for these sizes."""
-        from lora_kernels.backends import triton
-
-        monkeypatch.setattr(triton.importlib.metadata, "version", lambda name: "3.9.1")
+        monkeypatch.setattr(configs, "untried", lambda: None)
         large = replace(self.problem, M=4096)
         never_timed = (
             "triton, persistent: it is taken where `tune` has timed it: Gluon is experimental"
@@ -365,21 +365,21 @@ class TestTritonOrCUDA:
         assert masked.passed_over["persistent"].startswith(
             "the mask of dx is on its rank tail alone"
         )
-        monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_80"])
-        assert "made for sm_90, not for sm_80" in explain(large).passed_over["persistent"]
+        monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_100"])
+        on_b200 = plan.explain(large, "triton").passed_over
+        assert on_b200["persistent"] == "persistent is made for sm_90, not for sm_100"
 
     @pytest.mark.parametrize("version", ["3.6.0", "3.10.0"])
     def test_another_triton_keeps_the_other_products(self, version, monkeypatch):
-        from lora_kernels.backends import triton
-
-        monkeypatch.setattr(triton.importlib.metadata, "version", lambda name: version)
-        triton.untried.cache_clear()
+        monkeypatch.setattr(configs.importlib.metadata, "version", lambda name: version)
+        configs.untried.cache_clear()
         self.tuned(M=4096, two_kernel=20.0, persistent=19.0, eager=21.0)
         told = explain(replace(self.problem, M=4096))
         assert told.candidate.name == "two_kernel"
         reason = f"it was tried with Triton 3.9.x only, got {version}"
         assert told.passed_over["persistent"] == reason
-        triton.untried.cache_clear()
+        assert tiles_of("persistent", replace(self.problem, M=4096), TARGETS["sm_90"]) == []
+        configs.untried.cache_clear()
 
     def test_by_prediction(self):
         told = explain(self.problem)

@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime import jit
 
 GPU_TARGETS = {
@@ -57,7 +57,7 @@ def compile_call(
     options, signature, constants, attrs = kernel._pack_args(
         backend, kwargs, bound, specialization, options
     )
-    form = GluonASTSource if kernel.is_gluon() else ASTSource
+    form = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = form(kernel, signature, constants, attrs)
     return triton.compile(source, target=target, options=options.__dict__), bound
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import importlib.util
 from dataclasses import replace
 
@@ -16,10 +14,6 @@ from lora_kernels.tuning import tables
 from lora_kernels.tuning.config import Tiles
 from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.targets import Target
-
-# The versions of Triton with which the persistent product was compiled and executed: it is written in Gluon, which Triton
-# calls experimental. Other versions have other names in it.
-_GLUON_VERSIONS = ("3.9.",)
 
 
 class TritonBackend(Backend):
@@ -49,11 +43,10 @@ class TritonBackend(Backend):
         same = tables.bucketed(problem)
         made = []
         for name in configs.algorithms(problem):
-            if not tiles.has(MAIN_KERNEL[name]):
-                made.append(Candidate(name, refusal=configs.refusal(name, same, target)))
-                continue
-            if name == "persistent" and (reason := untried()) is not None:
-                made.append(Candidate(name, refusal=reason))
+            reason = configs.untried() if name == "persistent" else None
+            if reason or not tiles.has(MAIN_KERNEL[name]):
+                refusal = reason or configs.refusal(name, same, target)
+                made.append(Candidate(name, refusal=refusal))
                 continue
             config = tiles.config(MAIN_KERNEL[name])
             made.append(
@@ -67,19 +60,6 @@ class TritonBackend(Backend):
                 )
             )
         return made
-
-
-@functools.cache
-def untried() -> str | None:
-    """Why the persistent product is not imported here: None with a Triton that it was tried with, or with none at all."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    if version.startswith(_GLUON_VERSIONS):
-        return None
-    tried = " and ".join(f"{each}x" for each in _GLUON_VERSIONS)
-    return f"it was tried with Triton {tried} only, got {version}"
 
 
 def _slower(algorithm: str, problem: Problem, measured: bool) -> str | None:

@@ -7,6 +7,7 @@ its bucket, a power of two, so that a new sequence length compiles nothing new.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import itertools
 import math
 from dataclasses import replace
@@ -36,6 +37,9 @@ MAIN_KERNEL = {
     "persistent": "persistent",
 }
 ALGORITHMS = ("two_kernel", "one_pass", "decode", "persistent")
+# The versions of Triton with which the persistent product was compiled and executed: it is written in Gluon, which Triton
+# calls experimental. Other versions have other names in it.
+_GLUON_VERSIONS = ("3.9.",)
 _READS_PACKED = ("decode", "dequantise")  # the kernels that read a quantised weight
 # N, K that get every kernel somewhere with and somewhere without a split
 _SHIPPED_SHAPES = ((512, 4096), (4096, 4096), (4096, 512), (32768, 128))
@@ -89,6 +93,19 @@ def refusal(algorithm: str, problem: Problem, target: Target) -> str | None:
     return fits(_best(MAIN_KERNEL[algorithm], problem, target), problem, target)
 
 
+@functools.cache
+def untried() -> str | None:
+    """Why the persistent product is not imported here: None with a Triton that it was tried with, or with none at all."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if version.startswith(_GLUON_VERSIONS):
+        return None
+    tried = " and ".join(f"{each}x" for each in _GLUON_VERSIONS)
+    return f"it was tried with Triton {tried} only, got {version}"
+
+
 def narrow_tiles(problem: Problem, target: Target) -> Tiles:
     """The tiles of the kernels that read the problem's x and no weight."""
     return tiles_for(tables.without_weight(problem), target)
@@ -105,6 +122,8 @@ def _tiles(problem: Problem, target: Target, tuned: tables.Entry | None) -> Tile
 
 def tiles_of(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
     """The tiles of `kernel` that this package ships for `target` and that fit `problem`: what `tune` times."""
+    if kernel == "persistent" and untried() is not None:
+        return []
     made = _shipped_tiles(kernel, problem, target)
     return [config for config in made if fits(config, problem, target) is None]
 
