@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from lora_kernels.backends.base import (
 )
 from lora_kernels.backends.device import current_target
 from lora_kernels.operands import Groups, Weight, layout_of, name_of
-from lora_kernels.problem import DENSE, Problem
+from lora_kernels.problem import Problem
 from lora_kernels.tuning.targets import Target
 
 _MOST_PLANS = 4096
@@ -41,7 +41,8 @@ _requested: tuple[str, bool] | None = None  # (name, strict) of the innermost us
 class Plan:
     """What computes `problem` on `device`, with one reason for each backend that does not.
 
-    `candidate` is the chosen algorithm with its products, `compared` are all algorithms that could have been taken.
+    `candidate` is the chosen algorithm with its products, `compared` are all algorithms that could have been taken,
+    `passed_over` has the reason why another algorithm of the chosen backend was not to be compared.
     `dequantises`: the products read no weight of this format and get a dense copy.
     """
 
@@ -52,6 +53,7 @@ class Plan:
     candidate: Candidate
     compared: tuple[Candidate, ...]
     rejected: dict[str, str]
+    passed_over: dict[str, str] = field(default_factory=dict)
     algorithm: str | None = None  # the only one that may be taken; None: any
     dequantises: bool = False
     magnitude: bool = False  # of a call with DoRA's magnitude, which `explain` was asked about
@@ -86,10 +88,11 @@ class Plan:
         return ", ".join(steps)
 
     def __str__(self) -> str:
-        """The problem, the choice, and a line for each backend that is not chosen."""
+        """The problem, the choice, and a line for each algorithm beside it and each backend that is not chosen."""
         chosen = f"{self.backend}: chosen" + (f", {self.plan}" if self.plan else "")
         others = (f"{name}: {why}" for name, why in self.rejected.items())
-        return "\n".join([str(self.problem), chosen, *others])
+        own = (f"{self.backend}, {name}: {why}" for name, why in self.passed_over.items())
+        return "\n".join([str(self.problem), chosen, *own, *others])
 
 
 @dataclass(frozen=True)
@@ -336,6 +339,8 @@ def _plan(
         for each, candidates in offered.items()
         if each != backend
     }
+    own = [candidate for candidate in offered[backend] if candidate is not chosen]
+    why = {candidate.name: candidate.refusal or candidate.slower for candidate in own}
     if name != "auto":
         rejected = {each: f"{name} was asked for" for each in backends.BACKENDS if each != name}
     return Plan(
@@ -346,6 +351,7 @@ def _plan(
         chosen,
         tuple(candidate for candidate in compared if candidate.refusal is None),
         {each: rejected[each] for each in backends.BACKENDS if each in rejected},
+        {each: reason for each, reason in why.items() if reason is not None},
         algorithm=algorithm,
         dequantises=problem.weight_format not in backends.get(backend).formats,
     )

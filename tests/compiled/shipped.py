@@ -67,6 +67,11 @@ class Shapes:
             shrink(x, a, 0.5, config, mask, offsets=offsets, release=target.tma)
         elif config.kernel == "expand":
             expand(x, w, s, b, bias, config, mask, **own, offsets=offsets, late_wait=target.tma)
+        elif config.kernel == "persistent":
+            from lora_kernels.backends.triton.persistent import persistent, rank_operand
+
+            s = rank_operand(p.M, p.R, x.dtype, x.device)
+            persistent(x, w, s, b, bias, config, target.multiprocessors, late_wait=True)
         elif config.kernel == "one_pass":
             one_pass(x, w, a, b, 0.5, bias, config, mask, **own)
         elif config.kernel == "decode":

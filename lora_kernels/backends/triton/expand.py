@@ -258,7 +258,7 @@ def expand(
     y = x.new_empty((M, N))
     rows = Rows.of(M, config.block_m, offsets)
     tma = config.tma and w.ndim == 2 and tma_applies(x, w)
-    w_k_major = tma and not _describable(w)
+    w_k_major = tma and not describable(w)
     x_operand, w_operand = x, w
     if tma:
         stored_w = w.t() if w_k_major else w
@@ -315,10 +315,10 @@ def expand(
 
 def tma_applies(x: Tensor, w: Tensor) -> bool:
     """Whether the tensor memory accelerator can fetch both: unit stride in one dimension, the rest 16-byte aligned."""
-    return _describable(x) and (_describable(w) or _describable(w.t()))
+    return describable(x) and (describable(w) or describable(w.t()))
 
 
-def _describable(t: Tensor) -> bool:
+def describable(t: Tensor) -> bool:
     row_bytes = t.stride(0) * t.itemsize
     return (
         t.numel() > 0

@@ -26,8 +26,8 @@ from lora_kernels.tuning.targets import Target
 class TritonProducts(Products):
     """Fused products in float32, bfloat16 and float16 for one problem on one target.
 
-    `algorithm` is "two_kernel", "one_pass" or "decode"; `tiles` has a tile for each kernel that it launches. Over groups
-    it is "two_kernel" or "tail_first", and each kernel is one launch, which reads the offsets on the device.
+    `algorithm` is "two_kernel", "persistent", "one_pass" or "decode"; `tiles` has a tile for each kernel that it launches.
+    Over groups it is "two_kernel" or "tail_first", and each kernel is one launch, which reads the offsets on the device.
     """
 
     reads_memory = True
@@ -75,7 +75,7 @@ class TritonProducts(Products):
     def _shrink_expand(
         self, x: Tensor, w: Weight, adapter: Adapter, bias: Tensor | None, z: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(y, s), with the adapter's column scale where it has one; what y is before it and bias is stored in z, if given."""
+        """(y, s), with the adapter's column scale where it has one; z gets what y is before that and bias, if given."""
         A, B, scale, dropout_in, dropout_out, c = adapter
         if 0 in (x.shape[0], w.shape[-1], A.shape[-1]):
             s = self.shrink(x, adapter)
@@ -95,9 +95,17 @@ class TritonProducts(Products):
         # Between the two kernels the second waits by itself, where the hardware lets it start early.
         config = self.tiles.config("shrink")
         overlap = self.target.tma and config.split == 1
-        B = self._along_the_rank(B, x.shape[0])  # a copy is launched before, not between them
-        s = self._shrink(x, adapter, config, release=overlap)
-        return self._expand(x, w, s, adapter._replace(B=B), bias, z, late_wait=overlap), s
+        rounded = None
+        if self._persistent_takes(x, w, adapter):
+            from lora_kernels.backends.triton.persistent import fetchable, rank_operand
+
+            B, rounded = fetchable(B), rank_operand(x.shape[0], A.shape[-1], x.dtype, x.device)
+        else:
+            B = self._along_the_rank(B, x.shape[0])
+        # A copy of B was launched before, not between them.
+        s = self._shrink(x, adapter, config, release=overlap, rounded=rounded)
+        adapter = adapter._replace(B=B)
+        return self._expand(x, w, s, adapter, bias, z, late_wait=overlap, rounded=rounded), s
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
@@ -195,11 +203,16 @@ class TritonProducts(Products):
         return () if self.groups is None else (self.groups.count,)
 
     def _shrink(
-        self, x: Tensor, adapter: Adapter, config: TileConfig, release: bool = False
+        self,
+        x: Tensor,
+        adapter: Adapter,
+        config: TileConfig,
+        release: bool = False,
+        rounded: Tensor | None = None,
     ) -> Tensor:
         from lora_kernels.backends.triton.shrink import shrink
 
-        own: dict[str, Any] = {"offsets": self._offsets, "release": release}
+        own: dict[str, Any] = {"offsets": self._offsets, "release": release, "rounded": rounded}
         return shrink(x, adapter.A, adapter.scale, config, adapter.dropout_in, **own)
 
     def _expand(
@@ -211,12 +224,15 @@ class TritonProducts(Products):
         bias: Tensor | None,
         z: Tensor | None,
         late_wait: bool = False,
+        rounded: Tensor | None = None,
     ) -> Tensor:
         if 0 in (x.shape[0], w.shape[-1]):
             return x.new_empty((x.shape[0], w.shape[-1]))
         if not isinstance(w, Tensor):
             with self._decoded(w) as dense:
                 return self._expand(x, dense, s, adapter, bias, z)
+        if s.shape[1] and self._persistent_takes(x, w, adapter):
+            return self._persistent(x, w, s, adapter.B, bias, late_wait, rounded)
         from lora_kernels.backends.triton.expand import expand
 
         b = self._along_the_rank(adapter.B, x.shape[0])
@@ -228,6 +244,37 @@ class TritonProducts(Products):
             return y.addmm_(x, w)
         scaled = {"c": adapter.column_scale, "z": z}
         return expand(x, w, s, b, bias, config, adapter.dropout_out, **scaled, **own)
+
+    def _persistent_takes(self, x: Tensor, w: Tensor, adapter: Adapter) -> bool:
+        """Whether a call is the persistent product's: no mask or scale of results, x and w as tensor copies take them."""
+        plain = adapter.dropout_out is None and adapter.column_scale is None
+        if self.algorithm != "persistent" or not plain:
+            return False
+        from lora_kernels.backends.triton.persistent import applies
+
+        return applies(x, w)
+
+    def _persistent(
+        self,
+        x: Tensor,
+        w: Tensor,
+        s: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        late_wait: bool,
+        rounded: Tensor | None,
+    ) -> Tensor:
+        """The persistent product; `rounded` is s in x's type, which is made here where it is None."""
+        from lora_kernels.backends.triton.persistent import fetchable, persistent, rank_operand
+
+        if rounded is None:
+            rounded = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device).copy_(s)
+        programs = self.target.multiprocessors
+        if x.is_cuda:
+            programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+        config = self.tiles.config("persistent")
+        b = fetchable(B)
+        return persistent(x, w, rounded, b, bias, config, programs, late_wait=late_wait)
 
     def _decoded(self, w: QuantizedWeight) -> AbstractContextManager[Tensor]:
         """w as a dense tensor, for the products that are launched while it is entered."""

@@ -1,4 +1,4 @@
-"""What DoRA's column scale adds to a backward, where `shrink_wgrad` does not: dz = c∘dy and dc = Σ dy∘z, from one reading."""
+"""What DoRA's column scale adds to a backward, where `shrink_wgrad` does not: dz = c∘dy and dc = Σ dy∘z, in one pass."""
 
 from __future__ import annotations
 

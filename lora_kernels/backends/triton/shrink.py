@@ -33,6 +33,7 @@ def _shrink_kernel(
     a_ptr,  # [K, R]; where GROUPED, each group's lies stride_ag behind the last one's
     out_ptr,  # [split, M, R] float32
     squares_ptr,  # [split, M] float32: the sums of x² over its columns
+    rounded_ptr,  # [M, R] in a half type where ROUNDED
     alpha,
     seed_ptr,
     threshold,
@@ -49,6 +50,7 @@ def _shrink_kernel(
     stride_ak,
     stride_ar,
     stride_alpha,
+    stride_rounded,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -61,6 +63,7 @@ def _shrink_kernel(
     DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
     GROUPED: tl.constexpr,
+    ROUNDED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -114,13 +117,13 @@ def _shrink_kernel(
     if SCALED:
         acc = acc * scale_value(alpha, ALPHA_IS_PTR) * keep_scale
     out_row = part.to(tl.int64) * M + offs_m
-    tl.store(
-        out_ptr + out_row[:, None] * R + offs_r[None, :],
-        acc,
-        mask=mask_m[:, None] & mask_r[None, :],
-    )
+    mask = mask_m[:, None] & mask_r[None, :]
+    tl.store(out_ptr + out_row[:, None] * R + offs_r[None, :], acc, mask=mask)
+    if ROUNDED:
+        rounded_ptrs = rounded_ptr + out_row[:, None] * stride_rounded + offs_r[None, :]
+        tl.store(rounded_ptrs, acc.to(rounded_ptr.dtype.element_ty), mask=mask)
     if SQUARES:
-        if pid % blocks_r == 0:  # every block of the rank has them
+        if pid % blocks_r == 0:
             tl.store(squares_ptr + out_row, squares, mask=mask_m)
 
 
@@ -141,23 +144,25 @@ def shrink(
     *,
     offsets: Tensor | None = None,
     release: bool = False,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """s = alpha·(mask∘x)·a: x [M, K], a [K, R], any strides -> s [M, R] float32. K may be zero, M and R may not.
 
     `a` may be several matrices [K, R_i] of one dtype, of layers that share x: s is then [M, ΣR_i], in their order, and x is
     read once for each `config.rank_chunk` columns. With `offsets`, as in `expand`, a is [G, K, R] and alpha may be [G].
-    `release` lets a dependent launch that follows start early (sm_90 and newer).
+    `release` lets a dependent launch that follows start early (sm_90 and newer). `rounded` [M, R], rows of unit stride, gets
+    s in its own type beside; not over groups.
     """
     if not isinstance(a, Tensor):
         a = _side_by_side(a)
-    return _shrink(x, a, alpha, config, dropout, offsets, release, None)
+    return _shrink(x, a, alpha, config, dropout, offsets, release, None, rounded)
 
 
 def shrink_squares(x: Tensor, a: Tensor, config: TileConfig) -> tuple[Tensor, Tensor]:
     """(x·a [M, R], the sums of x² over columns [M]), float32, from one reading of x for `config.rank_chunk` columns."""
     split = _split(x, config)
     parts = x.new_empty((split, x.shape[0]), dtype=torch.float32)
-    lowrank = _shrink(x, a, 1.0, config, None, None, False, parts)
+    lowrank = _shrink(x, a, 1.0, config, None, None, False, parts, None)
     if split == 1:
         return lowrank, parts[0]
     return lowrank, sum_partials(parts, x.new_empty(x.shape[0], dtype=torch.float32), config)
@@ -177,6 +182,7 @@ def _shrink(
     offsets: Tensor | None,
     release: bool,
     squares: Tensor | None,
+    rounded: Tensor | None,
 ) -> Tensor:
     M, K = x.shape
     R = a.shape[-1]
@@ -196,6 +202,7 @@ def _shrink(
         a,
         parts,
         squares,
+        rounded if split == 1 else None,
         scale,
         *mask,
         split,
@@ -207,6 +214,7 @@ def _shrink(
         *x.stride(),
         *strides(a),
         alpha.stride(0) if isinstance(alpha, Tensor) and alpha.ndim else 0,
+        0 if rounded is None else rounded.stride(0),
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_R=block_r,
@@ -219,9 +227,11 @@ def _shrink(
         DROPOUT=dropout is not None,
         WIDE=needs_int64(x, a),
         GROUPED=offsets is not None,
+        ROUNDED=rounded is not None and split == 1,
         PDL=release and split == 1,
     )
     if split == 1:
         return parts[0]
     whole = x.new_empty((M, R), dtype=torch.float32)
-    return sum_partials(parts, whole, config, *(() if scaled else (alpha, mask.keep_scale)))
+    scales = () if scaled else (alpha, mask.keep_scale)
+    return sum_partials(parts, whole, config, *scales, rounded=rounded)

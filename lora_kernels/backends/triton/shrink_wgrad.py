@@ -112,7 +112,7 @@ def shrink_wgrad(
     c: Tensor | None = None,
     z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(q [M, R] float32, dB [R, N] in `dtype`, None, None): dy [M, N], b_t [N, R], s [M, R] float32, any strides, none empty.
+    """(q [M, R] float32, dB [R, N] in `dtype`, None, None) of dy [M, N], b_t [N, R], s [M, R] float32, of any strides.
 
     With `c` [N] float32 (q, c∘dB, dz, dc): q = alpha·dy·(c∘b_t), dz = c∘dy in dy's dtype and, with `z` [M, N], dc [N]
     float32, the sums of dy∘z over rows.
