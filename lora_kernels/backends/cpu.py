@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -268,7 +268,10 @@ def _dense(packed: list[Tensor], format: str, sizes: list[int], dtype: torch.dty
 
 
 # Operators that the extension calls: what plain ATen computes for derivatives of derivatives.
-_IN_PYTHON = {"differentiable_backward": _differentiable_backward, "dense": _dense}
+_IN_PYTHON: dict[str, Callable[..., object]] = {
+    "differentiable_backward": _differentiable_backward,
+    "dense": _dense,
+}
 
 
 def _has_amx() -> bool:

@@ -135,7 +135,7 @@ def _fp8(weight: Any, out: Tensor, config: TileConfig) -> None:
 
 
 def _launch_over_tiles(
-    kernel: Any, codes: Tensor, scales: Tensor, out: Tensor, config: TileConfig, **more: int
+    kernel: Any, codes: Tensor, scales: Tensor, out: Tensor, config: TileConfig, **more: Any
 ) -> None:
     """One program for each block_n x block_k tile of codes."""
     N, K = out.shape

@@ -242,8 +242,8 @@ class TritonProducts(Products):
             # As eager does it: s·b + bias of each group, then the vendor's product of all rows accumulated onto it.
             y = expand(x[:, :0], w[:0], s, b, bias, config, adapter.dropout_out, **own)
             return y.addmm_(x, w)
-        scaled = {"c": adapter.column_scale, "z": z}
-        return expand(x, w, s, b, bias, config, adapter.dropout_out, **scaled, **own)
+        own |= {"c": adapter.column_scale, "z": z}
+        return expand(x, w, s, b, bias, config, adapter.dropout_out, **own)
 
     def _persistent_takes(self, x: Tensor, w: Tensor, adapter: Adapter) -> bool:
         """Whether a call is the persistent product's: no mask or scale of results, x and w as tensor copies take them."""
