@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,6 +22,7 @@ from lora_kernels.backends.base import fastest  # noqa: E402
 from lora_kernels.backends.triton.configs import tiles_of  # noqa: E402
 from lora_kernels.plan import predict  # noqa: E402
 from lora_kernels.problem import Problem  # noqa: E402
+from lora_kernels.tuning import cost  # noqa: E402
 from lora_kernels.tuning.config import CUDA_DECODE_COLUMNS, cuda_decode_blocks  # noqa: E402
 from lora_kernels.tuning.cost import full_rate, predict_us  # noqa: E402
 from lora_kernels.tuning.cycles import RANKS, TABLE  # noqa: E402
@@ -103,6 +105,43 @@ def tables(name: str) -> Iterator[str]:
             cells = (f"{found[form] / frozen:.2f}" if form in found else "" for form in FORMS)
             taken = TITLES[chosen(problem, target)]
             yield f"| {', '.join(map(str, shape))} | {frozen:.1f} | {' | '.join(cells)} | {taken} |"
+
+
+# What a loop reaches of the vendor library's on H100, least and most: see PERSISTENT_TEXT.
+REACHED = (0.95, 1.02)
+PERSISTENT_TEXT = (
+    "`persistent` is the same product written in Gluon: a program on each multiprocessor, and the rank tail as one more "
+    "step of its sum, in bfloat16. It is never taken by prediction, only where `tune` has timed it as the fastest. One "
+    "assumption decides: what its loop reaches of the vendor library's. Published for such a product without a tail, H100, "
+    "M = N = 8192 (Triton's Gluon tutorial 07): 1.02 at K = 1024 and 2048, 0.99 to 1.01 from 4096, 0.92 at 512. A Triton "
+    "product with a tail has 0.95 at 4096 (lorafusion #8, H100 NVL). So each figure is a range, over the frozen layer, for "
+    f"{REACHED[1]} down to {REACHED[0]} of the library's rate; the tables above have 1. `two_kernel` has the same range, of "
+    "which its end of a block is in no published figure. In a backward persistent rounds q in a launch of its own."
+)
+
+
+def persistent_table() -> Iterator[str]:
+    """The persistent product beside the others on sm_90: what the range of one assumption makes of them."""
+    target, forms = TARGETS["sm_90"], ("two_kernel", "persistent")
+    yield "| M, K, N, R | direction | frozen, us | eager | two_kernel | persistent | persistent is faster than eager |"
+    yield "|---|---|---|---|---|---|---|"
+    for shape in SHAPES[:7]:
+        for problem in (problem_of(shape), problem_of(shape).adjoint()):
+            frozen = predict_us("frozen", problem, target)
+            eager = predict_us("eager", problem, target)
+            found: dict[str, list[float]] = {form: [] for form in forms}
+            for reached in REACHED:
+                with patch.dict(cost._EFFICIENCY, sm_90=reached):
+                    for form in forms:
+                        found[form].append(predict_us(form, problem, target))
+            ranges = (f"{us[1] / frozen:.2f}-{us[0] / frozen:.2f}" for us in found.values())
+            slowest, quickest = (us < eager for us in found["persistent"])
+            verdict = "yes" if slowest else "in a part of the range" if quickest else "no"
+            direction = "backward" if problem.backward else "forward"
+            yield (
+                f"| {', '.join(map(str, shape))} | {direction} | {frozen:.1f} | {eager / frozen:.2f} "
+                f"| {' | '.join(ranges)} | {verdict} |"
+            )
 
 
 def grouped_table() -> Iterator[str]:
@@ -247,7 +286,7 @@ def pipes() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     problem = problem_of((4096, 4096, 4096, 16))
     for tile, ((step, rest), (_, rest_wide)) in TABLE.items():
-        if tile.types != "bfloat16" or tile.config.kernel != "expand":
+        if tile.types != "bfloat16" or tile.config.kernel == "one_pass":
             continue
         name = str(tile.config).removeprefix("expand ")
         cells = (", ".join(f"{c:.0f}" for c in pipe) for pipe in (step, rest, rest_wide))
@@ -347,6 +386,12 @@ def main() -> None:
         "for its square layers (M = 8192; K = N = 4096, 5120, 8192; R = 16; H100) the model gives "
         + gains()
         + ".",
+        "",
+        "## The persistent product on H100",
+        "",
+        *textwrap.wrap(PERSISTENT_TEXT, 120),
+        "",
+        *persistent_table(),
         "",
         "## Groups of rows: experts, and several adapters in one batch",
         "",

@@ -23,6 +23,8 @@ from lora_kernels.named import (
 from lora_kernels.plan import Plan as Explanation
 from lora_kernels.plan import use_backend
 from lora_kernels.problem import Problem
+from lora_kernels.projections import Projection, lora_projections
+from lora_kernels.siblings import fuse_projections, unfuse_projections
 
 __version__ = "0.1.0"
 
@@ -32,14 +34,17 @@ __all__ = [
     "LinearWithLoRA",
     "LoRALayer",
     "Problem",
+    "Projection",
     "add_adapter",
     "explain",
     "freeze_base",
+    "fuse_projections",
     "grouped_lora_linear",
     "load_adapter",
     "load_named_adapter",
     "lora_linear",
     "lora_parameters",
+    "lora_projections",
     "lora_state_dict",
     "merge_lora",
     "mixed_lora_linear",
@@ -48,6 +53,7 @@ __all__ = [
     "save_adapter",
     "save_named_adapter",
     "select_adapters",
+    "unfuse_projections",
     "unmerge_lora",
     "use_backend",
 ]

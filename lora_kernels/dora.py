@@ -60,14 +60,21 @@ def dora_linear(
     alpha: Scale,
     backend: str,
     c: Tensor,
+    usual: bool,
 ) -> Tensor:
-    """y [M, N] = c∘(x·weightᵀ + alpha·(x·A)·B) + bias for x [M, K]; with gradients where they are needed."""
+    """y [M, N] = c∘(x·weightᵀ + alpha·(x·A)·B) + bias for x [M, K]; with gradients where they are needed.
+
+    `usual`: that these are no others than `Products.layer` has, where the layer is one operator.
+    """
     plan = plan_call(backend, x, weight, A, bias, False)
+    adapter = Adapter(A, B, alpha, column_scale=c)
+    layer = plan.products.layer
+    if usual and layer is not None and not plan.dequantises:
+        return layer(x, weight, adapter, bias)
     operands = (x, weight, A, B, bias, c)
     needs_grad = any(isinstance(t, Tensor) and t.requires_grad for t in operands)
     if torch.is_grad_enabled() and needs_grad:
         return DoRALinear.apply(*operands, alpha, plan)[0]
-    adapter = Adapter(A, B, alpha, column_scale=c)
     weight = plan.readable(weight)
     return formulas.scaled_forward(plan.products, x, weight, adapter, bias, keeps_z=False)[0]
 

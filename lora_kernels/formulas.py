@@ -13,7 +13,8 @@ backward   dz   = c∘dy,  dc = Σ dy∘z,  dm = dc / n
            q    = alpha·dy·(c∘B)ᵀ,  dB = c∘(sᵀ·dy)           so that only dx and dW read dz, and no rounding of it is in q
 
 x [M, K], weight W [N, K] as nn.Linear stores it, A [K, R], B [R, N], bias [N], y and dy [M, N], s and q [M, R]. The
-adjoint of a LoRA linear is a LoRA linear, so one product serves both directions. Over groups of rows the same lines hold
+adjoint of a LoRA linear is a LoRA linear, so one product serves both directions. Of several projections that read one x
+dx is the sum. Over groups of rows the same lines hold
 for each group: the products are bound to the groups, and operands are stacks. See Hu et al., "LoRA: low-rank adaptation of
 large language models", ICLR 2022, for the layer, and Liu et al., "DoRA: weight-decomposed low-rank adaptation", ICML 2024,
 for m [N] and for n as a constant (section 4.3).
@@ -21,12 +22,13 @@ for m [N] and for n as a constant (section 4.3).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.base import Products
+from lora_kernels.backends.base import Products, ProjectionProducts
 from lora_kernels.operands import Adapter, Weight, in_memory, transposed
 
 # (dx, dW, dA, dB, dbias), each None where it is not needed.
@@ -101,12 +103,12 @@ def scaled_backward(
     dz: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """(dx, dW, dA, dB, dbias, dc): `backward` of z, which got the gradient `dz` itself; no dc where z was not kept."""
-    c, plain = adapter.column_scale, adapter._replace(column_scale=None)
+    c, plain = cast(Tensor, adapter.column_scale), adapter._replace(column_scale=None)
     if products.reads_memory:
         dy, c, z = map(in_memory, (dy, c, z))
+        saved, plain = Saved(*map(in_memory, saved)), Adapter(*map(in_memory, plain))
     if dy.is_sparse:
         dy = dy.to_dense()
-    c = cast(Tensor, c)
     of_z: Tensor | None = None
     dc: Tensor | None = None
     if dz is not None:
@@ -115,28 +117,25 @@ def scaled_backward(
         above = saved, needs._replace(bias=False), plain, adapter_dtype, ds
         dx, dW, dA, dB, _ = backward(products, scaled + dz, *above)
         return dx, dW, dA, dB, dbias, dc
+    if needs.B and (needs.x or needs.A):
+        own = plain.t(), cast(Tensor, saved.s), adapter_dtype
+        q, dB, of_z, dc = products.scaled_shrink_wgrad(dy, c, z, *own)
+        rest = saved, needs._replace(B=False), plain, adapter_dtype, ds, of_z, q
+        dx, dW, dA, _, dbias = backward(products, dy, *rest)
+        return dx, dW, dA, dB, dbias, dc
     if needs.x or needs.weight or z is not None:
         of_z, dc = products.scaled_gradient(dy, c, z)
     if plain.B is not None:
         plain = plain._replace(B=(plain.B * c).to(plain.B.dtype))
-    rest = saved, needs, plain, adapter_dtype, ds, of_z
-    dx, dW, dA, dB, dbias = backward(products, dy, *rest)
+    dx, dW, dA, dB, dbias = backward(products, dy, saved, needs, plain, adapter_dtype, ds, of_z)
     return dx, dW, dA, None if dB is None else (dB * c).to(adapter_dtype), dbias, dc
 
 
 def row_norms(products: Products, weight: Tensor, adapter: Adapter) -> Tensor:
-    """n [N] = the row norms of weight + scale·(A·B)ᵀ, without that matrix: float32, or float64 for float64 operands.
-
-    n² = ‖W‖² + Σ_R u∘(2·W·A + u·AᵀA), u = scale·Bᵀ [N, R]: W is read once, and every other sum has the size of the rank.
-    A sum below zero, where the two parts cancel, counts as zero. As PEFT does, n is rounded to the adapter's dtype, in
-    which m was made of it: so that c = 1 where m is n.
-    """
+    """n [N] of `Products.row_norms`, rounded to the adapter's dtype, in which PEFT makes m of it: c = 1 where m is n."""
     if products.reads_memory:
         weight, adapter = in_memory(weight), Adapter(*map(in_memory, adapter))
-    lowrank, squares = products.shrink_squares(weight, adapter.A)
-    A, u = adapter.A.to(lowrank.dtype), adapter.scale * adapter.B.t().to(lowrank.dtype)
-    tail = torch.addmm(2.0 * lowrank, u, A.t() @ A).mul(u).sum(1)
-    norms = (squares + tail).clamp(min=0.0).sqrt()
+    norms = products.row_norms(weight, adapter)
     return norms.to(adapter.A.dtype).to(norms.dtype)
 
 
@@ -149,11 +148,12 @@ def backward(
     adapter_dtype: torch.dtype,
     ds: Tensor | None = None,
     dz: Tensor | None = None,
+    q: Tensor | None = None,
 ) -> Gradients:
     """(dx, dW, dA, dB, dbias), each None where it is not needed.
 
     `adapter` is the forward's, with A and B of `saved`; `ds` is a gradient that s itself received; `dz`: what dx and dW
-    read in the place of dy.
+    read in the place of dy; `q`, where the caller has it.
     """
     if products.reads_memory:
         dy, saved = in_memory(dy), Saved(*map(in_memory, saved))
@@ -163,12 +163,12 @@ def backward(
         dy = dy.to_dense()
     adjoint, apart = adapter.t(), dz is not None
     dz = dy if dz is None else dz
-    dx = dW = dA = dB = q = None
+    dx = dW = dA = dB = None
     if needs.B and (needs.x or needs.A):
         q, dB = products.shrink_wgrad(dy, adjoint, s, adapter_dtype)
     elif needs.B:
         dB = products.wgrad(s, dy, adapter_dtype)
-    elif (needs.A and not needs.x) or (needs.x and (ds is not None or apart)):
+    elif q is None and ((needs.A and not needs.x) or (needs.x and (ds is not None or apart))):
         q = products.shrink(dy, adjoint)
     if ds is not None and q is not None:
         q = q + products.scaled(ds, adapter.scale)
@@ -182,6 +182,48 @@ def backward(
         dW = products.weight_grad(dz, x)
     dbias = products.bias_grad(dy) if needs.bias else None
     return dx, dW, dA, dB, dbias
+
+
+def projections_forward(
+    products: ProjectionProducts,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    adapters: Sequence[Adapter],
+    biases: Sequence[Tensor | None],
+) -> tuple[list[Tensor], Tensor]:
+    """y [M, N] of each of several projections of one x, and s [M, ΣR]."""
+    s = products.shrink([x], adapters)
+    return products.expand(x, [transposed(w) for w in weights], s, adapters, biases), s  # type: ignore[misc]
+
+
+def projections_backward(
+    products: ProjectionProducts,
+    dys: Sequence[Tensor],
+    saved: Sequence[Saved],
+    needs: Needs,
+    adapters: Sequence[Adapter],
+    ranks: Sequence[int],
+    adapter_dtype: torch.dtype,
+) -> tuple[Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """(dx, dA of each, dB of each) of `projections_forward`, where all have a dy and the same `needs`.
+
+    Each of `saved` has the s of all.
+    """
+    adjoints = [adapter.t() for adapter in adapters]
+    dx = q = None
+    dA: Sequence[Tensor | None] = [None] * len(dys)
+    dB: Sequence[Tensor | None] = dA
+    if needs.x or needs.A:
+        q = products.shrink(dys, adjoints)
+    if needs.x:
+        weights = [cast(Tensor, each.weight) for each in saved]
+        dx = products.expand_sum(dys, weights, cast(Tensor, q), adjoints)
+    if needs.A:
+        x, masks = cast(Tensor, saved[0].x), [adapter.dropout_in for adapter in adapters]
+        dA = products.wgrad([x], cast(Tensor, q).split(ranks, 1), adapter_dtype, masks)
+    if needs.B:
+        dB = products.wgrad(cast(Tensor, saved[0].s).split(ranks, 1), dys, adapter_dtype)
+    return dx, dA, dB
 
 
 def jvp(

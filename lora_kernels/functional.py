@@ -71,16 +71,22 @@ def lora_linear(
 
 def call(a: Arguments) -> Tensor:
     """`lora_linear`, over groups of rows where there are offsets: checks the arguments and does what autocast asks for."""
-    half = _autocast_to(a.x)
-    check(a, autocast=half is not None)
-    plan.check_name(a.backend)
-    apply = _apply if a.magnitude is None else _apply_dora
+    half = check_call(a)
+    compute = apply if a.magnitude is None else _apply_dora
     if half is None:
-        return apply(a)
+        return compute(a)
     bias = None if a.bias is None else a.bias.to(half)
     a = a._replace(x=a.x.to(half), weight=a.weight.to(half), bias=bias)
     with torch.autocast(a.x.device.type, enabled=False):
-        return apply(a)
+        return compute(a)
+
+
+def check_call(a: Arguments) -> torch.dtype | None:
+    """TypeError or ValueError unless these are the arguments of `call`; the dtype that autocast casts x to, or None."""
+    half = _autocast_to(a.x)
+    check(a, autocast=half is not None)
+    plan.check_name(a.backend)
+    return half
 
 
 def explain(
@@ -137,14 +143,14 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
-def _apply(a: Arguments) -> Tensor:
+def apply(a: Arguments) -> Tensor:
     """y of checked arguments: casts the adapters, flattens x, calls an operator or the Function."""
     x, weight, bias, offsets = a.x, a.weight, a.bias, a.offsets
     A, B = adapters_as_used(a.A, a.B, x.dtype)
     alpha = a.alpha if type(a.alpha) is float else number(a.alpha)
-    seed = _seed(a.seed, x.device) if a.dropout_p else None
+    seed = seed_on(a.seed, x.device) if a.dropout_p else None
     quantised = not isinstance(weight, Tensor)  # the type check of an abstract class takes longer
-    traced = _is_traced(x, weight if isinstance(weight, Tensor) else None, A, B, bias)
+    traced = is_traced(x, weight if isinstance(weight, Tensor) else None, A, B, bias)
     chosen = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
     usual = not traced and _has_usual_derivatives(weight, A, B, alpha, bias)
@@ -158,7 +164,7 @@ def _apply(a: Arguments) -> Tensor:
     rows = _rows(x)
     rest = A, B, bias, alpha, a.dropout_p, seed
     # A Function hides packed tensors, which are no arguments of its own, and has no tangents over groups.
-    if (quantised or offsets is not None) and _is_differentiated_elsewhere():
+    if (quantised or offsets is not None) and is_differentiated_elsewhere():
         if type(offsets) is Tensor and offsets.is_cpu and not traced:
             bounds_of(offsets, x.shape[0])  # which plain ATen does not read
         y, _ = autograd.transparent(rows, weight, *rest, a.backend, offsets)
@@ -173,7 +179,7 @@ def _apply(a: Arguments) -> Tensor:
 
 
 def _apply_dora(a: Arguments) -> Tensor:
-    """`_apply` with DoRA's magnitude: in eager mode in one product, else as a scale of the columns of `_apply`'s result."""
+    """`apply` with DoRA's magnitude: in eager mode in one product, else as a scale of the columns of `apply`'s result."""
     A, B = adapters_as_used(a.A, a.B, a.x.dtype)
     a = a._replace(A=A, B=B, alpha=number(a.alpha))
     if a.dropout_p:
@@ -181,10 +187,10 @@ def _apply_dora(a: Arguments) -> Tensor:
     x, weight, bias, magnitude = a.x, a.weight, a.bias, a.magnitude
     assert magnitude is not None
     dense = weight if isinstance(weight, Tensor) else None
-    traced = _is_traced(x, dense, A, B, bias, magnitude)
+    traced = is_traced(x, dense, A, B, bias, magnitude)
     if traced and not isinstance(a.alpha, Tensor):
         a = a._replace(alpha=alpha_tensor(a.alpha, x.dtype, x.device))
-    if _is_differentiated_elsewhere():
+    if is_differentiated_elsewhere():
         how = "transparent"
     elif traced:
         how = "operator" if torch.compiler.is_compiling() else "transparent"
@@ -193,8 +199,9 @@ def _apply_dora(a: Arguments) -> Tensor:
     norms = dora.row_norms(weight, A, B, a.alpha, a.backend, how=how)
     c = dora.column_scale(magnitude, norms)
     if how != "eager":
-        return with_column_scale(_apply(a._replace(bias=None)), c, bias)
-    return _like(dora.dora_linear(_rows(x), weight, A, B, bias, a.alpha, a.backend, c), x)
+        return with_column_scale(apply(a._replace(bias=None)), c, bias)
+    usual = _has_usual_derivatives(weight, A, B, a.alpha, bias)
+    return _like(dora.dora_linear(_rows(x), weight, A, B, bias, a.alpha, a.backend, c, usual), x)
 
 
 def _apply_dora_dropped(a: Arguments) -> Tensor:
@@ -207,10 +214,10 @@ def _apply_dora_dropped(a: Arguments) -> Tensor:
         v = torch.nn.functional.dropout(x, a.dropout_p)
     else:
         rows = _rows(x)
-        dropout = Dropout(a.dropout_p, _seed(a.seed, x.device))
+        dropout = Dropout(a.dropout_p, seed_on(a.seed, x.device))
         v = (rows * scaled_mask(dropout, rows.shape[0], rows.shape[1], x.dtype)).view(x.shape)
     a = a._replace(dropout_p=0.0, seed=None)
-    left = _apply(a._replace(x=x - v, A=a.A[:, :0], B=a.B[:0]))
+    left = apply(a._replace(x=x - v, A=a.A[:, :0], B=a.B[:0]))
     return left + _apply_dora(a._replace(x=v, bias=None))
 
 
@@ -224,7 +231,7 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _is_traced(*operands: Tensor | None) -> bool:
+def is_traced(*operands: Tensor | None) -> bool:
     """Whether registered operators must be called, which compilers, modes and other kinds of tensors see."""
     return (
         torch.compiler.is_compiling()
@@ -259,7 +266,7 @@ def _traced(
     return ops.lora_linear_quantized(x, *packed, *adapter)
 
 
-def _is_differentiated_elsewhere() -> bool:
+def is_differentiated_elsewhere() -> bool:
     """Whether a function transform or forward mode is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -278,11 +285,11 @@ def _has_usual_derivatives(
                 or (bias is not None and bias.requires_grad)
             )
         )
-        or _is_differentiated_elsewhere()
+        or is_differentiated_elsewhere()
     )
 
 
-def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+def seed_on(seed: int | Tensor | None, device: torch.device) -> Tensor:
     """A 0-d int64 tensor on `device`: as given, or drawn from that device's torch generator."""
     if seed is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)

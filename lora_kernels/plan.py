@@ -9,24 +9,31 @@ Plans are remembered: a table that `tune` writes meanwhile counts for calls that
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lora_kernels import backends, env, selftest
-from lora_kernels.backends.base import Backend, Candidate, Products, fastest
+from lora_kernels.backends.base import (
+    Backend,
+    Candidate,
+    Products,
+    ProjectionProducts,
+    fastest,
+)
 from lora_kernels.backends.device import current_target
 from lora_kernels.operands import Groups, Weight, layout_of, name_of
-from lora_kernels.problem import DENSE, Problem
+from lora_kernels.problem import Problem
 from lora_kernels.tuning.targets import Target
 
 _MOST_PLANS = 4096
 # Moved for each element by `QuantizedWeight.dense`, whose operations read and write float32: 22 of nf4, 19 of int8.
 _DENSE_BYTES = 20
 _plans: dict[tuple, Plan] = {}
+_joint_plans: dict[tuple, JointPlan] = {}
 _requested: tuple[str, bool] | None = None  # (name, strict) of the innermost use_backend
 
 
@@ -34,7 +41,8 @@ _requested: tuple[str, bool] | None = None  # (name, strict) of the innermost us
 class Plan:
     """What computes `problem` on `device`, with one reason for each backend that does not.
 
-    `candidate` is the chosen algorithm with its products, `compared` are all algorithms that could have been taken.
+    `candidate` is the chosen algorithm with its products, `compared` are all algorithms that could have been taken,
+    `passed_over` has the reason why another algorithm of the chosen backend was not to be compared.
     `dequantises`: the products read no weight of this format and get a dense copy.
     """
 
@@ -45,6 +53,7 @@ class Plan:
     candidate: Candidate
     compared: tuple[Candidate, ...]
     rejected: dict[str, str]
+    passed_over: dict[str, str] = field(default_factory=dict)
     algorithm: str | None = None  # the only one that may be taken; None: any
     dequantises: bool = False
     magnitude: bool = False  # of a call with DoRA's magnitude, which `explain` was asked about
@@ -71,8 +80,7 @@ class Plan:
         if self.dequantises:
             steps.insert(0, f"a dense copy of the {self.problem.weight_format} weight")
         if self.magnitude:
-            dense = self.dequantises or self.problem.weight_format == DENSE
-            fused = dense and self.products.scales_columns
+            fused = self.products.scales_columns
             steps.append(f"DoRA's scale in {'the same product' if fused else 'a pass of its own'}")
         if self.compared:
             name = "" if chosen.name in (self.backend, "eager") else chosen.name
@@ -80,10 +88,24 @@ class Plan:
         return ", ".join(steps)
 
     def __str__(self) -> str:
-        """The problem, the choice, and a line for each backend that is not chosen."""
+        """The problem, the choice, and a line for each algorithm beside it and each backend that is not chosen."""
         chosen = f"{self.backend}: chosen" + (f", {self.plan}" if self.plan else "")
         others = (f"{name}: {why}" for name, why in self.rejected.items())
-        return "\n".join([str(self.problem), chosen, *others])
+        own = (f"{self.backend}, {name}: {why}" for name, why in self.passed_over.items())
+        return "\n".join([str(self.problem), chosen, *own, *others])
+
+
+@dataclass(frozen=True)
+class JointPlan:
+    """The plans of projections that read one x, and the products of all; None where each is to be computed for itself."""
+
+    plans: tuple[Plan, ...]
+    products: ProjectionProducts | None
+
+    @functools.cached_property
+    def adjoint(self) -> ProjectionProducts | None:
+        """The products of the backward, likewise."""
+        return _together([plan.adjoint for plan in self.plans], trains=True)
 
 
 @contextmanager
@@ -202,9 +224,46 @@ def plan_backward(
     return _remember(key, make_plan(problem, dy.device, asked))
 
 
+def plan_projections(
+    backend: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    A: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    dropout: Sequence[bool],
+    trains: bool,
+) -> JointPlan:
+    """The `JointPlan` of a forward call on x [..., K]; kept for the next call like it. `trains`: a backward may follow.
+
+    RuntimeError where an explicit or strict choice cannot compute one of them.
+    """
+    each = [
+        (w.shape[0], w.stride(1), a.shape[1], a.dtype, b is None, p)
+        for w, a, b, p in zip(weights, A, biases, dropout, strict=True)
+    ]
+    key = (_asked(backend), trains, x.device, x.dtype, x.numel(), x.shape[-1], *each)
+    known = _joint_plans.get(key)
+    if known is None:
+        operands = zip(weights, A, biases, dropout, strict=True)
+        plans = tuple(plan_call(backend, x, *of_one) for of_one in operands)
+        known = JointPlan(plans, _together(plans, trains))
+        if len(_joint_plans) >= _MOST_PLANS:
+            _joint_plans.clear()
+        _joint_plans[key] = known
+    return known
+
+
+def _together(plans: Sequence[Plan], trains: bool) -> ProjectionProducts | None:
+    if len({plan.backend for plan in plans}) > 1 or any(plan.problem.empty for plan in plans):
+        return None
+    each = [(plan.problem, plan.products) for plan in plans]
+    return plans[0].products.together(each, trains)
+
+
 def forget() -> None:
     """Forget every plan: the next call of each kind makes a new one."""
     _plans.clear()
+    _joint_plans.clear()
 
 
 def explain(problem: Problem, backend: str = "auto", algorithm: str | None = None) -> Plan:
@@ -280,6 +339,8 @@ def _plan(
         for each, candidates in offered.items()
         if each != backend
     }
+    own = [candidate for candidate in offered[backend] if candidate is not chosen]
+    why = {candidate.name: candidate.refusal or candidate.slower for candidate in own}
     if name != "auto":
         rejected = {each: f"{name} was asked for" for each in backends.BACKENDS if each != name}
     return Plan(
@@ -290,6 +351,7 @@ def _plan(
         chosen,
         tuple(candidate for candidate in compared if candidate.refusal is None),
         {each: rejected[each] for each in backends.BACKENDS if each in rejected},
+        {each: reason for each, reason in why.items() if reason is not None},
         algorithm=algorithm,
         dequantises=problem.weight_format not in backends.get(backend).formats,
     )

@@ -131,9 +131,9 @@ LAYERS = (
     ("ops",),
     ("arguments", "dora"),
     ("functional",),
-    ("bases", "grouped"),
+    ("bases", "grouped", "projections"),
     ("modules",),
-    ("adapter_file", "merge", "mixed", "distributed"),
+    ("adapter_file", "merge", "mixed", "siblings", "distributed"),
     ("adapters", "named", "integrations"),
     ("lora_kernels",),  # what `import lora_kernels` gives
     ("demo",),

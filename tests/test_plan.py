@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,6 +24,8 @@ from lora_kernels import (
 )
 from lora_kernels.backends.base import Candidate
 from lora_kernels.backends.eager import EagerBackend, EagerProducts
+from lora_kernels.backends.triton import configs
+from lora_kernels.backends.triton.configs import tiles_of
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.tuning import tables
 from lora_kernels.tuning.targets import TARGETS
@@ -328,9 +331,55 @@ class TestTritonOrCUDA:
         yield
         plan.forget()
 
-    def tuned(self, **times):
-        problem = Problem(16, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
+    def tuned(self, M=16, **times):
+        problem = Problem(M, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
         tables.save([tables.Entry(problem, times, ())], TARGETS["sm_90"])
+
+    def test_the_persistent_product_where_tune_has_timed_it(self, monkeypatch):
+        """By prediction it is never taken, and `explain` says why: with this Triton, on this GPU, for these sizes."""
+        monkeypatch.setattr(configs, "untried", lambda: None)
+        large = replace(self.problem, M=4096)
+        never_timed = (
+            "triton, persistent: it is taken where `tune` has timed it: Gluon is experimental"
+        )
+        told = explain(large)
+        assert told.candidate.name == "two_kernel" and "persistent 1" in told.plan
+        assert never_timed in str(told).splitlines()
+        self.tuned(M=4096, two_kernel=20.0, persistent=19.0, eager=21.0)
+        told = explain(large)
+        assert told.candidate.name == "persistent" and "persistent" not in told.passed_over
+        assert told.plan.startswith(
+            "persistent, persistent 128x256x64 w8 s3 tma, measured: persistent"
+        )
+        self.tuned(M=4096, two_kernel=20.0, eager=21.0)  # it was wrong there
+        assert explain(large).candidate.name == "two_kernel"
+        for change, reason in (
+            ({"N": 4100}, "persistent takes N and K that are multiples of 8, got 4100 and 4096"),
+            ({"dtype": "float16", "adapter_dtype": "float16"}, "must be bfloat16, got float16"),
+            ({"adapter_dtype": "float32"}, "adapters of x's type, bfloat16, got float32"),
+        ):
+            assert reason in explain(replace(large, **change)).passed_over["persistent"]
+            with pytest.raises(RuntimeError, match=re.escape(reason)):
+                plan.explain(replace(large, **change), "triton", "persistent")
+        masked = explain(replace(large, dropout=True, backward=True, w_k_major=False))
+        assert masked.passed_over["persistent"].startswith(
+            "the mask of dx is on its rank tail alone"
+        )
+        monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_100"])
+        on_b200 = plan.explain(large, "triton").passed_over
+        assert on_b200["persistent"] == "persistent is made for sm_90, not for sm_100"
+
+    @pytest.mark.parametrize("version", ["3.6.0", "3.10.0"])
+    def test_another_triton_keeps_the_other_products(self, version, monkeypatch):
+        monkeypatch.setattr(configs.importlib.metadata, "version", lambda name: version)
+        configs.untried.cache_clear()
+        self.tuned(M=4096, two_kernel=20.0, persistent=19.0, eager=21.0)
+        told = explain(replace(self.problem, M=4096))
+        assert told.candidate.name == "two_kernel"
+        reason = f"it was tried with Triton 3.9.x only, got {version}"
+        assert told.passed_over["persistent"] == reason
+        assert tiles_of("persistent", replace(self.problem, M=4096), TARGETS["sm_90"]) == []
+        configs.untried.cache_clear()
 
     def test_by_prediction(self):
         told = explain(self.problem)

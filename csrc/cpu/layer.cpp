@@ -1,6 +1,7 @@
 // The whole layer as one operator with derivatives of its own, for the usual case: a frozen base,
-// and A and B trained or not. A small layer's time is that of the calls between its products, so
-// these are made here; the formulas are those of lora_kernels/formulas.py.
+// and A and B trained or not; with DoRA's factor of the columns, trained or not. A small layer's
+// time is that of the calls between its products, so these are made here; the formulas are those of
+// lora_kernels/formulas.py.
 #include <ATen/ops/_unsafe_view.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -47,34 +48,53 @@ struct Weight {
   std::vector<int64_t> sizes;  // the last one says whether it is transposed
 };
 
+// The weight as the matrix of a product: its transpose, or as it is.
+Tensor as_matrix(const Weight& weight, bool transposed) {
+  const auto dense = in_memory(weight.dense, "weight");
+  TORCH_CHECK(dense->dim() == 2, "weight must have two dimensions");
+  return transposed ? dense->t() : *dense;
+}
+
+std::vector<int64_t> as_matrix_sizes(const Weight& weight, bool transposed) {
+  std::vector<int64_t> sizes = weight.sizes;
+  sizes.back() = (sizes.back() != 0) != transposed;
+  return sizes;
+}
+
 // x·weightᵀ, or without `transposed` x·weight, + bias + mask∘(s·b)
 Tensor expand_by_weight(const Tensor& x, const Weight& weight, bool transposed, const Tensor& s,
                         const Tensor& b, const std::optional<Tensor>& bias,
                         const Dropout& dropout) {
   const int64_t threshold = dropout.threshold, seed = dropout.seed;
   const double keep_scale = dropout.keep_scale();
-  if (weight.packed.empty()) {
-    const auto dense = in_memory(weight.dense, "weight");
-    TORCH_CHECK(dense->dim() == 2, "weight must have two dimensions");
-    const Tensor w = transposed ? dense->t() : *dense;
-    return expand(x, w, s, b, bias, threshold, seed, keep_scale);
-  }
-  std::vector<int64_t> sizes = weight.sizes;
-  sizes.back() = (sizes.back() != 0) != transposed;
-  return expand_quantized(x, weight.packed, weight.format, sizes, s, b, bias, threshold, seed,
-                          keep_scale);
+  if (weight.packed.empty())
+    return expand(x, as_matrix(weight, transposed), s, b, bias, threshold, seed, keep_scale);
+  return expand_quantized(x, weight.packed, weight.format, as_matrix_sizes(weight, transposed), s,
+                          b, bias, threshold, seed, keep_scale);
 }
 
-// (y [..., N], s [M, R])
-std::tuple<Tensor, Tensor> forward(const Tensor& any_x, const Weight& weight, const Tensor& any_A,
-                                   const Tensor& any_B, const std::optional<Tensor>& bias,
-                                   double alpha, const Dropout& dropout) {
+struct Results {
+  Tensor y, s, z;  // [..., N], [M, R], [M, N]; z, y before the factor, only where it is kept
+};
+
+Results forward(const Tensor& any_x, const Weight& weight, const Tensor& any_A, const Tensor& any_B,
+                const std::optional<Tensor>& bias, double alpha, const Dropout& dropout,
+                const std::optional<Tensor>& factor, bool keeps_z) {
   const auto x = in_memory(any_x, "x"), A = in_memory(any_A, "A"), B = in_memory(any_B, "B");
   TORCH_CHECK(x->dim() > 0, "x must have a last dimension");
+  TORCH_CHECK(!factor || dropout.threshold == 0, "a factor must come without dropout");
   const Tensor rows = rows_of(*x);
   Tensor s = shrink(rows, *A, alpha, dropout.threshold, dropout.seed, dropout.keep_scale());
-  const Tensor y = expand_by_weight(rows, weight, true, s, *B, bias, Dropout{});
-  return {shaped_like(y, *x), s};
+  if (!factor) {
+    const Tensor y = expand_by_weight(rows, weight, true, s, *B, bias, Dropout{});
+    return {shaped_like(y, *x), s, {}};
+  }
+  auto [y, z] =
+      weight.packed.empty()
+          ? expand_scaled(rows, as_matrix(weight, true), s, *B, *factor, bias, keeps_z)
+          : expand_scaled_quantized(rows, weight.packed, weight.format,
+                                    as_matrix_sizes(weight, true), s, *B, *factor, bias, keeps_z);
+  return {shaped_like(y, *x), s, z};
 }
 
 // Autograd can differentiate plain ATen, and so can function transforms, forward mode, those who
@@ -98,33 +118,47 @@ Tensor dense(const Weight& weight, at::ScalarType dtype) {
   return op.call(weight.packed, weight.format, weight.sizes, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor> differentiable_backward(const Tensor& dy, const Tensor& x,
-                                                           const Tensor& weight, const Tensor& A,
-                                                           const Tensor& B, double alpha,
-                                                           const Dropout& dropout, bool needs_x) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of x, A, B and the factor
+
+Gradients differentiable_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                  const Tensor& A, const Tensor& B,
+                                  const std::optional<Tensor>& factor, double alpha,
+                                  const Dropout& dropout, at::ArrayRef<bool> needs) {
   using Signature =
-      std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                                         const Tensor&, double, double, int64_t, bool);
+      Gradients(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                const std::optional<Tensor>&, double, double, int64_t, at::ArrayRef<bool>);
   static const auto op = in_python<Signature>("lora_kernels_cpu::differentiable_backward");
-  return op.call(dy, x, weight, A, B, alpha, dropout.p, dropout.seed, needs_x);
+  return op.call(dy, x, weight, A, B, factor, alpha, dropout.p, dropout.seed, needs);
 }
 
 class Layer : public torch::autograd::Function<Layer> {
  public:
+  enum Input { X, WEIGHT, A_, B_, FACTOR, BIAS, ALPHA, DROPOUT, INPUTS };
+  // The places of those that are tensors and always given; autograd counts no others before them.
+  enum Variable { X_VARIABLE, A_VARIABLE, B_VARIABLE, FACTOR_VARIABLE };
+
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Weight& weight,
-                        const Tensor& A, const Tensor& B, const std::optional<Tensor>& bias,
-                        double alpha, const Dropout& dropout) {
-    auto [y, s] = lora_kernels::forward(x, weight, A, B, bias, alpha, dropout);
+                        const Tensor& A, const Tensor& B, const std::optional<Tensor>& factor,
+                        const std::optional<Tensor>& bias, double alpha, const Dropout& dropout) {
+    const bool adapters = A.requires_grad(), scaled = factor && factor->requires_grad();
+    auto [y, s, z] =
+        lora_kernels::forward(x, weight, A, B, bias, alpha, dropout, factor, /*keeps_z=*/scaled);
     ctx->set_materialize_grads(false);
     ctx->saved_data["alpha"] = alpha;
     ctx->saved_data["dropout_p"] = dropout.p;
     ctx->saved_data["threshold"] = dropout.threshold;
     ctx->saved_data["seed"] = dropout.seed;
-    // x is an operand of dA alone, W of dx alone, s of dB alone; a second derivative of dB reads A.
-    const bool adapters = A.requires_grad(), needs_x = x.requires_grad();
-    variable_list kept{adapters ? x : Tensor(), A, B, adapters ? s : Tensor(),
-                       needs_x ? weight.dense : Tensor()};
-    if (needs_x) kept.insert(kept.end(), weight.packed.begin(), weight.packed.end());
+    // x is an operand of dA alone, W of dx alone, s of dB alone, z of the factor's gradient alone;
+    // a second derivative of dB reads A, one of the factor's x and W.
+    const bool needs_w = x.requires_grad() || scaled;
+    variable_list kept{adapters || scaled ? x : Tensor(),
+                       A,
+                       B,
+                       adapters ? s : Tensor(),
+                       factor.value_or(Tensor()),
+                       z,
+                       needs_w ? weight.dense : Tensor()};
+    if (needs_w) kept.insert(kept.end(), weight.packed.begin(), weight.packed.end());
     ctx->save_for_backward(std::move(kept));
     ctx->saved_data["format"] = weight.format;
     ctx->saved_data["sizes"] = weight.sizes;
@@ -132,56 +166,76 @@ class Layer : public torch::autograd::Function<Layer> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list out(7);
+    variable_list out(INPUTS);
     if (!grads[0].defined()) return out;
     const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &A = saved[1], &B = saved[2], &s = saved[3];
-    const Weight weight{saved[4],
-                        {saved.begin() + 5, saved.end()},
+    const Tensor &x = saved[0], &A = saved[1], &B = saved[2], &s = saved[3], &factor = saved[4],
+                 &z = saved[5];
+    const Weight weight{saved[6],
+                        {saved.begin() + 7, saved.end()},
                         ctx->saved_data["format"].toStringRef(),
                         ctx->saved_data["sizes"].toIntVector()};
     const double alpha = ctx->saved_data["alpha"].toDouble();
     const Dropout dropout{ctx->saved_data["dropout_p"].toDouble(),
                           ctx->saved_data["threshold"].toInt(), ctx->saved_data["seed"].toInt()};
     // What was asked for now, which may be less than what requires a gradient.
-    const bool needs_x = ctx->needs_input_grad(0);
-    const bool needs_A = ctx->needs_input_grad(1), needs_B = ctx->needs_input_grad(2);
+    const bool needs_x = ctx->needs_input_grad(X_VARIABLE);
+    const bool needs_A = ctx->needs_input_grad(A_VARIABLE);
+    const bool needs_B = ctx->needs_input_grad(B_VARIABLE);
+    const bool needs_factor = factor.defined() && ctx->needs_input_grad(FACTOR_VARIABLE);
     // A gather with sparse_grad gives a sparse gradient.
     const Tensor grad = grads[0].is_sparse() ? grads[0].to_dense() : grads[0];
     if (must_be_transparent(grad, saved)) {
-      const Tensor w = dense(weight, grad.scalar_type());
-      auto [dx, dA, dB] = differentiable_backward(grad, x, w, A, B, alpha, dropout, needs_x);
-      if (needs_x) out[0] = dx;
-      if (needs_A) out[2] = dA;
-      if (needs_B) out[3] = dB;
+      const bool reads_w = needs_x || needs_factor;
+      const auto found =
+          differentiable_backward(grad, x, reads_w ? dense(weight, grad.scalar_type()) : Tensor(),
+                                  A, B, factor.defined() ? std::optional(factor) : std::nullopt,
+                                  alpha, dropout, {needs_x, needs_A, needs_B, needs_factor});
+      if (needs_x) out[X] = dx;
+      if (needs_A) out[A_] = dA;
+      if (needs_B) out[B_] = dB;
+      if (needs_factor) out[FACTOR] = dc;
       return out;
     }
     const Tensor dy = rows_of(*in_memory(grad, "dy"));
-    const Tensor q = needs_x || needs_A ? shrink(dy, B.t(), alpha, 0, 0, 1.0) : Tensor();
+    Tensor dz = dy, scaled_B = B;
+    if (factor.defined()) {
+      if (needs_x || needs_factor)
+        std::tie(dz, out[FACTOR]) =
+            scaled_gradient(dy, factor, needs_factor ? std::optional(z) : std::nullopt);
+      if (!needs_factor) out[FACTOR] = Tensor();
+      scaled_B = B.mul(factor).to(B.scalar_type());
+    }
+    const Tensor q = needs_x || needs_A ? shrink(dy, scaled_B.t(), alpha, 0, 0, 1.0) : Tensor();
     if (needs_x)
-      out[0] =
-          shaped_like(expand_by_weight(dy, weight, false, q, A.t(), std::nullopt, dropout), grad);
+      out[X] =
+          shaped_like(expand_by_weight(dz, weight, false, q, A.t(), std::nullopt, dropout), grad);
     if (needs_A)
-      out[2] = wgrad(rows_of(x), q, A.scalar_type(), dropout.threshold, dropout.seed,
-                     dropout.keep_scale());
-    if (needs_B) out[3] = wgrad(s, dy, B.scalar_type(), 0, 0, 1.0);
+      out[A_] = wgrad(rows_of(x), q, A.scalar_type(), dropout.threshold, dropout.seed,
+                      dropout.keep_scale());
+    if (needs_B) {
+      out[B_] = wgrad(s, dy, B.scalar_type(), 0, 0, 1.0);
+      if (factor.defined()) out[B_] = out[B_].mul(factor).to(B.scalar_type());
+    }
     return out;
   }
 };
 
 Tensor with_derivatives(const Tensor& x, const Weight& weight, const Tensor& A, const Tensor& B,
-                        const std::optional<Tensor>& bias, double alpha, const Dropout& dropout) {
+                        const std::optional<Tensor>& bias, double alpha, const Dropout& dropout,
+                        const std::optional<Tensor>& factor) {
   const bool adapters = A.requires_grad() || B.requires_grad();
   const bool base =
       (weight.dense.defined() && weight.dense.requires_grad()) || (bias && bias->requires_grad());
-  if (!c10::GradMode::is_enabled() || !(x.requires_grad() || adapters || base)) {
+  const bool scaled = factor && factor->requires_grad();
+  if (!c10::GradMode::is_enabled() || !(x.requires_grad() || adapters || base || scaled)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return std::get<0>(forward(x, weight, A, B, bias, alpha, dropout));
+    return forward(x, weight, A, B, bias, alpha, dropout, factor, false).y;
   }
   TORCH_CHECK(!base && A.requires_grad() == B.requires_grad(),
               "this operator's derivatives are those of a frozen weight and bias, and of both or "
               "none of A and B");
-  return Layer::apply(x, weight, A, B, bias, alpha, dropout);
+  return Layer::apply(x, weight, A, B, factor, bias, alpha, dropout);
 }
 
 Weight quantised(at::TensorList packed, const std::string& format, at::IntArrayRef sizes) {
@@ -191,31 +245,32 @@ Weight quantised(at::TensorList packed, const std::string& format, at::IntArrayR
 
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
                    const std::optional<Tensor>& bias, double alpha, double dropout_p,
-                   int64_t threshold, int64_t seed) {
-  return std::get<0>(forward(x, {weight}, A, B, bias, alpha, {dropout_p, threshold, seed}));
+                   int64_t threshold, int64_t seed, const std::optional<Tensor>& factor) {
+  return forward(x, {weight}, A, B, bias, alpha, {dropout_p, threshold, seed}, factor, false).y;
 }
 
 Tensor lora_linear_autograd(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
                             const std::optional<Tensor>& bias, double alpha, double dropout_p,
-                            int64_t threshold, int64_t seed) {
-  return with_derivatives(x, {weight}, A, B, bias, alpha, {dropout_p, threshold, seed});
+                            int64_t threshold, int64_t seed, const std::optional<Tensor>& factor) {
+  return with_derivatives(x, {weight}, A, B, bias, alpha, {dropout_p, threshold, seed}, factor);
 }
 
 Tensor lora_linear_quantized(const Tensor& x, at::TensorList packed, const std::string& format,
                              at::IntArrayRef sizes, const Tensor& A, const Tensor& B,
                              const std::optional<Tensor>& bias, double alpha, double dropout_p,
-                             int64_t threshold, int64_t seed) {
+                             int64_t threshold, int64_t seed, const std::optional<Tensor>& factor) {
   const Weight weight = quantised(packed, format, sizes);
-  return std::get<0>(forward(x, weight, A, B, bias, alpha, {dropout_p, threshold, seed}));
+  return forward(x, weight, A, B, bias, alpha, {dropout_p, threshold, seed}, factor, false).y;
 }
 
 Tensor lora_linear_quantized_autograd(const Tensor& x, at::TensorList packed,
                                       const std::string& format, at::IntArrayRef sizes,
                                       const Tensor& A, const Tensor& B,
                                       const std::optional<Tensor>& bias, double alpha,
-                                      double dropout_p, int64_t threshold, int64_t seed) {
+                                      double dropout_p, int64_t threshold, int64_t seed,
+                                      const std::optional<Tensor>& factor) {
   const Weight weight = quantised(packed, format, sizes);
-  return with_derivatives(x, weight, A, B, bias, alpha, {dropout_p, threshold, seed});
+  return with_derivatives(x, weight, A, B, bias, alpha, {dropout_p, threshold, seed}, factor);
 }
 
 }  // namespace

@@ -178,6 +178,22 @@ std::tuple<Tensor, Tensor> expand_scaled(const Tensor& any_x, const Tensor& any_
   return {y, z};
 }
 
+std::tuple<Tensor, Tensor> expand_scaled_quantized(const Tensor& any_x, at::TensorList packed,
+                                                   const std::string& format, at::IntArrayRef sizes,
+                                                   const Tensor& s, const Tensor& b,
+                                                   const Tensor& factor,
+                                                   const std::optional<Tensor>& bias,
+                                                   bool keeps_z) {
+  check_usable();
+  const auto x = in_memory(any_x, "x");
+  TORCH_CHECK(x->dim() == 2, "x must be 2-D");
+  const QuantizedTensors w(packed, format, sizes, x->scalar_type());
+  Tensor z = at::empty({0}, x->options());
+  Tensor y =
+      expand_by(*x, w.view(), &w.weight, s, b, bias, 0, 0, 1.0, &factor, keeps_z ? &z : nullptr);
+  return {y, z};
+}
+
 std::tuple<Tensor, Tensor> scaled_gradient(const Tensor& any_dy, const Tensor& any_factor,
                                            const std::optional<Tensor>& any_z) {
   check_usable();
@@ -201,16 +217,15 @@ std::tuple<Tensor, Tensor> scaled_gradient(const Tensor& any_dy, const Tensor& a
   return {dz, dfactor};
 }
 
-std::tuple<Tensor, Tensor> shrink_squares(const Tensor& any_w, const Tensor& any_a) {
+Tensor row_norms(const Tensor& any_w, const Tensor& any_a, const Tensor& any_b, double alpha) {
   check_usable();
-  const auto w = in_memory(any_w, "w"), a = in_memory(any_a, "a");
+  const auto w = in_memory(any_w, "w"), a = in_memory(any_a, "a"), b = in_memory(any_b, "b");
   TORCH_CHECK(w->dim() == 2 && a->dim() == 2, "w and a must be 2-D");
   const int64_t N = w->size(0), K = w->size(1), R = a->size(1);
-  Tensor lowrank = at::empty({N, R}, w->options().dtype(at::kFloat));
-  Tensor squares = at::empty({N}, w->options().dtype(at::kFloat));
-  compute(Norms{matrix(*w, "w", N, K), matrix(*a, "a", K, R), lowrank.mutable_data_ptr<float>(),
-                squares.mutable_data_ptr<float>()});
-  return {lowrank, squares};
+  Tensor norms = at::empty({N}, w->options().dtype(at::kFloat));
+  compute(Norms{matrix(*w, "w", N, K), matrix(*a, "a", K, R), matrix(*b, "b", R, N), float(alpha),
+                norms.mutable_data_ptr<float>()});
+  return norms;
 }
 
 Tensor wgrad(const Tensor& any_left, const Tensor& any_right, at::ScalarType dtype,
@@ -243,20 +258,25 @@ TORCH_LIBRARY(lora_kernels_cpu, m) {
   m.def(
       "expand_scaled(Tensor x, Tensor w, Tensor s, Tensor b, Tensor factor, Tensor? bias, "
       "bool keeps_z) -> (Tensor, Tensor)");
+  m.def(
+      "expand_scaled_quantized(Tensor x, Tensor[] packed, str format, int[] sizes, Tensor s, "
+      "Tensor b, Tensor factor, Tensor? bias, bool keeps_z) -> (Tensor, Tensor)");
   m.def("scaled_gradient(Tensor dy, Tensor factor, Tensor? z) -> (Tensor, Tensor)");
-  m.def("shrink_squares(Tensor w, Tensor a) -> (Tensor, Tensor)");
+  m.def("row_norms(Tensor w, Tensor a, Tensor b, float alpha) -> Tensor");
   m.def(
       "wgrad(Tensor left, Tensor right, ScalarType dtype, int threshold, int seed, "
       "float keep_scale) -> Tensor");
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, float alpha, "
-      "float dropout_p, int threshold, int seed) -> Tensor");
+      "float dropout_p, int threshold, int seed, Tensor? factor) -> Tensor");
   m.def(
       "lora_linear_quantized(Tensor x, Tensor[] packed, str format, int[] sizes, Tensor A, "
-      "Tensor B, Tensor? bias, float alpha, float dropout_p, int threshold, int seed) -> Tensor");
+      "Tensor B, Tensor? bias, float alpha, float dropout_p, int threshold, int seed, "
+      "Tensor? factor) -> Tensor");
   m.def(
       "differentiable_backward(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, "
-      "float alpha, float dropout_p, int seed, bool needs_x) -> (Tensor, Tensor, Tensor)");
+      "Tensor? factor, float alpha, float dropout_p, int seed, bool[] needs) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
   m.def("dense(Tensor[] packed, str format, int[] sizes, ScalarType dtype) -> Tensor");
   m.def("isa() -> str", &isa);
   m.def("use_isa(str name) -> bool", &use_isa);
@@ -267,8 +287,9 @@ TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, m) {
   m.impl("expand", &expand);
   m.impl("expand_quantized", &expand_quantized);
   m.impl("expand_scaled", &expand_scaled);
+  m.impl("expand_scaled_quantized", &expand_scaled_quantized);
   m.impl("scaled_gradient", &scaled_gradient);
-  m.impl("shrink_squares", &shrink_squares);
+  m.impl("row_norms", &row_norms);
   m.impl("wgrad", &wgrad);
 }
 

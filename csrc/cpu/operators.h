@@ -73,13 +73,18 @@ Tensor expand_quantized(const Tensor& x, at::TensorList tensors, const std::stri
 std::tuple<Tensor, Tensor> expand_scaled(const Tensor& x, const Tensor& w, const Tensor& s,
                                          const Tensor& b, const Tensor& factor,
                                          const std::optional<Tensor>& bias, bool keeps_z);
+std::tuple<Tensor, Tensor> expand_scaled_quantized(const Tensor& x, at::TensorList tensors,
+                                                   const std::string& format, at::IntArrayRef sizes,
+                                                   const Tensor& s, const Tensor& b,
+                                                   const Tensor& factor,
+                                                   const std::optional<Tensor>& bias, bool keeps_z);
 
 // (dz, dfactor) = (factor∘dy, the sums of dy∘z over rows); no dfactor without z
 std::tuple<Tensor, Tensor> scaled_gradient(const Tensor& dy, const Tensor& factor,
                                            const std::optional<Tensor>& z);
 
-// (w·a [N, R], the sums of w² over columns [N]), float32
-std::tuple<Tensor, Tensor> shrink_squares(const Tensor& w, const Tensor& a);
+// The norms of the rows of w + alpha·(a·b)ᵀ [N], float32
+Tensor row_norms(const Tensor& w, const Tensor& a, const Tensor& b, double alpha);
 
 // (mask∘left)ᵀ·right [C, D]
 Tensor wgrad(const Tensor& left, const Tensor& right, at::ScalarType dtype, int64_t threshold,

@@ -124,8 +124,10 @@ class Run {
   void finish_rows(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const;
   bool direct(const Columns& cols) const {
     return p.out_type == Type::F32 && p.scale == 1.0f && p.mask_out == nullptr && !p.transpose &&
-           cols.count == cols.pitch();
+           (p.onto == nullptr || p.onto == p.out) && cols.count == cols.pitch();
   }
+  // Elements from row to row of the output as it is stored.
+  int64_t out_pitch() const { return p.out_pitch != 0 ? p.out_pitch : p.transpose ? M : N; }
   int64_t chunk() const {
     if (p.w.col_stride == 1 && M <= FEW_ROWS) return SHALLOW;
     return BLOCK_DEPTH;
@@ -213,8 +215,12 @@ void Run::finish_rows(int64_t row, int64_t rows, const Columns& cols, float* c,
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols.pitch(); ++j) c[i * c_pitch + j] += sum[i * sum_pitch + j];
   }
-  const int64_t row_stride = p.transpose ? 1 : N, col_stride = p.transpose ? M : 1;
+  const int64_t row_stride = p.transpose ? 1 : out_pitch();
+  const int64_t col_stride = p.transpose ? out_pitch() : 1;
   const int64_t offset = (row * row_stride + cols.begin * col_stride) * size_of(p.out_type);
+  const float* onto = p.onto == nullptr ? nullptr : p.onto + row * N + cols.begin;
+  for (int64_t i = 0; onto != nullptr && onto != c && i < rows; ++i)
+    for (int64_t j = 0; j < cols.count; ++j) c[i * c_pitch + j] += onto[i * N + j];
   const float* bias = p.bias == nullptr ? nullptr : cols.bias;
   const float* factor = p.factor == nullptr ? nullptr : cols.factor;
   const auto store = [&](void* to, const float* times, const float* plus) {
@@ -231,9 +237,10 @@ void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* 
   const int64_t units = ceil_div(K, unit()), step = chunk();
   const int64_t tile_rows = ceil_div(rows, ceil_div(rows, k.rows));
   const bool in_place = direct(cols), one_tile = !in_place && units <= step;
-  const int64_t c_pitch = in_place ? N : cols.pitch();
+  const int64_t c_pitch = in_place ? out_pitch() : cols.pitch();
   if (in_place)
-    c = static_cast<float*>(p.before == nullptr ? p.out : p.before) + row * N + cols.begin;
+    c = static_cast<float*>(p.before == nullptr ? p.out : p.before) + row * c_pitch + cols.begin;
+  const bool adds = in_place && p.onto != nullptr;  // to what is there
   for (int64_t u = 0; u == 0 || u < units; u += step) {
     const int64_t depth = std::min(step, units - u);
     pack_w(w, u, depth, cols);
@@ -244,7 +251,7 @@ void Run::panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* 
       for (int64_t g = 0; g < cols.panels; ++g)
         (pairs ? k.multiply_pairs : k.multiply)(count, cols.width / k.lanes, cols.tile,
                                                 w + g * depth * cols.width, depth,
-                                                tile_c + g * cols.width, c_pitch, u > 0);
+                                                tile_c + g * cols.width, c_pitch, u > 0 || adds);
       if (u + step >= units) finish(row + r, count, cols, tile_c, c_pitch);
     }
   }

@@ -24,7 +24,9 @@ struct Product {
   float scale = 1.0f;
   void* out = nullptr;     // [M, N], contiguous
   void* before = nullptr;  // [M, N] like out: the results before factor and bias, where not null
-  bool transpose = false;  // out is [N, M] instead
+  const float* onto = nullptr;  // [M, N], contiguous: what the results are added to; may be out
+  int64_t out_pitch = 0;        // elements from row to row of out; 0: out is contiguous
+  bool transpose = false;       // out is [N, M] instead
   Type out_type = Type::F32;
   // Groups of rows with a b each, and a bias each where there is one: group g ends before row
   // ends[g]. All rows are one group where it is null.

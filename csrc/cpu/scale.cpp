@@ -3,6 +3,7 @@
 #include "scale.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "parallel.h"
@@ -39,22 +40,45 @@ void scale_columns(const Kernels& k, const Scale& p, int64_t begin, int64_t coun
   if (p.z != nullptr) std::memcpy(p.dfactor + begin, total, count * sizeof(float));
 }
 
-// x: aᵀ as floats, [R, x_pitch].
-void norm_rows(const Kernels& k, const Norms& p, const float* x, int64_t x_pitch, int64_t begin,
+// What every task of the norms reads.
+struct Shared {
+  float* x;     // aᵀ as floats, [R, x_pitch], zeros behind K
+  float* gram;  // aᵀ·a [R, R]
+  int64_t x_pitch;
+};
+
+void norm_rows(const Kernels& k, const Norms& p, const Shared& shared, int64_t begin,
                int64_t count) {
-  const int64_t K = p.w.cols, R = p.a.cols;
+  const int64_t K = p.w.cols, R = p.a.cols, x_pitch = shared.x_pitch;
   const bool copied = p.w.col_stride != 1;
-  float* c = thread_scratch().reserve(aligned(R * NORM_ROWS) + (copied ? NORM_ROWS * x_pitch : 0));
+  const int64_t tile = aligned(R * NORM_ROWS);
+  float* c = thread_scratch().reserve(2 * tile + (copied ? NORM_ROWS * x_pitch : 0));
+  float* u = c + tile;
+  float* out = p.norms + begin;
   Matrix w = p.w.from(begin, 0);
   if (copied) {
-    float* rows = c + aligned(R * NORM_ROWS);
+    float* rows = u + tile;
     k.copy(rows, x_pitch, w, count, K);
     w = {reinterpret_cast<const char*>(rows), Type::F32, count, K, x_pitch, 1};
   }
-  if (R > 0) k.dots(x, x_pitch, w, R, count, K, c, NORM_ROWS);
-  k.squares(p.squares + begin, w, count, K);
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t r = 0; r < R; ++r) p.lowrank[(begin + i) * R + r] = c[r * NORM_ROWS + i];
+  k.squares(out, w, count, K);
+  if (R > 0) {
+    k.dots(shared.x, x_pitch, w, R, count, K, c, NORM_ROWS);
+    k.copy(u, NORM_ROWS, p.b.from(0, begin), R, count);
+  }
+  // In double: where the adapter takes w away the parts cancel.
+  double total[NORM_ROWS], inner[NORM_ROWS];
+  for (int64_t j = 0; j < count; ++j) total[j] = out[j];
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t j = 0; j < count; ++j) inner[j] = 2.0 * c[r * NORM_ROWS + j];
+    for (int64_t q = 0; q < R; ++q) {
+      const double factor = double(p.alpha) * shared.gram[r * R + q];
+      for (int64_t j = 0; j < count; ++j) inner[j] += factor * u[q * NORM_ROWS + j];
+    }
+    for (int64_t j = 0; j < count; ++j) total[j] += inner[j] * p.alpha * u[r * NORM_ROWS + j];
+  }
+  // A NaN is no less than zero, and stays.
+  for (int64_t j = 0; j < count; ++j) out[j] = total[j] < 0.0 ? 0.0f : float(std::sqrt(total[j]));
 }
 
 }  // namespace
@@ -70,13 +94,18 @@ void compute(const Scale& p) {
 void compute(const Norms& p) {
   const Kernels& k = *kernels();
   const int64_t N = p.w.rows, K = p.w.cols, R = p.a.cols, x_pitch = aligned(K) + 16;
-  static thread_local Scratch caller;  // aᵀ, decoded once for all tasks
-  float* const x = caller.reserve(std::max<int64_t>(R, 1) * x_pitch);
+  static thread_local Scratch caller;
+  float* const x = caller.reserve(aligned(R * x_pitch) + R * R);
+  const Shared shared{x, x + aligned(R * x_pitch), x_pitch};
   for (int64_t r = 0; r < R; ++r)
     std::memset(x + r * x_pitch + K, 0, (x_pitch - K) * sizeof(float));
-  if (R > 0) k.copy(x, x_pitch, p.a.transposed(), R, K);
+  if (R > 0) {
+    k.copy(x, x_pitch, p.a.transposed(), R, K);
+    const Matrix rows{reinterpret_cast<const char*>(x), Type::F32, R, K, x_pitch, 1};
+    k.dots(x, x_pitch, rows, R, R, K, shared.gram, R);
+  }
   for_each_task((N + NORM_ROWS - 1) / NORM_ROWS, N * K * (R + 1), [&](int64_t task) {
-    norm_rows(k, p, x, x_pitch, task * NORM_ROWS, std::min(NORM_ROWS, N - task * NORM_ROWS));
+    norm_rows(k, p, shared, task * NORM_ROWS, std::min(NORM_ROWS, N - task * NORM_ROWS));
   });
 }
 

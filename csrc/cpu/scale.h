@@ -1,5 +1,4 @@
-// What DoRA adds to a layer's products: the gradient of a scale of columns, and the row norms'
-// parts.
+// What DoRA adds to a layer's products: the gradient of a scale of columns, and the row norms.
 #pragma once
 
 #include "kernels.h"
@@ -15,12 +14,14 @@ struct Scale {
   float* dfactor = nullptr;   // [N]
 };
 
-// lowrank = w·a and squares = the sums of w² over its columns.
+// norms = the norms of the rows of w + uᵀ·aᵀ with u = alpha·b, from one reading of w: the root of
+// ‖w‖² + Σ_R u∘(2·w·a + aᵀ·a·u), where a sum below zero counts as zero.
 struct Norms {
-  Matrix w;        // [N, K]
-  Matrix a;        // [K, R]
-  float* lowrank;  // [N, R]
-  float* squares;  // [N]
+  Matrix w;  // [N, K]
+  Matrix a;  // [K, R]
+  Matrix b;  // [R, N]
+  float alpha;
+  float* norms;  // [N]
 };
 
 void compute(const Scale& scale);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ class Products(ABC):
     scales_columns = False  # whether `shrink_expand_scaled` is one product
     reads_memory = False  # whether `formulas` must give it each operand `in_memory`
     # (x [..., K], weight [N, K], adapter, bias) -> y with derivatives, where the layer is one operator: for a frozen
-    # weight and bias, A and B both trained or both not, a number as scale.
+    # weight and bias, A and B both trained or both not, a number as scale; dropout or a column scale, not both.
     layer: Callable[[Tensor, Weight, Adapter, Tensor | None], Tensor] | None = None
 
     @abstractmethod
@@ -89,6 +89,15 @@ class Products(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no products over groups")
 
+    def together(
+        self, each: Sequence[tuple[Problem, Products]], trains: bool
+    ) -> ProjectionProducts | None:
+        """The products of projections that read one x, from `each` one's own; None where these are faster apart.
+
+        `trains`: the problems are followed by a backward, or are one.
+        """
+        return None
+
     def shrink_expand_scaled(
         self,
         x: Tensor,
@@ -123,10 +132,40 @@ class Products(ABC):
             dc += (dy[rows].to(c.dtype) * z[rows]).sum(0)
         return dz, dc
 
+    def scaled_shrink_wgrad(
+        self,
+        dy: Tensor,
+        c: Tensor,
+        z: Tensor | None,
+        adapter: Adapter,
+        s: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(q, dB, dz, dc) of y = c∘(x·w + s·B): q = scale·dy·(c∘A), dB = c∘(sᵀ·dy), and `scaled_gradient`.
+
+        As `shrink_wgrad` takes them, from one reading of dy where the products have that. dy itself is read for q and dB, so
+        that no rounding of dz is in them.
+        """
+        dz, dc = self.scaled_gradient(dy, c, z)
+        scaled = adapter._replace(A=(adapter.A * c[:, None]).to(adapter.A.dtype))
+        q, dB = self.shrink_wgrad(dy, scaled, s, dtype)
+        return q, (dB * c).to(dtype), dz, dc
+
+    def row_norms(self, w: Tensor, adapter: Adapter) -> Tensor:
+        """n [N] = the row norms of w + scale·(A·B)ᵀ, without that matrix: float32, or float64 for float64 operands.
+
+        n² = ‖w‖² + Σ_R u∘(2·w·A + u·AᵀA), u = scale·Bᵀ [N, R]: w [N, K] is read once, and every other sum has the size of
+        the rank. A sum below zero, where the two parts cancel, counts as zero.
+        """
+        lowrank, squares = self.shrink_squares(w, adapter.A)
+        A, u = adapter.A.to(lowrank.dtype), adapter.scale * adapter.B.t().to(lowrank.dtype)
+        tail = torch.addmm(2.0 * lowrank, u, A.t() @ A).mul(u).sum(1)
+        return (squares + tail).clamp(min=0.0).sqrt()
+
     def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """(w·A, the sums of w² over columns), from one reading of w where the products have that.
 
-        w [N, K], A [K, R] -> [N, R] and [N], float32 (float64 for float64): what DoRA's row norms are made of.
+        w [N, K], A [K, R] -> [N, R] and [N], float32 (float64 for float64): what `row_norms` is made of.
         """
         lowrank = self.shrink(w, Adapter(A, A.t(), 1.0))
         squares = w.new_empty(w.shape[0], dtype=lowrank.dtype)
@@ -134,6 +173,45 @@ class Products(ABC):
             norms = torch.linalg.vector_norm(w[rows].to(lowrank.dtype), dim=1)
             torch.square(norms, out=squares[rows])
         return lowrank, squares
+
+
+class ProjectionProducts(ABC):
+    """Products of several projections of one x. Lists have an element for each of them, operands are those of `Products`.
+
+    s and q are one tensor [M, ΣR]: the projections' columns beside each other. Those of the backward are only called where
+    `Products.together` of the adjoint's products gives them.
+    """
+
+    @abstractmethod
+    def shrink(self, xs: Sequence[Tensor], adapters: Sequence[Adapter]) -> Tensor:
+        """scale·(mask_in∘x)·A of each -> [M, ΣR] float32; xs is one x for all, or one each."""
+
+    @abstractmethod
+    def expand(
+        self,
+        x: Tensor,
+        ws: Sequence[Tensor],
+        s: Tensor,
+        adapters: Sequence[Adapter],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        """x·w + bias + s·B of each: x [M, K], s [M, ΣR] -> y [M, N] each."""
+
+    def expand_sum(
+        self, xs: Sequence[Tensor], ws: Sequence[Tensor], s: Tensor, adapters: Sequence[Adapter]
+    ) -> Tensor:
+        """The sum over projections of x·w + mask_out∘(s·B) [M, N], rounded once."""
+        raise NotImplementedError(f"{type(self).__name__} has no products of a backward")
+
+    def wgrad(
+        self,
+        lefts: Sequence[Tensor],
+        rights: Sequence[Tensor],
+        dtype: torch.dtype,
+        dropouts: Sequence[Dropout | None] | None = None,
+    ) -> list[Tensor]:
+        """(mask∘left)ᵀ·right of each; lefts is one for all, or one each."""
+        raise NotImplementedError(f"{type(self).__name__} has no products of a backward")
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lora_kernels import env, formulas
-from lora_kernels.backends.base import Backend, Candidate, Products
+from lora_kernels.backends.base import Backend, Candidate, Products, ProjectionProducts
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.dropout import Dropout, threshold
 from lora_kernels.once import once
@@ -24,6 +25,9 @@ _OPS = torch.ops.lora_kernels_cpu
 # What an installation built here; a released wheel has one beside it for each minor version of torch, `_cpu-torch2.13.so`.
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 PLATFORM = ("Linux", "x86_64")
+# Multiply-adds of a forward from which projections are trained together: below, a layer's own operator is faster, whose
+# backward is C++ too. Three of 768 x 768 in float32, by rows, apart over together: 64 0.91, 128 1.00, 256 1.08 (AMD Zen 3).
+_TRAINED_TOGETHER = 1 << 28
 _MARK = rb"lora_kernels built with torch (\d+\.\d+);"  # csrc/cpu/built_with.cpp
 
 
@@ -59,11 +63,12 @@ class CpuProducts(Products):
         *,
         keeps_z: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if not isinstance(w, Tensor):
-            return super().shrink_expand_scaled(x, w, adapter, bias, keeps_z=keeps_z)
-        s, c = self.shrink(x, adapter), adapter.column_scale
-        op = _OPS.expand_scaled
-        y, z = op(x, w, s, adapter.B, c, bias, keeps_z)
+        s = self.shrink(x, adapter)
+        rest = s, adapter.B, adapter.column_scale, bias, keeps_z
+        if isinstance(w, Tensor):
+            y, z = _OPS.expand_scaled(x, w, *rest)
+        else:
+            y, z = _OPS.expand_scaled_quantized(x, w.tensors, w.format, w.sizes, *rest)
         return y, s, z if keeps_z else None
 
     def scaled_gradient(
@@ -72,21 +77,28 @@ class CpuProducts(Products):
         dz, dc = _OPS.scaled_gradient(dy, c, z)
         return dz, None if z is None else dc
 
-    def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        return _OPS.shrink_squares(w, A)
+    def row_norms(self, w: Tensor, adapter: Adapter) -> Tensor:
+        return _OPS.row_norms(w, adapter.A, adapter.B, float(adapter.scale))
 
     def grouped(self, groups: Groups) -> Products:
         return GroupedCpuProducts(groups)
+
+    def together(
+        self, each: Sequence[tuple[Problem, Products]], trains: bool
+    ) -> ProjectionProducts | None:
+        # A layer's own operator has a backward in C++, which few products together do not make up for.
+        work = sum(problem.flops for problem, _ in each) // 2
+        return None if trains and work < _TRAINED_TOGETHER else PROJECTIONS
 
     def layer(  # type: ignore[override]
         self, x: Tensor, weight: Weight, adapter: Adapter, bias: Tensor | None
     ) -> Tensor:
         """y [..., N]: forward and backward are one call each, which is what a small layer's time depends on."""
-        A, B, scale, dropout = adapter[:4]
+        A, B, scale, dropout, _, c = adapter
         p, limit, seed = 0.0, 0, 0
         if dropout is not None:
             p, (limit, seed, _) = dropout.p, _mask(dropout)
-        rest = A, B, bias, scale, p, limit, seed
+        rest = A, B, bias, scale, p, limit, seed, c
         if isinstance(weight, Tensor):
             return _OPS.lora_linear.default(x, weight, *rest)
         packed = weight.tensors, weight.format, weight.sizes
@@ -125,6 +137,39 @@ class GroupedCpuProducts(Products):
 
     def bias_grad(self, dy: Tensor) -> Tensor:
         return COMPOSITE.grouped(self.groups).bias_grad(dy)
+
+
+class CpuProjectionProducts(ProjectionProducts):
+    """`CpuProducts` of several projections: one parallel region for all of them, dx summed in float32."""
+
+    def shrink(self, xs: Sequence[Tensor], adapters: Sequence[Adapter]) -> Tensor:
+        A, scales = [each.A for each in adapters], [float(each.scale) for each in adapters]
+        return _OPS.projections_shrink(xs, A, scales, *_masks([a.dropout_in for a in adapters]))
+
+    def expand(
+        self,
+        x: Tensor,
+        ws: Sequence[Tensor],
+        s: Tensor,
+        adapters: Sequence[Adapter],
+        biases: Sequence[Tensor | None],
+    ) -> list[Tensor]:
+        return _OPS.projections_expand(x, ws, s, [each.B for each in adapters], biases)
+
+    def expand_sum(
+        self, xs: Sequence[Tensor], ws: Sequence[Tensor], s: Tensor, adapters: Sequence[Adapter]
+    ) -> Tensor:
+        masks = _masks([each.dropout_out for each in adapters])
+        return _OPS.projections_sum(xs, ws, s, [each.B for each in adapters], *masks)
+
+    def wgrad(
+        self,
+        lefts: Sequence[Tensor],
+        rights: Sequence[Tensor],
+        dtype: torch.dtype,
+        dropouts: Sequence[Dropout | None] | None = None,
+    ) -> list[Tensor]:
+        return _OPS.projections_wgrad(lefts, rights, dtype, *_masks(dropouts or ()))
 
 
 class CpuBackend(Backend):
@@ -184,25 +229,38 @@ def _differentiable_backward(
     weight: Tensor | None,
     A: Tensor,
     B: Tensor,
+    c: Tensor | None,
     alpha: float,
     p: float,
     seed: int,
-    needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB) of `CpuProducts.layer` that can be differentiated themselves; empty where x or weight was not kept."""
+    needed: list[bool],
+) -> tuple[Tensor, ...]:
+    """(dx, dA, dB, dc) of `CpuProducts.layer` that can be differentiated themselves; empty where they are not needed.
+
+    x and weight are None where no gradient reads them.
+    """
     dropout = Dropout(p, torch.tensor(seed)) if p else None
     (K, _), N = A.shape, B.shape[1]
-    M = math.prod(dy.shape[:-1])
-    rows = None if x is None else x.reshape(M, K)
+    dy_rows = dy.reshape(math.prod(dy.shape[:-1]), N)
+    rows = None if x is None else x.reshape(dy_rows.shape[0], K)
     adapter = Adapter(A, B, alpha, dropout)
     s = None if rows is None else COMPOSITE.shrink(rows, adapter)
-    needs = formulas.Needs(needs_x, False, x is not None, x is not None, False)
+    needs = formulas.Needs(needed[0], False, needed[1], needed[2], False)
     saved = formulas.Saved(rows, weight, A, B, s)
-    dx, _, dA, dB, _ = formulas.backward(
-        COMPOSITE, dy.reshape(M, N), saved, needs, adapter, A.dtype
-    )
+    dc = None
+    if c is None:
+        dx, _, dA, dB, _ = formulas.backward(COMPOSITE, dy_rows, saved, needs, adapter, A.dtype)
+    else:
+        z = None
+        if needed[3]:
+            assert rows is not None and weight is not None
+            z = COMPOSITE.shrink_expand(rows, weight.t(), adapter)[0]
+        scaled = adapter._replace(column_scale=c)
+        dx, _, dA, dB, _, dc = formulas.scaled_backward(
+            COMPOSITE, dy_rows, z, saved, needs, scaled, A.dtype
+        )
     dx = None if dx is None else dx.reshape(*dy.shape[:-1], K)
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB))  # type: ignore[return-value]
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB, dc))
 
 
 def _dense(packed: list[Tensor], format: str, sizes: list[int], dtype: torch.dtype) -> Tensor:
@@ -272,5 +330,14 @@ def _mask(dropout: Dropout | None) -> tuple[int, int, float]:
     return threshold(dropout.p), int(dropout.seed), 1.0 / (1.0 - dropout.p)
 
 
+def _masks(dropouts: Sequence[Dropout | None]) -> tuple[list[int], list[int], list[float]]:
+    """`_mask` of each projection as three lists; empty ones keep everything."""
+    if not any(dropouts):
+        return [], [], []
+    thresholds, seeds, factors = zip(*map(_mask, dropouts), strict=True)
+    return list(thresholds), list(seeds), list(factors)
+
+
 PRODUCTS = CpuProducts()
+PROJECTIONS = CpuProjectionProducts()
 BACKEND = CpuBackend()

@@ -10,7 +10,16 @@ from typing import Any
 from lora_kernels.problem import DENSE, ITEMSIZE, PACKED_BYTES, Problem
 from lora_kernels.tuning.targets import Target
 
-KERNELS = ("shrink", "expand", "one_pass", "decode", "wgrad", "shrink_wgrad", "dequantise")
+KERNELS = (
+    "shrink",
+    "expand",
+    "persistent",
+    "one_pass",
+    "decode",
+    "wgrad",
+    "shrink_wgrad",
+    "dequantise",
+)
 NARROW_KERNELS = ("shrink", "wgrad", "shrink_wgrad")  # they read x (or dy) and no weight
 # They take groups of rows, or read none.
 GROUPED_KERNELS = ("shrink", "expand", "wgrad", "dequantise")
@@ -139,9 +148,27 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
         )
     if config.kernel == "dequantise" and problem.weight_format == DENSE:
         return "a dense weight is not decoded"
+    if config.kernel == "persistent" and (reason := _persistent_refuses(problem, target)):
+        return reason
     needed = smem_bytes(config, problem)
     if needed > target.smem_bytes:
         return f"needs {needed} bytes of shared memory, {target.name} has {target.smem_bytes}"
+    return None
+
+
+def _persistent_refuses(problem: Problem, target: Target) -> str | None:
+    """The rule of the persistent product that `problem` breaks: tensor copies fetch each operand, s in x's type."""
+    if target.name != "sm_90":
+        return f"persistent is made for sm_90, not for {target.name}"
+    if problem.dtype != "bfloat16":
+        # float16 does not hold every s = alpha·x·A.
+        return f"persistent rounds s to x's type, which must be bfloat16, got {problem.dtype}"
+    if problem.adapter_dtype != problem.dtype:
+        return (
+            f"persistent takes adapters of x's type, {problem.dtype}, got {problem.adapter_dtype}"
+        )
+    if problem.N % 8 or problem.K % 8:
+        return f"persistent takes N and K that are multiples of 8, got {problem.N} and {problem.K}"
     return None
 
 
@@ -167,11 +194,15 @@ def smem_bytes(config: TileConfig, problem: Problem) -> int:
     stage = {
         "shrink": m * k * size + k * ranks * adapter,
         "expand": (m + n) * k * size,
+        "persistent": (m + n) * k * size,
         "one_pass": (m + n) * k * size + k * ranks * adapter,
         "decode": m * k * size + int(n * k * of_w) + k * ranks * adapter,
         "wgrad": m * n * size + m * ranks * 4,
         "shrink_wgrad": m * n * size + m * ranks * 4,
         "dequantise": n * k * size,
     }[config.kernel]
-    extra = n * ranks * (adapter + 4) if config.kernel == "shrink_wgrad" else 0
+    extra = {
+        "shrink_wgrad": n * ranks * (adapter + 4),
+        "persistent": m * n // 2 * size,  # half of a tile's result
+    }.get(config.kernel, 0)
     return max(1, config.num_stages - (not config.tma)) * stage + extra

@@ -5,6 +5,7 @@ With P the achievable rate, W the achievable bandwidth and e an element's bytes:
 frozen      max(2·M·N·K / P, bytes / 0.92·W)
 two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, overlapped in part on sm_90+;
                                                                 b is copied for a large product, see `copy_of_b_pays`
+persistent  product + shrink + gap, overlapped likewise         in a backward q is rounded in a launch of its own
 lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, no overlap
 one_pass    product, x·a in its loop
 decode      (bytes + re-read a) / 0.92·W                        of a quantised w the packed bytes; or the loop's instructions
@@ -20,8 +21,8 @@ library's product only the matrix pipe counts. A last wave that is not full slow
 tiles; it may split its sum, these kernels do not.
 
 A backward's problem (x is dy, y is dx) adds dA, one reading of its other side, to every algorithm, and dB, a second reading
-of dy, to all but two_kernel and lorafusion, which get q and dB from one. addmm computes x·a again, another reading of the
-other side. reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 4 passes over dx.
+of dy, to all but two_kernel, persistent and lorafusion, which get q and dB from one. addmm computes x·a again, another
+reading of the other side. reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 4 passes over dx.
 
 A quantised weight costs two_kernel and one_pass a launch before, which reads it and writes a dense copy, and a gap. The
 others are predicted for a dense weight: `plan` adds the copy that they are given.
@@ -52,7 +53,7 @@ from lora_kernels.tuning.config import (
 from lora_kernels.tuning.cycles import INSTRUCTIONS, Cycles, Tile, cycles, flops_per_clock, tiles
 from lora_kernels.tuning.targets import Target
 
-ALGORITHMS = ("two_kernel", "one_pass", "decode", "cuda_decode", "eager")
+ALGORITHMS = ("two_kernel", "one_pass", "decode", "persistent", "cuda_decode", "eager")
 GROUPED = ("tail_first",)  # over groups, beside two_kernel and eager
 OTHERS = ("frozen", "addmm", "reference", "lorafusion")  # predicted for comparison
 MIN_KERNEL_US = 2.0
@@ -122,7 +123,7 @@ def predict_us(
     adapter_grads = 0.0
     if problem.backward:
         adapter_grads = _narrow_us(problem, target, y_us, problem.N) + gap
-        once = algorithm in ("two_kernel", "lorafusion") and not problem.groups
+        once = algorithm in ("two_kernel", "persistent", "lorafusion") and not problem.groups
         adapter_grads += 0.0 if once else shrink + gap
     if algorithm in _PASSES:
         over_x, over_y, launches = _PASSES[algorithm][problem.backward]
@@ -146,9 +147,12 @@ def predict_us(
     if algorithm == "one_pass":
         product = product_us("one_pass", problem, target, config)
         return _dequantise_us(problem, target) + product + adapter_grads
-    if algorithm in ("two_kernel", "lorafusion"):
+    if algorithm in ("two_kernel", "persistent", "lorafusion"):
         pointers = algorithm == "lorafusion"
-        main = product_us("expand", problem, target, config, pointers)
+        kernel = "persistent" if algorithm == "persistent" else "expand"
+        main = product_us(kernel, problem, target, config, pointers)
+        if algorithm == "persistent" and problem.backward:
+            adapter_grads += MIN_KERNEL_US + gap
         # In a backward q comes with dB, and nothing runs beside the product.
         overlaps = not (pointers or problem.backward)
         hidden = overlaps * _HIDDEN.get(target.name, 0.0) * min(shrink + gap, main)
@@ -211,7 +215,7 @@ def product_us(
     config: TileConfig | None = None,
     pointers: bool = False,
 ) -> float:
-    """Predicted time of `kernel`, expand or one_pass, alone. `pointers`: without tensor descriptors."""
+    """Predicted time of `kernel`, expand, persistent or one_pass, alone. `pointers`: without tensor descriptors."""
     frozen = frozen_us(problem, target)
     if problem.empty:
         return frozen

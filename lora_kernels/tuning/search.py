@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import NARROW_KERNELS, TileConfig, Tiles, fits
@@ -16,7 +17,7 @@ from lora_kernels.tuning.tables import Entry, bucketed, narrow
 from lora_kernels.tuning.targets import Target
 
 SPLITS = (1, 2, 4, 8, 16)
-PRODUCT_KERNELS = ("shrink", "expand", "one_pass", "decode")
+PRODUCT_KERNELS = ("shrink", "expand", "persistent", "one_pass", "decode")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,9 @@ def search(
             matmul = best.choice.tiles.config("expand")
             others = [c for c in _splits([shrink], problem, target) if c != shrink]
             _timed([Choice.of("two_kernel", *before, c, matmul) for c in others], measure, done)
+            shrink = cast(Timed, _fastest(done)).choice.tiles.config("shrink")
+        tiles = kept["persistent"]
+        _timed([Choice.of("persistent", *before, shrink, c) for c in tiles], measure, done)
     single = [Choice.of("one_pass", *before, c) for c in kept["one_pass"]]
     single += [Choice.of("decode", c) for c in _splits(kept["decode"], problem, target)]
     _timed([*single, *(Choice(name) for name in untiled)], measure, done)

@@ -16,6 +16,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime import jit
 
 GPU_TARGETS = {
@@ -56,7 +57,8 @@ def compile_call(
     options, signature, constants, attrs = kernel._pack_args(
         backend, kwargs, bound, specialization, options
     )
-    source = ASTSource(kernel, signature, constants, attrs)
+    form = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = form(kernel, signature, constants, attrs)
     return triton.compile(source, target=target, options=options.__dict__), bound
 
 

@@ -106,10 +106,15 @@ def _loops(instructions: list[tuple[int, str]]) -> list[tuple[int, int, list[str
 def _main_loop(loops: list[tuple[int, int, list[str]]]) -> list[str]:
     """Opcodes of the innermost loop with the most matrix instructions: of a body without another such in it."""
     multiply = [each for each in loops if any(op.startswith(MATRIX) for op in each[2])]
+    others = [(start, end) for start, end, _ in multiply]
+    # A jump back from behind the loop's end, into the loop, waits for a barrier again.
     innermost = [
         body
         for start, end, body in multiply
-        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e, _ in multiply)
+        if not any(
+            (start <= s and e <= end and (s, e) != (start, end)) or s < start <= e < end
+            for s, e in others
+        )
     ]
     return max(innermost, key=lambda body: sum(op.startswith(MATRIX) for op in body), default=[])
 

@@ -11,7 +11,8 @@ from lora_kernels.backends.triton.decode import decode
 from lora_kernels.backends.triton.dequantise import dequantise
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.one_pass import one_pass
-from lora_kernels.backends.triton.shrink import shrink
+from lora_kernels.backends.triton.scale import scaled_gradient
+from lora_kernels.backends.triton.shrink import shrink, shrink_squares
 from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.dropout import Dropout
@@ -25,12 +26,13 @@ from lora_kernels.tuning.targets import Target
 class Shapes:
     """Meta tensors of a problem; `forward` says which way the weights and adapters lie in memory.
 
-    `copied_b`: of a forward for which b has been copied to lie along the rank.
+    `copied_b`: of a forward for which b has been copied to lie along the rank. `scaled`: with DoRA's column scale, and z.
     """
 
     problem: Problem
     forward: bool
     copied_b: bool = False
+    scaled: bool = False
 
     def _empty(
         self, rows: int, cols: int, dtype: str, transposed: bool = False, count: int = 0
@@ -57,19 +59,30 @@ class Shapes:
         dtype = getattr(torch, adapter)
         seed = torch.empty((), dtype=torch.int64, device="meta")
         mask = Dropout(0.1, seed) if p.dropout else None
-        if config.kernel == "shrink":
+        column, z = (self._empty(1, p.N, "float32")[0], dy) if self.scaled else (None, None)
+        own = {"c": column, "z": z}
+        if config.kernel == "shrink" and self.scaled:
+            shrink_squares(x, a, config)
+        elif config.kernel == "shrink":
             shrink(x, a, 0.5, config, mask, offsets=offsets, release=target.tma)
         elif config.kernel == "expand":
-            expand(x, w, s, b, bias, config, mask, offsets=offsets, late_wait=target.tma)
+            expand(x, w, s, b, bias, config, mask, **own, offsets=offsets, late_wait=target.tma)
+        elif config.kernel == "persistent":
+            from lora_kernels.backends.triton.persistent import persistent, rank_operand
+
+            s = rank_operand(p.M, p.R, x.dtype, x.device)
+            persistent(x, w, s, b, bias, config, target.multiprocessors, late_wait=True)
         elif config.kernel == "one_pass":
-            one_pass(x, w, a, b, 0.5, bias, config, mask)
+            one_pass(x, w, a, b, 0.5, bias, config, mask, **own)
         elif config.kernel == "decode":
             if p.weight_format != DENSE:
                 w = sample(p.weight_format, p.N, p.K, x.dtype, "meta").t()
-            decode(x, w, a, b, 0.5, bias, config)
+            decode(x, w, a, b, 0.5, bias, config, **own)
         elif config.kernel == "dequantise":
             dequantise(sample(p.weight_format, p.N, p.K, x.dtype, "meta"), w.t(), config)
+        elif config.kernel == "wgrad" and self.scaled:
+            scaled_gradient(dy, column, z, config)
         elif config.kernel == "wgrad":
             wgrad(*((x, s) if self.forward else (s, dy)), dtype, config, mask, offsets=offsets)
         else:
-            shrink_wgrad(dy, b.t(), 0.5, s, dtype, config)
+            shrink_wgrad(dy, b.t(), 0.5, s, dtype, config, **own)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_kernels.backends.triton.configs import shipped, tiles_of
+from lora_kernels.backends.triton.configs import shipped, tiles_of, untried
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS
@@ -57,7 +57,7 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
         both = config.kernel != "shrink_wgrad" and problem.weight_format == DENSE
         if last and not once and both:
             yield problem, config, False, False
-        if last and config.kernel == "expand" and config.tma:
+        if last and config.kernel in ("expand", "persistent") and config.tma:
             yield problem, config, True, True
     for dtype, adapter_dtype in TYPES[: 1 if once else None]:
         masked = Problem(4096, 4096, 4096, 64, dtype, adapter_dtype, device="cuda", dropout=True)
@@ -111,7 +111,8 @@ def test_shipped_configurations(target, part, grouped):
         multiplies = problem.dtype == "bfloat16" and config.kernel != "dequantise"
         if multiplies and not code.matrix and target != "gfx1100":
             wrong.append(f"{what}: no matrix instruction")
-        main = config.kernel in ("expand", "one_pass") and problem.dtype == "bfloat16"
+        main = config.kernel in ("expand", "persistent", "one_pass")
+        main = main and problem.dtype == "bfloat16"
         main = main and config.block_m >= 64  # the rows of an instruction of sm_90 and sm_100
         if main and not any(op.startswith(MATRIX_UNIT.get(target, "HMMA")) for op in code.matrix):
             wrong.append(f"{what}: {dict(code.matrix)}, not {MATRIX_UNIT.get(target, 'HMMA')}")
@@ -222,3 +223,16 @@ def test_the_main_loop_is_the_plain_products(target, form, record_property):
         assert plain.loop_matrix and fused.loop_matrix == plain.loop_matrix, line
         assert others <= 1.1 * plain_others + 1, line
         assert fused.smem_bytes <= plain.smem_bytes, line
+
+
+@pytest.mark.skipif(untried() is not None, reason=str(untried()))
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
+def test_the_persistent_loop(forward):
+    """At rank 16 and 64 the loop over K is the same: four matrix instructions of 64x256, and 90 of any kind at most."""
+    problem = Problem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
+    (config,) = tiles_of("persistent", problem, TARGETS["sm_90"])
+    for R in (16, 64):
+        code = compile_job(("sm_90", replace(problem, R=R), config, forward, False))
+        assert code.loop_matrix == ["HGMMA.64x256x16.F32.BF16"] * 4, code
+        assert code.loop.total() <= 90 and code.local_bytes == 0, code
+        assert code.smem_bytes <= 181 * 1024, code

@@ -28,17 +28,19 @@ from tests.ptx.counters import Counters
 from tests.ptx.launch import emulate
 
 TYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+PRODUCTS = ("expand", "persistent", "one_pass")
 DEPTHS = 4, 8  # steps of block_k
 
 
 def counted_tiles() -> dict[Tile, tuple[TileConfig, Problem]]:
     """Every tile that ships for a target that can be executed, also without tensor descriptors, forward and dx."""
     found: dict[Tile, tuple[TileConfig, Problem]] = {}
-    for name, types, kernel in itertools.product(COUNTED, TYPES, ("expand", "one_pass")):
+    for name, types, kernel in itertools.product(COUNTED, TYPES, PRODUCTS):
         forward = Problem(4096, 4096, 4096, 16, *types, device="cuda")
         for problem in (forward, forward.adjoint()):
             for config in tiles_of(kernel, problem, TARGETS[name]):
-                for way in (config, replace(config, tma=False)):
+                pointers = () if kernel == "persistent" else (replace(config, tma=False),)
+                for way in (config, *pointers):
                     found.setdefault(Tile.of(way, problem, name), (way, problem))
     return found
 
@@ -59,6 +61,11 @@ def count(target: str, config: TileConfig, problem: Problem, steps: int, R: int)
     with emulate(target) as executed:
         if config.kernel == "expand":
             expand(x, w, torch.zeros(M, R), b, None, config)
+        elif config.kernel == "persistent":
+            from lora_kernels.backends.triton.persistent import persistent, rank_operand
+
+            s = rank_operand(M, R, x.dtype, x.device).zero_()
+            persistent(x, w, s, b, None, config, 1)
         else:
             one_pass(x, w, a, b, 0.5, None, config)
     return executed[0].counters

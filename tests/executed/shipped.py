@@ -27,6 +27,7 @@ def small(problem: Problem, config: TileConfig) -> Case:
     sizes = {
         "shrink": (m + 3, 40, k + 8),
         "expand": (m - 5, n + 8, k + 8),
+        "persistent": (m - 5, n + 8, 3 * k + 8),
         "one_pass": (m - 5, n + 8, k + 8),
         "decode": (m - 3, n + 8, 2 * k + 8),
         "wgrad": (m + 3, 40, n + 8),
@@ -99,6 +100,12 @@ def launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
     if config.kernel == "expand":
         q = o.results(None)["q"].float()
         return {"dx": expand(o.dy, o.w.t(), q, o.a.t(), None, config, o.dropout)}
+    if config.kernel == "persistent":
+        from lora_kernels.backends.triton.persistent import fetchable, persistent, rank_operand
+
+        s = rank_operand(*o.results(None)["s"].shape, o.x.dtype, o.x.device)
+        s.copy_(o.results(None)["s"])
+        return {"y": persistent(o.x, o.w, s, fetchable(o.b), o.bias, config, programs=1)}
     if config.kernel == "one_pass":
         found = one_pass(o.x, o.w, o.a, o.b, alpha, o.bias, config, o.dropout)
         return dict(zip(("y", "s"), found, strict=True))

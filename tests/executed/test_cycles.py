@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import triton
 
+from lora_kernels.backends.triton import configs
 from lora_kernels.tuning.cycles import COUNTED, TABLE, TRITON, Row
 from tests.executed.recount import counted_tiles, recount
 
@@ -12,7 +13,8 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_table_has_the_shipped_tiles_and_no_other():
-    assert list(counted_tiles()) == list(TABLE)
+    shipped = [t for t in TABLE if t.config.kernel != "persistent" or configs.untried() is None]
+    assert list(counted_tiles()) == shipped
 
 
 @pytest.mark.parametrize("target", COUNTED)

@@ -31,6 +31,14 @@ LARGE = [  # many tiles, splits, a second wave; sizes that no tile divides
 ]
 
 
+PERSISTENT = [
+    Case(513, 1032, 2056, 16, dtype=torch.bfloat16),
+    Case(4096, 3000, 1000, 64, dtype=torch.bfloat16, layout="peft"),
+    Case(2000, 4096, 8, 5, dtype=torch.bfloat16, dropout=0.1),
+    Case(300, 72, 4096, 130, dtype=torch.bfloat16, bias=False),
+]
+
+
 def problem_of(case: Case) -> Problem:
     names = [str(d).removeprefix("torch.") for d in (case.dtype, case.adapter_dtype or case.dtype)]
     dropout = bool(case.dropout)
@@ -95,6 +103,17 @@ def test_every_shipped_configuration_with_dropout(kernel, triton_backend):
             compare(found, o, f"{config} for {masked}")
             checked += 1
     assert checked
+
+
+@pytest.mark.parametrize("case", PERSISTENT, ids=str)
+def test_the_persistent_product(case, triton_backend):
+    """Forward and dx, where `explain` offers it: ragged tiles, several for each program, short and long sums, any rank."""
+    products = Planned(triton_backend, current_target(), "persistent")
+    offered = triton_backend.candidates(problem_of(case), current_target())
+    refusal = next(c.refusal for c in offered if c.name == "persistent")
+    if refusal is not None:
+        pytest.skip(refusal)
+    check_products(products, replace(case, device=DEVICE))
 
 
 @pytest.mark.parametrize("seed", [5, -1])

@@ -39,7 +39,7 @@ def test_every_gradient(variant, dtype, triton_products):
     ):
         assert_budget(*triple, what=name)
     told = str(explain(*tensors[:4], 0.7, tensors[4], magnitude=tensors[5], backend="triton"))
-    assert "DoRA's scale in a pass of its own" in told
+    assert "DoRA's scale in the same product" in told
 
 
 def test_norms(triton_products):

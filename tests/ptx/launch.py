@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import jit
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -149,7 +150,10 @@ def store(params: np.ndarray, param: Param, value: Any, kind: str) -> None:
 
 
 def describe(
-    name: str, value: TensorDescriptor, meta: dict[str, Any], bindings: dict[str, Binding]
+    name: str,
+    value: TensorDescriptor | GluonDescriptor,
+    meta: dict[str, Any],
+    bindings: dict[str, Binding],
 ) -> Descriptor:
     binding = bindings.setdefault(name, Binding(name, value.base))
     return Descriptor(
@@ -171,7 +175,7 @@ def prepare_triton(
         if kind == "constexpr":
             continue
         value = bound[name]
-        if isinstance(value, TensorDescriptor):
+        if isinstance(value, (TensorDescriptor, GluonDescriptor)):
             args.append((name, "tensordesc", value))
         else:
             args.append((name, kind, value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -159,7 +160,7 @@ def test_a_copy_is_over_for_the_threads_that_waited_for_it():
     races(copy + commit + "bar.sync 0;" + wait + LOAD_OTHER)
 
 
-ORDERING = re.compile(r"(?<!\.)\b(bar|barrier|mbarrier|cp\.async|wgmma|tcgen05|fence)"
+ORDERING = re.compile(r"(?<!\.)\b(bar|barrier|mbarrier|cp\.async|cp\.async\.bulk|wgmma|tcgen05|fence)"
                       r"\.(sync|init|arrive|try_wait|wait_group|wait|commit|proxy\.async)\b")  # fmt: skip
 
 
@@ -245,6 +246,13 @@ def test_every_barrier_fence_and_wait_of_the_product(target, tma):
         numbers = [ordering[name] for name in names]
         return noticed(kernel.without(*numbers), product, [None]) is None
 
+    assert_as_small_as_can_be(spare, ordering, unnoticed)
+
+
+def assert_as_small_as_can_be(
+    spare: Spare, ordering: dict[str, int], unnoticed: Callable[[set[str]], bool]
+) -> None:
+    """`unnoticed` is whether the kernel without these is right, and nothing races."""
     assert unnoticed(set())
     assert {name for name in ordering if unnoticed({name})} == spare.idle.union(*spare.together)
     assert unnoticed(spare.idle)

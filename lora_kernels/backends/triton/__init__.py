@@ -43,24 +43,34 @@ class TritonBackend(Backend):
         same = tables.bucketed(problem)
         made = []
         for name in configs.algorithms(problem):
-            if not tiles.has(MAIN_KERNEL[name]):
-                made.append(Candidate(name, refusal=configs.refusal(name, same, target)))
+            reason = configs.untried() if name == "persistent" else None
+            if reason or not tiles.has(MAIN_KERNEL[name]):
+                refusal = reason or configs.refusal(name, same, target)
+                made.append(Candidate(name, refusal=refusal))
                 continue
             config = tiles.config(MAIN_KERNEL[name])
-            beside = problem.backward and name in ("one_pass", "decode")
             made.append(
                 Candidate(
                     name,
                     TritonProducts(name, problem, target, tiles),
-                    slower="in a backward q comes with dB from one reading of dy"
-                    if beside
-                    else None,
+                    slower=_slower(name, problem, name in measured),
                     measured_us=measured.get(name),
                     predicted_us=predict_us(name, same, target, config),
                     how=_decoding(name, problem, tiles) + str(config),
                 )
             )
         return made
+
+
+def _slower(algorithm: str, problem: Problem, measured: bool) -> str | None:
+    """Why `algorithm` is not to be taken for `problem` by itself, or None."""
+    if algorithm in ("one_pass", "decode") and problem.backward:
+        return "in a backward q comes with dB from one reading of dy"
+    if algorithm == "persistent" and problem.backward and problem.dropout:
+        return "the mask of dx is on its rank tail alone, which is a step of the sum"
+    if algorithm == "persistent" and not measured:
+        return "it is taken where `tune` has timed it: Gluon is experimental"
+    return None
 
 
 def _decoding(algorithm: str, problem: Problem, tiles: Tiles) -> str:

@@ -7,6 +7,7 @@ its bucket, a power of two, so that a new sequence length compiles nothing new.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import itertools
 import math
 from dataclasses import replace
@@ -33,8 +34,12 @@ MAIN_KERNEL = {
     "one_pass": "one_pass",
     "decode": "decode",
     "tail_first": "expand",
+    "persistent": "persistent",
 }
-ALGORITHMS = ("two_kernel", "one_pass", "decode")
+ALGORITHMS = ("two_kernel", "one_pass", "decode", "persistent")
+# The versions of Triton with which the persistent product was compiled and executed: it is written in Gluon, which Triton
+# calls experimental. Other versions have other names in it.
+_GLUON_VERSIONS = ("3.9.",)
 _READS_PACKED = ("decode", "dequantise")  # the kernels that read a quantised weight
 # N, K that get every kernel somewhere with and somewhere without a split
 _SHIPPED_SHAPES = ((512, 4096), (4096, 4096), (4096, 512), (32768, 128))
@@ -50,6 +55,7 @@ _MATMUL_HALF = {
     "gfx942": [(128, 128, 32, 8, 2), (64, 64, 32, 4, 2)],
     "gfx1100": [(64, 64, 32, 4, 2)],
 }
+_PERSISTENT = [(128, 256, 64, 8, 3)]
 _MATMUL_FLOAT32 = [(64, 64, 32, 4, 3)]
 # Over groups, which may have few rows each. Eight warps: at 128x128 four have no registers left for a group's addresses.
 _GROUPED_HALF = {
@@ -87,6 +93,19 @@ def refusal(algorithm: str, problem: Problem, target: Target) -> str | None:
     return fits(_best(MAIN_KERNEL[algorithm], problem, target), problem, target)
 
 
+@functools.cache
+def untried() -> str | None:
+    """Why the persistent product is not imported here: None with a Triton that it was tried with, or with none at all."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if version.startswith(_GLUON_VERSIONS):
+        return None
+    tried = " and ".join(f"{each}x" for each in _GLUON_VERSIONS)
+    return f"it was tried with Triton {tried} only, got {version}"
+
+
 def narrow_tiles(problem: Problem, target: Target) -> Tiles:
     """The tiles of the kernels that read the problem's x and no weight."""
     return tiles_for(tables.without_weight(problem), target)
@@ -103,6 +122,8 @@ def _tiles(problem: Problem, target: Target, tuned: tables.Entry | None) -> Tile
 
 def tiles_of(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
     """The tiles of `kernel` that this package ships for `target` and that fit `problem`: what `tune` times."""
+    if kernel == "persistent" and untried() is not None:
+        return []
     made = _shipped_tiles(kernel, problem, target)
     return [config for config in made if fits(config, problem, target) is None]
 
@@ -160,7 +181,7 @@ def _best(kernel: str, problem: Problem, target: Target) -> TileConfig:
     made = _shipped_tiles(kernel, problem, target)
     fitting = [c for c in made if fits(c, problem, target) is None] or made
     algorithm = next((name for name, main in MAIN_KERNEL.items() if main == kernel), None)
-    if algorithm is None:
+    if algorithm is None or len(fitting) == 1:
         return fitting[0]
     return min(fitting, key=lambda config: predict_us(algorithm, problem, target, config))
 
@@ -175,6 +196,8 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
             tiles = _grouped_tiles(problem, target)
         tma = target.tma and half and problem.weights == 1
         return [TileConfig(kernel, *tile, tma=tma, rank_chunk=chunk) for tile in tiles]
+    if kernel == "persistent":
+        return [TileConfig(kernel, *tile, tma=True) for tile in _PERSISTENT]
     if kernel == "one_pass":
         tiles = _ONE_PASS_HALF.get(target.name, _ONE_PASS_OTHER) if half else _ONE_PASS_FLOAT32
         return [TileConfig(kernel, *tile, rank_chunk=32 if target.tma else 16) for tile in tiles]

@@ -83,8 +83,10 @@ def _decode_kernel(
     offset_ptr,
     a_ptr,  # [K, R]
     b_ptr,  # [R, N]
+    c_ptr,  # [N] float32, contiguous
     bias_ptr,  # [N]
     y_ptr,  # [M, N], contiguous
+    z_ptr,  # like y: the sum before c and bias
     s_ptr,  # [M, R] float32, contiguous
     y_parts_ptr,  # [split, M, N] float32
     s_parts_ptr,  # [split, M, R] float32
@@ -117,6 +119,8 @@ def _decode_kernel(
     SHRINK_PRECISION: tl.constexpr,
     TAIL_PRECISION: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
+    SCALED: tl.constexpr,
+    KEEPS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -199,6 +203,10 @@ def _decode_kernel(
                     s += tl.load(s_part, mask=mask_s, other=0.0, cache_modifier=".cg")
                     s_part += M * R
     if last:
+        if KEEPS_Z:
+            tl.store(z_ptr + y_offs, acc.to(z_ptr.dtype.element_ty), mask=mask_y)
+        if SCALED:
+            acc *= tl.load(c_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
         if HAS_BIAS:
             bias = tl.load(bias_ptr + col * stride_bias, mask=mask_n, other=0.0)
             acc += bias.to(tl.float32)[:, None]
@@ -215,11 +223,14 @@ def decode(
     alpha: Scale,
     bias: Tensor | None,
     config: TileConfig,
+    *,
+    c: Tensor | None = None,
+    z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, R] float32): x [M, K] with M <= 64, w [K, N], a [K, R] with R <= 64, b [R, N], any strides.
 
-    K may be zero; M, N and R may not. w may be the transpose of int8 rows, of fp8 blocks,
-    or of an NF4 weight whose rows are whole blocks.
+    K may be zero; M, N and R may not. `c` and `z` as in `expand`. w may be the transpose of int8 rows, of fp8 blocks, or of
+    an NF4 weight whose rows are whole blocks.
     """
     (M, K), N, R = x.shape, w.shape[1], a.shape[1]
     split = min(config.split, max(1, cdiv(K, config.block_k)))
@@ -242,8 +253,10 @@ def decode(
         *scales,
         a,
         b,
+        None if c is None else c.contiguous(),
         bias,
         y,
+        z,
         s,
         y_parts,
         s_parts,
@@ -273,6 +286,8 @@ def decode(
         SHRINK_PRECISION=shrink_precision(x.dtype, a.dtype),
         TAIL_PRECISION=mixed_precision(x.dtype, x.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
+        SCALED=c is not None,
+        KEEPS_Z=z is not None,
         HAS_BIAS=bias is not None,
         WIDE=needs_int64(x, codes, a, b, bias, y),
     )

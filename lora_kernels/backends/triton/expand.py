@@ -1,4 +1,4 @@
-"""The product y = x·w + bias + mask∘(s·b): a plain matrix product whose accumulator gets a rank-R product at the end.
+"""The product y = c∘(x·w + mask∘(s·b)) + bias: a plain matrix product whose accumulator gets a rank-R product at the end.
 
 The rank tail comes after the K loop: the loop is then, instruction for instruction, that of the plain product, and the
 tail's operands reuse the shared memory of the loop's pipeline. Forward and dx are this one kernel with other strides. Over
@@ -67,19 +67,29 @@ def _rank_tail(
 @triton.jit
 def _store(
     acc,
+    c_ptr,
     bias_ptr,
     y_ptr,
+    z_ptr,
     offs_m,
     start,
     M,
     N,
     stride_bias,
+    SCALED: tl.constexpr,
+    KEEPS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """y = acc + bias, for the columns from `start` on."""
+    """z = acc and y = c∘acc + bias, for the columns from `start` on."""
     offs_n = start + tl.arange(0, acc.shape[1])
     mask_n = offs_n < N
+    if KEEPS_Z:
+        z_ptrs = z_ptr + widen(offs_m, WIDE)[:, None] * N + widen(offs_n, WIDE)[None, :]
+        mask_z = (offs_m < M)[:, None] & mask_n[None, :]
+        tl.store(z_ptrs, acc.to(z_ptr.dtype.element_ty), mask=mask_z)
+    if SCALED:
+        acc *= tl.load(c_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + widen(offs_n, WIDE) * stride_bias, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
@@ -94,8 +104,10 @@ def _expand_kernel(
     w,  # [K, N]: a pointer, or with TMA a descriptor of blocks of w, or of wᵀ where W_K_MAJOR
     s_ptr,  # [M, R] float32, contiguous
     b_ptr,  # [R, N]
+    c_ptr,  # [N] float32, contiguous
     bias_ptr,  # [N]; of w, b and bias, where GROUPED, each group's lies `stride_..g` behind the last one's
     y_ptr,  # [M, N], contiguous
+    z_ptr,  # like y: the sum before c and bias
     seed_ptr,
     threshold,
     keep_scale,
@@ -125,6 +137,8 @@ def _expand_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     TAIL_PRECISION: tl.constexpr,
+    SCALED: tl.constexpr,
+    KEEPS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
@@ -200,13 +214,19 @@ def _expand_kernel(
             )  # fmt: skip
             keep = keep_tile(seed_ptr, threshold, offs_m, at, N, BLOCK_M, QUARTER)
             part += tail * (keep.to(tl.float32) * keep_scale)
-            _store(part, bias_ptr, y_ptr, offs_m, at, end_m, N, stride_bias, HAS_BIAS, WIDE)
+            _store(
+                part, c_ptr, bias_ptr, y_ptr, z_ptr, offs_m, at, end_m, N, stride_bias, SCALED,
+                KEEPS_Z, HAS_BIAS, WIDE,
+            )  # fmt: skip
     else:
         acc = _rank_tail(
             acc, s_ptr, b_ptr, offs_m, start_n, end_m, N, R, stride_br, stride_bn, BLOCK_R,
             TAIL_PRECISION, WIDE,
         )  # fmt: skip
-        _store(acc, bias_ptr, y_ptr, offs_m, start_n, end_m, N, stride_bias, HAS_BIAS, WIDE)
+        _store(
+            acc, c_ptr, bias_ptr, y_ptr, z_ptr, offs_m, start_n, end_m, N, stride_bias, SCALED,
+            KEEPS_Z, HAS_BIAS, WIDE,
+        )  # fmt: skip
 
 
 def expand(
@@ -218,12 +238,15 @@ def expand(
     config: TileConfig,
     dropout: Dropout | None = None,
     *,
+    c: Tensor | None = None,
+    z: Tensor | None = None,
     offsets: Tensor | None = None,
     late_wait: bool = False,
 ) -> Tensor:
     """y = x·w + bias + mask∘(s·b): x [M, K], w [K, N], s [M, R] float32 contiguous, b [R, N], bias [N] -> y [M, N].
 
-    Any strides for x, w, b and bias; K and R may be zero, M and N may not. With `offsets`, int32 [G + 1] on x's device, rows
+    Any strides for x, w, b and bias; K and R may be zero, M and N may not. `c` [N] float32 multiplies the columns of what
+    is without bias, which is stored in `z`, like y, where one is given. With `offsets`, int32 [G + 1] on x's device, rows
     offsets[g] up to offsets[g + 1] are multiplied by b[g] of b [G, R, N], and by w[g] and bias[g] where these are stacks
     too; they stay within the operands whatever the offsets are. `late_wait`: s was produced by a `shrink` with `release`
     launched just before, and is waited for between loop and tail. `config.tma` is honoured where `tma_applies` says that
@@ -235,7 +258,7 @@ def expand(
     y = x.new_empty((M, N))
     rows = Rows.of(M, config.block_m, offsets)
     tma = config.tma and w.ndim == 2 and tma_applies(x, w)
-    w_k_major = tma and not _describable(w)
+    w_k_major = tma and not describable(w)
     x_operand, w_operand = x, w
     if tma:
         stored_w = w.t() if w_k_major else w
@@ -253,8 +276,10 @@ def expand(
         w_operand,
         s,
         b,
+        None if c is None else c.contiguous(),
         bias,
         y,
+        z,
         *Mask.of(dropout),
         *rows,
         M,
@@ -275,6 +300,8 @@ def expand(
         EVEN_K=K % config.block_k == 0,
         PRECISION=base_precision(x.dtype),
         TAIL_PRECISION=mixed_precision(x.dtype, x.dtype),
+        SCALED=c is not None,
+        KEEPS_Z=z is not None,
         HAS_BIAS=bias is not None,
         DROPOUT=dropout is not None,
         WIDE=needs_int64(x, w, s, b, bias, y),
@@ -288,10 +315,10 @@ def expand(
 
 def tma_applies(x: Tensor, w: Tensor) -> bool:
     """Whether the tensor memory accelerator can fetch both: unit stride in one dimension, the rest 16-byte aligned."""
-    return _describable(x) and (_describable(w) or _describable(w.t()))
+    return describable(x) and (describable(w) or describable(w.t()))
 
 
-def _describable(t: Tensor) -> bool:
+def describable(t: Tensor) -> bool:
     row_bytes = t.stride(0) * t.itemsize
     return (
         t.numel() > 0

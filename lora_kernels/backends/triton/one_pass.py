@@ -1,4 +1,4 @@
-"""The literal single kernel: y = x·w + bias + (alpha·(mask∘x)·a)·b, x·a beside x·w in one loop over K.
+"""The literal single kernel: y = c∘(x·w + (alpha·(mask∘x)·a)·b) + bias, x·a beside x·w in one loop over K.
 
 x·a is computed again by every block of columns, in an accumulator of its own, so this wins where there are few such blocks.
 Rank columns beyond the first chunk cost another reading of x.
@@ -33,8 +33,10 @@ def _one_pass_kernel(
     w_ptr,  # [K, N]
     a_ptr,  # [K, R]
     b_ptr,  # [R, N]
+    c_ptr,  # [N] float32, contiguous
     bias_ptr,  # [N]
     y_ptr,  # [M, N], contiguous
+    z_ptr,  # like y: the sum before c and bias
     s_ptr,  # [M, R] float32, contiguous
     alpha,
     seed_ptr,
@@ -62,6 +64,8 @@ def _one_pass_kernel(
     SHRINK_PRECISION: tl.constexpr,
     TAIL_PRECISION: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
+    SCALED: tl.constexpr,
+    KEEPS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
@@ -122,6 +126,11 @@ def _one_pass_kernel(
             s_ptrs = s_ptr + offs_m.to(tl.int64)[:, None] * R + rank[None, :]
             tl.store(s_ptrs, scaled, mask=mask_m[:, None] & mask_r[None, :])
 
+    if KEEPS_Z:
+        z_ptrs = z_ptr + row[:, None] * N + col[None, :]
+        tl.store(z_ptrs, acc.to(z_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    if SCALED:
+        acc *= tl.load(c_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + col * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + row[:, None] * N + col[None, :]
@@ -137,10 +146,13 @@ def one_pass(
     bias: Tensor | None,
     config: TileConfig,
     dropout: Dropout | None = None,
+    *,
+    c: Tensor | None = None,
+    z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, s): x [M, K], w [K, N], a [K, R], b [R, N], bias [N], any strides -> y [M, N] in x's dtype, s [M, R] float32.
 
-    K may be zero; M, N and R may not.
+    K may be zero; M, N and R may not. `c` and `z` as in `expand`.
     """
     (M, K), N, R = x.shape, w.shape[1], a.shape[1]
     y = x.new_empty((M, N))
@@ -155,8 +167,10 @@ def one_pass(
         w,
         a,
         b,
+        None if c is None else c.contiguous(),
         bias,
         y,
+        z,
         s,
         scale,
         *Mask.of(dropout),
@@ -178,6 +192,8 @@ def one_pass(
         SHRINK_PRECISION=shrink_precision(x.dtype, a.dtype),
         TAIL_PRECISION=mixed_precision(x.dtype, x.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
+        SCALED=c is not None,
+        KEEPS_Z=z is not None,
         HAS_BIAS=bias is not None,
         DROPOUT=dropout is not None,
         WIDE=needs_int64(x, w, a, b, bias, y),

@@ -18,12 +18,16 @@ _BLOCK = 1024
 def _sum_partials_kernel(
     partials_ptr,  # [split, count] float32
     out_ptr,  # [count]
+    rounded_ptr,  # the same in rows of `columns` elements, in another type, where ROUNDED
     alpha,
     keep_scale,
     split,
     count,
+    columns,
+    stride_rounded,
     BLOCK: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < count
@@ -34,12 +38,24 @@ def _sum_partials_kernel(
         part_ptrs += count
     total = total * scale_value(alpha, ALPHA_IS_PTR) * keep_scale
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+    if ROUNDED:
+        rounded_ptrs = rounded_ptr + offs // columns * stride_rounded + offs % columns
+        tl.store(rounded_ptrs, total.to(rounded_ptr.dtype.element_ty), mask=mask)
 
 
 def sum_partials(
-    partials: Tensor, out: Tensor, config: TileConfig, alpha: Scale = 1.0, keep_scale: float = 1.0
+    partials: Tensor,
+    out: Tensor,
+    config: TileConfig,
+    alpha: Scale = 1.0,
+    keep_scale: float = 1.0,
+    *,
+    rounded: Tensor | None = None,
 ) -> Tensor:
-    """out = alpha·keep_scale·Σ_i partials[i]: partials [split, ...] float32, out contiguous in any dtype; returns out."""
+    """out = alpha·keep_scale·Σ_i partials[i]: partials [split, ...] float32, out contiguous in any dtype; returns out.
+
+    `rounded`, a matrix with unit stride in a row, gets the same in its own type.
+    """
     alpha, alpha_is_ptr = scale_argument(alpha)
     launch(
         _sum_partials_kernel,
@@ -48,11 +64,14 @@ def sum_partials(
         out.device,
         partials,
         out,
+        rounded,
         alpha,
         keep_scale,
         partials.shape[0],
         out.numel(),
+        *((1, 0) if rounded is None else (rounded.shape[1], rounded.stride(0))),
         BLOCK=_BLOCK,
         ALPHA_IS_PTR=alpha_is_ptr,
+        ROUNDED=rounded is not None,
     )
     return out

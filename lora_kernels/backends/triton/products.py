@@ -26,11 +26,12 @@ from lora_kernels.tuning.targets import Target
 class TritonProducts(Products):
     """Fused products in float32, bfloat16 and float16 for one problem on one target.
 
-    `algorithm` is "two_kernel", "one_pass" or "decode"; `tiles` has a tile for each kernel that it launches. Over groups
-    it is "two_kernel" or "tail_first", and each kernel is one launch, which reads the offsets on the device.
+    `algorithm` is "two_kernel", "persistent", "one_pass" or "decode"; `tiles` has a tile for each kernel that it launches.
+    Over groups it is "two_kernel" or "tail_first", and each kernel is one launch, which reads the offsets on the device.
     """
 
     reads_memory = True
+    scales_columns = True
     groups: Groups | None = None
 
     def __init__(self, algorithm: str, problem: Problem, target: Target, tiles: Tiles) -> None:
@@ -51,31 +52,60 @@ class TritonProducts(Products):
     def expand(
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
     ) -> Tensor:
-        return self._expand(x, w, s, adapter, bias)
+        return self._expand(x, w, s, adapter, bias, None)
 
     def shrink_expand(
         self, x: Tensor, w: Weight, adapter: Adapter, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        A, B, scale, dropout_in, dropout_out, _ = adapter
+        return self._shrink_expand(x, w, adapter, bias, None)
+
+    def shrink_expand_scaled(
+        self,
+        x: Tensor,
+        w: Weight,
+        adapter: Adapter,
+        bias: Tensor | None = None,
+        *,
+        keeps_z: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        z = x.new_empty((x.shape[0], w.shape[-1])) if keeps_z else None
+        y, s = self._shrink_expand(x, w, adapter, bias, z)
+        return y, s, z
+
+    def _shrink_expand(
+        self, x: Tensor, w: Weight, adapter: Adapter, bias: Tensor | None, z: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(y, s), with the adapter's column scale where it has one; z gets what y is before that and bias, if given."""
+        A, B, scale, dropout_in, dropout_out, c = adapter
         if 0 in (x.shape[0], w.shape[-1], A.shape[-1]):
-            return super().shrink_expand(x, w, adapter, bias)
+            s = self.shrink(x, adapter)
+            return self._expand(x, w, s, adapter, bias, z), s
         if self.algorithm == "decode" and dropout_in is dropout_out is None:
             from lora_kernels.backends.triton.decode import decode
 
-            return decode(x, w, A, B, scale, bias, self.tiles.config("decode"))
+            return decode(x, w, A, B, scale, bias, self.tiles.config("decode"), c=c, z=z)
         if not isinstance(w, Tensor):
             with self._decoded(w) as dense:
-                return self.shrink_expand(x, dense, adapter, bias)
+                return self._shrink_expand(x, dense, adapter, bias, z)
         if self.algorithm == "one_pass" and dropout_out is None:
             from lora_kernels.backends.triton.one_pass import one_pass
 
-            return one_pass(x, w, A, B, scale, bias, self.tiles.config("one_pass"), dropout_in)
+            config = self.tiles.config("one_pass")
+            return one_pass(x, w, A, B, scale, bias, config, dropout_in, c=c, z=z)
         # Between the two kernels the second waits by itself, where the hardware lets it start early.
         config = self.tiles.config("shrink")
         overlap = self.target.tma and config.split == 1
-        B = self._along_the_rank(B, x.shape[0])  # a copy is launched before, not between them
-        s = self._shrink(x, adapter, config, release=overlap)
-        return self._expand(x, w, s, adapter._replace(B=B), bias, late_wait=overlap), s
+        rounded = None
+        if self._persistent_takes(x, w, adapter):
+            from lora_kernels.backends.triton.persistent import fetchable, rank_operand
+
+            B, rounded = fetchable(B), rank_operand(x.shape[0], A.shape[-1], x.dtype, x.device)
+        else:
+            B = self._along_the_rank(B, x.shape[0])
+        # A copy of B was launched before, not between them.
+        s = self._shrink(x, adapter, config, release=overlap, rounded=rounded)
+        adapter = adapter._replace(B=B)
+        return self._expand(x, w, s, adapter, bias, z, late_wait=overlap, rounded=rounded), s
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
@@ -92,16 +122,60 @@ class TritonProducts(Products):
     def shrink_wgrad(
         self, dy: Tensor, adapter: Adapter, s: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
+        found = self._one_reading(dy, adapter, s, dtype, None, None)
+        return super().shrink_wgrad(dy, adapter, s, dtype) if found is None else found[:2]
+
+    def scaled_shrink_wgrad(
+        self,
+        dy: Tensor,
+        c: Tensor,
+        z: Tensor | None,
+        adapter: Adapter,
+        s: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        found = self._one_reading(dy, adapter, s, dtype, c, z)
+        if found is None:
+            return super().scaled_shrink_wgrad(dy, c, z, adapter, s, dtype)
+        return found  # type: ignore[return-value]  # with c there is a dz
+
+    def _one_reading(
+        self,
+        dy: Tensor,
+        adapter: Adapter,
+        s: Tensor,
+        dtype: torch.dtype,
+        c: Tensor | None,
+        z: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+        """(q, dB, dz, dc) of the kernel that reads dy once for all of them; None where it does not pay or cannot."""
         R = s.shape[1]
         tiles = self._narrow(dy.shape[1])
         if 0 in (*dy.shape, R) or not tiles.has("shrink_wgrad"):
-            return super().shrink_wgrad(dy, adapter, s, dtype)
+            return None
         config = tiles.config("shrink_wgrad")
         if not one_reading_pays(dy.itemsize, R, config, tiles.measured):
-            return super().shrink_wgrad(dy, adapter, s, dtype)
+            return None
         from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 
-        return shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config)
+        return shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config, c=c, z=z)
+
+    def scaled_gradient(
+        self, dy: Tensor, c: Tensor, z: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if dy.numel() == 0:
+            return super().scaled_gradient(dy, c, z)
+        from lora_kernels.backends.triton.scale import scaled_gradient
+
+        # It has the grid of wgrad: blocks of columns, parts of the rows.
+        return scaled_gradient(dy, c, z, self._narrow(dy.shape[1]).config("wgrad"))
+
+    def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+        if 0 in (w.shape[0], A.shape[1]):
+            return super().shrink_squares(w, A)
+        from lora_kernels.backends.triton.shrink import shrink_squares
+
+        return shrink_squares(w, A, self._narrow(w.shape[1]).config("shrink"))
 
     def scaled(self, s: Tensor, scale: Scale) -> Tensor:
         if self.groups is None:
@@ -129,11 +203,16 @@ class TritonProducts(Products):
         return () if self.groups is None else (self.groups.count,)
 
     def _shrink(
-        self, x: Tensor, adapter: Adapter, config: TileConfig, release: bool = False
+        self,
+        x: Tensor,
+        adapter: Adapter,
+        config: TileConfig,
+        release: bool = False,
+        rounded: Tensor | None = None,
     ) -> Tensor:
         from lora_kernels.backends.triton.shrink import shrink
 
-        own: dict[str, Any] = {"offsets": self._offsets, "release": release}
+        own: dict[str, Any] = {"offsets": self._offsets, "release": release, "rounded": rounded}
         return shrink(x, adapter.A, adapter.scale, config, adapter.dropout_in, **own)
 
     def _expand(
@@ -143,13 +222,17 @@ class TritonProducts(Products):
         s: Tensor,
         adapter: Adapter,
         bias: Tensor | None,
+        z: Tensor | None,
         late_wait: bool = False,
+        rounded: Tensor | None = None,
     ) -> Tensor:
         if 0 in (x.shape[0], w.shape[-1]):
             return x.new_empty((x.shape[0], w.shape[-1]))
         if not isinstance(w, Tensor):
             with self._decoded(w) as dense:
-                return self._expand(x, dense, s, adapter, bias)
+                return self._expand(x, dense, s, adapter, bias, z)
+        if s.shape[1] and self._persistent_takes(x, w, adapter):
+            return self._persistent(x, w, s, adapter.B, bias, late_wait, rounded)
         from lora_kernels.backends.triton.expand import expand
 
         b = self._along_the_rank(adapter.B, x.shape[0])
@@ -159,7 +242,39 @@ class TritonProducts(Products):
             # As eager does it: s·b + bias of each group, then the vendor's product of all rows accumulated onto it.
             y = expand(x[:, :0], w[:0], s, b, bias, config, adapter.dropout_out, **own)
             return y.addmm_(x, w)
-        return expand(x, w, s, b, bias, config, adapter.dropout_out, **own)
+        scaled = {"c": adapter.column_scale, "z": z}
+        return expand(x, w, s, b, bias, config, adapter.dropout_out, **scaled, **own)
+
+    def _persistent_takes(self, x: Tensor, w: Tensor, adapter: Adapter) -> bool:
+        """Whether a call is the persistent product's: no mask or scale of results, x and w as tensor copies take them."""
+        plain = adapter.dropout_out is None and adapter.column_scale is None
+        if self.algorithm != "persistent" or not plain:
+            return False
+        from lora_kernels.backends.triton.persistent import applies
+
+        return applies(x, w)
+
+    def _persistent(
+        self,
+        x: Tensor,
+        w: Tensor,
+        s: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        late_wait: bool,
+        rounded: Tensor | None,
+    ) -> Tensor:
+        """The persistent product; `rounded` is s in x's type, which is made here where it is None."""
+        from lora_kernels.backends.triton.persistent import fetchable, persistent, rank_operand
+
+        if rounded is None:
+            rounded = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device).copy_(s)
+        programs = self.target.multiprocessors
+        if x.is_cuda:
+            programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+        config = self.tiles.config("persistent")
+        b = fetchable(B)
+        return persistent(x, w, rounded, b, bias, config, programs, late_wait=late_wait)
 
     def _decoded(self, w: QuantizedWeight) -> AbstractContextManager[Tensor]:
         """w as a dense tensor, for the products that are launched while it is entered."""

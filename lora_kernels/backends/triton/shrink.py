@@ -32,6 +32,8 @@ def _shrink_kernel(
     x_ptr,  # [M, K]
     a_ptr,  # [K, R]; where GROUPED, each group's lies stride_ag behind the last one's
     out_ptr,  # [split, M, R] float32
+    squares_ptr,  # [split, M] float32: the sums of x² over its columns
+    rounded_ptr,  # [M, R] in a half type where ROUNDED
     alpha,
     seed_ptr,
     threshold,
@@ -48,17 +50,20 @@ def _shrink_kernel(
     stride_ak,
     stride_ar,
     stride_alpha,
+    stride_rounded,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
     SCALED: tl.constexpr,
+    SQUARES: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
     DROPOUT: tl.constexpr,
     WIDE: tl.constexpr,
     GROUPED: tl.constexpr,
+    ROUNDED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -91,6 +96,8 @@ def _shrink_kernel(
     step = widen(tl.full((), BLOCK_K, tl.int32), WIDE)
 
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if SQUARES:
+        squares = tl.zeros((BLOCK_M,), tl.float32)
     for k in range(k_start, k_end, BLOCK_K):
         mask_x = mask_m[:, None]
         mask_a = mask_r[None, :]
@@ -101,6 +108,8 @@ def _shrink_kernel(
         a = tl.load(a_ptrs, mask=mask_a, other=0.0)  # [BLOCK_K, BLOCK_R]
         if DROPOUT:
             x *= keep_tile(seed_ptr, threshold, offs_m, k, K, BLOCK_M, BLOCK_K).to(x.dtype)
+        if SQUARES:
+            squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
         acc = tl.dot(x.to(a.dtype), a, acc, input_precision=PRECISION)
         x_ptrs += step * stride_xk
         a_ptrs += step * stride_ak
@@ -108,11 +117,14 @@ def _shrink_kernel(
     if SCALED:
         acc = acc * scale_value(alpha, ALPHA_IS_PTR) * keep_scale
     out_row = part.to(tl.int64) * M + offs_m
-    tl.store(
-        out_ptr + out_row[:, None] * R + offs_r[None, :],
-        acc,
-        mask=mask_m[:, None] & mask_r[None, :],
-    )
+    mask = mask_m[:, None] & mask_r[None, :]
+    tl.store(out_ptr + out_row[:, None] * R + offs_r[None, :], acc, mask=mask)
+    if ROUNDED:
+        rounded_ptrs = rounded_ptr + out_row[:, None] * stride_rounded + offs_r[None, :]
+        tl.store(rounded_ptrs, acc.to(rounded_ptr.dtype.element_ty), mask=mask)
+    if SQUARES:
+        if pid % blocks_r == 0:
+            tl.store(squares_ptr + out_row, squares, mask=mask_m)
 
 
 def _side_by_side(matrices: Sequence[Tensor]) -> Tensor:
@@ -132,19 +144,50 @@ def shrink(
     *,
     offsets: Tensor | None = None,
     release: bool = False,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """s = alpha·(mask∘x)·a: x [M, K], a [K, R], any strides -> s [M, R] float32. K may be zero, M and R may not.
 
     `a` may be several matrices [K, R_i] of one dtype, of layers that share x: s is then [M, ΣR_i], in their order, and x is
     read once for each `config.rank_chunk` columns. With `offsets`, as in `expand`, a is [G, K, R] and alpha may be [G].
-    `release` lets a dependent launch that follows start early (sm_90 and newer).
+    `release` lets a dependent launch that follows start early (sm_90 and newer). `rounded` [M, R], rows of unit stride, gets
+    s in its own type beside; not over groups.
     """
     if not isinstance(a, Tensor):
         a = _side_by_side(a)
+    return _shrink(x, a, alpha, config, dropout, offsets, release, None, rounded)
+
+
+def shrink_squares(x: Tensor, a: Tensor, config: TileConfig) -> tuple[Tensor, Tensor]:
+    """(x·a [M, R], the sums of x² over columns [M]), float32, from one reading of x for `config.rank_chunk` columns."""
+    split = _split(x, config)
+    parts = x.new_empty((split, x.shape[0]), dtype=torch.float32)
+    lowrank = _shrink(x, a, 1.0, config, None, None, False, parts, None)
+    if split == 1:
+        return lowrank, parts[0]
+    return lowrank, sum_partials(parts, x.new_empty(x.shape[0], dtype=torch.float32), config)
+
+
+def _split(x: Tensor, config: TileConfig) -> int:
+    """How many parts of K are summed apart."""
+    return min(config.split, max(1, cdiv(x.shape[1], config.block_k)))
+
+
+def _shrink(
+    x: Tensor,
+    a: Tensor,
+    alpha: Scale,
+    config: TileConfig,
+    dropout: Dropout | None,
+    offsets: Tensor | None,
+    release: bool,
+    squares: Tensor | None,
+    rounded: Tensor | None,
+) -> Tensor:
     M, K = x.shape
     R = a.shape[-1]
     rows = Rows.of(M, config.block_m, offsets)
-    split = min(config.split, max(1, cdiv(K, config.block_k)))
+    split = _split(x, config)
     block_r = rank_block(R, config.rank_chunk)
     scaled = split == 1 or offsets is not None  # a group's alpha is known where its rows are
     parts = x.new_empty((split, M, R), dtype=torch.float32)
@@ -158,6 +201,8 @@ def shrink(
         x,
         a,
         parts,
+        squares,
+        rounded if split == 1 else None,
         scale,
         *mask,
         split,
@@ -169,20 +214,24 @@ def shrink(
         *x.stride(),
         *strides(a),
         alpha.stride(0) if isinstance(alpha, Tensor) and alpha.ndim else 0,
+        0 if rounded is None else rounded.stride(0),
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_R=block_r,
         BLOCK_G=group_block(offsets),
         SCALED=scaled,
+        SQUARES=squares is not None,
         EVEN_K=K % config.block_k == 0,
         PRECISION=shrink_precision(x.dtype, a.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
         DROPOUT=dropout is not None,
         WIDE=needs_int64(x, a),
         GROUPED=offsets is not None,
+        ROUNDED=rounded is not None and split == 1,
         PDL=release and split == 1,
     )
     if split == 1:
         return parts[0]
     whole = x.new_empty((M, R), dtype=torch.float32)
-    return sum_partials(parts, whole, config, *(() if scaled else (alpha, mask.keep_scale)))
+    scales = () if scaled else (alpha, mask.keep_scale)
+    return sum_partials(parts, whole, config, *scales, rounded=rounded)

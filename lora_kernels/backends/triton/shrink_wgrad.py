@@ -1,7 +1,8 @@
 """Both skinny products of the backward from one reading of dy: q = alpha·dy·b_t and dB = sᵀ·dy.
 
 A program takes one block of columns and one part of the rows. Its contribution to q is complete over its columns only, its
-contribution to dB over its rows only; both are float32 partial results, summed in index order afterwards.
+contribution to dB over its rows only; both are float32 partial results, summed in index order afterwards. With DoRA's
+column scale c the same reading gives dz = c∘dy and dc = Σ dy∘z, whose contribution is complete over its rows as dB's is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lora_kernels.backends.triton.launch import (
     needs_int64,
 )
 from lora_kernels.backends.triton.partials import sum_partials
-from lora_kernels.backends.triton.tiles import widen
+from lora_kernels.backends.triton.tiles import scaled_tile, widen
 from lora_kernels.operands import Scale
 from lora_kernels.tuning.config import TileConfig, rank_block
 
@@ -29,8 +30,12 @@ def _shrink_wgrad_kernel(
     dy_ptr,  # [M, N]
     b_ptr,  # [N, R]
     s_ptr,  # [M, R] float32
+    c_ptr,  # [N] float32, contiguous
+    z_ptr,  # [M, N], contiguous
     q_ptr,  # [blocks of columns, M, R] float32
     db_ptr,  # [split, R, N] float32
+    dz_ptr,  # [M, N], contiguous
+    dc_ptr,  # [split, N] float32
     split,
     M,
     N,
@@ -46,6 +51,8 @@ def _shrink_wgrad_kernel(
     BLOCK_R: tl.constexpr,
     Q_PRECISION: tl.constexpr,
     DB_PRECISION: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_Z: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -59,6 +66,10 @@ def _shrink_wgrad_kernel(
     rank = widen(offs_r, WIDE)
     b_ptrs = b_ptr + col[:, None] * stride_bn + rank[None, :] * stride_br
     b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
+    if SCALED:
+        c = tl.load(c_ptr + offs_n, mask=mask_n, other=0.0)
+        b = (b.to(tl.float32) * c[:, None]).to(b.dtype)
+        dc = tl.zeros((BLOCK_N,), tl.float32)
 
     per_part = tl.cdiv(tl.cdiv(M, BLOCK_M), split) * BLOCK_M
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
@@ -76,20 +87,44 @@ def _shrink_wgrad_kernel(
         tl.store(
             q_ptr + q_row[:, None] * R + offs_r[None, :], q, mask=mask_m[:, None] & mask_r[None, :]
         )
+        if SCALED:
+            at, mask = row[:, None] * N + col[None, :], mask_m[:, None] & mask_n[None, :]
+            product = scaled_tile(dy, c, z_ptr, dz_ptr, at, mask, HAS_Z)
+            if HAS_Z:
+                dc += tl.sum(product, 0)
 
+    if SCALED:
+        db *= c[:, None]
     db_ptrs = db_ptr + part.to(tl.int64) * R * N + col[:, None] + rank[None, :] * N
     tl.store(db_ptrs, db, mask=mask_n[:, None] & mask_r[None, :])
+    if HAS_Z:
+        tl.store(dc_ptr + part.to(tl.int64) * N + offs_n, dc, mask=mask_n)
 
 
 def shrink_wgrad(
-    dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: torch.dtype, config: TileConfig
-) -> tuple[Tensor, Tensor]:
-    """(q [M, R] float32, dB [R, N] in `dtype`): dy [M, N], b_t [N, R], s [M, R] float32, any strides, none empty."""
+    dy: Tensor,
+    b_t: Tensor,
+    alpha: Scale,
+    s: Tensor,
+    dtype: torch.dtype,
+    config: TileConfig,
+    *,
+    c: Tensor | None = None,
+    z: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(q [M, R] float32, dB [R, N] in `dtype`, None, None) of dy [M, N], b_t [N, R], s [M, R] float32, of any strides.
+
+    With `c` [N] float32 (q, c∘dB, dz, dc): q = alpha·dy·(c∘b_t), dz = c∘dy in dy's dtype and, with `z` [M, N], dc [N]
+    float32, the sums of dy∘z over rows.
+    """
     (M, N), R = dy.shape, s.shape[1]
     blocks = cdiv(N, config.block_n)
-    split = min(config.split, cdiv(M, config.block_m))
+    block_m = config.block_m if c is None else 16  # z and dz take registers beside dy's tile
+    split = min(config.split, cdiv(M, block_m))
     q_parts = dy.new_empty((blocks, M, R), dtype=torch.float32)
     db_parts = dy.new_empty((split, R, N), dtype=torch.float32)
+    dz = None if c is None else dy.new_empty((M, N))
+    dc_parts = None if z is None else dy.new_empty((split, N), dtype=torch.float32)
     launch(
         _shrink_wgrad_kernel,
         blocks * split,
@@ -98,8 +133,12 @@ def shrink_wgrad(
         dy,
         b_t,
         s,
+        None if c is None else c.contiguous(),
+        None if z is None else z.contiguous(),
         q_parts,
         db_parts,
+        dz,
+        dc_parts,
         split,
         M,
         N,
@@ -107,14 +146,18 @@ def shrink_wgrad(
         *dy.stride(),
         *b_t.stride(),
         *s.stride(),
-        BLOCK_M=config.block_m,
+        BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=rank_block(R, config.rank_chunk),
         Q_PRECISION=base_precision(dy.dtype)
         if b_t.dtype == dy.dtype
         else mixed_precision(dy.dtype, b_t.dtype),
         DB_PRECISION=mixed_precision(dy.dtype, dtype),
-        WIDE=needs_int64(dy, b_t, s, db_parts),
+        SCALED=c is not None,
+        HAS_Z=z is not None,
+        WIDE=needs_int64(dy, b_t, s, db_parts, dz),
     )
     q = sum_partials(q_parts, dy.new_empty((M, R), dtype=torch.float32), config, alpha)
-    return q, sum_partials(db_parts, dy.new_empty((R, N), dtype=dtype), config)
+    db = sum_partials(db_parts, dy.new_empty((R, N), dtype=dtype), config)
+    dc = None if dc_parts is None else sum_partials(dc_parts, dc_parts.new_empty(N), config)
+    return q, db, dz, dc

@@ -1,4 +1,4 @@
-"""Device helpers of the kernels: offsets, program order, groups of rows, alpha at run time, packed weights, masks."""
+"""Device helpers of the kernels: offsets, program order, groups of rows, alpha, packed weights, c∘dy, masks."""
 
 import triton
 import triton.language as tl
@@ -113,6 +113,16 @@ def fp8_scale(scales_ptr, row, col, mask, K, SCALE_ROWS: tl.constexpr, SCALE_COL
         mask=mask,
         other=0.0,
     )
+
+
+@triton.jit
+def scaled_tile(dy, c, z_ptr, dz_ptr, at, mask, HAS_Z: tl.constexpr):
+    """Stores dz = c∘dy of a tile [rows, columns] at the offsets `at`; gives dy∘z in float32, or dy where there is no z."""
+    wide = dy.to(tl.float32)
+    tl.store(dz_ptr + at, (wide * c[None, :]).to(dz_ptr.dtype.element_ty), mask=mask)
+    if HAS_Z:
+        wide *= tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return wide
 
 
 @triton.jit

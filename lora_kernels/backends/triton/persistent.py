@@ -1,0 +1,270 @@
+"""The product y = x·w + bias + s·b for sm_90 in Gluon, persistent: the rank tail is one more step of the sum over K.
+
+One program on each multiprocessor computes tile after tile. Tensor copies fill a ring of stages with blocks of x and w; the
+last steps of a tile's sum are blocks of s and b, in x's own half type, on the same accumulator; the first steps of the
+next tile are copied meanwhile. What lies outside of an operand is copied as zeros, so that no size needs a mask. Forward
+and dx are this one kernel, with w and b described as they lie in memory.
+
+Gluon is experimental: this file is imported only with a Triton that it was tried with (`unavailable` in `configs.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from lora_kernels.backends.triton.expand import describable, tma_applies
+from lora_kernels.backends.triton.launch import cdiv, launch
+from lora_kernels.backends.triton.tiles import grouped_order
+from lora_kernels.tuning.config import TileConfig, rank_block
+
+_grouped_order = gluon.jit(grouped_order.fn)
+_gdc_wait = tl.extra.cuda.gdc_wait
+
+
+@gluon.jit
+def _block(slot, desc):
+    """A slot of the ring as the block that `desc` copies there."""
+    return slot.reinterpret(desc.dtype, desc.block_shape, desc.layout)
+
+
+@gluon.jit
+def _multiply(left_slot, right_slot, left, right, acc, RIGHT_K_MAJOR: gl.constexpr):
+    """acc + one step's product, under way; at most this one is so: the slot of the step before is free."""
+    right_block = _block(right_slot, right)
+    if RIGHT_K_MAJOR:
+        right_block = right_block.permute((1, 0))
+    acc = warpgroup_mma(_block(left_slot, left), right_block, acc, is_async=True)
+    return warpgroup_mma_init(warpgroup_mma_wait(1, (acc,)))
+
+
+@gluon.jit
+def _copy(
+    left_slot, right_slot, left, right, row, col, k, bar, go, RIGHT_K_MAJOR: gl.constexpr
+):  # fmt: skip
+    """Starts the copies of one step's blocks, of x and w or of s and b, into a slot of the ring; nothing unless `go`."""
+    mbarrier.expect(bar, left.nbytes_per_cta + right.nbytes_per_cta, pred=go)
+    tma.async_load(left, [row, k], bar, _block(left_slot, left), pred=go)
+    if RIGHT_K_MAJOR:
+        tma.async_load(right, [col, k], bar, _block(right_slot, right), pred=go)
+    else:
+        tma.async_load(right, [k, col], bar, _block(right_slot, right), pred=go)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def _persistent_kernel(
+    x,  # describes [M, K] in blocks [BLOCK_M, BLOCK_K]
+    w,  # describes [K, N] in blocks [BLOCK_K, BLOCK_N], or wᵀ where W_K_MAJOR
+    s,  # describes [M, R] in blocks [BLOCK_M, BLOCK_R]
+    b,  # describes [R, N] in blocks [BLOCK_R, BLOCK_N], or bᵀ where B_K_MAJOR
+    y,  # describes [M, N], contiguous, in blocks of half a tile's columns
+    bias_ptr,  # [N]
+    M,
+    N,
+    K,
+    stride_bias,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    RANK_STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
+    W_K_MAJOR: gl.constexpr,
+    B_K_MAJOR: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    AHEAD: gl.constexpr = STAGES - 1  # steps that are under way while one is multiplied
+    HALF: gl.constexpr = BLOCK_N // 2
+    warps: gl.constexpr = gl.num_warps()
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, BLOCK_N, 16])
+    lefts = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, BLOCK_K], x.layout)
+    rights = gl.allocate_shared_memory(
+        x.dtype, [STAGES, w.block_shape[0], w.block_shape[1]], w.layout
+    )
+    out = gl.allocate_shared_memory(x.dtype, y.block_shape, y.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), count=1)
+
+    blocks_m = gl.cdiv(M, BLOCK_M)
+    blocks_n = gl.cdiv(N, BLOCK_N)
+    tiles = blocks_m * blocks_n
+    steps = gl.cdiv(K, BLOCK_K)
+    if steps < AHEAD:  # further steps of a short sum are zeros
+        steps = AHEAD
+    copied = 0  # steps, of all tiles, whose copies were started
+    done = 0  # steps that were multiplied
+
+    tile = gl.program_id(0)
+    block_m, block_n = _grouped_order(tile, blocks_m, blocks_n, GROUP_M)
+    row = block_m * BLOCK_M
+    col = block_n * BLOCK_N
+    for i in gl.static_range(AHEAD):
+        _copy(
+            lefts.index(i), rights.index(i), x, w, row, col, i * BLOCK_K, bars.index(i),
+            tile < tiles, W_K_MAJOR,
+        )  # fmt: skip
+        copied += 1
+    while tile < tiles:
+        acc = warpgroup_mma_init(gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout))
+        for step in range(AHEAD, steps):
+            slot = done % STAGES
+            mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
+            acc = _multiply(lefts.index(slot), rights.index(slot), x, w, acc, W_K_MAJOR)
+            done += 1
+            slot = copied % STAGES
+            _copy(
+                lefts.index(slot), rights.index(slot), x, w, row, col, step * BLOCK_K,
+                bars.index(slot), True, W_K_MAJOR,
+            )  # fmt: skip
+            copied += 1
+        following = tile + gl.num_programs(0)
+        block_m, block_n = _grouped_order(following, blocks_m, blocks_n, GROUP_M)
+        next_row = block_m * BLOCK_M
+        next_col = block_n * BLOCK_N
+        if PDL:
+            # s comes from the kernel launched just before, beside which the loop above has been running.
+            _gdc_wait()
+        # The last steps of x·w and all of s·b. What is copied meanwhile: s and b, then the next tile's first steps.
+        for i in gl.static_range(AHEAD + RANK_STEPS):
+            slot = done % STAGES
+            mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
+            if i < AHEAD:
+                acc = _multiply(lefts.index(slot), rights.index(slot), x, w, acc, W_K_MAJOR)
+            else:
+                acc = _multiply(lefts.index(slot), rights.index(slot), s, b, acc, B_K_MAJOR)
+            done += 1
+            slot = copied % STAGES
+            if i < RANK_STEPS:
+                _copy(
+                    lefts.index(slot), rights.index(slot), s, b, row, col, i * BLOCK_R,
+                    bars.index(slot), True, B_K_MAJOR,
+                )  # fmt: skip
+            else:
+                _copy(
+                    lefts.index(slot), rights.index(slot), x, w, next_row, next_col,
+                    (i - RANK_STEPS) * BLOCK_K, bars.index(slot), following < tiles, W_K_MAJOR,
+                )  # fmt: skip
+            copied += 1
+        total = warpgroup_mma_wait(0, (acc,))
+        halves = total.reshape((BLOCK_M, 2, HALF)).permute((0, 2, 1)).split()
+        for i in gl.static_range(2):
+            part = halves[i]
+            start = col + i * HALF
+            if HAS_BIAS:
+                offs = start + gl.arange(0, HALF, gl.SliceLayout(0, part.type.layout))
+                # N is a multiple of 8: written so, two columns are one load.
+                mask = offs < N // 8 * 8
+                bias = gl.load(bias_ptr + offs * stride_bias, mask=mask, other=0.0)
+                part += bias.to(gl.float32)[None, :]
+            tma.store_wait(pendings=0)
+            gl.barrier()
+            out.store(part.to(x.dtype))
+            fence_async_shared()
+            gl.barrier()
+            tma.async_store(y, [row, start], out)
+        tile = following
+        row = next_row
+        col = next_col
+    tma.store_wait(pendings=0)
+
+
+def persistent(
+    x: Tensor,
+    w: Tensor,
+    s: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    config: TileConfig,
+    programs: int,
+    *,
+    late_wait: bool = False,
+) -> Tensor:
+    """y = x·w + bias + s·b: x [M, K], w [K, N], s [M, R], b [R, N], bias [N], one half dtype -> y [M, N].
+
+    `programs`: how many run at one time, the GPU's multiprocessors. ValueError for operands that `applies` does not take;
+    s comes from `rank_operand`, b from `fetchable`. `late_wait` as in `expand`. Equal bits for any `programs`.
+    """
+    M, K = x.shape
+    N, R = b.shape[1], b.shape[0]
+    if not applies(x, w):
+        raise ValueError(
+            "x and w must have 16-byte aligned rows or columns and N % 8 = 0, "
+            f"got strides {x.stride()}, {w.stride()}, N = {N}"
+        )
+    y = x.new_empty((M, N))
+    block_r = rank_block(R, config.block_k)
+    w_k_major, b_k_major = not describable(w), not describable(b)
+    launch(
+        _persistent_kernel,
+        min(programs, cdiv(M, config.block_m) * cdiv(N, config.block_n)),
+        config,
+        x.device,
+        _described(x, [config.block_m, config.block_k]),
+        _right_operand(w, config.block_k, config.block_n, w_k_major),
+        _described(s, [config.block_m, block_r]),
+        _right_operand(b, block_r, config.block_n, b_k_major),
+        _described(y, [config.block_m, config.block_n // 2]),
+        bias,
+        M,
+        N,
+        K,
+        0 if bias is None else bias.stride(0),
+        dependent=late_wait,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_R=block_r,
+        RANK_STEPS=cdiv(R, block_r),
+        STAGES=config.num_stages,
+        GROUP_M=config.group_m,
+        W_K_MAJOR=w_k_major,
+        B_K_MAJOR=b_k_major,
+        HAS_BIAS=bias is not None,
+        PDL=late_wait,
+    )
+    return y
+
+
+def applies(x: Tensor, w: Tensor) -> bool:
+    """Whether tensor copies can fetch x and w, and store y."""
+    return tma_applies(x, w) and w.shape[1] * w.itemsize % 16 == 0
+
+
+def rank_operand(M: int, R: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An unwritten [M, R] for s, whose rows tensor copies can fetch."""
+    return torch.empty((M, cdiv(R, 16) * 16), dtype=dtype, device=device)[:, :R]
+
+
+def fetchable(b: Tensor) -> Tensor:
+    """b [R, N] itself where tensor copies can fetch it, else a copy that they can."""
+    if describable(b) or describable(b.t()):
+        return b
+    R, N = b.shape
+    return rank_operand(N, R, b.dtype, b.device).t().copy_(b)
+
+
+def _described(t: Tensor, block: list[int]) -> TensorDescriptor:
+    dtype = gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
+    return TensorDescriptor.from_tensor(
+        t, block, gl.NVMMASharedLayout.get_default_for(block, dtype)
+    )
+
+
+def _right_operand(t: Tensor, block_k: int, block_n: int, k_major: bool) -> TensorDescriptor:
+    """Describes w [K, N] or b [R, N]; as its transpose, whose rows are aligned then, where `k_major`."""
+    return _described(t.t(), [block_n, block_k]) if k_major else _described(t, [block_k, block_n])

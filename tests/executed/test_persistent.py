@@ -1,0 +1,206 @@
+"""The persistent product of sm_90, compiled and executed: Gluon has no interpreter, so this lane is its proof."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lora_kernels import lora_linear, plan, use_backend
+from lora_kernels.backends import triton as backend_module
+from lora_kernels.backends.triton.configs import tiles_for, tiles_of, untried
+from lora_kernels.backends.triton.products import TritonProducts
+from lora_kernels.backends.triton.shrink import shrink
+from lora_kernels.dropout import Dropout, scaled_mask
+from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.targets import TARGETS
+from tests.executed.shipped import compare
+from tests.oracle import Case, Operands, assert_budget, reference
+from tests.ptx import launch
+from tests.ptx.launch import Executed, emulate
+
+if (reason := untried()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+from lora_kernels.backends.triton.persistent import applies, fetchable, persistent, rank_operand
+
+pytestmark = pytest.mark.slow
+TARGET = TARGETS["sm_90"]
+PROBLEM = Problem(8192, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
+(TILE,) = tiles_of("persistent", PROBLEM, TARGET)
+# Two tiles each way, none full; a program computes several of them. K: less than a step, two steps, five.
+CASES = [
+    (Case(133, 264, 264, 13, dtype=torch.bfloat16), True, None),
+    (Case(133, 264, 264, 13, dtype=torch.bfloat16), False, 1),
+    (Case(133, 520, 72, 64, dtype=torch.bfloat16, layout="peft"), True, 2),
+    (Case(133, 8, 264, 33, dtype=torch.bfloat16, layout="peft", bias=False), False, 3),
+    (Case(1, 264, 8, 1, dtype=torch.bfloat16), True, None),
+    (Case(70, 264, 200, 130, dtype=torch.bfloat16, layout="peft", bias=False), True, 4),
+    (Case(70, 264, 136, 72, dtype=torch.float16, layout="transposed"), False, 5),
+]
+
+
+def product(o: Operands, forward: bool, programs: int) -> dict[str, torch.Tensor]:
+    """y of the operands, or dx, by what eager has for s or q."""
+    x, w, b, bias = (o.x, o.w, o.b, o.bias) if forward else (o.dy, o.w.t(), o.a.t(), None)
+    given = o.results(None)["s" if forward else "q"]
+    s = rank_operand(*given.shape, x.dtype, x.device).copy_(given)
+    y = persistent(x, w, s, fetchable(b), bias, TILE, programs)
+    return {"y" if forward else "dx": y}
+
+
+@pytest.mark.parametrize("case, forward, schedule", CASES, ids=str)
+def test_any_size_layout_and_rank(case, forward, schedule):
+    o = case.operands()
+    if not applies(*((o.x, o.w) if forward else (o.dy, o.w.t()))):
+        o = replace(o, x=o.x.contiguous(), dy=o.dy.contiguous())
+    with emulate("sm_90", schedule):
+        found = product(o, forward, programs=2)
+    compare(found, o, f"schedule {schedule}")
+
+
+def test_neither_programs_nor_their_order_change_a_bit():
+    o = Case(133, 264, 136, 16, dtype=torch.bfloat16).operands()
+    results = []
+    for programs, schedule in ((1, None), (3, 1), (132, 2)):
+        with emulate("sm_90", schedule):
+            results.append(product(o, True, programs)["y"])
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_s_leaves_shrink_in_a_half_type_beside(split):
+    """Rounded once: to the bits of the float32 result's own rounding; what lies behind a row is not touched."""
+    o = Case(70, 8, 136, 13, dtype=torch.bfloat16, dropout=0.25).operands()
+    config = TileConfig("shrink", 64, 1, 64, 4, 3, split=split)
+    whole = torch.full((70, 16), torch.nan, dtype=torch.bfloat16)
+    with emulate("sm_90"):
+        s = shrink(o.x, o.a, o.case.alpha, config, o.dropout, rounded=whole[:, :13])
+    compare({"s": s}, o, "shrink")
+    assert torch.equal(whole[:, :13], s.bfloat16()) and whole[:, 13:].isnan().all()
+
+
+def test_an_infinity_stays_where_it_is():
+    """Padded columns of s and b, and of x and w behind K, are zeros in both."""
+    o = Case(133, 264, 72, 5, dtype=torch.bfloat16).operands()
+    o.x[3, 7] = torch.inf
+    with emulate("sm_90"), np.errstate(invalid="ignore"):
+        found = product(o, True, 2)
+    compare(found, o, "an infinite x")
+    assert found["y"][:3].isfinite().all() and found["y"][4:].isfinite().all()
+
+
+def test_what_it_does_not_take_is_refused():
+    o = Case(16, 24, 20, 4, dtype=torch.bfloat16).operands()
+    s = rank_operand(16, 4, torch.bfloat16, o.x.device).zero_()
+    with pytest.raises(
+        ValueError, match=r"^x and w must have 16-byte aligned rows.* got strides \(20, 1\)"
+    ):
+        persistent(o.x, o.w, s, o.b, None, TILE, 1)
+
+
+@pytest.fixture
+def on_sm_90(monkeypatch) -> Iterator[None]:
+    """CPU tensors are computed by the persistent product, which `tune` has timed as the fastest."""
+    monkeypatch.setattr(plan, "_target", lambda device: TARGET)
+    monkeypatch.setattr(backend_module.TritonBackend, "devices", ("cpu",))
+    monkeypatch.setattr(backend_module, "predict_us", lambda name, *_: name != "persistent")
+    monkeypatch.setattr(backend_module, "_slower", lambda *_: None)
+    plan.forget()
+    yield
+    plan.forget()
+
+
+@pytest.mark.parametrize("dropout, schedule", [(0.0, 7), (0.25, None)], ids=["random", "dropout"])
+def test_a_layers_forward_and_every_gradient(on_sm_90, dropout, schedule):
+    torch.manual_seed(3)
+    shapes = {"x": (70, 72), "weight": (88, 72), "A": (72, 12), "B": (12, 88), "bias": (88,)}
+    leaves = [
+        (torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5).bfloat16().requires_grad_()
+        for shape in shapes.values()
+    ]
+    dy = torch.randn(70, 88).bfloat16()
+    mask = None
+    if dropout:
+        mask = scaled_mask(Dropout(dropout, torch.tensor(5)), 70, 72, torch.float64)
+    with emulate("sm_90", schedule) as executed, use_backend("triton"):
+        y = lora_linear(*leaves[:4], 0.75, leaves[4], dropout_p=dropout, seed=5)
+        actual = [y, *torch.autograd.grad(y, leaves, dy)]
+
+    def plain(to):
+        cast = [t.detach().to(to).requires_grad_() for t in leaves]
+        out = reference(*cast[:4], 0.75, cast[4], mask=mask)
+        return [out, *torch.autograd.grad(out, cast, dy.to(to))]
+
+    names = ("y", *shapes)
+    for name, *triple in zip(
+        names, actual, plain(torch.bfloat16), plain(torch.float64), strict=True
+    ):
+        assert_budget(*triple, what=name)
+    kernels = names_of(executed)
+    assert kernels[:2] == ["shrink", "persistent"] and executed[1].dependent
+    # With a mask dx has its rank tail apart.
+    assert kernels.count("persistent") == (1 if dropout else 2)
+    assert kernels.count("expand") == (1 if dropout else 0)
+
+
+def names_of(executed: list[Executed]) -> list[str]:
+    return [launch.name.strip("_").removesuffix("_kernel") for launch in executed]
+
+
+def test_s_is_waited_for_where_the_product_starts_early(monkeypatch):
+    """In lockstep the dependent launch goes as far as it can before `shrink` has stored anything: too far without a wait."""
+    o = Case(133, 264, 136, 16, dtype=torch.bfloat16, layout="peft").operands()
+    products = TritonProducts("persistent", PROBLEM, TARGET, tiles_for(PROBLEM, TARGET))
+    for schedule in (None, 1):
+        with emulate("sm_90", schedule) as executed:
+            y, s = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
+        compare({"y": y, "s": s}, o, f"schedule {schedule}")
+        assert names_of(executed) == ["shrink", "persistent"] and executed[1].dependent
+
+    monkeypatch.setattr(
+        launch, "prepare_triton", functools.partial(_without_wait, launch.prepare_triton)
+    )
+    with emulate("sm_90"):
+        y, _ = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
+    with pytest.raises(AssertionError):
+        compare({"y": y}, o, "without a wait")
+
+
+def _without_wait(prepare, compiled, grid, bound):
+    return prepare(compiled, grid, bound, compiled.asm["ptx"].replace("griddepcontrol.wait ;", ""))
+
+
+def test_operands_that_copies_cannot_fetch_take_the_other_product():
+    """An odd stride of x or w is no fault of the plan, which sees sizes only."""
+    o = Case(70, 264, 72, 16, dtype=torch.bfloat16).operands()
+    products = TritonProducts("persistent", PROBLEM, TARGET, tiles_for(PROBLEM, TARGET))
+    assert products._persistent_takes(o.x, o.w, o.adapter)
+    for layout in ("sliced", "broadcast"):
+        other = replace(o.case, layout=layout).operands()
+        assert not products._persistent_takes(other.x, other.w, o.adapter)
+    odd = Case(70, 261, 72, 16, dtype=torch.bfloat16).operands()  # rows of y
+    assert not products._persistent_takes(odd.x, odd.w, odd.adapter)
+
+
+def test_bytes_and_flops():
+    """x once for each block of columns, w once for each block of rows, s and b likewise; y stored once, never read."""
+    M, N, K, R = 256, 512, 256, 16
+    o = Case(M, N, K, R, dtype=torch.bfloat16, layout="peft").operands()
+    with emulate("sm_90") as executed:
+        product(o, True, programs=2)
+    counters = executed[0].counters
+    tensors = counters.tensors
+    assert tensors["x"].bytes_loaded == N // 256 * M * K * 2
+    assert tensors["w"].bytes_loaded == M // 128 * N * K * 2
+    assert tensors["s"].bytes_loaded == N // 256 * M * R * 2
+    assert tensors["b"].bytes_loaded == M // 128 * N * R * 2
+    assert tensors["y"].bytes_stored == M * N * 2 and tensors["y"].bytes_loaded == 0
+    assert (tensors["y"].stores == 1).all()
+    assert counters.flops == 2 * M * N * (K + R)
+    assert counters.wavefronts == counters.fewest_wavefronts

@@ -1,0 +1,447 @@
+"""Layers that read one x, fused: the same results, keys and objects; never a result for another x, time or state."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import warnings
+import weakref
+
+import pytest
+import torch
+import transformers
+from llms_from_scratch.ch04 import GPTModel
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_kernels import (
+    LinearWithLoRA,
+    fuse_projections,
+    lora_parameters,
+    merge_lora,
+    plan,
+    replace_linear_with_lora,
+    siblings,
+    unfuse_projections,
+    unmerge_lora,
+)
+from lora_kernels.backends import cpu
+
+GROUP = ("q", "k", "v")
+
+
+@pytest.fixture(autouse=True)
+def together(monkeypatch):
+    """The small layers of these tests are trained together too; what cannot be computed together is no test of it."""
+    if (reason := cpu.BACKEND.unavailable()) is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(cpu, "_TRAINED_TOGETHER", 0)
+    plan.forget()
+    yield
+    plan.forget()
+    assert not getattr(siblings._thread, "rounds", [])
+
+
+class Attention(nn.Module):
+    """q, k and v of one x, or of another one where `other` is given."""
+
+    def __init__(self, K=8, widths=(6, 4, 4)):
+        super().__init__()
+        for name, N in zip(GROUP, widths, strict=True):
+            setattr(self, name, nn.Linear(K, N))
+
+    def between(self, x):
+        """What a test lets happen after q was called."""
+
+    def forward(self, x, other=None):
+        q = self.q(x)
+        self.between(x)
+        other = x if other is None else other
+        return q, self.k(other), self.v(other)
+
+
+def made(fused=True, dropout=0.0, **options):
+    """(an Attention whose adapters are not zero, its twin whose layers compute for themselves)."""
+    torch.manual_seed(2)
+    model = Attention(**options)
+    replace_linear_with_lora(model, rank=3, alpha=1.5, dropout=dropout)
+    for p in lora_parameters(model):
+        nn.init.normal_(p)
+    twin = copy.deepcopy(model)
+    if fused:
+        fuse_projections(model, [GROUP])
+    return model, twin
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many projections each call of the products computed together."""
+    counts = []
+    inner = siblings.together
+
+    def counted(x, parts, *rest):
+        counts.append(len(parts))
+        ys = inner(x, parts, *rest)
+        if ys is None:
+            counts[-1] = 0
+        return ys
+
+    monkeypatch.setattr(siblings, "together", counted)
+    return counts
+
+
+def same(got, right):
+    for y, z in zip(got, right, strict=True):
+        torch.testing.assert_close(y, z, atol=1e-5, rtol=1e-5)
+
+
+def trained(model, *inputs):
+    ys = model(*inputs)
+    leaves = [t for t in (*inputs, *model.parameters()) if t.requires_grad]
+    return [*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)]
+
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_results_gradients_and_draws_are_those_of_the_layers(dropout, calls):
+    model, twin = made(dropout=dropout)
+    x = X.clone().requires_grad_()
+    both = []
+    for each in (model, twin):
+        torch.manual_seed(9)
+        both.append(trained(each, x))
+    same(*both)
+    with torch.no_grad():
+        same(model.eval()(X), twin.eval()(X))
+    assert calls == [3, 3]
+
+
+def test_objects_keys_and_parameters_stay():
+    model, twin = made(fused=False)
+    before = dict(model.named_modules()), list(model.state_dict()), list(model.parameters())
+    assert fuse_projections(model, [GROUP]) == [GROUP]
+    assert fuse_projections(model, [GROUP]) == [GROUP]  # again: nothing
+    after = dict(model.named_modules()), list(model.state_dict()), list(model.parameters())
+    assert before[0] == after[0] and before[1] == after[1]
+    assert all(p is q for p, q in zip(before[2], after[2], strict=True))
+    assert all(isinstance(layer, LinearWithLoRA) for layer in model.children())
+    assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 1
+    assert unfuse_projections(model) == [GROUP]
+    assert unfuse_projections(model) == []
+    assert all(type(layer) is LinearWithLoRA for layer in model.children())
+    assert not (
+        model._forward_hooks or model._forward_pre_hooks or model._forward_hooks_always_called
+    )
+    same(model(X), twin(X))
+
+
+def test_a_sibling_alone_computes_for_itself(calls):
+    model, twin = made()
+    q = model.q(X)
+    with torch.no_grad():
+        model.k.lora.B.zero_()
+    torch.testing.assert_close(model.k(X), twin.k.linear(X))
+    torch.testing.assert_close(q, twin.q(X))
+    assert calls == []
+
+
+CHANGES = {
+    "x in place": lambda model, x: x.add_(1),
+    "x.data": lambda model, x: x.mul_(2),
+    "B in place": lambda model, x: model.k.lora.B.mul_(3),
+    "B of another memory": lambda model, x: setattr(model.k.lora.B, "data", model.k.lora.B * 2),
+    "A replaced": lambda model, x: setattr(model.k.lora, "A", nn.Parameter(model.k.lora.A * 2)),
+    "weight in place": lambda model, x: model.k.linear.weight.mul_(2),
+    "bias in place": lambda model, x: model.k.linear.bias.add_(2),
+    "alpha": lambda model, x: setattr(model.k.lora, "alpha", 7.0),
+    "merged": lambda model, x: (merge_lora(model), model.k.lora.B.data.zero_()),
+    "training": lambda model, x: model.eval(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.filterwarnings("ignore:q, k, v of Attention")
+def test_no_result_outlives_what_it_depends_on(name):
+    """Something changes after the first sibling was called, before the others are."""
+    model, twin = made(dropout=0.5 if name == "training" else 0.0)
+
+    def change(x, each):
+        with torch.no_grad():
+            CHANGES[name](each, x)
+
+    results = []
+    for each in (model, twin):
+        each.between = lambda x, each=each: change(x, each)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            results.append(each(X.clone()))
+    same(results[0][1:2], results[1][1:2])
+    assert torch.isfinite(results[0][1]).all()
+
+
+@pytest.mark.filterwarnings("ignore:q, k, v of Attention")
+@pytest.mark.parametrize("mode", ["grad", "autocast"])
+def test_no_result_of_another_mode(mode):
+    model, _ = made()
+    enters = {"grad": torch.no_grad, "autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+    seen = {}
+
+    def forward(x):
+        model.q(x)
+        with enters[mode]():
+            seen["k"] = model.k(x)
+        return model.v(x)
+
+    model.forward = forward
+    model(X)
+    assert seen["k"].requires_grad is (mode != "grad")
+    assert seen["k"].dtype == (torch.bfloat16 if mode == "autocast" else torch.float32)
+
+
+def test_another_x_is_computed_for_itself_with_a_warning(calls):
+    model, twin = made()
+    with pytest.warns(UserWarning, match="q, k, v of Attention were computed together, but"):
+        got = model(X, X * 2)
+    same(got, twin(X, X * 2))
+    with pytest.warns(UserWarning):
+        got = model(X, X.clone())  # equal values are no proof
+    same(got, twin(X, X))
+    assert calls == [3, 3]
+
+
+def test_two_rounds_in_one_forward(calls):
+    model, twin = made()
+    for each in (model, twin):
+        each.forward = lambda x, each=each: [
+            layer(part) for part in (x, x + 1) for layer in (each.q, each.k, each.v)
+        ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(model(X), twin(X))
+    assert calls == [3, 3]
+
+
+def test_nothing_is_held_after_the_forward():
+    """Neither x nor a result, also where a sibling was not called or the forward raised."""
+    model, _ = made()
+    kept = []
+
+    def forward(x):
+        kept.append(weakref.ref(x))
+        model.q(x)
+        if len(kept) == 2:
+            raise KeyError("in the middle")
+        return x.sum()
+
+    model.forward = forward
+    with pytest.warns(UserWarning):
+        model(X.clone())
+    with pytest.raises(KeyError):
+        model(X.clone())
+    gc.collect()
+    assert [ref() for ref in kept] == [None, None]
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])
+def test_gradient_checkpointing(reentrant, calls):
+    model, twin = made(dropout=0.5)
+    grads = []
+    for each in (model, twin):
+        x = X.clone().requires_grad_()
+        torch.manual_seed(4)
+        ys = checkpoint(each, x, use_reentrant=reentrant)
+        sum(y.square().sum() for y in ys).backward()
+        grads.append([x.grad, *(p.grad for p in each.parameters() if p.grad is not None)])
+    same(*grads)
+    assert calls == [3, 3]
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: reloaded(m)],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_a_copy_is_fused_and_on_its_own(copied, calls):
+    model, _ = made()
+    other = copied(model)
+    same(other(X), model(X))
+    with torch.no_grad():
+        model.k.lora.B.zero_()
+    assert not torch.equal(other(X)[1], model(X)[1])
+    assert calls == [3] * 4
+    assert unfuse_projections(other) == [GROUP] and type(other.q) is LinearWithLoRA
+    model(X)
+    assert calls == [3] * 5
+
+
+def reloaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def test_threads_have_results_of_their_own():
+    model, twin = made()
+    barrier = threading.Barrier(2, timeout=30)
+    model.between = lambda x: barrier.wait()
+    xs, got = [X, X * 3], {}
+    threads = [threading.Thread(target=lambda i=i: got.update({i: model(xs[i])})) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        same(got[i], twin(xs[i]))
+
+
+@pytest.mark.parametrize("part", ["", ".linear", ".lora"])
+def test_hooks_run(part, calls):
+    """Hooks that come later make every sibling compute for itself; without them the group computes together again."""
+    model, twin = made()
+    seen = []
+    module = model.get_submodule("k" + part)
+    handle = module.register_forward_hook(lambda *_: seen.append(1))
+    same(model(X), twin(X))
+    assert seen == [1] and calls == []
+    handle.remove()
+    model(X)
+    assert calls == [3]
+
+
+def test_a_hook_on_the_parent_and_on_all_modules_runs(calls):
+    model, twin = made()
+    seen = []
+    handle = model.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+    same(model(X), twin(X * 2))
+    assert calls == [3]
+    handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda m, *_: seen.append(type(m).__name__)
+    )
+    try:
+        same(model(X), twin(X))
+    finally:
+        handle.remove()
+    assert seen.count("LoRALayer") == 6 and calls == [3]
+
+
+def test_merged_layers_and_inference_mode_compute_for_themselves(calls):
+    model, twin = made()
+    merge_lora(model)
+    same(model(X), twin(X))
+    unmerge_lora(model)
+    with torch.inference_mode():
+        same(model(X * 1), twin(X * 1))
+    assert calls == []
+
+
+def test_compiled_without_a_graph_break():
+    model, twin = made()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = X.clone().requires_grad_()
+    same(trained(compiled, x), trained(twin, x))
+
+
+def test_the_books_model():
+    config = {"vocab_size": 50, "context_length": 8, "emb_dim": 16, "n_heads": 2, "n_layers": 2,
+              "drop_rate": 0.0, "qkv_bias": False}  # fmt: skip
+    torch.manual_seed(0)
+    model = GPTModel(config)
+    replace_linear_with_lora(model, rank=2, alpha=4.0)
+    for p in lora_parameters(model):
+        nn.init.normal_(p)
+    twin = copy.deepcopy(model)
+    labels = fuse_projections(model, [("W_query", "W_key", "W_value")])
+    assert labels[1] == tuple(f"trf_blocks.1.att.{n}" for n in ("W_query", "W_key", "W_value"))
+    tokens = torch.randint(50, (2, 8))
+    both = []
+    for each in (model, twin):
+        loss = each(tokens).square().mean()
+        both.append([loss, *torch.autograd.grad(loss, list(lora_parameters(each)))])
+    same(*both)
+
+
+def test_llama_with_transformers_checkpointing(calls):
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, num_attention_heads=4,
+        num_key_value_heads=2, num_hidden_layers=2, intermediate_size=48)  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    replace_linear_with_lora(model, rank=2, alpha=4.0)
+    for p in lora_parameters(model):
+        nn.init.normal_(p, std=0.1)
+    twin = copy.deepcopy(model)
+    groups = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
+    assert len(fuse_projections(model, groups)) == 4
+    model.gradient_checkpointing_enable()
+    tokens = torch.randint(64, (2, 9))
+    both = []
+    for each in (model, twin):
+        each.train()
+        loss = each(input_ids=tokens, labels=tokens).loss
+        both.append([loss, *torch.autograd.grad(loss, list(lora_parameters(each)))])
+    same(*both)
+    assert calls == [3, 2] * 4
+    with torch.no_grad():
+        assert torch.equal(
+            *(m.eval().generate(tokens, max_new_tokens=4, do_sample=False) for m in (model, twin))
+        )
+
+
+def bad(change):
+    model, _ = made(fused=False)
+    change(model)
+    return model
+
+
+def rewrap(name, **options):
+    def change(model):
+        setattr(
+            model, name, LinearWithLoRA(nn.Linear(8, 4), **{"rank": 2, "alpha": 1.0, **options})
+        )
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "groups", "error", "message"),
+    [
+        (lambda m: None, [("q", "x")], ValueError, "groups must name children of one module"),
+        (lambda m: None, [], ValueError, "at least one group"),
+        (lambda m: None, ["q"], TypeError, "groups must be tuples of names"),
+        (lambda m: None, [("q",)], ValueError, "two or more different names"),
+        (lambda m: None, [("q", "k"), ("k", "v")], ValueError, "groups must not share a layer"),
+        (lambda m: setattr(m, "k", m.k.linear), [GROUP], TypeError, "k must be a LinearWithLoRA, got Linear"),
+        (rewrap("k", dora=True), [GROUP], ValueError, "k must be a layer that can be fused, but it has DoRA"),
+        (lambda m: m.v.register_forward_hook(print), [GROUP], ValueError, "v must be .* it has hooks"),
+        (lambda m: m.v.lora.register_forward_hook(print), [GROUP], ValueError, "v must be .* hooks"),
+        (rewrap("v", K=9), [GROUP], ValueError, "v must have the in_features of q, 8, got 9"),
+        (lambda m: m.k.double(), [GROUP], ValueError, "k must have the dtype of q, torch.float32, got torch.float64"),
+        (lambda m: m.k.lora.bfloat16(), [GROUP], ValueError, "k must have the adapter's dtype of q"),
+        (lambda m: m.k.to("meta"), [GROUP], ValueError, "k must have the device of q, cpu, got meta"),
+        (lambda m: setattr(m, "k", m.q), [GROUP], ValueError, "must be different layers"),
+        (lambda m: fuse_projections(m, [("q", "k")]), [GROUP], ValueError, "q must be in one group"),
+    ],
+)  # fmt: skip
+def test_what_does_not_qualify_is_named_and_nothing_changes(change, groups, error, message):
+    model = bad(change)
+    before = [type(m) for m in model.modules()], len(model._forward_hooks)
+    with pytest.raises(error, match=message):
+        fuse_projections(model, groups)
+    assert ([type(m) for m in model.modules()], len(model._forward_hooks)) == before
+
+
+def test_bad_input_is_the_layers_own_error():
+    model, twin = made()
+    for x in (torch.randn(2, 7), torch.randn(2, 8).double()):
+        errors = []
+        for each in (model, twin):
+            with pytest.raises((ValueError, TypeError)) as error:
+                each(x)
+            errors.append(str(error.value))
+        assert errors[0] == errors[1]
