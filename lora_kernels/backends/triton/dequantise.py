@@ -135,7 +135,7 @@ def _fp8(weight: Any, out: Tensor, config: TileConfig) -> None:
 
 
 def _launch_over_tiles(
-    kernel: Any, codes: Tensor, scales: Tensor, out: Tensor, config: TileConfig, **more: int
+    kernel: Any, codes: Tensor, scales: Tensor, out: Tensor, config: TileConfig, **more: Any
 ) -> None:
     """One program for each block_n x block_k tile of codes."""
     N, K = out.shape
@@ -159,9 +159,8 @@ def _launch_over_tiles(
 
 
 _DECODERS = {"nf4": _nf4, "int8": _int8, "fp8": _fp8}
-_WHOLE = (
-    1 << 30
-)  # rows or columns of a block that has them all: one number, and one kernel, for every such size
+# Rows or columns of a block that has them all: one number, and one kernel, for every such size.
+_WHOLE = 1 << 30
 
 
 def nf4_arguments(weight: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
