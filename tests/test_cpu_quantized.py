@@ -239,6 +239,32 @@ def test_scales_that_are_no_numbers(M):
         assert torch.equal(y.isnan(), eager.isnan()) and y.isnan().any() and not y.isnan().all()
 
 
+@pytest.mark.parametrize("M", [1, 5, 20])
+def test_an_infinite_scale_of_elements_of_both_signs(M):
+    """Their sum is NaN, also where the sum of their codes is positive in every lane of a vector."""
+    weight = _nf4(64, 128, f32, False)
+    weight.packed[:32] = 0xFF
+    weight.packed[7] = 0x0F
+    weight.absmax[0] = float("inf")
+    assert weight.code[0] < 0 and 7 * weight.code[15] + weight.code[0] > 0
+    y, _ = PRODUCTS.shrink_expand(
+        torch.ones(M, 128), weight.t(), Adapter(torch.zeros(128, 1), torch.zeros(1, 64), 0.5)
+    )
+    assert y[:, 0].isnan().all() and y[:, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("M", [2, 5, 20])
+def test_a_code_of_fp8_that_is_no_number(M):
+    weight = _fp8((128, 128))(64, 128, bf16)
+    codes = weight.codes.view(torch.uint8).clone()
+    codes[5, 70], codes[9, 3] = 0x7F, 0xFF
+    weight = replace(weight, codes=codes.view(torch.float8_e4m3fn))
+    for (x, w, adapter), nan in zip(both_ways(weight, M, 4, bf16), ([5, 9], [3, 70]), strict=True):
+        y, _ = PRODUCTS.shrink_expand(x, w, adapter)
+        assert y.isnan().any(0).nonzero().flatten().tolist() == nan
+        assert y[:, nan].isnan().all()
+
+
 @pytest.mark.parametrize("M", [1, 70])
 def test_no_weight_is_made(M):
     weight = _nf4(192, 256, bf16, True)

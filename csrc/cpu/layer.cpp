@@ -187,7 +187,7 @@ class Layer : public torch::autograd::Function<Layer> {
     const Tensor grad = grads[0].is_sparse() ? grads[0].to_dense() : grads[0];
     if (must_be_transparent(grad, saved)) {
       const bool reads_w = needs_x || needs_factor;
-      const auto found =
+      auto [dx, dA, dB, dc] =
           differentiable_backward(grad, x, reads_w ? dense(weight, grad.scalar_type()) : Tensor(),
                                   A, B, factor.defined() ? std::optional(factor) : std::nullopt,
                                   alpha, dropout, {needs_x, needs_A, needs_B, needs_factor});

@@ -268,11 +268,11 @@ TORCH_LIBRARY(lora_kernels_cpu, m) {
       "float keep_scale) -> Tensor");
   m.def(
       "lora_linear(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, float alpha, "
-      "float dropout_p, int threshold, int seed, Tensor? factor) -> Tensor");
+      "float dropout_p, int threshold, int seed, Tensor? factor=None) -> Tensor");
   m.def(
       "lora_linear_quantized(Tensor x, Tensor[] packed, str format, int[] sizes, Tensor A, "
       "Tensor B, Tensor? bias, float alpha, float dropout_p, int threshold, int seed, "
-      "Tensor? factor) -> Tensor");
+      "Tensor? factor=None) -> Tensor");
   m.def(
       "differentiable_backward(Tensor dy, Tensor x, Tensor weight, Tensor A, Tensor B, "
       "Tensor? factor, float alpha, float dropout_p, int seed, bool[] needs) -> "

@@ -86,6 +86,8 @@ _DECODE_INSTRUCTIONS = {
     ("nf4", 32): (54, 62),
     ("int8", 64): (8, 16),
     ("int8", 32): (47, 62),
+    ("fp8", 64): (17, 30),
+    ("fp8", 32): (65, 97),
 }
 # The same of eager over groups: operands are widened to float32, written into blocks, and gathered again.
 _BATCHED_PASSES = 18.0, 18.0, 25

@@ -21,8 +21,9 @@ from tests.interpreter.test_memory import reserved
 from tests.oracle import Case, assert_budget, made_inside, reference
 
 CONFIG = TileConfig("dequantise", 1, 16, 64, 4, 1)
-# One element; odd sizes; blocks that straddle rows; a last block that is a part of one; whole blocks; several programs.
-SIZES = [(1, 1), (1, 300), (300, 1), (3, 5), (7, 96), (64, 64), (70, 65), (40, 128)]
+# One element; odd sizes; blocks that straddle rows; a last block that is a part of one; whole blocks, and so many that
+# their scales have two scales of their own.
+SIZES = [(1, 1), (1, 300), (300, 1), (3, 5), (7, 96), (64, 64), (70, 65), (40, 512)]
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
 
 

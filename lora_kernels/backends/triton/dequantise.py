@@ -159,9 +159,8 @@ def _launch_over_tiles(
 
 
 _DECODERS = {"nf4": _nf4, "int8": _int8, "fp8": _fp8}
-_WHOLE = (
-    1 << 30
-)  # rows or columns of a block that has them all: one number, and one kernel, for every such size
+# Rows or columns of a block that has them all: one number, and one kernel, for every such size.
+_WHOLE = 1 << 30
 
 
 def nf4_arguments(weight: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
