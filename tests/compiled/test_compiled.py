@@ -230,7 +230,7 @@ def test_the_main_loop_is_the_plain_products(target, form, record_property):
 def test_the_persistent_loop(forward):
     """At rank 16 and 64 the loop over K is the same: four matrix instructions of 64x256, and 90 of any kind at most."""
     problem = Problem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
-    (config,) = tiles_of("persistent", problem, TARGETS["sm_90"])
+    config = tiles_of("persistent", problem, TARGETS["sm_90"])[0]
     for R in (16, 64):
         code = compile_job(("sm_90", replace(problem, R=R), config, forward, False))
         assert code.loop_matrix == ["HGMMA.64x256x16.F32.BF16"] * 4, code

@@ -32,7 +32,7 @@ from lora_kernels.backends.triton.persistent import applies, fetchable, persiste
 pytestmark = pytest.mark.slow
 TARGET = TARGETS["sm_90"]
 PROBLEM = Problem(8192, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
-(TILE,) = tiles_of("persistent", PROBLEM, TARGET)
+TILE = tiles_of("persistent", PROBLEM, TARGET)[0]
 # Two tiles each way, none full; a program computes several of them. K: less than a step, two steps, five.
 CASES = [
     (Case(133, 264, 264, 13, dtype=torch.bfloat16), True, None),

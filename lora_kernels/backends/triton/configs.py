@@ -55,7 +55,7 @@ _MATMUL_HALF = {
     "gfx942": [(128, 128, 32, 8, 2), (64, 64, 32, 4, 2)],
     "gfx1100": [(64, 64, 32, 4, 2)],
 }
-_PERSISTENT = [(128, 256, 64, 8, 3)]
+_PERSISTENT = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4)]
 _MATMUL_FLOAT32 = [(64, 64, 32, 4, 3)]
 # Over groups, which may have few rows each. Eight warps: at 128x128 four have no registers left for a group's addresses.
 _GROUPED_HALF = {

@@ -5,7 +5,7 @@ last steps of a tile's sum are blocks of s and b, in x's own half type, on the s
 next tile are copied meanwhile. What lies outside of an operand is copied as zeros, so that no size needs a mask. Forward
 and dx are this one kernel, with w and b described as they lie in memory.
 
-Gluon is experimental: this file is imported only with a Triton that it was tried with (`unavailable` in `configs.py`).
+Gluon is experimental: this file is imported only with a Triton that it was tried with (`untried` in `configs.py`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _block(slot, desc):
 
 @gluon.jit
 def _multiply(left_slot, right_slot, left, right, acc, RIGHT_K_MAJOR: gl.constexpr):
-    """acc + one step's product, under way; at most this one is so: the slot of the step before is free."""
+    """acc + one step's product, which is under way, and no other: the slots of the steps before are free."""
     right_block = _block(right_slot, right)
     if RIGHT_K_MAJOR:
         right_block = right_block.permute((1, 0))
@@ -67,7 +67,7 @@ def _copy(
 def _persistent_kernel(
     x,  # describes [M, K] in blocks [BLOCK_M, BLOCK_K]
     w,  # describes [K, N] in blocks [BLOCK_K, BLOCK_N], or wᵀ where W_K_MAJOR
-    s,  # describes [M, R] in blocks [BLOCK_M, BLOCK_R]
+    s,  # describes [M, R], as all operands in one half type, in blocks [BLOCK_M, BLOCK_R]
     b,  # describes [R, N] in blocks [BLOCK_R, BLOCK_N], or bᵀ where B_K_MAJOR
     y,  # describes [M, N], contiguous, in blocks of half a tile's columns
     bias_ptr,  # [N]
@@ -115,8 +115,8 @@ def _persistent_kernel(
     col = block_n * BLOCK_N
     for i in gl.static_range(AHEAD):
         _copy(
-            lefts.index(i), rights.index(i), x, w, row, col, i * BLOCK_K, bars.index(i),
-            tile < tiles, W_K_MAJOR,
+            lefts.index(i), rights.index(i), x, w, row, col, i * BLOCK_K, bars.index(i), True,
+            W_K_MAJOR,
         )  # fmt: skip
         copied += 1
     while tile < tiles:
@@ -133,7 +133,9 @@ def _persistent_kernel(
             )  # fmt: skip
             copied += 1
         following = tile + gl.num_programs(0)
-        block_m, block_n = _grouped_order(following, blocks_m, blocks_n, GROUP_M)
+        # Behind the last tile there is no block of rows to divide by.
+        last = min(following, tiles - 1)
+        block_m, block_n = _grouped_order(last, blocks_m, blocks_n, GROUP_M)
         next_row = block_m * BLOCK_M
         next_col = block_n * BLOCK_N
         if PDL:
