@@ -53,7 +53,7 @@ void norm_rows(const Kernels& k, const Norms& p, const Shared& shared, int64_t b
   const bool copied = p.w.col_stride != 1;
   const int64_t tile = aligned(R * NORM_ROWS);
   float* c = thread_scratch().reserve(2 * tile + (copied ? NORM_ROWS * x_pitch : 0));
-  float* u = c + tile;
+  float* u = c + tile;  // bᵀ of these rows, [R, NORM_ROWS]
   float* out = p.norms + begin;
   Matrix w = p.w.from(begin, 0);
   if (copied) {
@@ -66,13 +66,13 @@ void norm_rows(const Kernels& k, const Norms& p, const Shared& shared, int64_t b
     k.dots(shared.x, x_pitch, w, R, count, K, c, NORM_ROWS);
     k.copy(u, NORM_ROWS, p.b.from(0, begin), R, count);
   }
-  // In double: where the adapter takes w away the parts cancel.
+  // In double, as the parts cancel where the adapter takes w away. aᵀ·a is symmetric.
   double total[NORM_ROWS], inner[NORM_ROWS];
   for (int64_t j = 0; j < count; ++j) total[j] = out[j];
   for (int64_t r = 0; r < R; ++r) {
     for (int64_t j = 0; j < count; ++j) inner[j] = 2.0 * c[r * NORM_ROWS + j];
-    for (int64_t q = 0; q < R; ++q) {
-      const double factor = double(p.alpha) * shared.gram[r * R + q];
+    for (int64_t q = 0; q <= r; ++q) {
+      const double factor = (q < r ? 2.0 : 1.0) * p.alpha * shared.gram[r * R + q];
       for (int64_t j = 0; j < count; ++j) inner[j] += factor * u[q * NORM_ROWS + j];
     }
     for (int64_t j = 0; j < count; ++j) total[j] += inner[j] * p.alpha * u[r * NORM_ROWS + j];
