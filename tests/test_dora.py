@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import (
     LinearWithLoRA,
+    backends,
+    bases,
     dora,
     explain,
     formulas,
@@ -38,6 +40,7 @@ from lora_kernels.bench.memory import peak_bytes
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.integrations.peft import accelerate, restore, why_not_fused
 from lora_kernels.operands import Adapter
+from lora_kernels.samples import sample
 from tests.oracle import AWKWARD, FLOAT64, assert_budget
 from tests.toy_format import Int8Rows
 
@@ -759,6 +762,200 @@ class TestPeft:
         torch.testing.assert_close(peft_step(model, x), plain, rtol=2e-3, atol=2e-3)
         layer = LinearWithLoRA(host[0].base_layer, 4, 2.0, dora=True)
         torch.testing.assert_close(layer(x), host[0].base_layer(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def one_operator(monkeypatch):
+    """The cpu backend, whose operator must be what computes: no other path has a derivative."""
+    if backends.get("cpu").unavailable() is not None:
+        pytest.skip("the cpu backend is off")
+
+    def never(*args):
+        raise AssertionError("not by the layer's operator")
+
+    monkeypatch.setattr(dora.DoRALinear, "apply", never)
+    with use_backend("cpu"):
+        yield
+
+
+@pytest.mark.usefixtures("one_operator")
+class TestOneOperator:
+    """Over a frozen base, with both adapters trained or none."""
+
+    TRAINED = (
+        ("x", "A", "B", "magnitude"),
+        ("A", "B"),
+        ("A", "B", "magnitude"),
+        ("magnitude",),
+        ("x",),
+    )
+    trained = pytest.mark.parametrize("needed", TRAINED, ids="+".join)
+
+    def both(self, needed, lead=None, bias=True, **options):
+        """Leaves of which `needed` require grad, and the same in float64."""
+        single = operands(33, 24, 40, 5, lead=lead, **options)
+        for name, t in zip(NAMES, single, strict=True):
+            t.requires_grad_(name in needed)
+        wide = [t.detach().double().requires_grad_(t.requires_grad) for t in single]
+        if not bias:
+            single[4] = wide[4] = None
+        return single, wide
+
+    @trained
+    @pytest.mark.parametrize("bias", (True, False), ids=("bias", ""))
+    @pytest.mark.parametrize(
+        "dtype, adapter_dtype",
+        [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)],
+        ids=str,
+    )
+    def test_values_and_gradients(self, needed, bias, dtype, adapter_dtype):
+        single, wide = self.both(needed, bias=bias, dtype=dtype, adapter_dtype=adapter_dtype)
+        dy = torch.randn(33, 24).to(dtype)
+
+        def run(function, tensors, dy):
+            y = function(*tensors)
+            leaves = [t for t in tensors if t is not None and t.requires_grad]
+            return [y, *torch.autograd.grad(y, leaves, dy)]
+
+        def plain(*t):
+            return reference(*t[:4], 0.75, *t[4:])
+
+        found = run(ours, single, dy), run(plain, single, dy), run(plain, wide, dy.double())
+        names = ("y", *(name for name in NAMES if name in needed))
+        for name, *triple in zip(names, *found, strict=True):
+            assert_budget(*triple, what=name)
+
+    @trained
+    def test_a_second_derivative(self, needed):
+        """It is that of the sums as they are, norms held still, also of the gradient of m."""
+        found = []
+        for function, tensors in zip((ours, None), self.both(needed, lead=(2, 3)), strict=True):
+            function = function or (lambda *t: reference(*t[:4], 0.75, *t[4:]))
+            leaves = [t for t in tensors if t.requires_grad]
+            y = function(*tensors)
+            first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+            penalty = sum(g.square().sum() for g in first)
+            found.append(torch.autograd.grad(penalty, leaves))
+        for actual, exact in zip(*found, strict=True):
+            torch.testing.assert_close(actual.double(), exact, rtol=1e-4, atol=1e-3)
+
+    def test_a_part_of_the_gradients(self):
+        """What is asked for may be less than what requires a gradient."""
+        single, wide = self.both(self.TRAINED[0])
+        for asked in (0, 2, 3, 5):
+            exact = reference(*wide[:4], 0.75, *wide[4:]).square().sum()
+            (actual,) = torch.autograd.grad(ours(*single).square().sum(), single[asked])
+            (expected,) = torch.autograd.grad(exact, wide[asked])
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+    def test_z_is_kept_for_m_alone(self):
+        for needed, held in ((("x", "A", "B"), 0), (("x", "A", "B", "magnitude"), 1)):
+            single, _ = self.both(needed)
+            shapes = []
+
+            def keep(t, shapes=shapes):
+                shapes.append(tuple(t.shape))
+                return t
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                ours(*single)
+            assert shapes.count((33, 24)) == held
+
+    def test_y_may_be_changed_in_place(self):
+        single, _ = self.both(self.TRAINED[0])
+        leaves = [t for t in single if t.requires_grad]
+        expected = torch.autograd.grad(ours(*single).relu().sum(), leaves)
+        assert_equal = torch.testing.assert_close
+        assert_equal(torch.autograd.grad(ours(*single).relu_().sum(), leaves), expected)
+
+
+@pytest.mark.parametrize("format", ("nf4", "int8"))
+class TestPackedWeights:
+    """The packed weight and its dense copy make the same layer."""
+
+    def operands(self, format, dtype=torch.float32):
+        tensors = operands(20, 48, 64, 4, dtype)
+        weight = sample(format, 48, 64, dtype)
+        return weight, [weight.dense(), *(tensors[i] for i in (0, 2, 3, 4, 5))]
+
+    def step(self, weight, tensors, **options):
+        x, A, B, bias, magnitude = tensors
+        y = ours(x, weight, A, B, bias, magnitude, **options)
+        return [y, *torch.autograd.grad(y.square().sum(), tensors)]
+
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+    def test_gradients(self, backend, format, dtype):
+        weight, (dense, *tensors) = self.operands(format, dtype)
+        wide = [t.detach().double().requires_grad_() for t in tensors]
+        with use_backend(backend):
+            found = self.step(weight, tensors), self.step(dense, tensors)
+        exact = self.step(dense.double(), wide)
+        for name, *triple in zip(("y", "x", "A", "B", "bias", "m"), *found, exact, strict=True):
+            assert_budget(*triple, what=name)
+
+    @pytest.mark.parametrize("rows", (1, 4, 20, 0), ids=str)
+    def test_without_gradients(self, backend, format, rows):
+        """Few rows take other kernels over the codes."""
+        weight, (dense, x, *rest) = self.operands(format)
+        with use_backend(backend), torch.no_grad():
+            y = ours(x[:rows], weight, rest[0], rest[1], *rest[2:])
+            plain = ours(x[:rows], dense, rest[0], rest[1], *rest[2:])
+        torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-5)
+
+    def test_dropout(self, backend, format):
+        weight, (dense, *tensors) = self.operands(format)
+        with use_backend(backend):
+            found = [self.step(w, tensors, dropout_p=0.5, seed=3) for w in (weight, dense)]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+    def test_transforms_and_compiled_code(self, format):
+        weight, (dense, x, A, B, bias, magnitude) = self.operands(format)
+        rest = A.detach(), B.detach(), bias.detach()
+
+        def gradient(w):
+            def loss(x, m):
+                return ours(x, w, *rest, m).square().sum()
+
+            return vmap(grad(loss, argnums=(0, 1)), in_dims=(0, None))(
+                x.detach(), magnitude.detach()
+            )
+
+        torch.testing.assert_close(gradient(weight), gradient(dense), rtol=1e-4, atol=1e-4)
+        tangents = torch.ones_like(x), torch.ones_like(magnitude)
+        primals = x.detach(), magnitude.detach()
+        found = [
+            jvp(lambda x, m, w=w: ours(x, w, *rest, m), primals, tangents) for w in (weight, dense)
+        ]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+        compiled = torch.compile(
+            lambda x, m: ours(x, weight, *rest, m), backend="aot_eager", fullgraph=True
+        )
+        torch.testing.assert_close(compiled(*primals), ours(primals[0], dense, *rest, primals[1]))
+
+
+@pytest.mark.parametrize("kind", ("Linear4bit", "Linear8bitLt"))
+def test_a_layer_over_bitsandbytes(kind):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(2)
+    options = (
+        {"compute_dtype": torch.float32} if kind == "Linear4bit" else {"has_fp16_weights": False}
+    )
+    base = getattr(bnb.nn, kind)(128, 64, **options).to("cpu").requires_grad_(False)
+    x = torch.randn(5, 128, requires_grad=True)
+    layer = LinearWithLoRA(base, 4, 2.0, dora=True)
+    dense = bases.row_norms_on(base, torch.zeros(128, 4), torch.zeros(4, 64), 0.5)
+    assert torch.equal(layer.lora.magnitude, dense)
+    torch.testing.assert_close(layer(x), base(x), rtol=2e-2, atol=2e-2)
+    with torch.no_grad():
+        layer.lora.B.normal_()
+        layer.lora.magnitude.mul_(2)
+    weight = bases.quantized_weight(base)
+    y = layer(x)
+    leaves = [x, layer.lora.A, layer.lora.B, layer.lora.magnitude]
+    found = [y, *torch.autograd.grad(y.square().sum(), leaves)]
+    again = reference(x, weight.dense().float(), *leaves[1:3], 0.5, base.bias, leaves[3])
+    exact = [again, *torch.autograd.grad(again.square().sum(), leaves)]
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
 
 
 def test_what_explain_says_of_the_scale():

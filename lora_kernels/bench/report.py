@@ -48,10 +48,11 @@ def plain_table(results: Results) -> str:
 
 
 def pairs(results: Results) -> list[tuple[Row, Row]]:
-    """(our row that "auto" takes, another row) of every other contender in every linear case, without the frozen layer."""
+    """(our row that "auto" takes, another row) of every contender in linear and shared cases but the frozen layer."""
     return [
         (ours, other)
-        for rows in groups(results.of(suite="linear"))
+        for suite in ("linear", "shared")
+        for rows in groups(results.of(suite=suite))
         for ours in rows
         for other in rows
         if ours.auto and other is not ours and other.contender != "frozen"
@@ -117,6 +118,7 @@ def _run(name: str, results: Results, plots: Sequence[Path]) -> Iterable[str]:
                 yield f"### One layer, {_MODE[mode]}, {dtype}"
                 yield _price_table(some)
     titles = {
+        "shared": "Layers that share an operand",
         "growth": "As one size grows (forward + backward)",
         "training": "Training steps",
         "overhead": "Host time of a call",
@@ -245,7 +247,7 @@ def _predicted_tables(predicted: list[tuple[Row, float]]) -> Iterable[str]:
 def _label(row: Row) -> str:
     grown = f"{row.case} = {(row.problem or {})[row.case]}" if row.case in "MKNR" else row.case
     conditions = ", cold L2" * (row.caches == "cold") + ", graph" * row.graph
-    mode = f", {row.mode}" if row.suite == "overhead" else ""
+    mode = f", {row.mode}" if row.suite in ("overhead", "shared") else ""
     return grown + conditions + mode
 
 

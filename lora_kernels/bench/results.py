@@ -27,7 +27,7 @@ class Summary(NamedTuple):
 class Row:
     """One contender on one problem.
 
-    `suite` is linear, growth, training, overhead or memory; `case` names what was computed within it ("minilm up"), `mode`
+    `suite` is linear, growth, shared, training, overhead or memory; `case` names what was computed ("minilm up"), `mode`
     how much of it: forward, step (forward and backward) or saved/peak (bytes). `value` is a median in `unit`, low and high
     are quartiles. Ratios are medians of ratios of neighbouring samples, to the frozen layer and to the reference.
     `ceiling_share` is the time that the measured product and copy rates allow, divided by the time it took.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from lora_kernels.bench import contenders, linear, machine, memory, overhead, training
+from lora_kernels.bench import contenders, linear, machine, memory, overhead, shared, training
 from lora_kernels.bench.check import Oracle
 from lora_kernels.bench.linear import Case, Effort
 from lora_kernels.bench.presets import ALL
@@ -15,14 +15,23 @@ from lora_kernels.bench.progress import Progress
 from lora_kernels.bench.results import Results, Row
 from lora_kernels.problem import Problem
 
-SUITES = ("linear", "growth", "training", "overhead", "memory")
+SUITES = (
+    "linear",
+    "growth",
+    "training",
+    "overhead",
+    "memory",
+)  # of everything; "shared" has presets of its own
 GROWTH_NAMES = ("frozen", "reference", "ours")
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be measured. `names` are contenders of the linear suites, "ours" for all of our backends."""
+    """What is to be measured. `names` are contenders of the linear suites, "ours" for all of our backends.
+
+    `shared` are presets of the shared suite, which has contenders of its own.
+    """
 
     device: str
     cases: list[Case]
@@ -31,6 +40,7 @@ class Order:
     effort: Effort = field(default_factory=Effort)
     dtypes: tuple[str, ...] = ("float32",)
     command: str = ""
+    shared: tuple[str, ...] = ()
 
 
 def run(
@@ -87,6 +97,12 @@ def _steps(
                 effort = order.effort.times(2)
                 train = partial(training.measure, which, order.device, effort, results.left_out)
                 steps.append((what, what, partial(train, dtype=dtype)))
+    for preset in order.shared:
+        results.left_out.update(shared.left_out(preset))
+        for dtype in order.dtypes:
+            what = f"{preset}, {dtype}"
+            rest = preset, order.device, dtype, order.effort, results.left_out
+            steps.append((what, what, partial(shared.measure, *rest)))
     if "overhead" in order.suites:
         calls = partial(overhead.measure, order.device, order.effort, results.left_out)
         steps.append(("overhead of a call", "overhead of a call", calls))

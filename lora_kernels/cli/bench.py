@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from lora_kernels.bench import compare, contenders, linear, presets, report, results
+from lora_kernels.bench import compare, contenders, linear, presets, report, results, shared
 from lora_kernels.bench import run as runner
 from lora_kernels.bench.clock import clock_for
 from lora_kernels.bench.compare import Verdict
@@ -23,7 +23,7 @@ from lora_kernels.problem import ITEMSIZE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--preset", choices=presets.PRESETS, help="a named set of problems")
+    add("--preset", choices=(*presets.PRESETS, *shared.PRESETS), help="a named set of problems")
     add("--shape", type=int, nargs=4, action="append", metavar=("M", "K", "N", "R"))
     add("--dtype", action="append", choices=[*ITEMSIZE], help="repeatable (default: the preset's)")
     add("--adapter-dtype", choices=[*ITEMSIZE], help="of A and B, with --shape")
@@ -122,7 +122,8 @@ def _order(args: argparse.Namespace, baseline: Results | None) -> Order:
         if preset == "gpu" and device != "cuda":
             raise RuntimeError("--preset gpu needs a GPU that PyTorch can use")
         names = tuple(args.contender or presets.names(preset))
-        cases = [] if preset is None else presets.cases(preset, device, dtypes)
+        alone = preset is None or preset in shared.PRESETS
+        cases = [] if alone else presets.cases(preset or "", device, dtypes)
         shapes = [tuple(shape) for shape in args.shape or ()]
         for shape in shapes:
             check_sizes(shape, 1)
@@ -140,9 +141,16 @@ def _order(args: argparse.Namespace, baseline: Results | None) -> Order:
         suites=tuple(args.suite or suites),
         names=names,
         effort=linear.Effort(args.seconds, (args.rounds, 200)),
-        dtypes=dtypes or (("bfloat16",) if device == "cuda" else ("float32",)),
+        dtypes=dtypes or _dtypes(device, preset),
+        shared=(preset,) if preset in shared.PRESETS else (),
         command="python -m lora_kernels " + shlex.join(sys.argv[1:]),
     )
+
+
+def _dtypes(device: str, preset: str | None) -> tuple[str, ...]:
+    if preset in shared.PRESETS:
+        return shared.DTYPES
+    return ("bfloat16",) if device == "cuda" else ("float32",)
 
 
 def _again(order: Order, found: Results) -> Callable[[Row], Row | None]:

@@ -13,7 +13,7 @@ from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.backends.triton.scale import scaled_gradient
 from lora_kernels.backends.triton.shrink import shrink, shrink_squares
-from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
+from lora_kernels.backends.triton.shrink_wgrad import scaled_shrink_wgrad, shrink_wgrad
 from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import DENSE, Problem
@@ -84,5 +84,7 @@ class Shapes:
             scaled_gradient(dy, column, z, config)
         elif config.kernel == "wgrad":
             wgrad(*((x, s) if self.forward else (s, dy)), dtype, config, mask, offsets=offsets)
+        elif self.scaled:
+            scaled_shrink_wgrad(dy, b.t(), 0.5, s, dtype, config, column, z)
         else:
-            shrink_wgrad(dy, b.t(), 0.5, s, dtype, config, **own)
+            shrink_wgrad(dy, b.t(), 0.5, s, dtype, config)

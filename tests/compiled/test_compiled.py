@@ -80,24 +80,34 @@ def grouped_jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]
             yield replace(problem, dropout=True), config, False, False
 
 
-def compile_job(job: tuple[str, Problem, TileConfig, bool, bool]) -> Code:
+def scaled_jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
+    """With DoRA's column scale and z, at the widest rank of each configuration, as a forward stores its operands."""
+    pairs = [(p, c) for p, c in shipped(TARGETS[target]) if c.kernel != "dequantise"]
+    widest = {(replace(c, split=1), p.dtype, p.adapter_dtype, p.weight_format): p for p, c in pairs}
+    for (config, *types), problem in widest.items():
+        if target not in NEAR_DUPLICATES or types == ["bfloat16", "bfloat16", DENSE]:
+            yield problem, config, True, False
+
+
+def compile_job(job: tuple[str, Problem, TileConfig, bool, bool], scaled: bool = False) -> Code:
     target, problem, config, forward, copied_b = job
     with recording(target) as launches:
-        Shapes(problem, forward, copied_b).launch(config, TARGETS[target])
+        Shapes(problem, forward, copied_b, scaled).launch(config, TARGETS[target])
     form = f"_{problem.weight_format}" * (config.kernel == "dequantise")
-    assert launches[0].name == f"_{config.kernel}{form}_kernel"
+    name = "scale" if scaled and config.kernel == "wgrad" else config.kernel
+    assert launches[0].name == f"_{name}{form}_kernel"
     return inspect(launches[0].compiled)
 
 
-@pytest.mark.parametrize("grouped", [False, True], ids=["", "groups"])
+@pytest.mark.parametrize("form", ["", "groups", "scaled"])
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("target", TARGETS)
-def test_shipped_configurations(target, part, grouped):
-    every = list(grouped_jobs(target) if grouped else jobs(target))
+def test_shipped_configurations(target, part, form):
+    every = list({"": jobs, "groups": grouped_jobs, "scaled": scaled_jobs}[form](target))
     limits = TARGETS[target]
     wrong = []
     for problem, config, forward, copied_b in every[part::PARTS]:
-        code = compile_job((target, problem, config, forward, copied_b))
+        code = compile_job((target, problem, config, forward, copied_b), form == "scaled")
         what = f"{config} for {problem}, {'forward' if forward else 'backward'}"
         if code.local_bytes > LOCAL_BYTES or code.loop_spills > LOOP_SPILLS:
             wrong.append(
@@ -109,6 +119,7 @@ def test_shipped_configurations(target, part, grouped):
         if code.tmem_columns > max(limits.tmem_columns, 0):
             wrong.append(f"{what}: {code.tmem_columns} columns of tensor memory")
         multiplies = problem.dtype == "bfloat16" and config.kernel != "dequantise"
+        multiplies = multiplies and not (form == "scaled" and config.kernel == "wgrad")
         if multiplies and not code.matrix and target != "gfx1100":
             wrong.append(f"{what}: no matrix instruction")
         main = config.kernel in ("expand", "persistent", "one_pass")

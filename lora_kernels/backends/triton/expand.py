@@ -199,8 +199,14 @@ def _expand_kernel(
         # s comes from the kernel launched just before, beside which the loop above has been running.
         tl.extra.cuda.gdc_wait()
     start_n = pid_n * BLOCK_N
-    if DROPOUT:
-        # A quarter of the columns at a time: a whole accumulator beside acc would not stay in registers.
+    if not DROPOUT:
+        acc = _rank_tail(
+            acc, s_ptr, b_ptr, offs_m, start_n, end_m, N, R, stride_br, stride_bn, BLOCK_R,
+            TAIL_PRECISION, WIDE,
+        )  # fmt: skip
+    if DROPOUT or SCALED:
+        # A quarter of the columns at a time: a whole accumulator beside acc would not stay in registers, nor would
+        # all of the columns' scales on sm_100.
         QUARTER: tl.constexpr = BLOCK_N // 4
         low, high = _halves(acc)
         first, second = _halves(low)
@@ -208,24 +214,21 @@ def _expand_kernel(
         for i in tl.static_range(4):
             part = (first, second, third, fourth)[i]
             at = start_n + i * QUARTER
-            tail = _rank_tail(
-                tl.zeros((BLOCK_M, QUARTER), tl.float32), s_ptr, b_ptr, offs_m, at, end_m, N, R,
-                stride_br, stride_bn, BLOCK_R, TAIL_PRECISION, WIDE,
-            )  # fmt: skip
-            keep = keep_tile(seed_ptr, threshold, offs_m, at, N, BLOCK_M, QUARTER)
-            part += tail * (keep.to(tl.float32) * keep_scale)
+            if DROPOUT:
+                tail = _rank_tail(
+                    tl.zeros((BLOCK_M, QUARTER), tl.float32), s_ptr, b_ptr, offs_m, at, end_m, N, R,
+                    stride_br, stride_bn, BLOCK_R, TAIL_PRECISION, WIDE,
+                )  # fmt: skip
+                keep = keep_tile(seed_ptr, threshold, offs_m, at, N, BLOCK_M, QUARTER)
+                part += tail * (keep.to(tl.float32) * keep_scale)
             _store(
                 part, c_ptr, bias_ptr, y_ptr, z_ptr, offs_m, at, end_m, N, stride_bias, SCALED,
                 KEEPS_Z, HAS_BIAS, WIDE,
             )  # fmt: skip
     else:
-        acc = _rank_tail(
-            acc, s_ptr, b_ptr, offs_m, start_n, end_m, N, R, stride_br, stride_bn, BLOCK_R,
-            TAIL_PRECISION, WIDE,
-        )  # fmt: skip
         _store(
-            acc, c_ptr, bias_ptr, y_ptr, z_ptr, offs_m, start_n, end_m, N, stride_bias, SCALED,
-            KEEPS_Z, HAS_BIAS, WIDE,
+            acc, c_ptr, bias_ptr, y_ptr, z_ptr, offs_m, start_n, end_m, N, stride_bias, False,
+            False, HAS_BIAS, WIDE,
         )  # fmt: skip
 
 

@@ -122,8 +122,12 @@ class TritonProducts(Products):
     def shrink_wgrad(
         self, dy: Tensor, adapter: Adapter, s: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        found = self._one_reading(dy, adapter, s, dtype, None, None)
-        return super().shrink_wgrad(dy, adapter, s, dtype) if found is None else found[:2]
+        config = self._one_reading(dy, s)
+        if config is None:
+            return super().shrink_wgrad(dy, adapter, s, dtype)
+        from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
+
+        return shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config)
 
     def scaled_shrink_wgrad(
         self,
@@ -134,31 +138,21 @@ class TritonProducts(Products):
         s: Tensor,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        found = self._one_reading(dy, adapter, s, dtype, c, z)
-        if found is None:
+        config = self._one_reading(dy, s)
+        if config is None:
             return super().scaled_shrink_wgrad(dy, c, z, adapter, s, dtype)
-        return found  # type: ignore[return-value]  # with c there is a dz
+        from lora_kernels.backends.triton.shrink_wgrad import scaled_shrink_wgrad
 
-    def _one_reading(
-        self,
-        dy: Tensor,
-        adapter: Adapter,
-        s: Tensor,
-        dtype: torch.dtype,
-        c: Tensor | None,
-        z: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
-        """(q, dB, dz, dc) of the kernel that reads dy once for all of them; None where it does not pay or cannot."""
+        return scaled_shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config, c, z)
+
+    def _one_reading(self, dy: Tensor, s: Tensor) -> TileConfig | None:
+        """The tile of the kernel that reads dy once for q and dB; None where it does not pay or cannot."""
         R = s.shape[1]
         tiles = self._narrow(dy.shape[1])
         if 0 in (*dy.shape, R) or not tiles.has("shrink_wgrad"):
             return None
         config = tiles.config("shrink_wgrad")
-        if not one_reading_pays(dy.itemsize, R, config, tiles.measured):
-            return None
-        from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
-
-        return shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config, c=c, z=z)
+        return config if one_reading_pays(dy.itemsize, R, config, tiles.measured) else None
 
     def scaled_gradient(
         self, dy: Tensor, c: Tensor, z: Tensor | None

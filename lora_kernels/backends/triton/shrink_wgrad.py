@@ -102,28 +102,50 @@ def _shrink_wgrad_kernel(
 
 
 def shrink_wgrad(
+    dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: torch.dtype, config: TileConfig
+) -> tuple[Tensor, Tensor]:
+    """(q [M, R] float32, dB [R, N] in `dtype`): dy [M, N], b_t [N, R], s [M, R] float32, any strides, none empty."""
+    return _launch(dy, b_t, alpha, s, dtype, config, config.block_m, None, None, None)[:2]
+
+
+def scaled_shrink_wgrad(
     dy: Tensor,
     b_t: Tensor,
     alpha: Scale,
     s: Tensor,
     dtype: torch.dtype,
     config: TileConfig,
-    *,
-    c: Tensor | None = None,
-    z: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(q [M, R] float32, dB [R, N] in `dtype`, None, None) of dy [M, N], b_t [N, R], s [M, R] float32, of any strides.
+    c: Tensor,
+    z: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(q, dB, dz, dc) = (alpha·dy·(c∘b_t), c∘sᵀ·dy, c∘dy, the sums of dy∘z over rows), for c [N] float32 and z [M, N].
 
-    With `c` [N] float32 (q, c∘dB, dz, dc): q = alpha·dy·(c∘b_t), dz = c∘dy in dy's dtype and, with `z` [M, N], dc [N]
-    float32, the sums of dy∘z over rows.
+    q and dB as those of `shrink_wgrad`, dz in dy's dtype, dc [N] float32; no dc without z.
     """
+    dz = dy.new_empty(dy.shape)
+    block_m = 16  # z and dz take registers beside dy's tile
+    q, dB, dc = _launch(dy, b_t, alpha, s, dtype, config, block_m, c.contiguous(), z, dz)
+    return q, dB, dz, dc
+
+
+def _launch(
+    dy: Tensor,
+    b_t: Tensor,
+    alpha: Scale,
+    s: Tensor,
+    dtype: torch.dtype,
+    config: TileConfig,
+    block_m: int,
+    c: Tensor | None,
+    z: Tensor | None,
+    dz: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(q, dB, dc); dz is written where it is given."""
     (M, N), R = dy.shape, s.shape[1]
     blocks = cdiv(N, config.block_n)
-    block_m = config.block_m if c is None else 16  # z and dz take registers beside dy's tile
     split = min(config.split, cdiv(M, block_m))
     q_parts = dy.new_empty((blocks, M, R), dtype=torch.float32)
     db_parts = dy.new_empty((split, R, N), dtype=torch.float32)
-    dz = None if c is None else dy.new_empty((M, N))
     dc_parts = None if z is None else dy.new_empty((split, N), dtype=torch.float32)
     launch(
         _shrink_wgrad_kernel,
@@ -133,7 +155,7 @@ def shrink_wgrad(
         dy,
         b_t,
         s,
-        None if c is None else c.contiguous(),
+        c,
         None if z is None else z.contiguous(),
         q_parts,
         db_parts,
@@ -160,4 +182,4 @@ def shrink_wgrad(
     q = sum_partials(q_parts, dy.new_empty((M, R), dtype=torch.float32), config, alpha)
     db = sum_partials(db_parts, dy.new_empty((R, N), dtype=dtype), config)
     dc = None if dc_parts is None else sum_partials(dc_parts, dc_parts.new_empty(N), config)
-    return q, db, dz, dc
+    return q, db, dc
