@@ -121,10 +121,10 @@ def explain(
 
 def alpha_tensor(alpha: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """alpha as the 0-d tensor that traced code reads, as exact as sums of `dtype`."""
-    wide = accumulated(dtype)
-    if isinstance(alpha, float) and abs(alpha) > torch.finfo(wide).max:
+    sums = accumulated(dtype)
+    if isinstance(alpha, float) and abs(alpha) > torch.finfo(sums).max:
         alpha = math.copysign(math.inf, alpha)  # as a product with it would be
-    return torch.scalar_tensor(alpha, dtype=wide, device=device)
+    return torch.scalar_tensor(alpha, dtype=sums, device=device)
 
 
 def _autocast_to(x: Tensor) -> torch.dtype | None:

@@ -102,16 +102,16 @@ def merged_weight(layer: LinearWithLoRA, dequantize: bool | torch.dtype = True) 
         dtype = dense_dtype(linear, lora.A) if isinstance(dequantize, bool) else dequantize
         packed: Any = quantized_weight(linear, torch.promote_types(dtype, torch.float32))
         weight = packed.dense()
-    wide = torch.promote_types(torch.promote_types(weight.dtype, lora.A.dtype), torch.float32)
+    sums = torch.promote_types(torch.promote_types(weight.dtype, lora.A.dtype), torch.float32)
     device = weight.device.type
     has_autocast = torch.amp.is_autocast_available(device)  # "meta" has no autocast
     with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
-        delta = torch.mm(lora.A.to(wide), lora.B.to(wide)).mul_(lora.scale)  # [in, out]
+        delta = torch.mm(lora.A.to(sums), lora.B.to(sums)).mul_(lora.scale)  # [in, out]
     merged = (delta if is_conv1d(linear) else delta.t()).add_(weight)
     if lora.magnitude is not None:
         rows = merged.t() if is_conv1d(linear) else merged
-        norms = torch.linalg.vector_norm(rows, dim=1).to(lora.A.dtype).to(wide)
-        rows.mul_(column_scale(lora.magnitude.to(wide), norms)[:, None])
+        norms = torch.linalg.vector_norm(rows, dim=1).to(lora.A.dtype).to(sums)
+        rows.mul_(column_scale(lora.magnitude.to(sums), norms)[:, None])
     return merged.to(dtype)
 
 

@@ -124,11 +124,11 @@ def _stacked(parts: list[Adapter], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     A = torch.stack([padded(part.A, 0, R - part.A.shape[1]) for part in parts])
     B = torch.stack([padded(part.B, 0, 0, 0, R - part.B.shape[0]) for part in parts])
-    wide, scales = accumulated(x.dtype), [part.scale for part in parts]
+    dtype_of_sums, scales = accumulated(x.dtype), [part.scale for part in parts]
     if any(isinstance(scale, Tensor) for scale in scales):
-        made = [torch.as_tensor(scale, dtype=wide, device=x.device) for scale in scales]
+        made = [torch.as_tensor(scale, dtype=dtype_of_sums, device=x.device) for scale in scales]
         return A, B, torch.stack(made)
-    return A, B, torch.tensor(scales, dtype=wide, device=x.device)
+    return A, B, torch.tensor(scales, dtype=dtype_of_sums, device=x.device)
 
 
 class LinearWithAdapters(nn.Module):

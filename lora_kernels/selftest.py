@@ -364,9 +364,9 @@ def _check(backend: Backend, problem: Problem, device: torch.device) -> Iterator
     assert forward is not None and backward is not None
     bound = forward.bound(groups), backward.bound(groups)
     actual = _results(*bound, operands, dropout, packed)
-    wide = tuple(t if t is None else t.double() for t in operands)
+    doubles = tuple(t if t is None else t.double() for t in operands)
     composite = COMPOSITE.bound(groups)
-    exact = _results(composite, composite, wide, dropout)
+    exact = _results(composite, composite, doubles, dropout)
     eager = _reference(operands, dropout, bounds if problem.groups else None)
     for name, value in exact.items():
         eps = torch.finfo(eager[name].dtype).eps

@@ -164,7 +164,7 @@ def check_products(products: Products, case: Case, adjoint: Products | None = No
     back = adjoint or products
     o = case.operands()
     eager, exact = o.results(None), o.results(torch.float64)
-    skinny = torch.float64 if case.dtype == torch.float64 else torch.float32
+    lowrank = torch.float64 if case.dtype == torch.float64 else torch.float32
 
     def check(name: str, actual: Tensor, dtype: torch.dtype) -> None:
         assert actual.is_contiguous(), f"{name} is not contiguous"
@@ -172,22 +172,22 @@ def check_products(products: Products, case: Case, adjoint: Products | None = No
 
     y, s = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
     check("y", y, case.dtype)
-    check("s", s, skinny)
+    check("s", s, lowrank)
     y2, s2 = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
     assert torch.equal(y.nan_to_num(), y2.nan_to_num()) and torch.equal(
         s.nan_to_num(), s2.nan_to_num()
     )
-    check("s", products.shrink(o.x, o.adapter), skinny)
+    check("s", products.shrink(o.x, o.adapter), lowrank)
     check("y", products.expand(o.x, o.w, s, o.adapter, o.bias), case.dtype)
 
     q, dB = back.shrink_wgrad(o.dy, o.adapter.t(), s, o.b.dtype)
-    check("q", q, skinny)
+    check("q", q, lowrank)
     check("dB", dB, o.b.dtype)
     check("dx", back.expand(o.dy, o.w.t(), q, o.adapter.t()), case.dtype)
     scale = torch.tensor(case.alpha, dtype=torch.float64)
     dx, q2 = back.shrink_expand(o.dy, o.w.t(), o.adapter.t()._replace(scale=scale))
     check("dx", dx, case.dtype)
-    check("q", q2, skinny)
+    check("q", q2, lowrank)
     check("dA", back.wgrad(o.x, q, o.a.dtype, o.dropout), o.a.dtype)
     check("dB", back.wgrad(s, o.dy, o.b.dtype), o.b.dtype)
 

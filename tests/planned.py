@@ -25,8 +25,8 @@ class Planned(Products):
         return self._of(x, adapter.B.dtype, s.shape[1], adapter, w).expand(x, w, s, adapter, bias)
 
     def wgrad(self, left, right, dtype, dropout: Dropout | None = None):
-        wide, thin = (left, right) if right.dtype == torch.float32 else (right, left)
-        return self._of(wide, dtype, thin.shape[1]).wgrad(left, right, dtype, dropout)
+        wide, lowrank = (left, right) if right.dtype == torch.float32 else (right, left)
+        return self._of(wide, dtype, lowrank.shape[1]).wgrad(left, right, dtype, dropout)
 
     def shrink_expand(self, x, w, adapter, bias=None):
         products = self._of(x, adapter.A.dtype, adapter.A.shape[1], adapter, w)

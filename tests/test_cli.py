@@ -413,5 +413,5 @@ def test_tune_takes_a_format(monkeypatch, capsys):
     forward = Problem(16, 40, 72, 5, *types, weight_format="nf4")
     back = Problem(16, 72, 40, 5, *types, w_k_major=False, weight_format="nf4")
     assert asked == [forward, back]
-    assert tables.narrow(forward) == tables.narrow(replace(forward, weight_format="dense"))
+    assert tables.lowrank(forward) == tables.lowrank(replace(forward, weight_format="dense"))
     assert tables.bucketed(forward) != tables.bucketed(replace(forward, weight_format="dense"))

@@ -226,7 +226,7 @@ def test_forward_and_backward_allocate_results_only(dtype):
     allocated = sum(max(e.self_cpu_memory_usage, 0) for e in profile.key_averages())
     item = dtype.itemsize
     results = item * (M * N + M * K + K * R + R * N) + 4 * 2 * M * R  # y, dx, dA, dB; s and q
-    slack = 4 * 2 * (M + 1024 + 64) * R  # the skinny operand of dA and dB as float32 tiles
+    slack = 4 * 2 * (M + 1024 + 64) * R  # the low-rank operand of dA and dB as float32 tiles
     assert 0.9 * results < allocated <= results + slack
     assert slack < item * M * min(N, K) / 4  # nothing as large as x or y hides in it
 

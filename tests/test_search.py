@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from lora_kernels import plan, selftest
 from lora_kernels.backends import cuda, triton
-from lora_kernels.backends.triton.configs import narrow_tiles, tiles_for, tiles_of
+from lora_kernels.backends.triton.configs import lowrank_tiles, tiles_for, tiles_of
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost, tables
 from lora_kernels.tuning.config import fits
-from lora_kernels.tuning.search import _splits, search, search_narrow
-from lora_kernels.tuning.tables import narrow
+from lora_kernels.tuning.search import _splits, search, search_lowrank
+from lora_kernels.tuning.tables import lowrank
 from lora_kernels.tuning.targets import TARGETS
 from tests.test_tuning import select
 
@@ -145,7 +145,7 @@ def test_what_was_not_measured_is_not_taken(machine):
     assert told.rejected["cuda"] == told.rejected["triton"] == why
 
 
-def test_narrow_kernels_get_a_tile_and_a_split_of_their_own():
+def test_lowrank_kernels_get_a_tile_and_a_split_of_their_own():
     problem, target = PROBLEMS[1], TARGETS["sm_90"]
     asked = []
 
@@ -154,9 +154,9 @@ def test_narrow_kernels_get_a_tile_and_a_split_of_their_own():
         wanted = {"shrink": 4, "wgrad": 2, "shrink_wgrad": 1}
         return [2.0 - (c.tiles.configs[0].split == wanted[c.algorithm]) for c in choices]
 
-    entry, done = search_narrow(replace(problem, M=1500), target, measure, tiles_of)
+    entry, done = search_lowrank(replace(problem, M=1500), target, measure, tiles_of)
     assert len(asked) == len(set(asked)) == len(done)
-    assert entry.problem == narrow(problem) and entry.problem.N == 0
+    assert entry.problem == lowrank(problem) and entry.problem.N == 0
     assert entry.times == {"shrink": 1.0, "wgrad": 1.0, "shrink_wgrad": 1.0}
     assert {c.kernel: c.split for c in entry.configs} == {
         "shrink": 4,
@@ -165,9 +165,9 @@ def test_narrow_kernels_get_a_tile_and_a_split_of_their_own():
     }
     tables.save([entry], target)
     for asks in (problem, problem.adjoint().adjoint(), replace(problem, M=1100, dropout=True)):
-        tiles = narrow_tiles(narrow(asks), target)
+        tiles = lowrank_tiles(lowrank(asks), target)
         assert set(entry.configs) <= set(tiles.configs) and tiles.measured == entry.times
-    assert not narrow_tiles(replace(problem, K=1024), target).measured
+    assert not lowrank_tiles(replace(problem, K=1024), target).measured
 
 
 @pytest.mark.parametrize("kernel", ["shrink", "decode", "wgrad", "shrink_wgrad"])

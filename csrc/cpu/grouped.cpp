@@ -118,7 +118,7 @@ Tensor grouped_shrink(const Tensor& any_x, const Tensor& any_a, const Tensor& of
   TORCH_CHECK(scale.size() == 1 || int64_t(scale.size()) == G, "scale must be one or ", G,
               " numbers, got ", scale.size());
   const Matrix rows = matrix(*x, "x", T, K);
-  const Stack skinny = stack(*a, "a", G, K, R);
+  const Stack lowrank = stack(*a, "a", G, K, R);
   const auto masks = masks_of(groups, mask_of(threshold, seed, keep_scale, K));
   Tensor s = at::empty({T, R}, x->options().dtype(at::kFloat));
   float* out = s.mutable_data_ptr<float>();
@@ -127,7 +127,7 @@ Tensor grouped_shrink(const Tensor& any_x, const Tensor& any_a, const Tensor& of
   for (int64_t g = 0; g < G; ++g) {
     if (groups.rows(g) == 0) continue;
     products.push_back(shrink_product(
-        rows.part(groups.begin(g), groups.rows(g)), skinny[g], masks.empty() ? nullptr : &masks[g],
+        rows.part(groups.begin(g), groups.rows(g)), lowrank[g], masks.empty() ? nullptr : &masks[g],
         float(scale[scale.size() == 1 ? 0 : g]), out + groups.begin(g) * R));
   }
   compute(products);
@@ -171,11 +171,11 @@ Tensor grouped_wgrad(const Tensor& any_left, const Tensor& any_right, const Tens
   const int64_t G = groups.count();
   const auto masks = masks_of(groups, mask_of(threshold, seed, keep_scale, C));
   const bool left_wide = !masks.empty() || C >= D;  // a masked operand is packed as the wide one
-  Matrix wide = matrix(*left, "left", T, C), skinny = matrix(*right, "right", T, D);
-  if (!left_wide) std::swap(wide, skinny);
+  Matrix wide = matrix(*left, "left", T, C), lowrank = matrix(*right, "right", T, D);
+  if (!left_wide) std::swap(wide, lowrank);
   Tensor out = at::empty({G, C, D}, left->options().dtype(dtype));
   int64_t floats = 0;
-  for (int64_t g = 0; g < G; ++g) floats += wgrad_floats(groups.rows(g), skinny.cols);
+  for (int64_t g = 0; g < G; ++g) floats += wgrad_floats(groups.rows(g), lowrank.cols);
   Tensor workspace = at::empty({floats}, left->options().dtype(at::kFloat));
   float* space = workspace.mutable_data_ptr<float>();
   const Type type = type_of(dtype);
@@ -183,11 +183,11 @@ Tensor grouped_wgrad(const Tensor& any_left, const Tensor& any_right, const Tens
   problems.reserve(G);
   for (int64_t g = 0; g < G; ++g) {  // a group without rows too: its sums are zero
     const int64_t begin = groups.begin(g), rows = groups.rows(g);
-    problems.push_back(Wgrad{wide.part(begin, rows), skinny.part(begin, rows),
+    problems.push_back(Wgrad{wide.part(begin, rows), lowrank.part(begin, rows),
                              masks.empty() ? nullptr : &masks[g],
                              static_cast<char*>(out.data_ptr()) + g * C * D * size_of(type), type,
                              left_wide ? 1 : D, left_wide ? D : 1, space});
-    space += wgrad_floats(rows, skinny.cols);
+    space += wgrad_floats(rows, lowrank.cols);
   }
   compute(problems);
   return out;

@@ -140,8 +140,8 @@ Tensor shrink(const Tensor& any_x, const Tensor& any_a, double alpha, int64_t th
   const int64_t M = x->size(0), K = x->size(1), R = a->size(1);
   const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, K);
   Tensor s = at::empty({M, R}, x->options().dtype(at::kFloat));
-  const Matrix wide = matrix(*x, "x", M, K), skinny = matrix(*a, "a", K, R);
-  compute({shrink_product(wide, skinny, mask ? &*mask : nullptr, float(alpha), s.data_ptr())});
+  const Matrix wide = matrix(*x, "x", M, K), lowrank = matrix(*a, "a", K, R);
+  compute({shrink_product(wide, lowrank, mask ? &*mask : nullptr, float(alpha), s.data_ptr())});
   return s;
 }
 
@@ -236,11 +236,11 @@ Tensor wgrad(const Tensor& any_left, const Tensor& any_right, at::ScalarType dty
   const int64_t M = left->size(0), C = left->size(1), D = right->size(1);
   const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, C);
   const bool left_wide = mask || C >= D;  // a masked operand is packed as the wide one
-  Matrix wide = matrix(*left, "left", M, C), skinny = matrix(*right, "right", M, D);
-  if (!left_wide) std::swap(wide, skinny);
+  Matrix wide = matrix(*left, "left", M, C), lowrank = matrix(*right, "right", M, D);
+  if (!left_wide) std::swap(wide, lowrank);
   Tensor out = at::empty({C, D}, left->options().dtype(dtype));
-  Tensor workspace = at::empty({wgrad_floats(M, skinny.cols)}, left->options().dtype(at::kFloat));
-  compute({Wgrad{wide, skinny, mask ? &*mask : nullptr, out.data_ptr(), type_of(dtype),
+  Tensor workspace = at::empty({wgrad_floats(M, lowrank.cols)}, left->options().dtype(at::kFloat));
+  compute({Wgrad{wide, lowrank, mask ? &*mask : nullptr, out.data_ptr(), type_of(dtype),
                  left_wide ? 1 : D, left_wide ? D : 1, workspace.mutable_data_ptr<float>()}});
   return out;
 }

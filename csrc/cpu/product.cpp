@@ -90,13 +90,13 @@ class Run {
   int64_t rows_ = 0, width_ = 0;
 
   void divide() {
-    // Few rows read w where it lies, along its memory. A skinny w is transposed for that: it is
-    // small.
-    const bool skinny = N <= DOT_COLS;
+    // Few rows read w where it lies, along its memory. A w of few columns is transposed for that:
+    // it is small.
+    const bool few_columns = N <= DOT_COLS;
     const bool added = p.w.col_stride == 1 && p.w.row_stride != 1 &&
                        (p.quantized == nullptr ? M <= MAX_ADDED_ROWS : coded);
-    if (p.w.row_stride == 1 || (skinny && !added && p.quantized == nullptr)) {
-      const bool by_pairs = pairs && !skinny && !coded;
+    if (p.w.row_stride == 1 || (few_columns && !added && p.quantized == nullptr)) {
+      const bool by_pairs = pairs && !few_columns && !coded;
       if (M <= MAX_DOT_ROWS) return divide_in_place(DOT_COLS, by_pairs ? k.dots_pairs : k.dots);
     } else if (added) {
       // Long pieces of w's rows: 3.2 ms for 4096 x 4096 float32 in one piece, 5.2 in pieces of 512.

@@ -1,5 +1,5 @@
-// y = factor∘(scale·(mask_in∘x)·w + mask_out∘(s·b)) + bias: forward, dx, and the skinny products s
-// and q.
+// y = factor∘(scale·(mask_in∘x)·w + mask_out∘(s·b)) + bias: forward, dx, and the low-rank products
+// s and q.
 #pragma once
 
 #include <vector>

@@ -15,16 +15,16 @@ constexpr int64_t MAX_COLS = 512;  // 128 x 512 floats: a quarter of a megabyte,
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The skinny operand as tiles: [M / DEPTH, S, PITCH].
-void transpose_skinny(const Kernels& k, const Wgrad& p) {
-  const int64_t M = p.skinny.rows, S = p.skinny.cols;
+// The low-rank operand as tiles: [M / DEPTH, S, PITCH].
+void transpose_lowrank(const Kernels& k, const Wgrad& p) {
+  const int64_t M = p.lowrank.rows, S = p.lowrank.cols;
   for (int64_t m = 0; m < M; m += DEPTH)
-    k.copy(p.workspace + m / DEPTH * S * PITCH, PITCH, p.skinny.from(m, 0).transposed(), S,
+    k.copy(p.workspace + m / DEPTH * S * PITCH, PITCH, p.lowrank.from(m, 0).transposed(), S,
            std::min(DEPTH, M - m));
 }
 
 void reduce_columns(const Kernels& k, const Wgrad& p, int64_t begin, int64_t count) {
-  const int64_t M = p.wide.rows, S = p.skinny.cols, width = 2 * k.lanes;
+  const int64_t M = p.wide.rows, S = p.lowrank.cols, width = 2 * k.lanes;
   const int64_t panels = ceil_div(count, width), pitch = panels * width;
   const int64_t tile_rows = ceil_div(S, ceil_div(S, k.rows));
   float* c = thread_scratch().reserve(aligned(S * pitch) + ROWS * pitch);  // [S, pitch]
@@ -65,8 +65,8 @@ void reduce_columns(const Kernels& k, const Wgrad& p, int64_t begin, int64_t cou
 class Reduction {
  public:
   Reduction(const Wgrad& problem, int64_t threads) : p(problem), k(*kernels()) {
-    if (p.wide.cols == 0 || p.skinny.cols == 0) return;
-    transpose_skinny(k, p);
+    if (p.wide.cols == 0 || p.lowrank.cols == 0) return;
+    transpose_lowrank(k, p);
     const int64_t width = 2 * k.lanes;
     const int64_t share = ceil_div(ceil_div(p.wide.cols, 2 * threads), width) * width;
     cols = std::min(share, MAX_COLS);
@@ -82,7 +82,7 @@ class Reduction {
   int64_t cols = 0;
 };
 
-int64_t work_of(const Wgrad& p) { return p.wide.rows * p.wide.cols * p.skinny.cols; }
+int64_t work_of(const Wgrad& p) { return p.wide.rows * p.wide.cols * p.lowrank.cols; }
 
 }  // namespace
 

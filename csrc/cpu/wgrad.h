@@ -7,11 +7,11 @@
 
 namespace lora_kernels {
 
-// wide [M, W] and skinny [M, S]; out holds element (s, w) of skinnyᵀ·(mask∘wide) at s·s_stride +
+// wide [M, W] and lowrank [M, S]; out holds element (s, w) of lowrankᵀ·(mask∘wide) at s·s_stride +
 // w·w_stride. `workspace` takes wgrad_floats(M, S) floats. Each sum runs over M in order,
 // whatever the blocks and threads.
 struct Wgrad {
-  Matrix wide, skinny;
+  Matrix wide, lowrank;
   const Mask* mask;  // of wide, or null
   void* out;
   Type out_type;

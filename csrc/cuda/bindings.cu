@@ -93,16 +93,16 @@ void check_launch(cudaError_t error) {
   check(error == cudaSuccess, "the launch failed:", cudaGetErrorString(error));
 }
 
-// y = x·w + bias + s·b and s = alpha·x·a, or with `skinny` y = alpha·x·w. x [M, K], w [K, N], a [K,
-// R], b [R, N], y [M, N], s [M, R] float32, partials and arrived as the launchers' units say; s is
-// given unless fused_rank is R.
+// y = x·w + bias + s·b and s = alpha·x·a, or with `lowrank` y = alpha·x·w. x [M, K], w [K, N], a
+// [K, R], b [R, N], y [M, N], s [M, R] float32, partials and arrived as the launchers' units say; s
+// is given unless fused_rank is R.
 void decode(Tensor x, Tensor w, Tensor a, Tensor b, std::optional<Tensor> bias, Tensor y, Tensor s,
             Tensor partials, Tensor arrived, std::optional<Tensor> alpha_at, double alpha,
-            int64_t fused_rank, int64_t blocks, int64_t splits, int64_t chunk, bool skinny) {
+            int64_t fused_rank, int64_t blocks, int64_t splits, int64_t chunk, bool lowrank) {
   check_matrix(x, "x"), check_matrix(w, "w"), check_matrix(y, "y"), check_matrix(s, "s");
   check_matrix(a, "a"), check_matrix(b, "b");
   const Type x_type = type_of(x, "x"), w_type = type_of(w, "w");
-  const int64_t M = x.size(0), K = x.size(1), N = w.size(1), R = skinny ? 0 : b.size(0);
+  const int64_t M = x.size(0), K = x.size(1), N = w.size(1), R = lowrank ? 0 : b.size(0);
   check(M >= 1 && M <= MAX_TOKENS, "x", "must have 1 to 32 rows");
   check(w.size(0) == K, "w", "must be [K, N]");
   check(y.size(0) == M && y.size(1) == N && y.is_contiguous(), "y", "must be [M, N], contiguous");
@@ -160,7 +160,7 @@ void decode(Tensor x, Tensor w, Tensor a, Tensor b, std::optional<Tensor> bias, 
   p.partials = static_cast<float*>(partials.data_ptr());
   p.arrived = static_cast<int*>(arrived.data_ptr());
   p.k = int(K), p.rank = int(R), p.chunk = int(chunk);
-  p.scale_y = skinny;
+  p.scale_y = lowrank;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const dim3 grid = dim3(unsigned(blocks), unsigned(splits));
   check_launch(launch_decode(p, x_type, w_type, int(fused_rank), grid, current_stream(x)));
@@ -171,25 +171,25 @@ void decode(Tensor x, Tensor w, Tensor a, Tensor b, std::optional<Tensor> bias, 
 void wgrad(Tensor left, Tensor right, Tensor out, bool left_is_wide) {
   check_matrix(left, "left"), check_matrix(right, "right"), check_matrix(out, "out");
   const Tensor& wide = left_is_wide ? left : right;
-  const Tensor& skinny = left_is_wide ? right : left;
+  const Tensor& lowrank = left_is_wide ? right : left;
   const char *wide_name = left_is_wide ? "left" : "right",
-             *skinny_name = left_is_wide ? "right" : "left";
-  check(wide.size(0) == skinny.size(0) && wide.size(0) <= OUTER_TOKENS, "left and right",
+             *lowrank_name = left_is_wide ? "right" : "left";
+  check(wide.size(0) == lowrank.size(0) && wide.size(0) <= OUTER_TOKENS, "left and right",
         "must have the same, at most 32, rows");
   check(wide.size(1) <= INT32_MAX, wide_name, "must have fewer than 2^31 columns");
-  check_buffer(skinny, skinny_name, ScalarType::Float);
+  check_buffer(lowrank, lowrank_name, ScalarType::Float);
   check(out.size(0) == left.size(1) && out.size(1) == right.size(1) && out.is_contiguous(), "out",
         "must be [C, D], contiguous");
   const Type wide_type = type_of(wide, wide_name), out_type = type_of(out, "out");
   check(out_type == wide_type || out_type == Type::float32, "out",
         "must have the wide operand's type or float32");
   Wgrad p = {};
-  p.wide = wide.data_ptr(), p.skinny = static_cast<const float*>(skinny.data_ptr()),
+  p.wide = wide.data_ptr(), p.lowrank = static_cast<const float*>(lowrank.data_ptr()),
   p.out = out.data_ptr();
   p.wide_row = wide.stride(0), p.wide_column = wide.stride(1);
   p.out_column = left_is_wide ? out.stride(0) : out.stride(1),
   p.out_rank = left_is_wide ? out.stride(1) : out.stride(0);
-  p.tokens = int(wide.size(0)), p.columns = int(wide.size(1)), p.rank = int(skinny.size(1));
+  p.tokens = int(wide.size(0)), p.columns = int(wide.size(1)), p.rank = int(lowrank.size(1));
   const torch::stable::accelerator::DeviceGuard guard(wide.get_device_index());
   check_launch(launch_wgrad(p, wide_type, out_type, current_stream(wide)));
 }
@@ -203,7 +203,7 @@ STABLE_TORCH_LIBRARY(lora_kernels_cuda, m) {
       "Tensor(c!) partials, "
       "Tensor(d!) arrived, Tensor? alpha_at, float alpha, int fused_rank, int blocks, int splits, "
       "int chunk, "
-      "bool skinny) -> ()");
+      "bool lowrank) -> ()");
   m.def("wgrad(Tensor left, Tensor right, Tensor(a!) out, bool left_is_wide) -> ()");
 }
 

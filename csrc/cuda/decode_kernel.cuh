@@ -29,7 +29,7 @@ struct Decode {
   float alpha;
   int k, rank, chunk;  // chunk: the k that a split takes, a multiple of the tile's STEP
   bool b_float, y_float;
-  bool scale_y;  // y = alpha·x·w: the skinny product alone
+  bool scale_y;  // y = alpha·x·w: the low-rank product alone
 };
 
 // Both tiles keep row (COUNT/8)·g + i of "rows adjacent" operands, and row 8i + g of k-major ones,

@@ -1,8 +1,8 @@
 // wgrad: out = leftᵀ·right over at most 32 tokens, one operand wide (x or dy) and the other
-// skinny (q or s).
+// low-rank (q or s).
 //
 // A thread keeps one column of the wide operand in registers and multiplies it by eight columns of
-// the skinny one.
+// the low-rank one.
 #pragma once
 
 #include "operands.cuh"
@@ -12,9 +12,9 @@ namespace lora_kernels {
 constexpr int OUTER_THREADS = 128, OUTER_RANKS = 8, OUTER_TOKENS = 32;
 
 struct Wgrad {
-  const void* wide;     // [tokens, columns]
-  const float* skinny;  // [tokens, rank], contiguous
-  void* out;            // element (column, r) at column·out_column + r·out_rank
+  const void* wide;      // [tokens, columns]
+  const float* lowrank;  // [tokens, rank], contiguous
+  void* out;             // element (column, r) at column·out_column + r·out_rank
   int64_t wide_row, wide_column, out_column, out_rank;
   int tokens, columns, rank;
 };
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(OUTER_THREADS) wgrad_kernel(const __grid_const
     float sum = 0.0f;
 #pragma unroll
     for (int m = 0; m < OUTER_TOKENS; ++m) {
-      if (m < p.tokens) sum = fmaf(v[m], p.skinny[m * p.rank + r], sum);
+      if (m < p.tokens) sum = fmaf(v[m], p.lowrank[m * p.rank + r], sum);
     }
     out[r * p.out_rank] = from_float<Out>(sum);
   }

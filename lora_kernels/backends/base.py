@@ -19,7 +19,7 @@ class Products(ABC):
     """Products on 2-D operands of any strides. Sizes may be zero. Results are new, contiguous tensors, fully written.
 
     x and w share one dtype; A and B share one dtype: x's, or float32 when x is bfloat16 or float16. Accumulation is at
-    least float32; the skinny results s and q are float32 (float64 for float64 operands). Equal input gives equal bits.
+    least float32; the low-rank results s and q are float32 (float64 for float64 operands). Equal input gives equal bits.
     """
 
     scales_columns = False  # whether `shrink_expand_scaled` is one product

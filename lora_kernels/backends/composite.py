@@ -23,28 +23,30 @@ class CompositeProducts(Products):
     """The products in plain PyTorch, in float32 for half operands."""
 
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
-        return adapter.scale * (_masked(_widened(x), adapter.dropout_in) @ _widened(adapter.A))
+        return adapter.scale * (
+            _masked(_accumulated(x), adapter.dropout_in) @ _accumulated(adapter.A)
+        )
 
     def expand(
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
     ) -> Tensor:
-        tail = _masked(s @ _widened(adapter.B), adapter.dropout_out)
+        tail = _masked(s @ _accumulated(adapter.B), adapter.dropout_out)
         y = x @ (w if isinstance(w, Tensor) else w.dense()) + tail.to(x.dtype)
         return y if bias is None else y + bias
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
-        return (_masked(_widened(left), dropout).t() @ _widened(right)).to(dtype)
+        return (_masked(_accumulated(left), dropout).t() @ _accumulated(right)).to(dtype)
 
     def scaled_gradient(
         self, dy: Tensor, c: Tensor, z: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        dc = None if z is None else (_widened(dy) * z).sum(0)
+        dc = None if z is None else (_accumulated(dy) * z).sum(0)
         return (dy * c).to(dy.dtype), dc
 
     def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        return _widened(w) @ _widened(A), _widened(w).square().sum(1)
+        return _accumulated(w) @ _accumulated(A), _accumulated(w).square().sum(1)
 
     def grouped(self, groups: Groups) -> Products:
         return GroupedCompositeProducts(groups)
@@ -58,13 +60,13 @@ class GroupedCompositeProducts(Products):
         self._blocks: _Blocks | None = None
 
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
-        s = self._product(_masked(_widened(x), adapter.dropout_in), _widened(adapter.A))
+        s = self._product(_masked(_accumulated(x), adapter.dropout_in), _accumulated(adapter.A))
         return self.scaled(s, adapter.scale)
 
     def expand(
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
     ) -> Tensor:
-        tail = _masked(self._product(s, _widened(adapter.B)), adapter.dropout_out)
+        tail = _masked(self._product(s, _accumulated(adapter.B)), adapter.dropout_out)
         w = w if isinstance(w, Tensor) else w.dense()
         y = (self._product(x, w) if self.groups.own_weight else x @ w) + tail.to(x.dtype)
         if bias is None:
@@ -75,8 +77,8 @@ class GroupedCompositeProducts(Products):
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
         blocks = self._blocks_of(left.shape[0])
-        wide = blocks.padded(_masked(_widened(left), dropout))
-        return blocks.sums(wide.mT @ blocks.padded(_widened(right))).to(dtype)
+        wide = blocks.padded(_masked(_accumulated(left), dropout))
+        return blocks.sums(wide.mT @ blocks.padded(_accumulated(right))).to(dtype)
 
     def scaled(self, s: Tensor, scale: Scale) -> Tensor:
         if isinstance(scale, Tensor) and scale.ndim:
@@ -92,7 +94,7 @@ class GroupedCompositeProducts(Products):
         if not self.groups.own_bias:
             return super().bias_grad(dy)
         blocks = self._blocks_of(dy.shape[0])
-        return blocks.sums(blocks.padded(_widened(dy)).sum(1)).to(dy.dtype)
+        return blocks.sums(blocks.padded(_accumulated(dy)).sum(1)).to(dy.dtype)
 
     def _product(self, x: Tensor, w: Tensor) -> Tensor:
         """x[g]·w[g] of every group: x [T, K], w [G, K, N] -> [T, N]."""
@@ -162,7 +164,7 @@ def with_column_scale(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + bias).to(z.dtype)
 
 
-def _widened(t: Tensor) -> Tensor:
+def _accumulated(t: Tensor) -> Tensor:
     return t.to(accumulated(t.dtype))
 
 

@@ -36,7 +36,7 @@ class CudaProducts(Products):
         a = adapter.A
         s = x.new_empty((x.shape[0], a.shape[1]), dtype=torch.float32)
         if s.numel():
-            _decode(x, a, a, a, adapter.scale, None, s, s, fused_rank=0, skinny=True)
+            _decode(x, a, a, a, adapter.scale, None, s, s, fused_rank=0, lowrank=True)
         return s
 
     def expand(
@@ -72,7 +72,7 @@ class CudaProducts(Products):
         if y.numel():
             bias = None if bias is None else bias.contiguous()
             A, B, scale = adapter.A, adapter.B, adapter.scale
-            _decode(x, w, A, B, scale, bias, y, s, fused_rank=fused_rank, skinny=False)
+            _decode(x, w, A, B, scale, bias, y, s, fused_rank=fused_rank, lowrank=False)
         return y
 
     def wgrad(
@@ -137,7 +137,7 @@ def _decode(
     s: Tensor,
     *,
     fused_rank: int,
-    skinny: bool,
+    lowrank: bool,
 ) -> None:
     """Launch the kernel once, with columns and K divided among blocks."""
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -166,7 +166,7 @@ def _decode(
         blocks,
         splits,
         chunk,
-        skinny,
+        lowrank,
     )
 
 

@@ -30,18 +30,18 @@ class EagerProducts(Products):
 
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         a, scale, dropout = adapter.A, adapter.scale, adapter.dropout_in
-        wide = accumulated(x.dtype)
-        if dropout is None and x.dtype == a.dtype != wide and _widens(x):
-            return torch.mm(x, a, out_dtype=wide).mul_(scale)
-        s = x.new_empty((x.shape[0], a.shape[1]), dtype=wide)
+        sums = accumulated(x.dtype)
+        if dropout is None and x.dtype == a.dtype != sums and _sums_in_float32(x):
+            return torch.mm(x, a, out_dtype=sums).mul_(scale)
+        s = x.new_empty((x.shape[0], a.shape[1]), dtype=sums)
         self._shrink(x, adapter, s)
         return s
 
     def _shrink(self, x: Tensor, adapter: Adapter, s: Tensor) -> None:
-        scale, dropout, wide = adapter.scale, adapter.dropout_in, s.dtype
-        a = adapter.A.to(wide)
-        for rows in _row_blocks(x, convert=dropout is not None or x.dtype != wide):
-            torch.mm(_masked(x[rows].to(wide), dropout, rows), a, out=s[rows])
+        scale, dropout, sums = adapter.scale, adapter.dropout_in, s.dtype
+        a = adapter.A.to(sums)
+        for rows in _row_blocks(x, convert=dropout is not None or x.dtype != sums):
+            torch.mm(_masked(x[rows].to(sums), dropout, rows), a, out=s[rows])
         s.mul_(scale)
 
     def expand(
@@ -70,11 +70,11 @@ class EagerProducts(Products):
     ) -> Tensor:
         if left.is_cuda and dropout is None and dtype == min(left.dtype, right.dtype, key=_bits):
             return left.to(dtype).t() @ right.to(dtype)  # accumulates in float32
-        wide = accumulated(left.dtype)
-        total = left.new_zeros((left.shape[1], right.shape[1]), dtype=wide)
-        convert = dropout is not None or left.dtype != wide or right.dtype != wide
+        sums = accumulated(left.dtype)
+        total = left.new_zeros((left.shape[1], right.shape[1]), dtype=sums)
+        convert = dropout is not None or left.dtype != sums or right.dtype != sums
         for rows in _row_blocks(left if left.shape[1] >= right.shape[1] else right, convert):
-            total.addmm_(_masked(left[rows].to(wide), dropout, rows).t(), right[rows].to(wide))
+            total.addmm_(_masked(left[rows].to(sums), dropout, rows).t(), right[rows].to(sums))
         return total.to(dtype)
 
     def grouped(self, groups: Groups) -> Products:
@@ -175,7 +175,7 @@ def _product(s: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, s, b, out=out)
 
 
-def _widens(x: Tensor) -> bool:
+def _sums_in_float32(x: Tensor) -> bool:
     """Whether ATen multiplies half matrices like x into a float32 one: on NVIDIA GPUs, unless float16 sums are allowed."""
     if not x.is_cuda or torch.version.hip is not None:
         return False

@@ -68,18 +68,18 @@ def make_layer(problem: Problem, seed: int = 0) -> Layer:
         values = torch.randn(shape, generator=generator, device=problem.device)
         return (scale * values).to(getattr(torch, dtype))
 
-    wide = 1 / math.sqrt(max(problem.K, 1))
+    spread = 1 / math.sqrt(max(problem.K, 1))
     packed = None
     if problem.weight_format != DENSE:
         kind, dtype = problem.weight_format, getattr(torch, problem.dtype)
         packed = sample(kind, problem.N, problem.K, dtype, problem.device)
         weight = packed.dense()
     else:
-        weight = normal(problem.N, problem.K, scale=wide, dtype=problem.dtype)
+        weight = normal(problem.N, problem.K, scale=spread, dtype=problem.dtype)
     return Layer(
         weight=weight,
         bias=normal(problem.N, scale=1.0, dtype=problem.dtype) if problem.bias else None,
-        A=normal(problem.K, problem.R, scale=wide, dtype=problem.adapter_dtype).requires_grad_(),
+        A=normal(problem.K, problem.R, scale=spread, dtype=problem.adapter_dtype).requires_grad_(),
         B=normal(problem.R, problem.N, scale=0.5, dtype=problem.adapter_dtype).requires_grad_(),
         alpha=0.5,
         packed=packed,

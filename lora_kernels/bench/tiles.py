@@ -25,7 +25,7 @@ from lora_kernels.operands import Adapter, Weight
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.samples import sample
 from lora_kernels.tuning.search import Choice
-from lora_kernels.tuning.tables import narrow
+from lora_kernels.tuning.tables import lowrank
 
 ALPHA = 0.5
 Results = tuple[Tensor, ...]
@@ -110,11 +110,11 @@ class Product(Measured):
         return self._expected
 
 
-class Narrow(Measured):
+class LowRank(Measured):
     """The kernels that read x and no weight, each alone: s = alpha·x·a; dA = xᵀ·q; and both from one reading of x."""
 
     def __init__(self, problem: Problem, device: str = "cuda") -> None:
-        super().__init__(narrow(problem), device)
+        super().__init__(lowrank(problem), device)
         layer, (x, _) = contenders.make_layer(self.problem), contenders.make_input(self.problem)
         s = torch.randn(problem.M, problem.R, generator=torch.Generator().manual_seed(2))
         self.operands = x.detach(), layer.A.detach(), s.to(device)
@@ -139,8 +139,8 @@ class Narrow(Measured):
     def expected(self, algorithm: str) -> tuple[Results, Results]:
         wide = tuple(t.double() for t in self.operands)
         return (
-            _skinny(COMPOSITE, algorithm, *wide),
-            _skinny(EAGER, algorithm, *self.operands),
+            _lowrank(COMPOSITE, algorithm, *wide),
+            _lowrank(EAGER, algorithm, *self.operands),
         )
 
 
@@ -148,7 +148,7 @@ def _y(products: Products, x: Tensor, w: Weight, a: Tensor, b: Tensor) -> Result
     return (products.shrink_expand(x, w, Adapter(a, b, ALPHA))[0],)
 
 
-def _skinny(products: Products, kernel: str, x: Tensor, a: Tensor, s: Tensor) -> Results:
+def _lowrank(products: Products, kernel: str, x: Tensor, a: Tensor, s: Tensor) -> Results:
     if kernel == "wgrad":
         return (products.wgrad(x, s, a.dtype),)
     adapter = Adapter(a, a.t(), ALPHA)

@@ -17,13 +17,13 @@ from lora_kernels.backends.triton.configs import tiles_of
 from lora_kernels.bench.linear import Effort, first_line
 from lora_kernels.bench.presets import MODELS
 from lora_kernels.bench.progress import Progress
-from lora_kernels.bench.tiles import Measured, Narrow, Product
+from lora_kernels.bench.tiles import LowRank, Measured, Product
 from lora_kernels.cli import check_output, check_sizes, say
 from lora_kernels.problem import DENSE, ITEMSIZE, Problem
 from lora_kernels.samples import SAMPLES
 from lora_kernels.tuning import tables
-from lora_kernels.tuning.search import search, search_narrow
-from lora_kernels.tuning.tables import Entry, bucket, narrow
+from lora_kernels.tuning.search import search, search_lowrank
+from lora_kernels.tuning.tables import Entry, bucket, lowrank
 
 ROWS = (16, 32, 64, 512, 2048, 8192)
 DTYPES = [name for name in ITEMSIZE if name != "float64"]
@@ -98,23 +98,23 @@ def tune(
     keep: Callable[[list[Entry], list[dict[str, Any]]], object] = lambda entries, measured: None,
     into: Kept | None = None,
 ) -> Kept:
-    """(table entries, all that was measured, failures in words): each product, and the narrow kernels of each x or dy.
+    """(table entries, all that was measured, failures in words): each product, and the low-rank kernels of each x or dy.
 
     `keep` gets the first two after each problem, in case it is the last; the lists are those of `into`, which an interrupt
     leaves with what was complete. A problem that cannot be measured at all is a failure, and the others go on.
     """
     effort = Effort(seconds)
     entries, measured, failures = into or ([], [], [])
-    problems = [*problems, *dict.fromkeys(map(narrow, problems))]
+    problems = [*problems, *dict.fromkeys(map(lowrank, problems))]
     progress = Progress(len(problems))
     for problem in problems:
         place = progress.next()
-        alone = problem == narrow(problem)
+        alone = problem == lowrank(problem)
         try:
-            subject: Measured = Narrow(problem, device) if alone else Product(problem, device)
+            subject: Measured = LowRank(problem, device) if alone else Product(problem, device)
             measure = functools.partial(subject.measure, effort=effort, clock=clock)
             if alone:
-                entry, done = search_narrow(problem, target, measure, tiles_of)
+                entry, done = search_lowrank(problem, target, measure, tiles_of)
             else:
                 entry, done = search(problem, target, measure, tiles_of, _untiled(problem, target))
         except Exception as error:  # such as too little memory for this one

@@ -20,7 +20,7 @@ KERNELS = (
     "shrink_wgrad",
     "dequantise",
 )
-NARROW_KERNELS = ("shrink", "wgrad", "shrink_wgrad")  # they read x (or dy) and no weight
+LOWRANK_KERNELS = ("shrink", "wgrad", "shrink_wgrad")  # they read x (or dy) and no weight
 # They take groups of rows, or read none.
 GROUPED_KERNELS = ("shrink", "expand", "wgrad", "dequantise")
 DECODE_ROWS = 64  # the most rows that `decode` holds in one tile
@@ -76,7 +76,7 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class Tiles:
-    """A tile for each kernel that can compute a problem, and the times of narrow kernels that `tune` measured."""
+    """A tile for each kernel that can compute a problem, and the times of low-rank kernels that `tune` measured."""
 
     configs: tuple[TileConfig, ...]
     measured: Mapping[str, float] = field(default_factory=dict, compare=False)

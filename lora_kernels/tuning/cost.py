@@ -30,7 +30,7 @@ Over groups of rows, taken as equally many in each: a product fills its blocks o
 each W, A and B that has rows, and nothing is hidden or copied but what the kernels hide. There is no library product to
 hold the cycles against: a product takes them, or frozen where that is longer. two_kernel reads dy a second time for dB.
 tail_first, for one W of all groups, is eager's formula without groups; eager is the batched form, of up to twice as many
-blocks as groups: each gets a copy of its W, and passes over x and y fill blocks, widen and gather. `tune` times no
+blocks as groups: each gets a copy of its W, and passes over x and y fill blocks, convert and gather. `tune` times no
 groups: these predictions decide.
 
 These are predictions of the algorithm's own costs: a device's clocks, heat and other work are not in them.
@@ -121,10 +121,10 @@ def predict_us(
     gap = target.gap_us
     x_us = problem.M * problem.K * problem.itemsize / (target.bandwidth_gbs * 1e3)
     y_us = problem.M * problem.N * problem.itemsize / (target.bandwidth_gbs * 1e3)
-    shrink = _narrow_us(problem, target, x_us, problem.K)
+    shrink = _lowrank_us(problem, target, x_us, problem.K)
     adapter_grads = 0.0
     if problem.backward:
-        adapter_grads = _narrow_us(problem, target, y_us, problem.N) + gap
+        adapter_grads = _lowrank_us(problem, target, y_us, problem.N) + gap
         once = algorithm in ("two_kernel", "persistent", "lorafusion") and not problem.groups
         adapter_grads += 0.0 if once else shrink + gap
     if algorithm in _PASSES:
@@ -162,7 +162,7 @@ def predict_us(
     raise ValueError(f"algorithm must be one of {ALGORITHMS + GROUPED + OTHERS}, got {algorithm!r}")
 
 
-def _narrow_us(problem: Problem, target: Target, wide_us: float, width: int) -> float:
+def _lowrank_us(problem: Problem, target: Target, wide_us: float, width: int) -> float:
     """The time of a kernel that reads x or dy, in `wide_us`, and over groups an adapter's matrix of each that has rows."""
     adapters = problem.with_rows * width * problem.R * ITEMSIZE[problem.adapter_dtype]
     adapters_us = adapters / (target.bandwidth_gbs * 1e3) if problem.groups else 0.0

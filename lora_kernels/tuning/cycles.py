@@ -99,8 +99,8 @@ def cycles(tile: Tile, R: int) -> Cycles:
     return Cycles(_between(step, step_wide, share), _between(rest, rest_wide, share))
 
 
-def _between(at: tuple[float, ...], wide: tuple[float, ...], share: float) -> tuple[float, ...]:
-    return tuple(a + share * (b - a) for a, b in zip(at, wide, strict=True))
+def _between(at: tuple[float, ...], beyond: tuple[float, ...], share: float) -> tuple[float, ...]:
+    return tuple(a + share * (b - a) for a, b in zip(at, beyond, strict=True))
 
 
 def _scaled(tile: Tile, R: int) -> Cycles:

@@ -1,7 +1,7 @@
 """The search behind `tune`: which algorithm, tile and split are fastest for a problem, by a function that measures.
 
 No call runs it. The search goes one coordinate at a time: the product's tile, then the split of the
-narrow kernel before it; beside them the one-launch kernels, and those without a tile. The narrow kernels of the backward
+low-rank kernel before it; beside them the one-launch kernels, and those without a tile. The low-rank kernels of the backward
 are timed alone: the tile, then its split.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import NARROW_KERNELS, TileConfig, Tiles, fits
-from lora_kernels.tuning.tables import Entry, bucketed, narrow
+from lora_kernels.tuning.config import LOWRANK_KERNELS, TileConfig, Tiles, fits
+from lora_kernels.tuning.tables import Entry, bucketed, lowrank
 from lora_kernels.tuning.targets import Target
 
 SPLITS = (1, 2, 4, 8, 16)
@@ -22,7 +22,7 @@ PRODUCT_KERNELS = ("shrink", "expand", "persistent", "one_pass", "decode")
 
 @dataclass(frozen=True)
 class Choice:
-    """An algorithm, or a narrow kernel, with its tiles."""
+    """An algorithm, or a low-rank kernel, with its tiles."""
 
     algorithm: str
     tiles: Tiles = field(default_factory=lambda: Tiles(()))
@@ -84,13 +84,13 @@ def search(
     return _entry(problem, done), done
 
 
-def search_narrow(
+def search_lowrank(
     problem: Problem, target: Target, measure: Measure, tiles_of: TilesOf
 ) -> tuple[Entry | None, list[Timed]]:
     """As `search`, for each kernel that reads x and no weight; `algorithm` of its choices is the kernel's name."""
-    problem = narrow(bucketed(problem))
+    problem = lowrank(bucketed(problem))
     done: list[Timed] = []
-    for kernel in NARROW_KERNELS:
+    for kernel in LOWRANK_KERNELS:
         tiles = tiles_of(kernel, problem, target)
         best = _fastest(_timed([Choice.of(kernel, c) for c in tiles], measure, done))
         if best is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_kernels import env
 from lora_kernels.problem import DENSE, Problem
-from lora_kernels.tuning.config import NARROW_KERNELS, TileConfig, fits
+from lora_kernels.tuning.config import LOWRANK_KERNELS, TileConfig, fits
 from lora_kernels.tuning.cost import ALGORITHMS, predict_us
 from lora_kernels.tuning.targets import Target
 
@@ -38,7 +38,7 @@ BUCKETS = (
 class Entry:
     """The measurements of `problem`, whose M is a bucket: microseconds of each algorithm that works, and the best tiles.
 
-    The entry of a problem without a weight, N = 0, has the narrow kernels' times and tiles.
+    The entry of a problem without a weight, N = 0, has the low-rank kernels' times and tiles.
     """
 
     problem: Problem
@@ -67,7 +67,7 @@ def bucketed(problem: Problem) -> Problem:
     return replace(problem, M=M, bias=False)
 
 
-def narrow(problem: Problem) -> Problem:
+def lowrank(problem: Problem) -> Problem:
     """The problem of the kernels that read the problem's x and no weight, which `tune` times without dropout."""
     return replace(without_weight(problem), bias=False, dropout=False)
 
@@ -150,5 +150,5 @@ def _from_json(item: Any, target: Target) -> Entry | None:
         hash((problem, configs))
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    known = times.keys() <= {*ALGORITHMS, *NARROW_KERNELS} and all(us > 0 for us in times.values())
+    known = times.keys() <= {*ALGORITHMS, *LOWRANK_KERNELS} and all(us > 0 for us in times.values())
     return Entry(problem, times, configs) if known and not unfit else None

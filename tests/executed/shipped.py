@@ -84,8 +84,8 @@ def execute_packed(
 def compare(actual: dict[str, Tensor], o: Operands, what: str) -> None:
     eager, exact = o.results(None), o.results(torch.float64)
     for name, value in actual.items():
-        skinny = name in ("s", "q")
-        expected = eager[name].to(torch.float32 if skinny else eager[name].dtype)
+        lowrank = name in ("s", "q")
+        expected = eager[name].to(torch.float32 if lowrank else eager[name].dtype)
         assert_budget(value, expected, exact[name], f"{name} by {what}")
 
 

@@ -43,7 +43,7 @@ def decode_arguments(**changes):
         "partials": torch.full((2 * 2 * M * (64 + 16),), torch.nan),
         "arrived": torch.zeros(2, dtype=torch.int32),
         "alpha_at": None, "alpha": 0.5, "fused_rank": R, "blocks": 2, "splits": 2, "chunk": 32,
-        "skinny": False,
+        "lowrank": False,
     }  # fmt: skip
     return arguments | changes
 

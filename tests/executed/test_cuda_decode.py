@@ -128,10 +128,10 @@ def test_an_operand_past_32_bits(products, operand):
 @pytest.mark.parametrize("wide_first", [True, False])
 def test_wgrad_past_32_bits(products, wide_first):
     C, products.operators.last_block_alone = 2**27 + 128, True
-    wide, skinny = torch.randn(4, 1).half(), torch.randn(4, 16)
+    wide, lowrank = torch.randn(4, 1).half(), torch.randn(4, 16)
 
     def call(C):
-        pair = (wide.expand(4, C), skinny) if wide_first else (skinny, wide.expand(4, C))
+        pair = (wide.expand(4, C), lowrank) if wide_first else (lowrank, wide.expand(4, C))
         out = products.wgrad(*pair, torch.float16)
         return out[-128:, 8:] if wide_first else out[8:, -128:]
 

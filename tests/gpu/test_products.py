@@ -14,7 +14,7 @@ from lora_kernels.bench.tiles import Narrow, Product
 from lora_kernels.dropout import Dropout, keep_mask
 from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import KERNELS, NARROW_KERNELS
+from lora_kernels.tuning.config import KERNELS, LOWRANK_KERNELS
 from lora_kernels.tuning.search import Choice
 from tests.gpu.conftest import DEVICE, declined
 from tests.oracle import AWKWARD, Case, check_products
@@ -72,7 +72,7 @@ def test_every_shipped_configuration_is_right(kernel, triton_backend):
         if config.kernel != kernel:
             continue
         problem = replace(problem, dropout=False)
-        if kernel in NARROW_KERNELS:
+        if kernel in LOWRANK_KERNELS:
             wrong = Narrow(problem, DEVICE).wrong(Choice.of(config.kernel, config))
             failures += [f"{config} for {problem}: {wrong}"] if wrong else []
             continue

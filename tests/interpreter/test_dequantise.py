@@ -121,7 +121,7 @@ def test_elements_past_two_to_the_31():
     programs = {"_dequantise_nf4_kernel": [-2, -1]}
     with strict.programs(**programs), strict.recording() as launches:
         dequantise.dequantise(weight, out, CONFIG)
-    assert launches[0].arguments["WIDE"]
+    assert launches[0].arguments["INT64"]
     assert torch.equal(out.view(-1)[-1024:], near.dense().view(-1)[-1024:])
 
 
@@ -131,7 +131,7 @@ def test_32_bits_hold_masked_lanes_too(elements, wide, monkeypatch):
     monkeypatch.setattr(dequantise, "launch", lambda *args, **options: given.update(options))
     out = torch.empty(1, elements, dtype=torch.bfloat16, device="meta")
     dequantise.dequantise(sample("nf4", 1, 64, torch.bfloat16), out, CONFIG)
-    assert given["WIDE"] == wide and given["contract"] is False
+    assert given["INT64"] == wide and given["contract"] is False
 
 
 class TestTheSharedMemory:

@@ -237,7 +237,7 @@ def test_a_result_past_32_bits(kernel):
 
     with reserved(), strict.programs(**{f"_{kernel}_kernel": [-1]}), strict.recording() as launches:
         y = call(FAR)
-    assert launches[0].arguments["WIDE"]
+    assert launches[0].arguments["INT64"]
     assert torch.equal(y[-16:, -16:], call(16)[-16:])
 
 
@@ -248,7 +248,7 @@ def test_an_s_past_32_bits():
         s = torch.empty(M, 16)
         s[-16:] = torch.randn(16, 16)
         y = expand.expand(x.expand(M, 16), w, s, w, None, CONFIG)
-    assert launches[0].arguments["WIDE"]
+    assert launches[0].arguments["INT64"]
     near = expand.expand(x.expand(16, 16), w, s[-16:], w, None, CONFIG)
     assert torch.equal(y[-16:], near)
 

@@ -23,9 +23,9 @@ from lora_kernels.cli import tune as command
 from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import tables
-from lora_kernels.tuning.config import NARROW_KERNELS, TileConfig
+from lora_kernels.tuning.config import LOWRANK_KERNELS, TileConfig
 from lora_kernels.tuning.search import Choice
-from lora_kernels.tuning.tables import Entry, narrow
+from lora_kernels.tuning.tables import Entry, lowrank
 from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter.conftest import on_target
 from tests.planned import Planned
@@ -63,8 +63,8 @@ def test_candidates_are_right_and_become_the_table():
     )
     assert [count for count, _ in kept] == [1, 2, 3, 4] and kept[-1][1] == len(told)
     assert failures == [] and {each["us"] for each in told} == {1.0}
-    assert [entry.problem for entry in entries] == [*problems, *map(narrow, problems)]
-    assert {each["algorithm"] for each in told} == {*configs.ALGORITHMS, *NARROW_KERNELS, "eager"}
+    assert [entry.problem for entry in entries] == [*problems, *map(lowrank, problems)]
+    assert {each["algorithm"] for each in told} == {*configs.ALGORITHMS, *LOWRANK_KERNELS, "eager"}
     tables.save(entries, TARGETS["sm_80"])
     x, w, a, b = torch.randn(9, 72), torch.randn(40, 72).t(), torch.randn(72, 5), torch.randn(5, 40)
     products = Planned(backend_module.BACKEND, TARGETS["sm_80"])
@@ -94,13 +94,15 @@ def test_a_wrong_candidate_does_not_count(monkeypatch):
     assert found[0].startswith("the result is off by") and found[1] == 1.0
 
 
-def test_the_backward_takes_the_narrow_kernels_that_were_found(monkeypatch):
+def test_the_backward_takes_the_lowrank_kernels_that_were_found(monkeypatch):
     """Its launchers get the table's tiles, and both products of dy come from one reading where that was faster."""
     problem = Problem(512, 64, 256, 5, "float32", "float32", "cuda")
     target = TARGETS["sm_80"]
-    tiles = {k: configs.tiles_of(k, narrow(problem), target)[0] for k in NARROW_KERNELS}
-    wanted = {k: replace(tiles[k], split=s) for k, s in zip(NARROW_KERNELS, (4, 2, 8), strict=True)}
-    assert not any(wanted[kernel] == tiles[kernel] for kernel in NARROW_KERNELS)
+    tiles = {k: configs.tiles_of(k, lowrank(problem), target)[0] for k in LOWRANK_KERNELS}
+    wanted = {
+        k: replace(tiles[k], split=s) for k, s in zip(LOWRANK_KERNELS, (4, 2, 8), strict=True)
+    }
+    assert not any(wanted[kernel] == tiles[kernel] for kernel in LOWRANK_KERNELS)
     seen = {}
 
     def watched(kernel, real):
@@ -124,7 +126,7 @@ def test_the_backward_takes_the_narrow_kernels_that_were_found(monkeypatch):
         (two, {"shrink", "wgrad"}),  # shrink_wgrad was wrong
         ({"shrink_wgrad": 5.0}, {"shrink_wgrad"}),
     ):
-        tables.save([Entry(narrow(problem), times, tuple(wanted.values()))], target)
+        tables.save([Entry(lowrank(problem), times, tuple(wanted.values()))], target)
         seen.clear()
         products = Planned(backend_module.BACKEND, target)
         q, dB = products.shrink_wgrad(dy, Adapter(b.t(), b, 0.5), s, torch.float32)
@@ -136,7 +138,7 @@ def test_the_backward_takes_the_narrow_kernels_that_were_found(monkeypatch):
         torch.testing.assert_close(dA, x.t() @ q, rtol=1e-5, atol=1e-3)
 
 
-def test_a_wrong_narrow_kernel_does_not_count(monkeypatch):
+def test_a_wrong_lowrank_kernel_does_not_count(monkeypatch):
     real = shrink_wgrad_module.shrink_wgrad
     wrong = lambda *args: (lambda q, dB: (q, dB + 0.01))(*real(*args))  # noqa: E731
     monkeypatch.setattr(shrink_wgrad_module, "shrink_wgrad", wrong)

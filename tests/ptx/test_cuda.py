@@ -122,7 +122,7 @@ class Decode(ctypes.Structure):
 
 class Wgrad(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("wide", "skinny", "out")),
+        *((name, ctypes.c_void_p) for name in ("wide", "lowrank", "out")),
         *((name, ctypes.c_int64) for name in ("wide_row", "wide_column", "out_column", "out_rank")),
         *((name, ctypes.c_int) for name in ("tokens", "columns", "rank")),
     ]  # fmt: skip
@@ -235,14 +235,14 @@ def test_every_barrier_and_fence_of_decode(shipped, dtype, rank, spare):
 
 
 def test_wgrad(shipped):
-    wide, skinny, out = (
+    wide, lowrank, out = (
         torch.randn(9, 150).bfloat16(),
         torch.randn(9, 11),
         torch.full((150, 11), torch.nan),
     )
     params = Wgrad(
         wide.data_ptr(),
-        skinny.data_ptr(),
+        lowrank.data_ptr(),
         out.data_ptr(),
         *wide.stride(),
         *out.stride(),
@@ -252,7 +252,7 @@ def test_wgrad(shipped):
     )
     launch = prepare(
         shipped, (2, 2), 128, [("p", "struct", params)], entry=entry(shipped, "wgrad"),
-        pointed={"wide": wide, "skinny": skinny, "out": out},
+        pointed={"wide": wide, "lowrank": lowrank, "out": out},
     )  # fmt: skip
     launch.run(None)
-    assert_budget(out, wide.float().t() @ skinny, wide.double().t() @ skinny.double())
+    assert_budget(out, wide.float().t() @ lowrank, wide.double().t() @ lowrank.double())

@@ -106,7 +106,7 @@ def untried() -> str | None:
     return f"it was tried with Triton {tried} only, got {version}"
 
 
-def narrow_tiles(problem: Problem, target: Target) -> Tiles:
+def lowrank_tiles(problem: Problem, target: Target) -> Tiles:
     """The tiles of the kernels that read the problem's x and no weight."""
     return tiles_for(tables.without_weight(problem), target)
 

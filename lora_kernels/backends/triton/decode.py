@@ -28,12 +28,12 @@ from lora_kernels.backends.triton.launch import (
     shrink_precision,
 )
 from lora_kernels.backends.triton.tiles import (
+    as_int64,
     fp8_scale,
     fp8_value,
     int8_scale,
     nf4_scale,
     scale_value,
-    widen,
 )
 from lora_kernels.operands import Scale, Weight
 from lora_kernels.problem import DENSE
@@ -122,7 +122,7 @@ def _decode_kernel(
     SCALED: tl.constexpr,
     KEEPS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
 ):
     pid = tl.program_id(0)
     part = pid % split
@@ -133,9 +133,9 @@ def _decode_kernel(
     mask_m = offs_m < M
     mask_n = offs_n < N
     mask_r = offs_r < R
-    row = widen(offs_m, WIDE)
-    col = widen(offs_n, WIDE)
-    rank = widen(offs_r, WIDE)
+    row = as_int64(offs_m, INT64)
+    col = as_int64(offs_n, INT64)
+    rank = as_int64(offs_r, INT64)
     if FORMAT == "int8":
         scale = int8_scale(absmax_ptr, col, mask_n)
 
@@ -146,7 +146,7 @@ def _decode_kernel(
     for k in range(k_start, min(k_start + per_part, K), BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
-        term = widen(offs_k, WIDE)
+        term = as_int64(offs_k, INT64)
         x_ptrs = x_ptr + term[:, None] * stride_xk + row[None, :] * stride_xm
         a_ptrs = a_ptr + rank[:, None] * stride_ar + term[None, :] * stride_ak
         x = tl.load(x_ptrs, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
@@ -289,7 +289,7 @@ def decode(
         SCALED=c is not None,
         KEEPS_Z=z is not None,
         HAS_BIAS=bias is not None,
-        WIDE=needs_int64(x, codes, a, b, bias, y),
+        INT64=needs_int64(x, codes, a, b, bias, y),
     )
     return y, s
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_kernels.backends.triton.launch import cdiv, launch, needs_int64
 from lora_kernels.backends.triton.scratch import lent
-from lora_kernels.backends.triton.tiles import fp8_scale, fp8_value, int8_scale, nf4_scale, widen
+from lora_kernels.backends.triton.tiles import as_int64, fp8_scale, fp8_value, int8_scale, nf4_scale
 from lora_kernels.operands import QuantizedWeight
 from lora_kernels.tuning.config import TileConfig
 
@@ -36,10 +36,10 @@ def _dequantise_nf4_kernel(
     packed_bytes,
     BLOCKS: tl.constexpr,
     DOUBLE: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
 ):
     """BLOCKS blocks of 64 elements, which share a scale."""
-    block = widen(tl.program_id(0), WIDE) * BLOCKS + tl.arange(0, BLOCKS)
+    block = as_int64(tl.program_id(0), INT64) * BLOCKS + tl.arange(0, BLOCKS)
     scale = nf4_scale(
         absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, block < tl.cdiv(elements, 64), DOUBLE
     )
@@ -53,13 +53,13 @@ def _dequantise_nf4_kernel(
 
 
 @triton.jit
-def _tile(N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr):
+def _tile(N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, INT64: tl.constexpr):
     """(rows [BLOCK_N, 1], columns [1, BLOCK_K], which of them are in [N, K]) of this program."""
     blocks_k = tl.cdiv(K, BLOCK_K)
     offs_n = tl.program_id(0) // blocks_k * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-    return widen(offs_n, WIDE)[:, None], widen(offs_k, WIDE)[None, :], mask
+    return as_int64(offs_n, INT64)[:, None], as_int64(offs_k, INT64)[None, :], mask
 
 
 @triton.jit
@@ -73,9 +73,9 @@ def _dequantise_int8_kernel(
     stride_k,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
 ):
-    row, col, mask = _tile(N, K, BLOCK_N, BLOCK_K, WIDE)
+    row, col, mask = _tile(N, K, BLOCK_N, BLOCK_K, INT64)
     codes = tl.load(codes_ptr + row * stride_n + col * stride_k, mask=mask, other=0)
     w = codes.to(tl.float32) * int8_scale(absmax_ptr, row, row < N)
     tl.store(w_ptr + row * K + col, w.to(w_ptr.dtype.element_ty), mask=mask)
@@ -94,9 +94,9 @@ def _dequantise_fp8_kernel(
     SCALE_COLS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
 ):
-    row, col, mask = _tile(N, K, BLOCK_N, BLOCK_K, WIDE)
+    row, col, mask = _tile(N, K, BLOCK_N, BLOCK_K, INT64)
     codes = tl.load(codes_ptr + row * stride_n + col * stride_k, mask=mask, other=0)
     w = fp8_value(codes) * fp8_scale(scales_ptr, row, col, mask, K, SCALE_ROWS, SCALE_COLS)
     tl.store(w_ptr + row * K + col, w.to(w_ptr.dtype.element_ty), mask=mask)
@@ -119,7 +119,7 @@ def _nf4(weight: Any, out: Tensor, config: TileConfig) -> None:
         BLOCKS=blocks,
         DOUBLE=weight.code2 is not None,
         # A last program's masked lanes count too.
-        WIDE=elements + blocks * 64 > 2**31,
+        INT64=elements + blocks * 64 > 2**31,
     )
 
 
@@ -154,7 +154,7 @@ def _launch_over_tiles(
         **more,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        WIDE=needs_int64(codes, out),
+        INT64=needs_int64(codes, out),
     )
 
 

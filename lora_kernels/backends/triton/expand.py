@@ -23,7 +23,7 @@ from lora_kernels.backends.triton.launch import (
     needs_int64,
     strides,
 )
-from lora_kernels.backends.triton.tiles import grouped_order, keep_tile, row_block, widen
+from lora_kernels.backends.triton.tiles import as_int64, grouped_order, keep_tile, row_block
 from lora_kernels.dropout import Dropout
 from lora_kernels.tuning.config import TileConfig, rank_block
 
@@ -48,16 +48,16 @@ def _rank_tail(
     stride_bn,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
 ):
     """acc + s·b."""
     offs_n = start + tl.arange(0, acc.shape[1])
-    row, col = widen(offs_m, WIDE), widen(offs_n, WIDE)
+    row, col = as_int64(offs_m, INT64), as_int64(offs_n, INT64)
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
         s_ptrs = s_ptr + row[:, None] * R + offs_r[None, :]
-        b_ptrs = b_ptr + widen(offs_r, WIDE)[:, None] * stride_br + col[None, :] * stride_bn
+        b_ptrs = b_ptr + as_int64(offs_r, INT64)[:, None] * stride_br + col[None, :] * stride_bn
         s = tl.load(s_ptrs, mask=(offs_m < M)[:, None] & mask_r[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=mask_r[:, None] & (offs_n < N)[None, :], other=0.0)
         acc = tl.dot(s, b.to(tl.float32), acc, input_precision=PRECISION)
@@ -79,21 +79,21 @@ def _store(
     SCALED: tl.constexpr,
     KEEPS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
 ):
     """z = acc and y = c∘acc + bias, for the columns from `start` on."""
     offs_n = start + tl.arange(0, acc.shape[1])
     mask_n = offs_n < N
     if KEEPS_Z:
-        z_ptrs = z_ptr + widen(offs_m, WIDE)[:, None] * N + widen(offs_n, WIDE)[None, :]
+        z_ptrs = z_ptr + as_int64(offs_m, INT64)[:, None] * N + as_int64(offs_n, INT64)[None, :]
         mask_z = (offs_m < M)[:, None] & mask_n[None, :]
         tl.store(z_ptrs, acc.to(z_ptr.dtype.element_ty), mask=mask_z)
     if SCALED:
         acc *= tl.load(c_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + widen(offs_n, WIDE) * stride_bias, mask=mask_n, other=0.0)
+        bias = tl.load(bias_ptr + as_int64(offs_n, INT64) * stride_bias, mask=mask_n, other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    y_ptrs = y_ptr + widen(offs_m, WIDE)[:, None] * N + widen(offs_n, WIDE)[None, :]
+    y_ptrs = y_ptr + as_int64(offs_m, INT64)[:, None] * N + as_int64(offs_n, INT64)[None, :]
     mask = (offs_m < M)[:, None] & mask_n[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -141,7 +141,7 @@ def _expand_kernel(
     KEEPS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
     TMA: tl.constexpr,
     W_K_MAJOR: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -165,8 +165,8 @@ def _expand_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < end_m
     mask_n = offs_n < N
-    row = widen(offs_m, WIDE)
-    col = widen(offs_n, WIDE)
+    row = as_int64(offs_m, INT64)
+    col = as_int64(offs_n, INT64)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:
@@ -179,10 +179,10 @@ def _expand_kernel(
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
     else:
         offs_k = tl.arange(0, BLOCK_K)
-        first_k = widen(offs_k, WIDE)
+        first_k = as_int64(offs_k, INT64)
         x_ptrs = x + row[:, None] * stride_xm + first_k[None, :] * stride_xk
         w_ptrs = w + first_k[:, None] * stride_wk + col[None, :] * stride_wn
-        step = widen(tl.full((), BLOCK_K, tl.int32), WIDE)
+        step = as_int64(tl.full((), BLOCK_K, tl.int32), INT64)
         for k in range(0, K, BLOCK_K):
             mask_x = mask_m[:, None]
             mask_w = mask_n[None, :]
@@ -202,7 +202,7 @@ def _expand_kernel(
     if not DROPOUT:
         acc = _rank_tail(
             acc, s_ptr, b_ptr, offs_m, start_n, end_m, N, R, stride_br, stride_bn, BLOCK_R,
-            TAIL_PRECISION, WIDE,
+            TAIL_PRECISION, INT64,
         )  # fmt: skip
     if DROPOUT or SCALED:
         # A quarter of the columns at a time: a whole accumulator beside acc would not stay in registers, nor would
@@ -217,18 +217,18 @@ def _expand_kernel(
             if DROPOUT:
                 tail = _rank_tail(
                     tl.zeros((BLOCK_M, QUARTER), tl.float32), s_ptr, b_ptr, offs_m, at, end_m, N, R,
-                    stride_br, stride_bn, BLOCK_R, TAIL_PRECISION, WIDE,
+                    stride_br, stride_bn, BLOCK_R, TAIL_PRECISION, INT64,
                 )  # fmt: skip
                 keep = keep_tile(seed_ptr, threshold, offs_m, at, N, BLOCK_M, QUARTER)
                 part += tail * (keep.to(tl.float32) * keep_scale)
             _store(
                 part, c_ptr, bias_ptr, y_ptr, z_ptr, offs_m, at, end_m, N, stride_bias, SCALED,
-                KEEPS_Z, HAS_BIAS, WIDE,
+                KEEPS_Z, HAS_BIAS, INT64,
             )  # fmt: skip
     else:
         _store(
             acc, c_ptr, bias_ptr, y_ptr, z_ptr, offs_m, start_n, end_m, N, stride_bias, False,
-            False, HAS_BIAS, WIDE,
+            False, HAS_BIAS, INT64,
         )  # fmt: skip
 
 
@@ -307,7 +307,7 @@ def expand(
         KEEPS_Z=z is not None,
         HAS_BIAS=bias is not None,
         DROPOUT=dropout is not None,
-        WIDE=needs_int64(x, w, s, b, bias, y),
+        INT64=needs_int64(x, w, s, b, bias, y),
         TMA=tma,
         W_K_MAJOR=w_k_major,
         GROUPED=offsets is not None,

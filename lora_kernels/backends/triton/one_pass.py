@@ -21,7 +21,7 @@ from lora_kernels.backends.triton.launch import (
     scale_argument,
     shrink_precision,
 )
-from lora_kernels.backends.triton.tiles import grouped_order, keep_tile, scale_value, widen
+from lora_kernels.backends.triton.tiles import as_int64, grouped_order, keep_tile, scale_value
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Scale
 from lora_kernels.tuning.config import TileConfig, rank_block
@@ -68,7 +68,7 @@ def _one_pass_kernel(
     KEEPS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
 ):
     pid_m, pid_n = grouped_order(
         tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M
@@ -79,8 +79,8 @@ def _one_pass_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < M
     mask_n = offs_n < N
-    row = widen(offs_m, WIDE)
-    col = widen(offs_n, WIDE)
+    row = as_int64(offs_m, INT64)
+    col = as_int64(offs_n, INT64)
     scale = scale_value(alpha, ALPHA_IS_PTR) * keep_scale
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -88,10 +88,10 @@ def _one_pass_kernel(
     for k in range(0, K, BLOCK_K):
         at_k = k + offs_k
         mask_k = at_k < K
-        term = widen(at_k, WIDE)
+        term = as_int64(at_k, INT64)
         x_ptrs = x_ptr + row[:, None] * stride_xm + term[None, :] * stride_xk
         w_ptrs = w_ptr + term[:, None] * stride_wk + col[None, :] * stride_wn
-        a_ptrs = a_ptr + term[:, None] * stride_ak + widen(offs_r, WIDE)[None, :] * stride_ar
+        a_ptrs = a_ptr + term[:, None] * stride_ak + as_int64(offs_r, INT64)[None, :] * stride_ar
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         a = tl.load(a_ptrs, mask=mask_k[:, None] & (offs_r < R)[None, :], other=0.0)
@@ -103,13 +103,13 @@ def _one_pass_kernel(
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
         rank = r + offs_r
         mask_r = rank < R
-        at_r = widen(rank, WIDE)
+        at_r = as_int64(rank, INT64)
         if r > 0:
             s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
             for k in tl.range(0, K, BLOCK_K, num_stages=1):
                 at_k = k + offs_k
                 mask_k = at_k < K
-                term = widen(at_k, WIDE)
+                term = as_int64(at_k, INT64)
                 x_ptrs = x_ptr + row[:, None] * stride_xm + term[None, :] * stride_xk
                 a_ptrs = a_ptr + term[:, None] * stride_ak + at_r[None, :] * stride_ar
                 x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
@@ -196,6 +196,6 @@ def one_pass(
         KEEPS_Z=z is not None,
         HAS_BIAS=bias is not None,
         DROPOUT=dropout is not None,
-        WIDE=needs_int64(x, w, a, b, bias, y),
+        INT64=needs_int64(x, w, a, b, bias, y),
     )
     return y, s

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_kernels.backends.base import Products, left_is_wide
 from lora_kernels.backends.composite import GroupedCompositeProducts
-from lora_kernels.backends.triton.configs import narrow_tiles
+from lora_kernels.backends.triton.configs import lowrank_tiles
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Adapter, Groups, QuantizedWeight, Scale, Weight
 from lora_kernels.problem import Problem
@@ -46,7 +46,7 @@ class TritonProducts(Products):
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         if 0 in (x.shape[0], adapter.A.shape[-1]):
             return x.new_zeros((x.shape[0], adapter.A.shape[-1]), dtype=torch.float32)
-        config = self._narrow(x.shape[1], adapter.dropout_in is not None).config("shrink")
+        config = self._lowrank(x.shape[1], adapter.dropout_in is not None).config("shrink")
         return self._shrink(x, adapter, config)
 
     def expand(
@@ -116,7 +116,7 @@ class TritonProducts(Products):
         from lora_kernels.backends.triton.wgrad import wgrad
 
         wide = left if left_is_wide(left, right, dropout) else right
-        config = self._narrow(wide.shape[1]).config("wgrad")
+        config = self._lowrank(wide.shape[1]).config("wgrad")
         return wgrad(left, right, dtype, config, dropout, offsets=self._offsets)
 
     def shrink_wgrad(
@@ -148,7 +148,7 @@ class TritonProducts(Products):
     def _one_reading(self, dy: Tensor, s: Tensor) -> TileConfig | None:
         """The tile of the kernel that reads dy once for q and dB; None where it does not pay or cannot."""
         R = s.shape[1]
-        tiles = self._narrow(dy.shape[1])
+        tiles = self._lowrank(dy.shape[1])
         if 0 in (*dy.shape, R) or not tiles.has("shrink_wgrad"):
             return None
         config = tiles.config("shrink_wgrad")
@@ -162,14 +162,14 @@ class TritonProducts(Products):
         from lora_kernels.backends.triton.scale import scaled_gradient
 
         # It has the grid of wgrad: blocks of columns, parts of the rows.
-        return scaled_gradient(dy, c, z, self._narrow(dy.shape[1]).config("wgrad"))
+        return scaled_gradient(dy, c, z, self._lowrank(dy.shape[1]).config("wgrad"))
 
     def shrink_squares(self, w: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         if 0 in (w.shape[0], A.shape[1]):
             return super().shrink_squares(w, A)
         from lora_kernels.backends.triton.shrink import shrink_squares
 
-        return shrink_squares(w, A, self._narrow(w.shape[1]).config("shrink"))
+        return shrink_squares(w, A, self._lowrank(w.shape[1]).config("shrink"))
 
     def scaled(self, s: Tensor, scale: Scale) -> Tensor:
         if self.groups is None:
@@ -284,12 +284,12 @@ class TritonProducts(Products):
             return b.mT.contiguous().mT
         return b
 
-    def _narrow(self, width: int, dropout: bool = False) -> Tiles:
+    def _lowrank(self, width: int, dropout: bool = False) -> Tiles:
         """The tiles of the kernels that read an operand [M, width] and no weight."""
         key = width, dropout
         if key not in self._by_width:
             problem = replace(self.problem, K=width, dropout=dropout)
-            self._by_width[key] = narrow_tiles(problem, self.target)
+            self._by_width[key] = lowrank_tiles(problem, self.target)
         return self._by_width[key]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_kernels.backends.triton.launch import cdiv, launch, needs_int64
 from lora_kernels.backends.triton.partials import sum_partials
-from lora_kernels.backends.triton.tiles import scaled_tile, widen
+from lora_kernels.backends.triton.tiles import as_int64, scaled_tile
 from lora_kernels.tuning.config import TileConfig
 
 
@@ -28,19 +28,19 @@ def _scale_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_Z: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
 ):
     pid = tl.program_id(0)
     part = pid % split
     offs_n = pid // split * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    col = widen(offs_n, WIDE)
+    col = as_int64(offs_n, INT64)
     c = tl.load(c_ptr + offs_n, mask=mask_n, other=0.0)
     dc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     per_part = tl.cdiv(tl.cdiv(M, BLOCK_M), split) * BLOCK_M
     for m in range(part * per_part, min((part + 1) * per_part, M), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
-        row = widen(offs_m, WIDE)
+        row = as_int64(offs_m, INT64)
         mask = (offs_m < M)[:, None] & mask_n[None, :]
         dy_ptrs = dy_ptr + row[:, None] * stride_dm + col[None, :] * stride_dn
         dy = tl.load(dy_ptrs, mask=mask, other=0.0)
@@ -77,6 +77,6 @@ def scaled_gradient(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         HAS_Z=z is not None,
-        WIDE=needs_int64(dy, dz),
+        INT64=needs_int64(dy, dz),
     )
     return dz, None if parts is None else sum_partials(parts, parts.new_empty(N), config)

@@ -1,4 +1,4 @@
-"""The skinny product s = alpha·(mask∘x)·a in float32: one reading of x, split over K where M alone is too little work."""
+"""The low-rank product s = alpha·(mask∘x)·a in float32: one reading of x, split over K where M alone is too little work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_kernels.backends.triton.launch import (
     strides,
 )
 from lora_kernels.backends.triton.partials import sum_partials
-from lora_kernels.backends.triton.tiles import keep_tile, row_block, scale_value, widen
+from lora_kernels.backends.triton.tiles import as_int64, keep_tile, row_block, scale_value
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Scale
 from lora_kernels.tuning.config import TileConfig, rank_block
@@ -61,7 +61,7 @@ def _shrink_kernel(
     PRECISION: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
     DROPOUT: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
     GROUPED: tl.constexpr,
     ROUNDED: tl.constexpr,
     PDL: tl.constexpr,
@@ -90,10 +90,10 @@ def _shrink_kernel(
     k_start = part * per_part
     k_end = min(k_start + per_part, K)
     offs_k = tl.arange(0, BLOCK_K)
-    first_k = widen(k_start + offs_k, WIDE)
-    x_ptrs = x_ptr + widen(offs_m, WIDE)[:, None] * stride_xm + first_k[None, :] * stride_xk
-    a_ptrs = a_ptr + first_k[:, None] * stride_ak + widen(offs_r, WIDE)[None, :] * stride_ar
-    step = widen(tl.full((), BLOCK_K, tl.int32), WIDE)
+    first_k = as_int64(k_start + offs_k, INT64)
+    x_ptrs = x_ptr + as_int64(offs_m, INT64)[:, None] * stride_xm + first_k[None, :] * stride_xk
+    a_ptrs = a_ptr + first_k[:, None] * stride_ak + as_int64(offs_r, INT64)[None, :] * stride_ar
+    step = as_int64(tl.full((), BLOCK_K, tl.int32), INT64)
 
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if SQUARES:
@@ -225,7 +225,7 @@ def _shrink(
         PRECISION=shrink_precision(x.dtype, a.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
         DROPOUT=dropout is not None,
-        WIDE=needs_int64(x, a),
+        INT64=needs_int64(x, a),
         GROUPED=offsets is not None,
         ROUNDED=rounded is not None and split == 1,
         PDL=release and split == 1,

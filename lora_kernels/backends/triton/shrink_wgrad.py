@@ -1,4 +1,4 @@
-"""Both skinny products of the backward from one reading of dy: q = alpha·dy·b_t and dB = sᵀ·dy.
+"""Both low-rank products of the backward from one reading of dy: q = alpha·dy·b_t and dB = sᵀ·dy.
 
 A program takes one block of columns and one part of the rows. Its contribution to q is complete over its columns only, its
 contribution to dB over its rows only; both are float32 partial results, summed in index order afterwards. With DoRA's
@@ -20,7 +20,7 @@ from lora_kernels.backends.triton.launch import (
     needs_int64,
 )
 from lora_kernels.backends.triton.partials import sum_partials
-from lora_kernels.backends.triton.tiles import scaled_tile, widen
+from lora_kernels.backends.triton.tiles import as_int64, scaled_tile
 from lora_kernels.operands import Scale
 from lora_kernels.tuning.config import TileConfig, rank_block
 
@@ -53,7 +53,7 @@ def _shrink_wgrad_kernel(
     DB_PRECISION: tl.constexpr,
     SCALED: tl.constexpr,
     HAS_Z: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
 ):
     pid = tl.program_id(0)
     part = pid % split
@@ -62,8 +62,8 @@ def _shrink_wgrad_kernel(
     offs_r = tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     mask_r = offs_r < R
-    col = widen(offs_n, WIDE)
-    rank = widen(offs_r, WIDE)
+    col = as_int64(offs_n, INT64)
+    rank = as_int64(offs_r, INT64)
     b_ptrs = b_ptr + col[:, None] * stride_bn + rank[None, :] * stride_br
     b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
     if SCALED:
@@ -76,7 +76,7 @@ def _shrink_wgrad_kernel(
     for m in range(part * per_part, min((part + 1) * per_part, M), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
-        row = widen(offs_m, WIDE)
+        row = as_int64(offs_m, INT64)
         dy_ptrs = dy_ptr + row[:, None] * stride_dm + col[None, :] * stride_dn
         s_ptrs = s_ptr + row[:, None] * stride_sm + rank[None, :] * stride_sr
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
@@ -177,7 +177,7 @@ def _launch(
         DB_PRECISION=mixed_precision(dy.dtype, dtype),
         SCALED=c is not None,
         HAS_Z=z is not None,
-        WIDE=needs_int64(dy, b_t, s, db_parts, dz),
+        INT64=needs_int64(dy, b_t, s, db_parts, dz),
     )
     q = sum_partials(q_parts, dy.new_empty((M, R), dtype=torch.float32), config, alpha)
     db = sum_partials(db_parts, dy.new_empty((R, N), dtype=dtype), config)

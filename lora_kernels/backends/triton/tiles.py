@@ -5,9 +5,9 @@ import triton.language as tl
 
 
 @triton.jit
-def widen(offsets, WIDE: tl.constexpr):
+def as_int64(offsets, INT64: tl.constexpr):
     """`offsets` in int64 where an operand's extent passes 2³¹ elements: 32-bit products are cheaper everywhere else."""
-    if WIDE:
+    if INT64:
         return offsets.to(tl.int64)
     else:
         return offsets

@@ -1,4 +1,4 @@
-"""The tall-skinny reduction (mask∘left)ᵀ·right over M rows: dA = xᵀ·q and dB = sᵀ·dy, split over M in a fixed order.
+"""The tall reduction (mask∘left)ᵀ·right over M rows: dA = xᵀ·q and dB = sᵀ·dy, split over M in a fixed order.
 
 Over groups of rows there is one sum for each, of zeros for a group without rows.
 """
@@ -19,7 +19,7 @@ from lora_kernels.backends.triton.launch import (
     needs_int64,
 )
 from lora_kernels.backends.triton.partials import sum_partials
-from lora_kernels.backends.triton.tiles import keep_tile, rows_of, widen
+from lora_kernels.backends.triton.tiles import as_int64, keep_tile, rows_of
 from lora_kernels.dropout import Dropout
 from lora_kernels.tuning.config import TileConfig, rank_block
 
@@ -27,7 +27,7 @@ from lora_kernels.tuning.config import TileConfig, rank_block
 @triton.jit(do_not_specialize=["M", "split", "threshold", "groups"])
 def _wgrad_kernel(
     wide_ptr,  # [M, C]
-    thin_ptr,  # [M, R]
+    lowrank_ptr,  # [M, R]
     out_ptr,  # [split, C, R], or [split, groups, C, R], by the strides below
     seed_ptr,
     threshold,
@@ -50,7 +50,7 @@ def _wgrad_kernel(
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     DROPOUT: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
     GROUPED: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -61,8 +61,8 @@ def _wgrad_kernel(
     offs_r = pid % blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_c = offs_c < C
     mask_r = offs_r < R
-    col = widen(offs_c, WIDE)
-    rank = widen(offs_r, WIDE)
+    col = as_int64(offs_c, INT64)
+    rank = as_int64(offs_r, INT64)
 
     start_m, end_m = 0, M
     if GROUPED:
@@ -75,16 +75,16 @@ def _wgrad_kernel(
     for m in range(start_m, min(start_m + per_part, end_m), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < end_m
-        row = widen(offs_m, WIDE)
+        row = as_int64(offs_m, INT64)
         wide_ptrs = wide_ptr + row[:, None] * stride_wm + col[None, :] * stride_wc
-        thin_ptrs = thin_ptr + row[:, None] * stride_tm + rank[None, :] * stride_tr
+        lowrank_ptrs = lowrank_ptr + row[:, None] * stride_tm + rank[None, :] * stride_tr
         wide = tl.load(wide_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-        thin = tl.load(thin_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        lowrank = tl.load(lowrank_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         if DROPOUT:
             wide *= keep_tile(seed_ptr, threshold, offs_m, c_start, C, BLOCK_M, BLOCK_C).to(
                 wide.dtype
             )
-        acc = tl.dot(tl.trans(wide.to(thin.dtype)), thin, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(wide.to(lowrank.dtype)), lowrank, acc, input_precision=PRECISION)
 
     if WHOLE:
         acc *= keep_scale
@@ -109,8 +109,8 @@ def wgrad(
     """
     M = left.shape[0]
     wide_first = left_is_wide(left, right, dropout)
-    wide, thin = (left, right) if wide_first else (right, left)
-    C, R = wide.shape[1], thin.shape[1]
+    wide, lowrank = (left, right) if wide_first else (right, left)
+    C, R = wide.shape[1], lowrank.shape[1]
     split = min(config.split, max(1, cdiv(M, config.block_m)))
     block_r = rank_block(R, config.rank_chunk)
     mask = Mask.of(dropout)
@@ -124,7 +124,7 @@ def wgrad(
         config,
         left.device,
         wide,
-        thin,
+        lowrank,
         parts,
         *mask,
         split,
@@ -134,7 +134,7 @@ def wgrad(
         C,
         R,
         *wide.stride(),
-        *thin.stride(),
+        *lowrank.stride(),
         *((R, 1) if wide_first else (1, C)),
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_n,
@@ -142,7 +142,7 @@ def wgrad(
         WHOLE=split == 1,
         PRECISION=mixed_precision(wide.dtype, dtype),
         DROPOUT=dropout is not None,
-        WIDE=needs_int64(wide, thin, out),
+        INT64=needs_int64(wide, lowrank, out),
         GROUPED=offsets is not None,
     )
     return out if split == 1 else sum_partials(parts, out, config, keep_scale=mask.keep_scale)
