@@ -133,8 +133,7 @@ def _why_wrong(case: Case, name: str) -> str | None:
     try:
         found = _values(case.contenders[name].function, case.x)
         plain = _values(case.contenders[case.plain].function, case.x)
-        wide = case.x.detach().double().requires_grad_()
-        exact = _values(case.exact, wide)
+        exact = _values(case.exact, case.x.detach().double().requires_grad_())
         longest = max(case.problem.K, case.problem.N, case.problem.M)
         for place, each in enumerate(zip(found, exact, plain, strict=True)):
             relative_error(f"{name}: {'dx' if place == 0 else 'y'}", *each, longest)
@@ -150,7 +149,7 @@ def _values(function: Callable[[Tensor], Results], x: Tensor) -> list[Tensor]:
     return [dx, *(y.detach() for y in ys)]
 
 
-def _wide(layer: Layer) -> Layer:
+def _doubled(layer: Layer) -> Layer:
     weight, A, B = (t.detach().double() for t in (layer.weight, layer.A, layer.B))
     bias = None if layer.bias is None else layer.bias.double()
     return Layer(weight, bias, A, B, layer.alpha)
@@ -198,7 +197,7 @@ def _projections_case(
         built = [contenders.build("peft", layer) for layer in layers]
         theirs = tuple(t for one in built for t in one.trained)
         every["peft"] = Contender(lambda x: tuple(one.function(x) for one in built), theirs)
-    exact = each(contenders.reference, [_wide(layer) for layer in layers])
+    exact = each(contenders.reference, [_doubled(layer) for layer in layers])
     problem = Problem(M, sum(widths), K, RANK, dtype, dtype, device, bias=True)
     x, _ = contenders.make_input(problem)
     return Case(label, problem, x, every, exact, "reference")
@@ -243,7 +242,7 @@ def _adapters_case(length: int, device: str, dtype: str) -> Case:
     }
     if not left_out("adapters"):
         every["peft"] = _peft_adapters(weight, layers, index)
-    exact = by_adapter(contenders.reference, [_wide(y) for y in layers], weight.double())
+    exact = by_adapter(contenders.reference, [_doubled(y) for y in layers], weight.double())
     x, _ = contenders.make_input(one)
     x = x.detach().view(SAMPLES, length, N).requires_grad_()
     label = f"{ADAPTERS} adapters, {SAMPLES}x{length}"
