@@ -138,7 +138,7 @@ def test_shipped_configurations(target, part, form):
         main = main and config.block_m >= 64  # the rows of an instruction of sm_90 and sm_100
         if main and not any(op.startswith(MATRIX_UNIT.get(target, "HMMA")) for op in code.matrix):
             wrong.append(f"{what}: {dict(code.matrix)}, not {MATRIX_UNIT.get(target, 'HMMA')}")
-    assert len(every) >= 10 and not wrong, "\n".join(wrong)
+    assert len(every) >= 5 and not wrong, "\n".join(wrong)
 
 
 @triton.jit
