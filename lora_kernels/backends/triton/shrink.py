@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -160,6 +161,8 @@ def shrink(
 
 def shrink_squares(x: Tensor, a: Tensor, config: TileConfig) -> tuple[Tensor, Tensor]:
     """(x·a [M, R], the sums of x² over columns [M]), float32, from one reading of x for `config.rank_chunk` columns."""
+    if x.dtype == torch.float32 and a.shape[1] > 32:  # the squares take registers of their own
+        config = replace(config, block_m=16)
     split = _split(x, config)
     parts = x.new_empty((split, x.shape[0]), dtype=torch.float32)
     lowrank = _shrink(x, a, 1.0, config, None, None, False, parts, None)
