@@ -177,9 +177,9 @@ def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]
 
 
 def _best(kernel: str, problem: Problem, target: Target) -> TileConfig:
-    """The best shipped tile of `kernel` by the cost model; where none fits, the best of those that do not."""
+    """The best shipped tile of `kernel` by the cost model; where none fits, the first."""
     made = _shipped_tiles(kernel, problem, target)
-    fitting = [c for c in made if fits(c, problem, target) is None] or made
+    fitting = [c for c in made if fits(c, problem, target) is None] or made[:1]
     algorithm = next((name for name, main in MAIN_KERNEL.items() if main == kernel), None)
     if algorithm is None or len(fitting) == 1:
         return fitting[0]
