@@ -10,9 +10,9 @@ namespace {
 
 std::vector<at::Tensor> within_region(std::vector<at::Tensor> xs, const at::Tensor& weight,
                                       const at::Tensor& A, const at::Tensor& B) {
-  using Signature =
-      at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                 const std::optional<at::Tensor>&, double, double, int64_t, int64_t);
+  using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                               const at::Tensor&, const std::optional<at::Tensor>&, double, double,
+                               int64_t, int64_t, const std::optional<at::Tensor>&);
   const auto op = c10::Dispatcher::singleton()
                       .findSchemaOrThrow("lora_kernels_cpu::lora_linear", "")
                       .typed<Signature>();
@@ -20,7 +20,7 @@ std::vector<at::Tensor> within_region(std::vector<at::Tensor> xs, const at::Tens
   at::parallel_for(0, int64_t(xs.size()), 1, [&](int64_t begin, int64_t end) {
     TORCH_CHECK(at::in_parallel_region(), "this is no parallel region");
     for (int64_t i = begin; i < end; ++i)
-      ys[i] = op.call(xs[i], weight, A, B, std::nullopt, 0.5, 0.0, 0, 0);
+      ys[i] = op.call(xs[i], weight, A, B, std::nullopt, 0.5, 0.0, 0, 0, std::nullopt);
   });
   return ys;
 }
