@@ -937,13 +937,14 @@ class TestPackedWeights:
 def test_a_layer_over_bitsandbytes(kind):
     bnb = pytest.importorskip("bitsandbytes")
     torch.manual_seed(2)
-    options = (
-        {"compute_dtype": torch.float32} if kind == "Linear4bit" else {"has_fp16_weights": False}
-    )
+    options = {
+        "Linear4bit": {"compute_dtype": torch.float32, "quant_type": "nf4"},
+        "Linear8bitLt": {"has_fp16_weights": False},
+    }[kind]
     base = getattr(bnb.nn, kind)(128, 64, **options).to("cpu").requires_grad_(False)
     x = torch.randn(5, 128, requires_grad=True)
     layer = LinearWithLoRA(base, 4, 2.0, dora=True)
-    dense = bases.row_norms_on(base, torch.zeros(128, 4), torch.zeros(4, 64), 0.5)
+    dense = bases.row_norms_on(base, torch.zeros(128, 4), torch.zeros(4, 64), 2.0)
     assert torch.equal(layer.lora.magnitude, dense)
     torch.testing.assert_close(layer(x), base(x), rtol=2e-2, atol=2e-2)
     with torch.no_grad():
@@ -953,7 +954,7 @@ def test_a_layer_over_bitsandbytes(kind):
     y = layer(x)
     leaves = [x, layer.lora.A, layer.lora.B, layer.lora.magnitude]
     found = [y, *torch.autograd.grad(y.square().sum(), leaves)]
-    again = reference(x, weight.dense().float(), *leaves[1:3], 0.5, base.bias, leaves[3])
+    again = reference(x, weight.dense().float(), *leaves[1:3], 2.0, base.bias, leaves[3])
     exact = [again, *torch.autograd.grad(again.square().sum(), leaves)]
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
 

@@ -102,7 +102,7 @@ def test_a_tune_keeps_its_table(device, monkeypatch, tmp_path, capsys, error):
             return [10.0 + index for index, _ in enumerate(choices)]
 
     monkeypatch.setattr(tuning, "Product", Subject)
-    monkeypatch.setattr(tuning, "Narrow", Subject)
+    monkeypatch.setattr(tuning, "LowRank", Subject)
     file = tmp_path / "all.json"
     command = ["tune", "--shape", "64", "64", "64", "8", "--output", str(file)]
     stopped = isinstance(error, KeyboardInterrupt)

@@ -399,11 +399,10 @@ def bad(change):
     return model
 
 
-def rewrap(name, **options):
+def rewrap(name, in_features=8, **options):
     def change(model):
-        setattr(
-            model, name, LinearWithLoRA(nn.Linear(8, 4), **{"rank": 2, "alpha": 1.0, **options})
-        )
+        options_of = {"rank": 2, "alpha": 1.0, **options}
+        setattr(model, name, LinearWithLoRA(nn.Linear(in_features, 4), **options_of))
 
     return change
 
@@ -420,7 +419,7 @@ def rewrap(name, **options):
         (rewrap("k", dora=True), [GROUP], ValueError, "k must be a layer that can be fused, but it has DoRA"),
         (lambda m: m.v.register_forward_hook(print), [GROUP], ValueError, "v must be .* it has hooks"),
         (lambda m: m.v.lora.register_forward_hook(print), [GROUP], ValueError, "v must be .* hooks"),
-        (rewrap("v", K=9), [GROUP], ValueError, "v must have the in_features of q, 8, got 9"),
+        (rewrap("v", in_features=9), [GROUP], ValueError, "v must have the in_features of q, 8, got 9"),
         (lambda m: m.k.double(), [GROUP], ValueError, "k must have the dtype of q, torch.float32, got torch.float64"),
         (lambda m: m.k.lora.bfloat16(), [GROUP], ValueError, "k must have the adapter's dtype of q"),
         (lambda m: m.k.to("meta"), [GROUP], ValueError, "k must have the device of q, cpu, got meta"),

@@ -10,7 +10,7 @@ import torch
 from lora_kernels import selftest
 from lora_kernels.backends.device import current_target
 from lora_kernels.backends.triton.configs import shipped, tiles_for, tiles_of
-from lora_kernels.bench.tiles import Narrow, Product
+from lora_kernels.bench.tiles import LowRank, Product
 from lora_kernels.dropout import Dropout, keep_mask
 from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
@@ -73,7 +73,7 @@ def test_every_shipped_configuration_is_right(kernel, triton_backend):
             continue
         problem = replace(problem, dropout=False)
         if kernel in LOWRANK_KERNELS:
-            wrong = Narrow(problem, DEVICE).wrong(Choice.of(config.kernel, config))
+            wrong = LowRank(problem, DEVICE).wrong(Choice.of(config.kernel, config))
             failures += [f"{config} for {problem}: {wrong}"] if wrong else []
             continue
         algorithm = config.kernel

@@ -30,6 +30,8 @@ from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter.conftest import on_target
 from tests.planned import Planned
 
+# Of Triton's algorithms, what sm_80 has: the persistent product is for sm_90.
+ALGORITHMS = {each for each in configs.ALGORITHMS if each != "persistent"}
 ONE_READING_PAYS = products_module.one_reading_pays
 PROBLEM = Problem(16, 40, 72, 5, "float32", "float32", "cuda")
 
@@ -64,14 +66,14 @@ def test_candidates_are_right_and_become_the_table():
     assert [count for count, _ in kept] == [1, 2, 3, 4] and kept[-1][1] == len(told)
     assert failures == [] and {each["us"] for each in told} == {1.0}
     assert [entry.problem for entry in entries] == [*problems, *map(lowrank, problems)]
-    assert {each["algorithm"] for each in told} == {*configs.ALGORITHMS, *LOWRANK_KERNELS, "eager"}
+    assert {each["algorithm"] for each in told} == {*ALGORITHMS, *LOWRANK_KERNELS, "eager"}
     tables.save(entries, TARGETS["sm_80"])
     x, w, a, b = torch.randn(9, 72), torch.randn(40, 72).t(), torch.randn(72, 5), torch.randn(5, 40)
     products = Planned(backend_module.BACKEND, TARGETS["sm_80"])
     y, _ = products.shrink_expand(x, w, Adapter(a, b, 0.5))
     torch.testing.assert_close(y, x @ w + 0.5 * (x @ a @ b))
     for candidate in backend_module.BACKEND.candidates(PROBLEM, TARGETS["sm_80"]):
-        assert candidate.measured_us == 1.0
+        assert candidate.measured_us == (1.0 if candidate.name in ALGORITHMS else None)
 
 
 def test_a_wrong_candidate_does_not_count(monkeypatch):
@@ -194,7 +196,7 @@ def test_a_format_is_timed_as_a_call_computes_it():
         [problem], TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
     )
     assert not failures
-    assert entries[0].times.keys() == {*configs.ALGORITHMS, "eager"}
+    assert entries[0].times.keys() == {*ALGORITHMS, "eager"}
     assert "dequantise" in {config.kernel for config in entries[0].configs}
     tables.save(entries, TARGETS["sm_80"])
     assert tables.lookup(problem, TARGETS["sm_80"]).times == entries[0].times
