@@ -29,9 +29,16 @@ def small(monkeypatch):
         "ADAPTERS": 3,
         "SAMPLES": 6,
         "LENGTHS": (2,),
+        "DORA_ROWS": (5,),
+        "DORA_WIDTH": 24,
     }
     for name, value in sizes.items():
         monkeypatch.setattr(shared, name, value)
+
+
+def measured(preset, dtype, left_out):
+    (make,) = shared.cases(preset).values()
+    return shared.measure(make("cpu", dtype), QUICK, left_out)
 
 
 def contenders(rows, mode):
@@ -42,12 +49,13 @@ def contenders(rows, mode):
 @pytest.mark.parametrize("preset", shared.PRESETS)
 def test_every_contender_is_right_and_measured(preset, dtype):
     left_out = {}
-    rows = shared.measure(preset, "cpu", dtype, QUICK, left_out)
+    rows = measured(preset, dtype, left_out)
     assert not left_out
     expected = {
         "projections": {"frozen", "reference", "apart", "ours", "peft"},
         "experts": {"frozen", "peft", "peft, grouped_mm", "ours"},
         "adapters": {"frozen", "reference", "apart", "ours", "peft"},
+        "dora": {"frozen", "lora", "ours", "peft", "peft, lora"},
     }[preset]
     assert contenders(rows, "forward") == expected
     # PEFT does not train several adapters in one batch.
@@ -60,7 +68,7 @@ def test_a_wrong_result_of_ours_is_an_error(monkeypatch):
     right = shared.mixed_lora_linear
     monkeypatch.setattr(shared, "mixed_lora_linear", lambda *a: right(*a) * 1.01)
     with pytest.raises(RuntimeError, match="ours: dx is off"):
-        shared.measure("adapters", "cpu", "float32", QUICK, {})
+        measured("adapters", "float32", {})
 
 
 def test_a_wrong_result_of_a_rival_is_left_out(monkeypatch):
@@ -72,7 +80,7 @@ def test_a_wrong_result_of_a_rival_is_left_out(monkeypatch):
 
     monkeypatch.setattr(shared, "_peft_adapters", wrong)
     left_out = {}
-    rows = shared.measure("adapters", "cpu", "float32", QUICK, left_out)
+    rows = measured("adapters", "float32", left_out)
     assert "peft" not in contenders(rows, "forward") and "ours" in contenders(rows, "forward")
     ((what, reason),) = left_out.items()
     assert what.endswith(": peft") and "is off by" in reason

@@ -100,15 +100,21 @@ def _steps(
     for preset in order.shared:
         results.left_out.update(shared.left_out(preset))
         for dtype in order.dtypes:
-            what = f"{preset}, {dtype}"
-            rest = preset, order.device, dtype, order.effort, results.left_out
-            steps.append((what, what, partial(shared.measure, *rest)))
+            for label, make in shared.cases(preset).items():
+                what = f"{label}, {dtype}"
+                steps.append((what, what, partial(_shared_rows, make, dtype, order, results)))
     if "overhead" in order.suites:
         calls = partial(overhead.measure, order.device, order.effort, results.left_out)
         steps.append(("overhead of a call", "overhead of a call", calls))
     if "memory" in order.suites:
         steps.append(("memory", "memory", partial(_memory_rows, order, results, say)))
     return steps
+
+
+def _shared_rows(
+    make: Callable[[str, str], shared.Case], dtype: str, order: Order, results: Results
+) -> list[Row]:
+    return shared.measure(make(order.device, dtype), order.effort, results.left_out)
 
 
 def case_rows(

@@ -1,11 +1,13 @@
-"""The shared suite, against PEFT: projections that share x, experts that share a batch, adapters that share a weight.
+"""The shared suite, against PEFT: projections that share x, experts that share a batch, adapters that share a weight, DoRA.
 
 frozen             the layers without LoRA: the floor
 reference          the formula, one operation after the other
 peft               PEFT's layers; of experts with Transformers' "eager" loop
 peft, grouped_mm   PEFT's experts with Transformers' `grouped_mm`
+peft, lora         PEFT's layer without DoRA
 apart              `lora_linear` for each projection, or for each adapter's samples
-ours               `lora_projections`, experts after `accelerate`, `mixed_lora_linear`
+lora               `lora_linear` without DoRA
+ours               `lora_projections`, experts after `accelerate`, `mixed_lora_linear`, `lora_linear(magnitude=m)`
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +36,7 @@ from lora_kernels.mixed import mixed_lora_linear
 from lora_kernels.problem import Problem
 from lora_kernels.projections import Projection, lora_projections
 
-PRESETS = ("projections", "experts", "adapters")
+PRESETS = ("projections", "experts", "adapters", "dora")
 DTYPES = ("float32", "bfloat16")
 ROWS = (1, 16, 512)
 PROJECTIONS = {
@@ -44,6 +47,7 @@ RANK = 16
 EXPERTS, HIDDEN, INTERMEDIATE, SLOTS, EXPERT_RANK = 32, 512, 256, 4, 8
 TOKENS = (16, 256)
 WIDTH, ADAPTERS, SAMPLES = 768, 8, 16
+DORA_ROWS, DORA_WIDTH = (16, 512), 1024
 LENGTHS = (1, 32)  # rows of a sample, each of which has one of the adapters
 
 Results = tuple[Tensor, ...]
@@ -51,11 +55,15 @@ Results = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Contender:
-    """ys = function(x), and the tensors that are trained beside x; none where only the forward can be measured."""
+    """ys = function(x), and the tensors that are trained beside x.
+
+    `trains`: its step can be measured. `alike`: it computes what the case defines, and is checked.
+    """
 
     function: Callable[[Tensor], Results]
     trained: tuple[Tensor, ...] = ()
     trains: bool = True
+    alike: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,42 +78,43 @@ class Case:
     plain: str
 
 
-def measure(
-    preset: str, device: str, dtype: str, effort: Effort, left_out: dict[str, str]
-) -> list[Row]:
-    """The rows of a preset, each contender checked against float64 first. RuntimeError where ours is wrong."""
+def cases(preset: str) -> dict[str, Callable[[str, str], Case]]:
+    """What makes each case of a preset for a device and a dtype, by its label; none where `left_out` says why."""
+    return _CASES[preset]()
+
+
+def measure(case: Case, effort: Effort, left_out: dict[str, str]) -> list[Row]:
+    """The rows of a case, each contender checked against float64 first. RuntimeError where ours is wrong."""
     rows: list[Row] = []
-    for case in _CASES[preset](device, dtype):
-        for name in [*case.contenders]:
-            reason = _why_wrong(case, name)
-            if reason is not None and name in ("ours", "apart"):
-                raise RuntimeError(f"{case.label}: {reason}")
-            if reason is not None:
-                left_out[f"{case.label}: {name}"] = reason
-                del case.contenders[name]
-        for mode in MODES:
-            calls = {
-                name: _as_call(each, case.x, mode)
-                for name, each in case.contenders.items()
-                if each.trains or mode == "forward"
-            }
-            taken = interleaved(
-                calls, clock_for(device), seconds=effort.seconds, rounds=effort.rounds
+    for name in [*case.contenders]:
+        reason = _why_wrong(case, name)
+        if reason is not None and name in ("ours", "apart"):
+            raise RuntimeError(f"{case.label}: {reason}")
+        if reason is not None:
+            left_out[f"{case.label}: {name}"] = reason
+            del case.contenders[name]
+    clock = clock_for(case.problem.device)
+    for mode in MODES:
+        calls = {
+            name: _as_call(each, case.x, mode)
+            for name, each in case.contenders.items()
+            if each.trains or mode == "forward"
+        }
+        taken = interleaved(calls, clock, seconds=effort.seconds, rounds=effort.rounds)
+        rows += [
+            results.row(
+                *("shared", case.label, mode, name, taken, case.problem),
+                auto=True if name == "ours" else None,
             )
-            rows += [
-                results.row(
-                    *("shared", case.label, mode, name, taken, case.problem),
-                    auto=True if name == "ours" else None,
-                )
-                for name in taken
-            ]
+            for name in taken
+        ]
     return rows
 
 
 def left_out(preset: str) -> dict[str, str]:
     """What cannot be measured here, and why."""
-    needs = {"projections": ("peft",), "adapters": ("peft",), "experts": ("peft", "transformers")}
-    missing = [name for name in needs[preset] if importlib.util.find_spec(name) is None]
+    needs = ("peft", "transformers") if preset == "experts" else ("peft",)
+    missing = [name for name in needs if importlib.util.find_spec(name) is None]
     return {f"{preset}: peft": f"{' and '.join(missing)} is not installed"} if missing else {}
 
 
@@ -127,8 +136,8 @@ def _as_call(contender: Contender, x: Tensor, mode: str) -> Call:
 
 
 def _why_wrong(case: Case, name: str) -> str | None:
-    """What is wrong with a contender's results and dx, or None; the frozen layers compute something else."""
-    if name == "frozen":
+    """What is wrong with a contender's results and dx, or None."""
+    if not case.contenders[name].alike:
         return None
     try:
         found = _values(case.contenders[name].function, case.x)
@@ -167,12 +176,12 @@ def _trained(layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     return tuple(t for layer in layers for t in (layer.A, layer.B))
 
 
-def _projections(device: str, dtype: str) -> list[Case]:
-    return [
-        _projections_case(f"{label}, {M}", M, K, widths, device, dtype)
-        for label, (K, widths) in PROJECTIONS.items()
+def _projections() -> dict[str, Callable[[str, str], Case]]:
+    return {
+        f"{label}, {M}": partial(_projections_case, f"{label}, {M}", M, *sizes)
+        for label, sizes in PROJECTIONS.items()
         for M in ROWS
-    ]
+    }
 
 
 def _projections_case(
@@ -188,7 +197,7 @@ def _projections_case(
         return lambda x: tuple(function(x, layer) for layer in layers)
 
     every = {
-        "frozen": Contender(each(_frozen)),
+        "frozen": Contender(each(_frozen), alike=False),
         "reference": Contender(each(contenders.reference), _trained(layers)),
         "apart": Contender(each(_ours), _trained(layers)),
         "ours": Contender(lambda x: lora_projections(x, parts), _trained(layers)),
@@ -203,11 +212,12 @@ def _projections_case(
     return Case(label, problem, x, every, exact, "reference")
 
 
-def _adapters(device: str, dtype: str) -> list[Case]:
-    return [_adapters_case(length, device, dtype) for length in LENGTHS]
+def _adapters() -> dict[str, Callable[[str, str], Case]]:
+    labels = {f"{ADAPTERS} adapters, {SAMPLES}x{length}": length for length in LENGTHS}
+    return {label: partial(_adapters_case, label, length) for label, length in labels.items()}
 
 
-def _adapters_case(length: int, device: str, dtype: str) -> Case:
+def _adapters_case(label: str, length: int, device: str, dtype: str) -> Case:
     """Samples in any order, of which each has one of several adapters over one weight; PEFT's layer does not train them."""
     M, N = SAMPLES * length, WIDTH
     one = Problem(M, N, N, RANK, dtype, dtype, device)
@@ -233,7 +243,7 @@ def _adapters_case(length: int, device: str, dtype: str) -> Case:
         return computed
 
     every = {
-        "frozen": Contender(lambda x: (F.linear(x, weight),)),
+        "frozen": Contender(lambda x: (F.linear(x, weight),), alike=False),
         "reference": Contender(by_adapter(contenders.reference), _trained(layers)),
         "apart": Contender(by_adapter(_ours), _trained(layers)),
         "ours": Contender(
@@ -245,7 +255,6 @@ def _adapters_case(length: int, device: str, dtype: str) -> Case:
     exact = by_adapter(contenders.reference, [_doubled(y) for y in layers], weight.double())
     x, _ = contenders.make_input(one)
     x = x.detach().view(SAMPLES, length, N).requires_grad_()
-    label = f"{ADAPTERS} adapters, {SAMPLES}x{length}"
     return Case(label, replace(one, groups=ADAPTERS), x, every, exact, "reference")
 
 
@@ -287,26 +296,26 @@ class _Experts(nn.Module):
         return self.experts(x, index, weights)
 
 
-def _experts(device: str, dtype: str) -> list[Case]:
+def _experts() -> dict[str, Callable[[str, str], Case]]:
     if left_out("experts"):
-        return []
-    return [_experts_case(tokens, device, dtype) for tokens in TOKENS]
+        return {}
+    labels = {f"Qwen3-MoE, {tokens} tokens": tokens for tokens in TOKENS}
+    return {label: partial(_experts_case, label, tokens) for label, tokens in labels.items()}
 
 
-def _experts_case(tokens: int, device: str, dtype: str) -> Case:
+def _experts_case(label: str, tokens: int, device: str, dtype: str) -> Case:
     generator = torch.Generator().manual_seed(2)
     draws = [torch.randperm(EXPERTS, generator=generator)[:SLOTS] for _ in range(tokens)]
     index = torch.stack(draws).to(device)
     weights = torch.rand(tokens, SLOTS, generator=generator).to(device, getattr(torch, dtype))
     x = torch.randn(tokens, HIDDEN, generator=generator).to(weights).requires_grad_()
 
-    def contender(model: Any, weights: Tensor = weights) -> Contender:
-        trained = tuple(p for name, p in model.named_parameters() if "lora_" in name)
-        return Contender(lambda x: (model(x, index, weights),), trained)
+    def contender(model: Any, weights: Tensor = weights, alike: bool = True) -> Contender:
+        return Contender(lambda x: (model(x, index, weights),), _lora_of(model), alike=alike)
 
     loop, grouped = (_expert_model(name, device, dtype) for name in ("eager", "grouped_mm"))
     every = {
-        "frozen": contender(_expert_model("grouped_mm", device, dtype).unload()),
+        "frozen": contender(_expert_model("grouped_mm", device, dtype).unload(), alike=False),
         "peft": contender(loop),
         "peft, grouped_mm": contender(grouped),
         "ours": contender(_accelerated(_expert_model("grouped_mm", device, dtype))),
@@ -314,7 +323,7 @@ def _experts_case(tokens: int, device: str, dtype: str) -> Case:
     exact = contender(copy.deepcopy(loop).double(), weights.double()).function
     sizes = tokens * SLOTS, 2 * INTERMEDIATE, HIDDEN, EXPERT_RANK
     problem = Problem(*sizes, dtype, dtype, device, groups=EXPERTS, weights=EXPERTS)
-    return Case(f"Qwen3-MoE, {tokens} tokens", problem, x, every, exact, "peft")
+    return Case(label, problem, x, every, exact, "peft")
 
 
 def _expert_model(implementation: str, device: str, dtype: str) -> Any:
@@ -334,6 +343,10 @@ def _expert_model(implementation: str, device: str, dtype: str) -> Any:
     return get_peft_model(base.to(device, kind), config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
 
 
+def _lora_of(model: nn.Module) -> tuple[Tensor, ...]:
+    return tuple(p for name, p in model.named_parameters() if "lora_" in name)
+
+
 def _accelerated(model: Any) -> Any:
     from lora_kernels.integrations.peft import accelerate
 
@@ -341,8 +354,58 @@ def _accelerated(model: Any) -> Any:
     return model
 
 
-_CASES: dict[str, Callable[[str, str], list[Case]]] = {
+def _dora() -> dict[str, Callable[[str, str], Case]]:
+    if left_out("dora"):
+        return {}
+    labels = {f"DoRA of {DORA_WIDTH}, {M}": M for M in DORA_ROWS}
+    return {label: partial(_dora_case, label, M) for label, M in labels.items()}
+
+
+def _dora_case(label: str, M: int, device: str, dtype: str) -> Case:
+    problem = Problem(M, DORA_WIDTH, DORA_WIDTH, RANK, dtype, dtype, device, bias=True)
+    layer = contenders.make_layer(problem)
+    x, _ = contenders.make_input(problem)
+    plain: Any = contenders.build("peft", layer).function
+    theirs = _peft_dora(plain.base_layer, layer)
+    magnitude = theirs.lora_magnitude_vector["default"].weight
+    with torch.no_grad():  # c is not 1
+        magnitude.mul_(torch.linspace(0.5, 2.0, DORA_WIDTH).to(magnitude))
+    m = magnitude.detach().clone().requires_grad_()
+    operands = layer.weight, layer.A, layer.B, layer.alpha, layer.bias
+
+    def contender(model: nn.Module, alike: bool = True) -> Contender:
+        return Contender(lambda x: (model(x),), _lora_of(model), alike=alike)
+
+    every = {
+        "frozen": Contender(lambda x: (_frozen(x, layer),), alike=False),
+        "lora": Contender(lambda x: (_ours(x, layer),), (layer.A, layer.B), alike=False),
+        "ours": Contender(
+            lambda x: (lora_linear(x, *operands, magnitude=m),), (layer.A, layer.B, m)
+        ),
+        "peft": contender(theirs),
+        "peft, lora": contender(plain, alike=False),
+    }
+    exact = contender(copy.deepcopy(theirs).double()).function
+    return Case(label, problem, x, every, exact, "peft")
+
+
+def _peft_dora(base: nn.Module, layer: Layer) -> Any:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    alpha: Any = layer.alpha * RANK
+    model = nn.Sequential(base)
+    inject_adapter_in_model(
+        LoraConfig(r=RANK, lora_alpha=alpha, target_modules=["0"], use_dora=True), model
+    )
+    inner: Any = model[0]
+    inner.lora_A["default"].weight = nn.Parameter(layer.A.detach().t().contiguous())
+    inner.lora_B["default"].weight = nn.Parameter(layer.B.detach().t().contiguous())
+    return inner
+
+
+_CASES: dict[str, Callable[[], dict[str, Callable[[str, str], Case]]]] = {
     "projections": _projections,
     "experts": _experts,
     "adapters": _adapters,
+    "dora": _dora,
 }
