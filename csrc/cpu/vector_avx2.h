@@ -1,6 +1,6 @@
 // Eight floats in a register of AVX2 with FMA and F16C.
 struct Vector {
-  static constexpr int LANES = 8, TILE_ROWS = 6, DOT_ROWS = 3, DOT_COLS = 4;
+  static constexpr int LANES = 8, TILE_ROWS = 6, DOT_ROWS = 4, DOT_COLS = 3;
   __m256 v;
 
   static Vector zero() { return {_mm256_setzero_ps()}; }
