@@ -14,9 +14,10 @@
 namespace lora_kernels {
 namespace {
 
-// From so many rows on one shrink by all A side by side is faster: at 512 rows of 768 and three
-// ranks of 16 float32 306 us against 516, of 8 318 against 323 (AMD Zen 3, 2 threads, 2026-11).
-constexpr int64_t ROWS_BESIDE = 512;
+// From so many rows and ranks on one shrink by all A side by side is faster: at 512 rows of 2048
+// and three ranks of 16 float32 726 us against 842, of 32 1308 against 1393, but of 8 531 against
+// 480 (AMD Zen 3, 2 threads, 2026-11).
+constexpr int64_t ROWS_BESIDE = 512, MEAN_RANK_BESIDE = 9;
 // Likewise all dA in one reduction, by elements of x: 2^20 and ranks of 8 980 us against 1165, but
 // 364 against 292 at 512 rows of 768.
 constexpr int64_t X_BESIDE = 1 << 20;
@@ -82,7 +83,7 @@ Tensor projections_shrink(at::TensorList any_x, at::TensorList any_a, at::ArrayR
   const int64_t M = x[0].size(0), P = a.count(), R = a.cols();
   const Masks masks(P, threshold, seed, keep_scale, x[0].size(1));
   Tensor s = at::empty({M, R}, x[0].options().dtype(at::kFloat));
-  if (x.count() == 1 && M >= ROWS_BESIDE && !masks.any()) {
+  if (x.count() == 1 && M >= ROWS_BESIDE && R >= MEAN_RANK_BESIDE * P && !masks.any()) {
     std::vector<float> factors;
     for (int64_t p = 0; p < P; ++p) factors.insert(factors.end(), a[p].size(1), float(scale[p]));
     const Tensor whole = a.beside();
