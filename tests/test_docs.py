@@ -150,6 +150,42 @@ def speeds(rows, other, **where):
     ]
 
 
+def prices_of(preset):
+    """The time of ours over each rival's, by case and mode."""
+    times = {}
+    for row in json.loads((RESULTS / f"cpu-zen3-{preset}.json").read_text())["rows"]:
+        times.setdefault((row["case"], row["mode"]), {})[row["contender"]] = row["value"]
+    return {
+        case: {name: f"{of['ours'] / us:.2f}" for name, us in of.items()}
+        for case, of in times.items()
+    }
+
+
+def test_the_pages_give_what_the_shared_presets_measured():
+    pages = {
+        "experts": ("docs/experts.md", ("peft, grouped_mm", "peft", "frozen")),
+        "adapters": ("docs/experts.md", ("apart", "reference", "peft", "frozen")),
+        "projections": ("docs/grouped.md", ("apart", "peft", "frozen")),
+    }
+    for preset, (page, rivals) in pages.items():
+        words = words_of(page)
+        for (_, mode), price in prices_of(preset).items():
+            how = "forward and backward" if mode == "step" else "forward"
+            row = " | ".join([how, *(price.get(name, "") for name in rivals)])
+            assert f"| {row} |".replace("  ", " ") in words, (preset, row)
+    block, dora = prices_of("experts"), prices_of("dora")
+    tokens = [block[f"Qwen3-MoE, {n} tokens", "step"]["peft, grouped_mm"] for n in (16, 256)]
+    rows = [dora[f"DoRA of 1024, {n}", "step"] for n in (16, 512)]
+    for price, n in zip(rows, (16, 512), strict=True):
+        assert f"| {n} | {price['peft']} | {price['lora']} | {price['peft, lora']} |" in words_of(
+            "docs/dora.md"
+        )
+    assert (
+        f"takes {tokens[0]} of PEFT's time by `grouped_mm`, its faster form, at 16 tokens and {tokens[1]} at 256, "
+        f"and one of a [DoRA layer](docs/dora.md#what-it-costs) {rows[0]['peft']} at 16 rows and {rows[1]['peft']} at 512."
+    ) in words_of("README.md")
+
+
 def test_what_the_readme_says_of_the_grid_is_in_its_file():
     """Each number is that of the contender that the sentence names."""
     rows = json.loads((RESULTS / "amd-epyc-grid.json").read_text())["rows"]
