@@ -248,14 +248,39 @@ def test_contenders_compute_the_formula(name, problem):
     assert 0 < oracle.check(name, contenders.build(name, layer)) < 0.1
 
 
-def test_two_kernels_are_formulas_over_the_forced_triton_algorithm(monkeypatch):
+@pytest.mark.parametrize("name", contenders.FORCED)
+def test_forced_algorithms_are_formulas_over_tritons_plan(name, monkeypatch):
     asked = []
     planned = contenders.plan.explain(PROBLEM, "eager")
     monkeypatch.setattr(contenders.plan, "explain", lambda *facts: asked.append(facts) or planned)
     layer, (x, dy) = contenders.make_layer(PROBLEM), contenders.make_input(PROBLEM)
-    check.Oracle(layer, x, dy).check("two_kernel", contenders.build("two_kernel", layer))
-    assert asked and {facts[1:] for facts in asked} == {("triton", "two_kernel")}
+    check.Oracle(layer, x, dy).check(name, contenders.build(name, layer))
+    assert asked and {facts[1:] for facts in asked} == {("triton", name)}
     assert all(replace(facts[0], bias=PROBLEM.bias) == PROBLEM for facts in asked)
+
+
+def test_a_loop_is_the_frozen_layer(monkeypatch):
+    """By the products of any plan; it has no backward, and is no rival."""
+    planned = contenders.plan.explain(PROBLEM, "eager")
+    with monkeypatch.context() as patch:
+        patch.setattr(contenders.plan, "explain", lambda *facts: planned)
+        layer, (x, _) = contenders.make_layer(PROBLEM), contenders.make_input(PROBLEM)
+        y = contenders.build("loop", layer).function(x)
+        torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.weight, layer.bias))
+    monkeypatch.setattr(contenders, "left_out", lambda name, problem: None)
+    monkeypatch.setattr(linear, "clock_for", lambda *rest: clock.HostClock())
+    notes = {}
+    case = linear.Case("case", PROBLEM, "step")
+    linear.measure(case, ("loop",), linear.Effort(0.0, (1, 1)), {}, notes)
+    assert notes == {"loop": "measured forward only"}
+    rows = [
+        Row(
+            "linear", "c", "forward", name, "us", 1.0, 1.0, 1.0, 1, auto=name == "ours[cpu]" or None
+        )
+        for name in ("frozen", "loop", "ours[cpu]", "addmm")
+    ]
+    results = Results({}, {}, "", "", "", {}, rows=rows)
+    assert [other.contender for _, other in report.pairs(results)] == ["addmm"]
 
 
 @pytest.mark.parametrize("name", ["peft", "dense", "ours[eager]", "ours[cpu]"])
@@ -301,7 +326,8 @@ def test_the_codes_of_nf4_are_bitsandbytes_own():
 def test_names_are_checked():
     with pytest.raises(ValueError, match="contender must be one of"):
         contenders.build("fastest", contenders.make_layer(PROBLEM))
-    assert "cuda only" in contenders.left_out("two_kernel", PROBLEM)
+    for name in ("loop", *contenders.FORCED):
+        assert "cuda only" in contenders.left_out(name, PROBLEM)
     assert "cuda tensors only" in contenders.left_out("ours[triton]", PROBLEM)
 
 

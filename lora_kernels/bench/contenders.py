@@ -7,6 +7,8 @@ addmm         the product, then addmm_ of the low-rank one onto it, gradients by
 peft          PEFT's layer, over bitsandbytes' Linear4bit where the weight is nf4
 dense         this package's layer over the dense weight, where the problem's is quantised
 two_kernel    this package's Triton kernels, forced into shrink and product: what published fused kernels do
+persistent    likewise, forced into the persistent product
+loop          the frozen layer by Triton's product, without LoRA: what its loop reaches of the vendor's; forward only
 ours[NAME]    `lora_linear` with that backend
 
 Where the weight is quantised, what reads no packed weight has it dequantised, once, before it is measured.
@@ -19,6 +21,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,14 +31,16 @@ from torch import Tensor, nn
 from lora_kernels import autograd, backends, plan
 from lora_kernels.autograd import Call
 from lora_kernels.functional import lora_linear
-from lora_kernels.operands import QuantizedWeight, problem_of
+from lora_kernels.operands import Adapter, QuantizedWeight, problem_of
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.quantized import BLOCK, BLOCK2
 from lora_kernels.samples import sample
 
 Function = Callable[[Tensor], Tensor]
 OURS = tuple(f"ours[{name}]" for name in backends.BACKENDS)
-NAMES = ("frozen", "reference", "compiled", "addmm", "peft", "dense", "two_kernel", *OURS)
+FLOORS = ("frozen", "loop")  # without LoRA
+FORCED = ("two_kernel", "persistent")  # algorithms of Triton's
+NAMES = ("frozen", "loop", "reference", "compiled", "addmm", "peft", "dense", *FORCED, *OURS)
 BACKENDS_ON = {"cpu": ("eager", "cpu"), "cuda": ("eager", "triton", "cuda")}
 
 
@@ -119,13 +124,13 @@ def left_out(name: str, problem: Problem) -> str | None:
         return "the weight is dense"
     if name == "compiled" and problem.device == "cpu" and shutil.which("c++") is None:
         return "torch.compile needs a C++ compiler"
-    if name == "two_kernel" and problem.device != "cuda":
+    if name in ("loop", *FORCED) and problem.device != "cuda":
         return "measured on cuda only"
     try:
         if name in OURS:
             plan.explain(problem, name.removeprefix("ours[").removesuffix("]"))
-        elif name == "two_kernel":
-            plan.explain(problem, "triton", name)
+        elif name in ("loop", *FORCED):
+            plan.explain(problem, "triton", "two_kernel" if name == "loop" else name)
     except RuntimeError as error:
         return str(error).rpartition(": ")[2]
     return None
@@ -235,16 +240,28 @@ def _bitsandbytes_base(layer: Layer) -> Any:
     return base
 
 
-def _two_kernel(layer: Layer) -> Built:
+def _forced(algorithm: str, layer: Layer) -> Built:
     def function(x: Tensor) -> Tensor:
         problem = problem_of(x, layer.weight, layer.A, layer.bias, dropout=False)
-        call = Call("triton", plan.explain(problem, "triton", "two_kernel"))
+        call = Call("triton", plan.explain(problem, "triton", algorithm))
         y, _ = autograd.apply(
             x, layer.weight, layer.A, layer.B, layer.bias, layer.alpha, 0.0, None, call
         )
         return y
 
     return Built(function, (layer.A, layer.B))
+
+
+def _loop(layer: Layer) -> Built:
+    nothing = Adapter(layer.A.detach()[:, :0], layer.B.detach()[:0], 0.0)
+
+    def function(x: Tensor) -> Tensor:
+        problem = problem_of(x, layer.weight, layer.A, layer.bias, dropout=False)
+        products = plan.explain(problem, "triton", "two_kernel").products
+        s = x.new_empty((x.shape[0], 0), dtype=torch.float32)
+        return products.expand(x, layer.weight.t(), s, nothing, layer.bias)
+
+    return Built(function, ())
 
 
 _BUILDERS: dict[str, Callable[[Layer], Built]] = {
@@ -256,5 +273,6 @@ _BUILDERS: dict[str, Callable[[Layer], Built]] = {
     "dense": lambda layer: Built(
         lambda x: _ours(x, replace(layer, packed=None), "auto"), (layer.A, layer.B)
     ),
-    "two_kernel": _two_kernel,
+    "loop": _loop,
+    **{algorithm: partial(_forced, algorithm) for algorithm in FORCED},
 }

@@ -17,6 +17,8 @@ _COLOURS = {
     "addmm": "#f2b134",
     "peft": "#e57373",
     "two_kernel": "#4db6ac",
+    "persistent": "#00796b",
+    "loop": "#d0d4d9",
     "ours[eager]": "#64b5f6",
     "ours[cpu]": "#1a73e8",
     "ours[triton]": "#1a73e8",

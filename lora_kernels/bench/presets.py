@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lora_kernels.bench.contenders import FORCED
 from lora_kernels.bench.linear import Case
 from lora_kernels.problem import Problem
 
@@ -41,7 +42,7 @@ MODELS = {
     ),
 }
 PRESETS = (*MODELS, "laptop", "grid", "gpu", "nf4", "quick")
-ALL = ("frozen", "reference", "compiled", "addmm", "peft", "two_kernel", "ours")
+ALL = ("frozen", "loop", "reference", "compiled", "addmm", "peft", *FORCED, "ours")
 GRID_NAMES = ("frozen", "reference", "addmm", "ours")
 NF4_NAMES = ("frozen", "reference", "dense", "peft", "ours")
 GRID_ROWS = (1, 16, 128, 512, 2048)

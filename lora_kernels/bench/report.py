@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_kernels import backends
 from lora_kernels.backends.base import fastest
+from lora_kernels.bench.contenders import FLOORS, FORCED
 from lora_kernels.bench.results import Results, Row
 from lora_kernels.tuning import cost
 from lora_kernels.tuning.targets import target_of
@@ -17,7 +18,7 @@ LOSS = 1.05  # slower than another by more than this is listed
 _MODE = {"forward": "forward", "step": "forward + backward"}
 _UNITS = ((1e6, "s"), (1e3, "ms"), (1.0, "µs"))
 _LONG = 48  # rows of a table that is folded
-_PREDICTED = ("frozen", "reference", "addmm", "ours[eager]", "two_kernel", "ours[triton]")
+_PREDICTED = ("frozen", "reference", "addmm", "ours[eager]", *FORCED, "ours[triton]")
 
 
 def markdown(runs: dict[str, tuple[Results, Sequence[Path]]]) -> str:
@@ -48,14 +49,14 @@ def plain_table(results: Results) -> str:
 
 
 def pairs(results: Results) -> list[tuple[Row, Row]]:
-    """(our row that "auto" takes, another row) of every contender in linear and shared cases but the frozen layer."""
+    """(our row that "auto" takes, another row) of every contender in linear and shared cases but what has no LoRA."""
     return [
         (ours, other)
         for suite in ("linear", "shared")
         for rows in groups(results.of(suite=suite))
         for ours in rows
         for other in rows
-        if ours.auto and other is not ours and other.contender != "frozen"
+        if ours.auto and other is not ours and other.contender not in FLOORS
     ]
 
 
