@@ -32,7 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--contender", action="append", choices=(*contenders.NAMES, "ours"), help="repeatable")
     add("--suite", action="append", choices=runner.SUITES, help="repeatable (default: by preset)")
     add("--seconds", type=float, default=1.0, help="of measuring each case (default: 1)")
-    add("--rounds", type=int, default=7, help="of each case at least (default: 7)")
+    add(
+        "--rounds",
+        type=int,
+        default=7,
+        help="of each case at least (default: 7; 3 of one that takes more than 20 seconds)",
+    )
     add("--cold", action="store_true", help="GPU: overwrite L2 before every call")
     add("--graph", action="store_true", help="GPU: replay a captured graph")
     add("--output", type=Path, help="a folder, or a file named .json, for the results")
