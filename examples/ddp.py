@@ -32,6 +32,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps must be positive, got {options.steps}")
     rank, ranks, device = start()
 
     torch.manual_seed(0)  # the same model and the same data on every rank
@@ -59,6 +61,9 @@ def main():
         if rank == 0 and (step % 10 == 0 or step == options.steps - 1):
             print(f"step {step:3}  loss {loss.item() / ranks:.4f}")
     dist.barrier()  # nobody leaves while another still speaks to it
+    del (
+        parallel
+    )  # before its process group: the two, taken down at once at exit, can wait for each other
     dist.destroy_process_group()
 
 

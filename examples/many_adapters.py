@@ -34,6 +34,8 @@ def main():
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--output", type=Path, default=Path("demo/many_adapters"))
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps must be positive, got {options.steps}")
 
     model, teacher = make_model(), make_model()
     for rank, name in enumerate(TASKS, start=4):

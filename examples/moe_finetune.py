@@ -8,6 +8,7 @@ experts' two stacks of weights and on the attention; `accelerate` is the one lin
 
 import argparse
 import time
+from statistics import median
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -41,36 +42,47 @@ def make_model():
     return get_peft_model(Qwen3MoeForCausalLM(config), adapters)
 
 
-def train(model, tokens, steps):
-    """(Losses, milliseconds of the median step)."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses, times = [], []
-    for _ in range(steps):
+class Run:
+    """A model in training: its losses and the seconds of its steps."""
+
+    def __init__(self, model):
+        self.model, self.losses, self.times = model, [], []
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-2)
+
+    def step(self, tokens):
         start = time.perf_counter()
-        loss = model(input_ids=tokens, labels=tokens).loss
-        optimizer.zero_grad()
+        loss = self.model(input_ids=tokens, labels=tokens).loss
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        times.append(time.perf_counter() - start)
-    return losses, 1e3 * sorted(times)[len(times) // 2]
+        self.optimizer.step()
+        self.losses.append(loss.item())
+        self.times.append(time.perf_counter() - start)
+
+    def milliseconds(self):
+        return 1e3 * median(self.times)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps must be positive, got {options.steps}")
     tokens = torch.tensor(list(TEXT.encode())).view(4, -1)
 
-    plain, model = make_model(), make_model()
+    plain, ours = Run(make_model()), Run(make_model())
+    model = ours.model
     print(accelerate(model))
-    expected, plain_ms = train(plain, tokens, options.steps)
-    losses, ms = train(model, tokens, options.steps)
-    for step in (0, options.steps - 1):
-        print(f"step {step:3}  loss {losses[step]:.4f}")
-    gap = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    for step in range(options.steps):
+        plain.step(tokens)
+        ours.step(tokens)
+        if step in (0, options.steps - 1):
+            print(f"step {step:3}  loss {ours.losses[step]:.4f}")
+    gap = max(abs(a - b) for a, b in zip(ours.losses, plain.losses, strict=True))
     print(
-        f"losses differ from PEFT's by {gap:.1e}; a step takes {ms:.0f} ms, PEFT's {plain_ms:.0f}"
+        f"losses differ from PEFT's by {gap:.1e}; a step takes {ours.milliseconds():.0f} ms, "
+        f"PEFT's {plain.milliseconds():.0f}"
     )
 
     model.eval()

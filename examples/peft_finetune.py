@@ -63,6 +63,8 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--output", type=Path, default=Path("demo/peft_adapter"))
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps must be positive, got {options.steps}")
     name = options.model or packaged_model()
 
     torch.manual_seed(0)

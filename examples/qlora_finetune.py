@@ -85,6 +85,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps must be positive, got {options.steps}")
 
     words, held_out = demo.load_words()
     peft = Run(demo.load_model(with_peft))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,7 @@ def _check_fits(name: str, module: nn.Module, parents: list[nn.Module], adapter:
         raise ValueError(
             f"the file's layer {name!r} must be a Linear of the model, which has a {type(linear).__name__}"
         )
-    for parent in parents:
-        if isinstance(parent, nn.MultiheadAttention) or has_lora(parent):
-            raise ValueError(
-                f"the file's layer {name!r} must be called as a module, but {type(parent).__name__} "
-                "reads its weight or has an adapter of its own"
-            )
+    check_called(name, parents)
     if layer is not None and layer.merged:
         raise ValueError(f"layer {name!r} must not be merged: unmerge_lora(model) before loading")
     if layer is not None and (layer.lora.magnitude is None) != (adapter.magnitude is None):
@@ -155,14 +151,29 @@ def _check_fits(name: str, module: nn.Module, parents: list[nn.Module], adapter:
         )
 
 
+def check_called(name: str, parents: Iterable[nn.Module]) -> None:
+    """ValueError where one of its parents does not call the module that a file's layer belongs to."""
+    for parent in parents:
+        if isinstance(parent, nn.MultiheadAttention) or has_lora(parent):
+            raise ValueError(
+                f"the file's layer {name!r} must be called as a module, but {type(parent).__name__} "
+                "reads its weight or has an adapter of its own"
+            )
+
+
+def dtype_over(linear: nn.Module, adapter: Adapter) -> torch.dtype | None:
+    """That of a layer for this adapter: float32 on a half base unless the file has the base's dtype; None: the base's."""
+    stored, base = torch.promote_types(adapter.A.dtype, adapter.B.dtype), linear.weight.dtype
+    narrows = base in (torch.float16, torch.bfloat16) and stored != base
+    return torch.float32 if narrows else None
+
+
 def _copied(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach().clone()
 
 
 def _wrapper(linear: nn.Module, adapter: Adapter) -> LinearWithLoRA:
-    """A layer over `linear` for this adapter; float32 on a half base unless the file has the base's dtype."""
-    stored, base = torch.promote_types(adapter.A.dtype, adapter.B.dtype), linear.weight.dtype
-    narrows = base in (torch.float16, torch.bfloat16) and stored != base
+    """A layer over `linear` for this adapter."""
     return LinearWithLoRA(
         linear,
         adapter.A.shape[1],
@@ -170,7 +181,7 @@ def _wrapper(linear: nn.Module, adapter: Adapter) -> LinearWithLoRA:
         scaling="alpha/sqrt(rank)" if adapter.rslora else "alpha/rank",
         dropout=adapter.dropout,
         dora=adapter.magnitude is not None,
-        dtype=torch.float32 if narrows else None,
+        dtype=dtype_over(linear, adapter),
     )
 
 

@@ -15,12 +15,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from lora_kernels.bases import adapter_dtype, features, is_linear, is_quantized
 from lora_kernels.functional import lora_linear
 from lora_kernels.grouped import grouped_lora_linear
-from lora_kernels.modules import LoRALayer, is_plain
+from lora_kernels.modules import LoRALayer, OverLinear, is_plain
 from lora_kernels.operands import Adapter, Scale, Weight, accumulated
 from lora_kernels.routing import sorted_by_group
 
 BASE = "__base__"  # the name, as in PEFT, of no adapter at all
 _NONE = -1  # its index
+_TAKEN = nn.ModuleDict()  # whose attributes are no names of adapters
 
 
 def mixed_lora_linear(
@@ -41,6 +42,10 @@ def mixed_lora_linear(
 
     ValueError for an index without an adapter; in a tensor that is not on a CPU it means the base alone.
     """
+    if x.ndim < 2:
+        raise ValueError(
+            f"x must be [S, ..., K], a row or more for each sample, got {list(x.shape)}"
+        )
     S, *lead, K = x.shape
     ids: Any
     if isinstance(index, Tensor):
@@ -131,7 +136,7 @@ def _stacked(parts: list[Adapter], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return A, B, torch.tensor(scales, dtype=dtype_of_sums, device=x.device)
 
 
-class LinearWithAdapters(nn.Module):
+class LinearWithAdapters(OverLinear):
     """A Linear with several adapters by name, of which each sample of a batch has one or none, in one product.
 
     `linear` is an nn.Linear or Transformers' Conv1D and stays the same object; `adapters` holds a `LoRALayer` for each name.
@@ -143,7 +148,6 @@ class LinearWithAdapters(nn.Module):
     torch.Size([3, 6])
     """
 
-    linear: Any
     adapters: nn.ModuleDict
 
     def __init__(self, linear: nn.Module) -> None:
@@ -201,6 +205,8 @@ class LinearWithAdapters(nn.Module):
         or a place that there is not, and where nothing is given or selected.
         """
         adapters = self.selected if adapters is None else adapters
+        if not x.ndim:
+            raise ValueError(f"x must be [S, ..., in], got {list(x.shape)}")
         if adapters is None:
             raise ValueError("adapters must be given, or selected by select_adapters(model, names)")
         index: Any = adapters
@@ -260,3 +266,5 @@ def check_name(name: str) -> None:
     """ValueError unless an adapter can have this name."""
     if not isinstance(name, str) or not name or "." in name or name == BASE:
         raise ValueError(f"name must be a string without dots other than {BASE!r}, got {name!r}")
+    if hasattr(_TAKEN, name):
+        raise ValueError(f"name must not be an attribute of nn.ModuleDict, got {name!r}")

@@ -11,9 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import adapter_file
+from lora_kernels.adapters import check_called, dtype_over
 from lora_kernels.bases import features, is_linear
 from lora_kernels.mixed import BASE, LinearWithAdapters, check_name
-from lora_kernels.modules import Place, check_lora, check_model, linear_places, put
+from lora_kernels.modules import (
+    Place,
+    check_lora,
+    check_model,
+    linear_places,
+    put,
+    put_wrappers,
+    rename_tied,
+)
 
 
 class _Layer(NamedTuple):
@@ -59,8 +68,16 @@ def add_adapter(
     layers = _layers_for(places)
     for layer in layers.values():
         layer.add_adapter(name, rank, alpha, scaling=scaling, dropout=dropout, dtype=dtype)
-    put([(label, parent, key, layers[child]) for label, parent, key, child in places])
+    _put(model, places, layers)
     return [label for label, *_ in places]
+
+
+def _put(
+    model: nn.Module, places: list[Place], layers: dict[nn.Module, LinearWithAdapters]
+) -> None:
+    """Put the layers in the places of the Linears that they are over."""
+    new = [place for place in places if layers[place[3]] is not place[3]]
+    put_wrappers(model, [(label, parent, key, layers[child]) for label, parent, key, child in new])
 
 
 def _layers_for(places: list[Place]) -> dict[nn.Module, LinearWithAdapters]:
@@ -82,13 +99,17 @@ def remove_adapter(model: nn.Module, name: str) -> list[str]:
     for layer in having:
         layer.remove_adapter(name)
         layer.selected = None
-    bare = [
-        (key, parent, key, child.linear)
-        for parent in model.modules()
+    bare: list[Place] = [
+        (f"{path}.{key}" if path else key, parent, key, child.linear)
+        for path, parent in model.named_modules()
         for key, child in parent._modules.items()
         if child in having and isinstance(child, LinearWithAdapters) and not child.adapters
     ]
     put(bare)
+    names = {
+        f"{label}.linear.{p}": f"{label}.{p}" for label, *_ in bare for p in ("weight", "bias")
+    }
+    rename_tied(model, names)
     return list(having.values())
 
 
@@ -103,6 +124,12 @@ def select_adapters(model: nn.Module, adapters: str | Sequence[str] | Tensor | N
     if not layers:
         raise ValueError("model must contain a LinearWithAdapters, but it has none")
     known = {name for layer in layers for name in layer.names} | {BASE}
+    if not (adapters is None or isinstance(adapters, str | Tensor)):
+        if not isinstance(adapters, Iterable):
+            raise TypeError(
+                f"adapters must be a name, names, a Tensor or None, got {type(adapters).__name__}"
+            )
+        adapters = list(adapters)
     if isinstance(adapters, Tensor) and len({layer.names for layer in layers}) > 1:
         raise ValueError("adapters must be names where the layers of the model have different ones")
     if isinstance(adapters, str):
@@ -141,10 +168,11 @@ def save_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]
 def load_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]) -> list[str]:
     """Add the adapter in the folder `path`, PEFT's or of `save_adapter`, by this name; returns its layers.
 
-    ValueError for a file that `load_adapter` refuses or that does not fit, and for a name that is taken: then the model
-    is as it was.
+    ValueError for a file that `load_adapter` refuses or that does not fit, for DoRA, which these layers do not compute, and
+    for a name that is taken: then the model is as it was.
     """
     check_model(model)
+    check_name(name)
     read = adapter_file.read(Path(path))
     modules = dict(model.named_modules())
     for label, adapter in read.items():
@@ -154,6 +182,11 @@ def load_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]
             raise ValueError(f"the file's layer {label!r} must be a Linear of the model")
         if isinstance(module, LinearWithAdapters) and name in module.adapters:
             raise ValueError(f"name must be new, got {name!r}, which {label} has")
+        if adapter.magnitude is not None:
+            raise ValueError(
+                f"the file's layer {label!r} must be plain LoRA, got DoRA, which LinearWithAdapters does not compute"
+            )
+        check_called(label, (parent for parent in modules.values() if module in parent.children()))
         ins, outs = features(linear)
         got = (adapter.A.shape[0], adapter.B.shape[1])
         if got != (ins, outs):
@@ -165,15 +198,16 @@ def load_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]
         if child is not None and any(child is modules[label] for label in read)
     ]
     layers = _layers_for(places)
-    check_name(name)
     for label, adapter in read.items():
         layer = layers[modules[label]]
         rank = adapter.A.shape[1]
         scaling = "alpha/sqrt(rank)" if adapter.rslora else "alpha/rank"
         alpha = adapter_file.alpha_for(adapter.scale, scaling, rank)
-        lora = layer.add_adapter(name, rank, alpha, scaling=scaling, dropout=adapter.dropout)
+        options: Any = {"scaling": scaling, "dropout": adapter.dropout}
+        options["dtype"] = dtype_over(layer.linear, adapter)
+        lora = layer.add_adapter(name, rank, alpha, **options)
         with torch.no_grad():
             lora.A.copy_(adapter.A)
             lora.B.copy_(adapter.B)
-    put([(label, parent, key, layers[child]) for label, parent, key, child in places])
+    _put(model, places, layers)
     return list(read)

@@ -45,7 +45,8 @@ def lora_projections(
     autocast and `backend` are those of `lora_linear`, and so is what each projection computes. The gradient of x is the
     sum over the projections; on a CPU it is summed in float32 and rounded once.
 
-    Each projection drops elements by a mask of its own; those with the same integer as `seed` share one.
+    Each projection drops elements by a mask of its own; those with the same integer as `seed` share one. The results of
+    one call share one backward.
 
     It is one call where the backend's products of one x are faster together (`cpu`), and a call for each projection
     elsewhere: in compiled code, over a quantised weight, with a tensor as scale, under function transforms.
@@ -112,7 +113,11 @@ def together(
     trains = torch.is_grad_enabled() and torch._C._any_requires_grad(
         rows, *weights, *As, *Bs, *biases
     )
-    plan = plan_projections(backend, rows, weights, As, biases, [p > 0 for p in ps], trains)
+    # With dropout a forward that is to be computed again, with gradients, draws its seeds in the same order.
+    drops = any(ps)
+    plan = plan_projections(
+        backend, rows, weights, As, biases, [p > 0 for p in ps], trains or drops
+    )
     if plan.products is None:
         return None
     seeds = [functional.seed_on(s, x.device) if p else None for s, p in zip(seeds, ps, strict=True)]
@@ -171,6 +176,9 @@ class LoRAProjections(torch.autograd.Function):
         needs_x, *given = ctx.needs_input_grad[1:]
         ctx.needs = [Needs(needs_x, *each) for each in zip(*_lists(given)[:4], strict=True)]
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(
+            *(y for y, need in zip(ys, ctx.needs, strict=True) if not any(need))
+        )
         kept = [
             formulas.keep(need, x, weight, A, B, s)
             for need, weight, A, B in zip(ctx.needs, weights, As, Bs, strict=True)

@@ -8,6 +8,7 @@ called on its own computes for itself. A thread has results of its own.
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.bases import features, has_hooks, is_quantized
-from lora_kernels.functional import autocast_dtype
+from lora_kernels.functional import autocast_dtype, is_differentiated_elsewhere, is_traced
 from lora_kernels.modules import LinearWithLoRA, LoRALayer, check_model, is_plain
 from lora_kernels.projections import Projection, lora_projections, together
 
@@ -61,10 +62,19 @@ class Group:
 
     def begin(self, parent: nn.Module, _: Any) -> None:
         """Let the siblings exchange results from now on."""
-        if not torch.compiler.is_compiling():
-            if not hasattr(_thread, "rounds"):
-                _thread.rounds = []
-            _thread.rounds.append(_Round(self, parent))
+        if torch.compiler.is_compiling():
+            return
+        if not hasattr(_thread, "rounds"):
+            _thread.rounds = []
+        rounds, frame = _thread.rounds, sys._getframe(1)
+        for place, round in enumerate(rounds):
+            # A forward that was interrupted has left it: torch calls no hook after a KeyboardInterrupt.
+            if round.group is self and round.parent is parent and not _runs(round.frame, frame):
+                for stale in reversed(rounds[place:]):
+                    stale.drop()
+                del rounds[place:]
+                break
+        rounds.append(_Round(self, parent, frame))
 
     def end(self, parent: nn.Module, _: Any, output: Any) -> None:
         """Drop what was not taken; it is called after an exception as well, with None as output."""
@@ -78,8 +88,10 @@ class Group:
 class _Round:
     """One forward of a parent: the results that its siblings have not yet taken, and what they depend on."""
 
-    def __init__(self, group: Group, parent: nn.Module) -> None:
+    def __init__(self, group: Group, parent: nn.Module, frame: Any) -> None:
         self.group, self.parent = group, parent
+        self.frame = frame  # that calls the parent's forward
+        self.context = _context()
         self.siblings: list[Any] = [parent._modules.get(name) for name in group.names]
         self.results: dict[nn.Module, tuple[Tensor, tuple]] = {}
         self.x: Tensor | None = None
@@ -92,15 +104,21 @@ class _Round:
         """The layer's result for x, or None where it must compute for itself."""
         if self.apart:
             return None
+        if _context() != self.context:
+            # As within a checkpoint: what is saved for its backward must be computed within it.
+            self.drop(warns=True)
+            self.apart = True
+            return None
         if not self.results:
             y = self._compute(layer, x)
             self.apart = y is None
             return y
-        y, state = self.results.pop(layer, (None, None))
+        y, state = self.results.get(layer, (None, None))
         if y is None or x is not self.x or state != _state(layer, x):
             self.drop(warns=True)
             self.apart = True
             return None
+        del self.results[layer]
         if not self.results:
             self.drop()
         return y
@@ -109,9 +127,9 @@ class _Round:
         """The layer's result for x, with those of its siblings kept for them; None where each computes for itself."""
         if type(x) not in _TENSORS or x.is_inference() or x.layout != torch.strided or x.is_nested:
             return None
-        if _has_any_global_hook() or torch.jit.is_tracing():
+        if _has_any_global_hook() or is_traced() or is_differentiated_elsewhere():
             return None
-        kind = x.shape, x.dtype, x.device, torch.is_grad_enabled()
+        kind = x.shape, x.dtype, x.device, torch.is_grad_enabled(), x.requires_grad
         if kind in self.group.refused:
             return None
         parts: Any = [_projection(sibling) for sibling in self.siblings]
@@ -145,6 +163,19 @@ class _Round:
         self.results, self.parts, self.x = {}, [], None
 
 
+def _context() -> tuple:
+    """What decides how a result is differentiated, beside its operands; a checkpoint has hooks of its own."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), hooks
+
+
+def _runs(frame: Any, innermost: Any) -> bool:
+    """Whether a frame is `innermost`, or waits for it."""
+    while innermost is not None and innermost is not frame:
+        innermost = innermost.f_back
+    return innermost is not None
+
+
 def _projection(layer: Any) -> Projection | None:
     """The operands of a sibling that computes the plain formula now, else None."""
     if not isinstance(layer, FusedProjection) or _why_not(layer) is not None or layer.merged:
@@ -168,6 +199,7 @@ def _fit(x: Tensor, parts: list[Projection]) -> bool:
         and weight.device == x.device == A.device
         and weight.shape == (B.shape[1], K)
         and A.shape == (K, B.shape[0])
+        and A.dtype is B.dtype
         and (bias is None or bias.dtype is x.dtype)
         for weight, A, B, _, bias, *_ in parts
     )
@@ -184,8 +216,7 @@ def _state(layer: Any, x: Tensor) -> tuple:
     linear, lora = layer._modules["linear"], layer._modules["lora"]
     (weight, bias), (A, B) = _parameters(linear, lora)
     return (
-        x._version,
-        torch.is_grad_enabled(),
+        *(x._version, x.requires_grad, x.grad_fn),
         autocast_dtype(x.device.type),
         layer.merged,
         *(lora.alpha, lora.scaling, lora.dropout, lora.training),
@@ -206,14 +237,25 @@ def fuse_projections(model: nn.Module, groups: Iterable[Iterable[str]]) -> list[
 
     Objects, parameters, state-dict keys and what is computed stay the same. Calls where that does not hold are computed
     layer by layer: a sibling called outside of the module's forward or with another x (with a warning where results were
-    not used), merged layers, hooks on a sibling, `torch.inference_mode` (its tensors have no version), compiled code.
+    not used), merged layers, hooks on a sibling, a checkpoint around some of them, `torch.inference_mode` (its tensors have
+    no version), compiled code. Edits that torch does not count, those of `.data`, are not seen between two siblings.
+
+    The siblings share one backward. So what backpropagates through one of them alone, and through another later, needs
+    `retain_graph`, and hooks on the adapter of a sibling that is not in the loss run, with no gradient.
 
     ValueError or TypeError names the module, with the model as it was, for a group that no module has, and for a layer
     that is no `LinearWithLoRA`, is in another group, has hooks, DoRA or a quantised weight, or reads another width, device
-    or dtype than its siblings. A group that is fused already stays so.
+    or dtype than its siblings, or whose module has no forward, as an `nn.ModuleDict`. A group that is fused stays so.
 
     >>> from lora_kernels import replace_linear_with_lora
-    >>> model = nn.ModuleDict({"gate": nn.Linear(8, 16), "up": nn.Linear(8, 16)})
+    >>> class Gated(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.gate, self.up = nn.Linear(8, 16), nn.Linear(8, 16)
+    ...
+    ...     def forward(self, x):
+    ...         return torch.sigmoid(self.gate(x)) * self.up(x)
+    >>> model = Gated()
     >>> _ = replace_linear_with_lora(model, rank=2, alpha=1.0)
     >>> fuse_projections(model, [("gate", "up")])
     [('gate', 'up')]
@@ -232,6 +274,11 @@ def fuse_projections(model: nn.Module, groups: Iterable[Iterable[str]]) -> list[
             raise ValueError(f"groups must name children of one module of the model, got {names}")
         for path, parent in places:
             label = tuple(f"{path}.{name}" if path else name for name in names)
+            if getattr(parent.forward, "__func__", None) is nn.Module.forward:
+                raise ValueError(
+                    f"groups must name children of a module that is called, but {', '.join(label)} are in"
+                    f" a {type(parent).__name__}, which has no forward"
+                )
             layers = [parent._modules[name] for name in names]
             known = names in (group.names for group in _groups_of(parent))
             _check_siblings(label, layers, known)
@@ -331,9 +378,15 @@ def _why_not(layer: Any) -> str | None:
         return f"it has a forward of its own, a {type(layer).__name__}"
     if has_hooks(layer):
         return "it has hooks"
+    if layer._compiled_call_impl is not None:
+        return "it is compiled by itself"
     if is_quantized(linear):
         return f"its base is quantised, a {type(linear).__name__}"
-    if type(lora) is not LoRALayer or not is_plain(linear, lora):
+    named = {"weight", "bias"} <= linear._parameters.keys() and {
+        "A",
+        "B",
+    } <= lora._parameters.keys()
+    if type(lora) is not LoRALayer or not is_plain(linear, lora) or not named:
         return "its linear or lora has hooks or a forward of its own, or is parametrized or sharded"
     if lora._parameters["magnitude"] is not None:
         return "it has DoRA"

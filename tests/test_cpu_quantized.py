@@ -355,3 +355,25 @@ def test_the_operator_refuses_what_is_no_weight(format, sizes, message):
     packed = _nf4(5, 80, f32, True).tensors
     with pytest.raises(RuntimeError, match=message):
         OPS.expand_quantized(rows(2, 80, f32), packed, format, sizes, *rest)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+@pytest.mark.parametrize("kind", [kind for kind in WEIGHTS if kind != "fp8-one"])
+def test_a_weight_without_columns(kind, rows):
+    """W [N, 0], and its transpose: x·W is zero, and so is dx of no outputs."""
+    weight = WEIGHTS[kind](8, 0, torch.float32)
+    x, A = torch.randn(rows, 0, requires_grad=True), torch.randn(0, 2, requires_grad=True)
+    B = torch.randn(2, 8, requires_grad=True)
+    y = lora_linear(x, weight, A, B, 1.0)
+    y.sum().backward()
+    assert y.shape == (rows, 8) and not y.any() and not B.grad.any()
+
+
+def test_blocks_larger_than_any_number_are_the_whole_weight():
+    codes = torch.zeros(4, 64).to(torch.float8_e4m3fn)
+    x, A, B = torch.randn(3, 64), torch.randn(64, 1), torch.randn(1, 4)
+    ops = torch.ops.lora_kernels_cpu
+    for sizes in ([1, 2**63 - 1, 0], [2**63 - 1, 64, 0]):
+        with pytest.raises(RuntimeError, match="scales must have"):
+            packed = [codes, torch.empty(0)]
+            ops.lora_linear_quantized(x, packed, "fp8", sizes, A, B, None, 1.0, 0.0, 0, 0, None)

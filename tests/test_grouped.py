@@ -404,3 +404,17 @@ def test_a_quantised_weight_is_every_groups():
         strict=True,
     ):
         torch.testing.assert_close(got, same)
+
+
+def test_batched_gradients(backend):
+    """`is_grads_batched`: each of several dy in one backward."""
+    tensors, offsets, scale = operands(ROUTINGS["mixed"])
+    leaves = [t for t in tensors if t.requires_grad]
+    y = grouped_lora_linear(*tensors[:4], offsets, scale, tensors[4], backend=backend)
+    dys = torch.randn(3, *y.shape)
+    found = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(dys):
+        for got, right in zip(
+            found, torch.autograd.grad(y, leaves, dy, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(got[i], right, atol=1e-4, rtol=1e-4)

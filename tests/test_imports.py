@@ -134,7 +134,8 @@ LAYERS = (
     ("bases", "grouped", "projections"),
     ("modules",),
     ("adapter_file", "merge", "mixed", "siblings", "distributed"),
-    ("adapters", "named", "integrations"),
+    ("adapters",),
+    ("named", "integrations"),
     ("lora_kernels",),  # what `import lora_kernels` gives
     ("demo",),
     ("bench",),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from lora_kernels import load_adapter, save_adapter
 from lora_kernels.mixed import BASE, LinearWithAdapters
@@ -158,3 +159,94 @@ def test_an_adapter_on_adapted_layers_is_no_second_wrapper():
     assert not any(isinstance(layer.linear, LinearWithAdapters) for _, layer in named_layers(net))
     with pytest.raises(ValueError, match="LinearWithLoRA"):
         save_adapter(net, "nowhere")
+
+
+def test_dora_is_refused_and_not_dropped(tmp_path):
+    base = Net()
+    config = LoraConfig(r=2, target_modules=["first"], use_dora=True, init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    net = Net()
+    with pytest.raises(ValueError, match="'first' must be plain LoRA, got DoRA"):
+        load_named_adapter(net, "fr", tmp_path)
+    assert type(net.first) is nn.Linear
+
+
+def test_a_float32_adapter_stays_float32_on_a_half_base(tmp_path):
+    net = Net()
+    add_adapter(net, "fr", 2, 1.0)
+    save_named_adapter(net, "fr", tmp_path)
+    half = Net().bfloat16()
+    load_named_adapter(half, "fr", tmp_path)
+    assert torch.equal(half.first.adapters["fr"].A, net.first.adapters["fr"].A)
+
+
+def test_models_that_read_the_linear_of_a_layer(tmp_path):
+    """By its weight, past it, and through a tied one."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=20,
+        d_model=8,
+        d_kv=4,
+        d_ff=8,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    t5, tokens = T5ForConditionalGeneration(config).eval(), torch.randint(20, (2, 5))
+    before = t5(input_ids=tokens, labels=tokens).loss
+    add_adapter(t5, "fr", 2, 1.0)
+    select_adapters(t5, "fr")
+    torch.testing.assert_close(t5(input_ids=tokens, labels=tokens).loss, before)
+
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 1).eval()
+    with pytest.warns(UserWarning, match="out_proj is left alone") as warned:
+        add_adapter(encoder, "fr", 2, 1.0)
+    assert warned[0].filename == __file__
+    for _, layer in named_layers(encoder):
+        nn.init.normal_(layer.adapters["fr"].B)
+    with torch.no_grad():
+        select_adapters(encoder, "fr")
+        adapted = encoder(X)
+        select_adapters(encoder, BASE)
+        assert not torch.allclose(adapted, encoder(X))
+
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    add_adapter(gpt, "fr", 2, 1.0)
+    gpt.save_pretrained(tmp_path / "with")
+    remove_adapter(gpt, "fr")
+    gpt.save_pretrained(tmp_path / "without")
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "without")
+    assert torch.equal(again.lm_head.weight, gpt.transformer.wte.weight)
+
+
+def test_a_layer_that_is_not_called_is_refused(tmp_path):
+    attention = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+    plain = nn.ModuleDict({"attn": nn.ModuleDict({"out_proj": nn.Linear(8, 8)})})
+    add_adapter(plain, "fr", 2, 1.0)
+    save_named_adapter(plain, "fr", tmp_path)
+    with pytest.raises(ValueError, match="must be called as a module, but MultiheadAttention"):
+        load_named_adapter(attention, "fr", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["type", "keys", "forward", "training"])
+def test_names_that_torch_has_taken(name, tmp_path):
+    net = model()
+    with pytest.raises(
+        ValueError, match=f"must not be an attribute of nn.ModuleDict, got '{name}'"
+    ):
+        add_adapter(net, name, 2, 1.0)
+    save_named_adapter(net, "fr", tmp_path)
+    with pytest.raises(ValueError, match="must not be an attribute"):
+        load_named_adapter(net, name, tmp_path)
+
+
+def test_names_from_an_iterator_and_odd_arguments():
+    net = model()
+    select_adapters(net, (name for name in ["de", BASE, "fr", "de"]))
+    torch.testing.assert_close(net(X), outputs(model(), ["de", BASE, "fr", "de"]))
+    with pytest.raises(
+        TypeError, match="adapters must be a name, names, a Tensor or None, got int"
+    ):
+        select_adapters(net, 3)
+    with pytest.raises(ValueError, match=r"x must be \[S, ..., K\].*got \[8\]"):
+        net.first(torch.randn(8), torch.zeros(8, dtype=torch.long))

@@ -369,3 +369,29 @@ def test_no_projections_and_one():
     assert torch.equal(lora_projections(x, parts[:1])[0], lora_linear(x, *parts[0][:5]))
     with pytest.raises(TypeError, match=r"projections\[0\] must be"):
         lora_projections(x, [(parts[0].weight, parts[0].A)])
+
+
+def test_lists_that_do_not_fit_are_errors_of_the_operators():
+    """Nothing past the end of a list, or of s, is read."""
+    needs_cpu()
+    ops = cpu._OPS
+    lora_projections(*operands())  # loads the library
+    x, a, w, b = torch.randn(4, 8), torch.randn(8, 2), torch.randn(8, 6), torch.randn(2, 6)
+    s, none = torch.randn(4, 4), [None, None]
+    calls = [
+        lambda: ops.projections_shrink([x, x], [a, a, a], [1.0] * 3, [], [], []),
+        lambda: ops.projections_shrink([x], [a, a], [1.0], [], [], []),
+        lambda: ops.projections_shrink([x], [a, a], [1.0, 1.0], [5, 5], [1], [1.0, 1.0]),
+        lambda: ops.projections_shrink([x], [a, a], [1.0, 1.0], [5], [1], [1.0]),
+        lambda: ops.projections_expand(x, [w, w], s, [b], none),
+        lambda: ops.projections_expand(x, [w, w], s[:, :3].contiguous(), [b, b], none),
+        lambda: ops.projections_expand(x, [w, w], s[:2], [b, b], none),
+        lambda: ops.projections_expand(x, [w, w], s.double(), [b, b], none),
+        lambda: ops.projections_expand(x, [w, w], s, [b, b], [None]),
+        lambda: ops.projections_sum([x, x], [w], s, [b, b], [], [], []),
+        lambda: ops.projections_sum([x, x], [w, w], s[:, :2], [b, b], [], [], []),
+        lambda: ops.projections_wgrad([x, x], [s, s, s], f32, [], [], []),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="must"):
+            call()

@@ -444,3 +444,164 @@ def test_bad_input_is_the_layers_own_error():
                 each(x)
             errors.append(str(error.value))
         assert errors[0] == errors[1]
+
+
+class Gated(nn.Module):
+    """silu(gate(x)) * up(x), `call` around a part of it."""
+
+    def __init__(self, call, dropout=0.0):
+        super().__init__()
+        self.gate, self.up, self.call = nn.Linear(8, 8), nn.Linear(8, 8), call
+        replace_linear_with_lora(self, rank=3, alpha=1.5, dropout=dropout)
+        for p in lora_parameters(self):
+            nn.init.normal_(p)
+
+    def part(self, x):
+        return torch.tanh(self.up(x))
+
+    def whole(self, x):
+        return nn.functional.silu(nn.functional.dropout(self.gate(x), 0.1)) * self.up(x)
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    "call, dropout",
+    [
+        (lambda m, x, how: torch.sigmoid(m.gate(x)) * checkpoint(m.part, x, use_reentrant=how), 0.0),
+        (lambda m, x, how: checkpoint(m.whole, x, use_reentrant=how), 0.5),
+        (lambda m, x, how: checkpoint(m.gate, x, use_reentrant=how) * checkpoint(m.up, x, use_reentrant=how), 0.5),
+    ],
+    ids=["one sibling", "the forward", "each sibling"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*were computed together")
+def test_checkpoints_within_the_forward(call, dropout, reentrant):
+    """What is recomputed is what was computed: with the same masks, and saved in the same places."""
+    torch.manual_seed(0)
+    model = Gated(lambda m, x: call(m, x, reentrant), dropout=dropout)
+    twin = copy.deepcopy(model)
+    fuse_projections(model, [("gate", "up")])
+    both = []
+    for each in (model, twin):
+        torch.manual_seed(1)
+        x = X.clone().requires_grad_()
+        each(x).square().sum().backward()
+        both.append([x.grad, *(p.grad for p in lora_parameters(each))])
+    same(*both)
+
+
+def test_a_checkpoint_around_the_parent_draws_the_seeds_in_one_order(monkeypatch, calls):
+    """With gradients the work is too little to be computed together, without it is not: dropout must not tell them apart."""
+    monkeypatch.setattr(cpu, "_TRAINED_TOGETHER", 1 << 40)
+    plan.forget()
+    torch.manual_seed(0)
+    model = Gated(Gated.whole, dropout=0.5)
+    fuse_projections(model, [("gate", "up")])
+    grads = []
+    for how in (lambda x: model(x), lambda x: checkpoint(model, x, use_reentrant=True)):
+        torch.manual_seed(1)
+        x = X.clone().requires_grad_()
+        how(x).square().sum().backward()
+        grads.append([x.grad])
+    same(*grads)
+
+
+def test_an_interrupted_forward_leaves_nothing_behind(calls):
+    """torch calls no hook after a KeyboardInterrupt; the next forward drops what is left."""
+    model, twin = made()
+
+    def stopped(x):
+        raise KeyboardInterrupt
+
+    model.between = stopped
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    del model.between
+    same(model(X), twin(X))
+    assert calls == [3, 3] and not siblings._thread.rounds
+
+
+def test_a_forward_within_itself_keeps_its_own_results():
+    model, twin = made()
+    for each in (model, twin):
+        each.between = lambda x, m=each: x.ndim == 3 and m(x[0])
+    same(model(X), twin(X))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_parametrized_base_is_computed_by_itself(when):
+    model, twin = made(fused=when == "after")
+    for each in (model, twin):
+        nn.utils.parametrize.register_parametrization(each.k.linear, "weight", nn.Tanh())
+    if when == "before":
+        with pytest.raises(ValueError, match=r"k must be .* parametrized"):
+            fuse_projections(model, [GROUP])
+    same(model(X), twin(X))
+
+
+@pytest.mark.filterwarnings("ignore:.*were computed together")
+@pytest.mark.parametrize("change", ["x", "requires_grad", "grad mode"])
+def test_what_happens_between_two_siblings(change):
+    """The last of a group warns too where its result is of no use."""
+    model, twin = made()
+    found = []
+    for each in (model, twin):
+        x = X.clone()
+        if change == "requires_grad":
+            each.between = lambda x: x.requires_grad_()
+            ys = each(x)
+            sum(y.sum() for y in ys).backward()
+            found.append([*ys, x.grad])
+        elif change == "x":
+            found.append(each(x, x + 1))
+        else:
+            modes = []
+            each.between = lambda x, modes=modes: (
+                modes.append(torch.no_grad()) or modes[0].__enter__()
+            )
+            found.append(each(x))
+            modes[0].__exit__(None, None, None)
+            assert [y.requires_grad for y in found[-1]] == [True, False, False]
+    same(*found)
+    pair = copy.deepcopy(twin)
+    del pair.v
+    pair.forward = lambda x: pair.q(x)[..., :4] + pair.k(x + 1)
+    fuse_projections(pair, [("q", "k")])
+    with pytest.warns(UserWarning, match="q, k of Attention were computed together"):
+        pair(X)
+
+
+def test_one_odd_call_does_not_end_the_fusing(calls):
+    model, _ = made()
+    torch.func.vmap(model)(X)
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        model(X)
+    model(X)
+    assert calls == [3]
+
+
+def test_a_sibling_without_a_derivative_has_none():
+    model, _ = made()
+    for p in (*model.parameters(),):
+        p.requires_grad_(False)
+    model.q.lora.A.requires_grad_()
+    q, k, v = model(X)
+    assert q.requires_grad and not k.requires_grad and not v.requires_grad
+    q.sum().backward()
+
+
+def test_a_module_that_is_never_called_is_refused():
+    model = nn.ModuleDict({"q": nn.Linear(8, 8), "k": nn.Linear(8, 8)})
+    replace_linear_with_lora(model, rank=2, alpha=1.0)
+    with pytest.raises(ValueError, match=r"0\.q, 0\.k are in a ModuleDict, which has no forward"):
+        fuse_projections(nn.Sequential(model), [("q", "k")])
+
+
+def test_adapters_of_two_dtypes_are_the_layers_own_error():
+    model, twin = made()
+    for each in (model, twin):
+        each.k.lora.B.data = each.k.lora.B.data.bfloat16()
+        with pytest.raises(TypeError, match="B must have A's dtype"):
+            each(X)

@@ -34,6 +34,11 @@ struct List {
     }
   }
   int64_t count() const { return int64_t(tensors.size()); }
+  // An error unless there is one for each of P projections, or, where they may share it, one.
+  void check(const char* name, int64_t P, bool may_be_shared = false) const {
+    TORCH_CHECK(count() == P || (may_be_shared && count() == 1), name, " must have ", P,
+                " tensors, got ", count());
+  }
   // The one that all share where there is only one.
   const Tensor& operator[](int64_t p) const { return *tensors[count() == 1 ? 0 : p]; }
   Tensor beside() const {
@@ -54,6 +59,10 @@ struct Masks {
 
   Masks(int64_t count, at::IntArrayRef threshold, at::IntArrayRef seed, at::ArrayRef<double> scale,
         int64_t cols) {
+    TORCH_CHECK(threshold.size() == seed.size() && threshold.size() == scale.size() &&
+                    (threshold.empty() || int64_t(threshold.size()) == count),
+                "threshold, seed and keep_scale must be empty or have ", count, " elements, got ",
+                threshold.size(), ", ", seed.size(), " and ", scale.size());
     for (size_t p = 0; p < threshold.size(); ++p)
       masks.push_back(mask_of(threshold[p], seed[p], scale[p], cols));
     masks.resize(count);
@@ -66,10 +75,19 @@ struct Masks {
   }
 };
 
-Matrix columns(const Tensor& s, const char* name, int64_t begin, int64_t count) {
-  Matrix part = matrix(s, name, s.size(0), s.size(1)).from(0, begin);
+// The columns of s that are one projection's.
+Matrix columns(const Matrix& s, int64_t begin, int64_t count) {
+  Matrix part = s.from(0, begin);
   part.cols = count;
   return part;
+}
+
+// s [M, ΣR], with a column for each row of every b.
+Matrix matrix_of_s(const Tensor& s, int64_t M, const List& b) {
+  int64_t R = 0;
+  for (const auto& of_one : b.tensors) R += of_one->size(0);
+  TORCH_CHECK(s.scalar_type() == at::kFloat, "s must be float32, got ", s.scalar_type());
+  return matrix(s, "s", M, R);
 }
 
 }  // namespace
@@ -81,6 +99,8 @@ Tensor projections_shrink(at::TensorList any_x, at::TensorList any_a, at::ArrayR
   check_usable();
   const List x(any_x, "x"), a(any_a, "a");
   const int64_t M = x[0].size(0), P = a.count(), R = a.cols();
+  x.check("x", P, true);
+  TORCH_CHECK(int64_t(scale.size()) == P, "scale must have ", P, " elements, got ", scale.size());
   const Masks masks(P, threshold, seed, keep_scale, x[0].size(1));
   Tensor s = at::empty({M, R}, x[0].options().dtype(at::kFloat));
   if (x.count() == 1 && M >= ROWS_BESIDE && R >= MEAN_RANK_BESIDE * P && !masks.any()) {
@@ -117,7 +137,10 @@ std::vector<Tensor> projections_expand(const Tensor& any_x, at::TensorList any_w
   const auto x = in_memory(any_x, "x"), s = in_memory(any_s, "s");
   const List w(any_w, "w"), b(any_b, "b");
   const int64_t M = x->size(0), K = x->size(1), P = w.count();
-  const Matrix rows = matrix(*x, "x", M, K);
+  b.check("b", P);
+  TORCH_CHECK(int64_t(any_bias.size()) == P, "bias must have ", P, " elements, got ",
+              any_bias.size());
+  const Matrix rows = matrix(*x, "x", M, K), all_s = matrix_of_s(*s, M, b);
   std::vector<Matrix> tails(P), each_b(P), each_bias(P);
   std::vector<c10::MaybeOwned<Tensor>> bias;
   std::vector<Product> products;
@@ -125,7 +148,7 @@ std::vector<Tensor> projections_expand(const Tensor& any_x, at::TensorList any_w
   bias.reserve(P);
   for (int64_t p = 0, r = 0; p < P; ++p) {
     const int64_t N = w[p].size(1), R = b[p].size(0);
-    tails[p] = columns(*s, "s", r, R), each_b[p] = matrix(b[p], "b", R, N);
+    tails[p] = columns(all_s, r, R), each_b[p] = matrix(b[p], "b", R, N);
     out.push_back(at::empty({M, N}, x->options()));
     Product& product =
         products.emplace_back(Product{rows, matrix(w[p], "w", K, N), &tails[p], &each_b[p]});
@@ -151,13 +174,15 @@ Tensor projections_sum(at::TensorList any_x, at::TensorList any_w, const Tensor&
   const List x(any_x, "x"), w(any_w, "w"), b(any_b, "b");
   const auto s = in_memory(any_s, "s");
   const int64_t M = x[0].size(0), N = w[0].size(1), P = x.count();
+  w.check("w", P), b.check("b", P);
+  const Matrix all_s = matrix_of_s(*s, M, b);
   const Masks masks(P, threshold, seed, keep_scale, N);
   const bool wide = x[0].scalar_type() == at::kFloat;
   Tensor y = at::empty({M, N}, x[0].options());
   Tensor sum = wide ? y : at::empty({M, N}, y.options().dtype(at::kFloat));
   for (int64_t p = 0, r = 0; p < P; ++p) {
     const int64_t K = x[p].size(1), R = b[p].size(0);
-    const Matrix tail = columns(*s, "s", r, R), rows_b = matrix(b[p], "b", R, N);
+    const Matrix tail = columns(all_s, r, R), rows_b = matrix(b[p], "b", R, N);
     Product product{matrix(x[p], "x", M, K), matrix(w[p], "w", K, N), &tail, &rows_b};
     product.mask_out = masks[p];
     product.onto = p == 0 ? nullptr : sum.const_data_ptr<float>();
@@ -177,6 +202,7 @@ std::vector<Tensor> projections_wgrad(at::TensorList any_left, at::TensorList an
   check_usable();
   const List left(any_left, "left"), right(any_right, "right");
   const int64_t P = std::max(left.count(), right.count()), M = left[0].size(0);
+  left.check("left", P, true), right.check("right", P, true);
   const Masks masks(P, threshold, seed, keep_scale, left[0].size(1));
   std::vector<Tensor> out;
   if (left.count() == 1 && left[0].numel() >= X_BESIDE && !masks.any()) {

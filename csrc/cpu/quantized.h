@@ -34,7 +34,7 @@ struct Quantized {
   float offset = 0.0f;
 
   // Whether rows are whole groups of codes, so that few rows of x can multiply them where they lie.
-  bool grouped() const { return cols % 64 == 0 && run % 64 == 0; }
+  bool grouped() const { return cols > 0 && cols % 64 == 0 && run % 64 == 0; }
   int64_t bits() const { return format == Format::NF4 ? 4 : 8; }  // of a code
   // The scale of each run that has a part in the `count` elements from (row, col) on. Compiled
   // without fused multiply-adds: product and sum are rounded one after the other.

@@ -6,7 +6,7 @@
 namespace lora_kernels {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) { return a == 0 ? 0 : (a - 1) / b + 1; }
 
 // The bytes of t; an error unless it is a contiguous tensor on the CPU with memory for them.
 int64_t bytes_of(const Tensor& t, const char* name) {
@@ -69,8 +69,10 @@ void read_bytes(QuantizedTensors& w, Format format, at::IntArrayRef sizes) {
   q.cols = t[0].size(1);
   w.transposed = sizes.back() != 0;
   q.codes = data<uint8_t>(t[0], "codes", fp8 ? at::kFloat8_e4m3fn : at::kChar, q.rows * q.cols);
-  q.block_rows = fp8 ? sizes[0] : 1;
-  q.block_cols = fp8 ? sizes[1] : std::max<int64_t>(q.cols, 1);
+  // No block is larger than the matrix, so that sums of their sizes stay numbers.
+  const int64_t most_rows = std::max<int64_t>(q.rows, 1), most_cols = std::max<int64_t>(q.cols, 1);
+  q.block_rows = fp8 ? std::min(sizes[0], most_rows) : 1;
+  q.block_cols = fp8 ? std::min(sizes[1], most_cols) : most_cols;
   const int64_t across = fp8 ? ceil_div(q.cols, q.block_cols) : 1;
   q.absmax = data<float>(t[1], "scales", at::kFloat, ceil_div(q.rows, q.block_rows) * across);
   // No boundary is within a row of one block, so that its runs may have any length.

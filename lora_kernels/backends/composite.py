@@ -140,7 +140,7 @@ class _Blocks(NamedTuple):
 
     def rows(self, blocks: Tensor) -> Tensor:
         """Blocks [count, height, C] as rows [T, C]."""
-        return blocks.flatten(0, 1)[self.slot_of_row]
+        return blocks.reshape(-1, blocks.shape[-1])[self.slot_of_row]
 
     def of_rows(self, t: Tensor) -> Tensor:
         """The element of t [G, ...] that is each row's."""
