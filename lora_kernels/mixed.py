@@ -40,6 +40,9 @@ def mixed_lora_linear(
     and its gradient is None. In a tensor on x's device they are not read: every adapter takes part, one without samples
     with a zero gradient, and code that is compiled is not compiled again for another index.
 
+    Smaller ranks are padded with zeros, and no adapter is one of zeros: an infinity in such a sample becomes NaN where
+    another adapter of the batch has a larger rank.
+
     ValueError for an index without an adapter; in a tensor that is not on a CPU it means the base alone.
     """
     if x.ndim < 2:
