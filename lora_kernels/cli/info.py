@@ -134,7 +134,8 @@ def _text(found: dict[str, Any]) -> str:
     compilers = ", ".join(f"{name}: {path or 'none'}" for name, path in found["compilers"].items())
     lines.append(f"{found['system']}; compilers: {compilers}")
     for device, facts in found["devices"].items():
-        rest = ", ".join(f"{k} {v}" for k, v in facts.items() if k not in ("name", "device") and v)
+        shown = ("name", "device", device)  # on a CPU that is its name again
+        rest = ", ".join(f"{k} {v}" for k, v in facts.items() if k not in shown and v)
         lines += ["", f"{device}: {facts['name']} ({rest})"]
         taken: dict[str, list[str]] = {}
         for dtype, backend in found["choices"][device].items():
