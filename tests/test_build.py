@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # processes that import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

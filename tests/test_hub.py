@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # processes that import torch
+
 ROOT = Path(__file__).parent.parent
 LOADED = """
 import importlib.util, sys

@@ -14,6 +14,8 @@ import yaml
 from lora_kernels.backends import cpu
 from lora_kernels.cli import info
 
+pytestmark = pytest.mark.slow  # processes that import torch
+
 ROOT = Path(__file__).parent.parent
 RELEASE = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
 
