@@ -17,6 +17,9 @@ from lora_kernels.operands import DTYPES, QuantizedWeight, Weight
 EAGER_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
 
+_OPERANDS = ("x", "weight", "A", "B", "bias", "magnitude")
+
+
 class Arguments(NamedTuple):
     """What `lora_linear` was called with; `grouped_lora_linear` where there are offsets, its scale as alpha."""
 
@@ -39,18 +42,23 @@ def check(a: Arguments, *, autocast: bool) -> None:
     `autocast`: x, weight and bias will be cast to one dtype.
     """
     _check_operands(a, autocast)
-    check_dropout("dropout_p", a.dropout_p)
-    _check_seed(a.seed)
+    if (
+        type(a.alpha) is not float
+    ):  # the usual arguments, of which there is nothing to check, cost no call
+        _check_scale(a.alpha, "alpha" if a.offsets is None else "scale")
+    if a.dropout_p != 0.0 or type(a.dropout_p) is not float:
+        check_dropout("dropout_p", a.dropout_p)
+    if a.seed is not None:
+        _check_seed(a.seed)
 
 
 def _check_operands(a: Arguments, autocast: bool) -> None:
-    x, weight, A, B, bias, magnitude = a.x, a.weight, a.A, a.B, a.bias, a.magnitude
+    x, weight, A, B, _, bias, *_, magnitude, offsets = a
     device = x.device if isinstance(x, Tensor) else None
     usual = type(weight) in EAGER_TYPES or isinstance(weight, QuantizedWeight)
     if not usual and not torch.compiler.is_compiling():  # compilers cannot trace a search by name
         _check_kind(weight)
-    operands = ("x", x), ("weight", weight), ("A", A), ("B", B), ("bias", bias)
-    for name, t in (*operands, ("magnitude", magnitude)):
+    for name, t in zip(_OPERANDS, (x, weight, A, B, bias, magnitude), strict=True):
         if t is None and name in ("bias", "magnitude"):
             continue
         if not isinstance(t, Tensor) and not (name == "weight" and isinstance(t, QuantizedWeight)):
@@ -63,8 +71,8 @@ def _check_operands(a: Arguments, autocast: bool) -> None:
         raise TypeError("x must be a dense tensor, got a nested one: give its values or pad it")
     if not isinstance(weight, Tensor):
         _check_packed(weight, device)
-    if a.offsets is not None:
-        _check_grouped(a, a.offsets)
+    if offsets is not None:
+        _check_grouped(a, offsets)
     elif len(weight.shape) != 2:
         raise ValueError(f"weight must be [N, K], 2-D, got {_shape(weight)}")
     else:
@@ -83,10 +91,10 @@ def _check_operands(a: Arguments, autocast: bool) -> None:
     if A.dtype != B.dtype:
         raise TypeError(f"B must have A's dtype, {A.dtype}, got {B.dtype}")
     if not autocast:
+        dtype = x.dtype
         for name, t in (("weight", weight), ("bias", bias)):
-            if t is not None and t.dtype != x.dtype:
+            if t is not None and t.dtype != dtype:
                 raise TypeError(f"{name} must have x's dtype, {x.dtype}, got {t.dtype}")
-    _check_scale(a.alpha, "alpha" if a.offsets is None else "scale")
 
 
 def _check_scale(alpha: Any, name: str) -> None:
@@ -194,18 +202,15 @@ def check_dropout(name: str, p: float) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {p}")
 
 
-def _check_seed(seed: int | Tensor | None) -> None:
-    """TypeError or ValueError unless it is None, an int64 or a 0-d int64 tensor."""
+def _check_seed(seed: int | Tensor) -> None:
+    """TypeError or ValueError unless it is an int64 or a 0-d int64 tensor."""
     if isinstance(seed, Tensor):
         if seed.ndim != 0 or seed.dtype != torch.int64:
             raise ValueError(f"seed must be 0-d int64, got {_shape(seed)} {seed.dtype}")
-    elif seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-            raise TypeError(
-                f"seed must be an integer or a 0-d int64 tensor, got {type(seed).__name__}"
-            )
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
+    elif isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        raise TypeError(f"seed must be an integer or a 0-d int64 tensor, got {type(seed).__name__}")
+    elif not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be in [-2^63, 2^63), got {seed}")
 
 
 def _shape(t: Weight) -> list[int]:

@@ -85,7 +85,8 @@ def check_call(a: Arguments) -> torch.dtype | None:
     """TypeError or ValueError unless these are the arguments of `call`; the dtype that autocast casts x to, or None."""
     half = _autocast_to(a.x)
     check(a, autocast=half is not None)
-    plan.check_name(a.backend)
+    if a.backend != "auto":
+        plan.check_name(a.backend)
     return half
 
 
@@ -145,10 +146,10 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 def apply(a: Arguments) -> Tensor:
     """y of checked arguments: casts the adapters, flattens x, calls an operator or the Function."""
-    x, weight, bias, offsets = a.x, a.weight, a.bias, a.offsets
-    A, B = adapters_as_used(a.A, a.B, x.dtype)
-    alpha = a.alpha if type(a.alpha) is float else number(a.alpha)
-    seed = seed_on(a.seed, x.device) if a.dropout_p else None
+    x, weight, A, B, alpha, bias, dropout_p, seed, backend, _, offsets = a
+    A, B = adapters_as_used(A, B, x.dtype)
+    alpha = alpha if type(alpha) is float else number(alpha)
+    seed = seed_on(seed, x.device) if dropout_p else None
     quantised = not isinstance(weight, Tensor)  # the type check of an abstract class takes longer
     traced = is_traced(x, weight if isinstance(weight, Tensor) else None, A, B, bias)
     chosen = None
@@ -156,25 +157,25 @@ def apply(a: Arguments) -> Tensor:
     usual = not traced and _has_usual_derivatives(weight, A, B, alpha, bias)
     if usual and (x.is_cpu or not needs_grad):
         groups = groups_of(offsets, weight, bias)
-        chosen = plan.plan_call(a.backend, x, weight, A, bias, seed is not None, groups)
-        adapter = Adapter(A, B, alpha, None if seed is None else as_dropout(a.dropout_p, seed))
+        chosen = plan.plan_call(backend, x, weight, A, bias, seed is not None, groups)
+        adapter = Adapter(A, B, alpha, None if seed is None else as_dropout(dropout_p, seed))
         layer = chosen.products.layer
         if layer is not None and not chosen.dequantises and groups is None:
             return layer(x, weight, adapter, bias)
     rows = _rows(x)
-    rest = A, B, bias, alpha, a.dropout_p, seed
+    rest = A, B, bias, alpha, dropout_p, seed
     # A Function hides packed tensors, which are no arguments of its own, and has no tangents over groups.
     if (quantised or offsets is not None) and is_differentiated_elsewhere():
         if type(offsets) is Tensor and offsets.is_cpu and not traced:
             bounds_of(offsets, x.shape[0])  # which plain ATen does not read
-        y, _ = autograd.transparent(rows, weight, *rest, a.backend, offsets)
+        y, _ = autograd.transparent(rows, weight, *rest, backend, offsets)
     elif traced:
-        y, _ = _traced(rows, weight, *rest, a.backend, offsets)
+        y, _ = _traced(rows, weight, *rest, backend, offsets)
     elif chosen is not None and not needs_grad:
         weight = chosen.readable(weight)
         y, _ = formulas.forward(chosen.products.bound(groups), rows, weight, adapter, bias)
     else:
-        y, _ = autograd.apply(rows, weight, *rest, Call(a.backend, chosen), offsets)
+        y, _ = autograd.apply(rows, weight, *rest, Call(backend, chosen), offsets)
     return _like(y, x)
 
 

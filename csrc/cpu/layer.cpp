@@ -160,8 +160,10 @@ class Layer : public torch::autograd::Function<Layer> {
                        needs_w ? weight.dense : Tensor()};
     if (needs_w) kept.insert(kept.end(), weight.packed.begin(), weight.packed.end());
     ctx->save_for_backward(std::move(kept));
-    ctx->saved_data["format"] = weight.format;
-    ctx->saved_data["sizes"] = weight.sizes;
+    if (!weight.packed.empty()) {
+      ctx->saved_data["format"] = weight.format;
+      ctx->saved_data["sizes"] = weight.sizes;
+    }
     return y;
   }
 
@@ -171,10 +173,11 @@ class Layer : public torch::autograd::Function<Layer> {
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &A = saved[1], &B = saved[2], &s = saved[3], &factor = saved[4],
                  &z = saved[5];
-    const Weight weight{saved[6],
-                        {saved.begin() + 7, saved.end()},
-                        ctx->saved_data["format"].toStringRef(),
-                        ctx->saved_data["sizes"].toIntVector()};
+    Weight weight{saved[6], {saved.begin() + 7, saved.end()}, {}, {}};
+    if (!weight.packed.empty()) {
+      weight.format = ctx->saved_data["format"].toStringRef();
+      weight.sizes = ctx->saved_data["sizes"].toIntVector();
+    }
     const double alpha = ctx->saved_data["alpha"].toDouble();
     const Dropout dropout{ctx->saved_data["dropout_p"].toDouble(),
                           ctx->saved_data["threshold"].toInt(), ctx->saved_data["seed"].toInt()};
