@@ -62,10 +62,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     check_model(model)
     adapters = adapter_file.read(_folder(path))
     modules = dict(model.named_modules(remove_duplicate=False))
-    parents = defaultdict(list)
-    for parent in model.modules():
-        for child in parent.children():
-            parents[child].append(parent)
+    parents = parents_of(model)
     names: dict[nn.Module, str] = {}
     for name, adapter in adapters.items():
         module = modules.get(name)
@@ -149,6 +146,15 @@ def _check_fits(name: str, module: nn.Module, parents: list[nn.Module], adapter:
             f"the file's layer {name!r} must have A {wanted[0]} and B {wanted[1]}, "
             f"got {got[0]} and {got[1]}"
         )
+
+
+def parents_of(model: nn.Module) -> defaultdict[Any, list[nn.Module]]:
+    """The modules of `model` that each of them is a child of."""
+    parents = defaultdict(list)
+    for parent in model.modules():
+        for child in parent.children():
+            parents[child].append(parent)
+    return parents
 
 
 def check_called(name: str, parents: Iterable[nn.Module]) -> None:

@@ -85,8 +85,7 @@ def check_call(a: Arguments) -> torch.dtype | None:
     """TypeError or ValueError unless these are the arguments of `call`; the dtype that autocast casts x to, or None."""
     half = _autocast_to(a.x)
     check(a, autocast=half is not None)
-    if a.backend != "auto":
-        plan.check_name(a.backend)
+    plan.check_name(a.backend)
     return half
 
 

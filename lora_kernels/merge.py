@@ -16,8 +16,7 @@ from lora_kernels.modules import (
     Place,
     is_plain,
     lora_layers,
-    put,
-    rename_tied,
+    put_bases,
 )
 from lora_kernels.operands import DTYPES
 
@@ -146,11 +145,7 @@ def _unload(model: nn.Module) -> None:
         for key, child in parent._modules.items()
         if isinstance(child, LinearWithLoRA)
     ]
-    put(places)
-    rename_tied(
-        model,
-        {f"{name}.linear.{p}": f"{name}.{p}" for name, *_ in places for p in ("weight", "bias")},
-    )
+    put_bases(model, places)
 
 
 def _check_mergeable(

@@ -363,6 +363,12 @@ def put_wrappers(model: nn.Module, places: list[Place]) -> None:
     rename_tied(model, {f"{name}.{p}": f"{name}.linear.{p}" for name, *_ in places for p in _OWN})
 
 
+def put_bases(model: nn.Module, places: list[Place]) -> None:
+    """Put each Linear in the place of the layer that was over it; all of them, or on an exception none."""
+    put(places)
+    rename_tied(model, {f"{name}.linear.{p}": f"{name}.{p}" for name, *_ in places for p in _OWN})
+
+
 def put(places: list[Place]) -> None:
     """Set `parent.key` to the child of each place; all of them, or on an exception none."""
     before = [(parent, key, parent._modules[key]) for _, parent, key, _ in places]

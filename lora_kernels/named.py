@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import adapter_file
-from lora_kernels.adapters import check_called, dtype_over
+from lora_kernels.adapters import check_called, dtype_over, parents_of
 from lora_kernels.bases import features, is_linear
 from lora_kernels.mixed import BASE, LinearWithAdapters, check_name
 from lora_kernels.modules import (
@@ -19,9 +19,8 @@ from lora_kernels.modules import (
     check_lora,
     check_model,
     linear_places,
-    put,
+    put_bases,
     put_wrappers,
-    rename_tied,
 )
 
 
@@ -76,8 +75,9 @@ def _put(
     model: nn.Module, places: list[Place], layers: dict[nn.Module, LinearWithAdapters]
 ) -> None:
     """Put the layers in the places of the Linears that they are over."""
-    new = [place for place in places if layers[place[3]] is not place[3]]
-    put_wrappers(model, [(label, parent, key, layers[child]) for label, parent, key, child in new])
+    put_wrappers(
+        model, [(label, parent, key, layers[child]) for label, parent, key, child in places]
+    )
 
 
 def _layers_for(places: list[Place]) -> dict[nn.Module, LinearWithAdapters]:
@@ -105,11 +105,7 @@ def remove_adapter(model: nn.Module, name: str) -> list[str]:
         for key, child in parent._modules.items()
         if child in having and isinstance(child, LinearWithAdapters) and not child.adapters
     ]
-    put(bare)
-    names = {
-        f"{label}.linear.{p}": f"{label}.{p}" for label, *_ in bare for p in ("weight", "bias")
-    }
-    rename_tied(model, names)
+    put_bases(model, bare)
     return list(having.values())
 
 
@@ -174,7 +170,7 @@ def load_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]
     check_model(model)
     check_name(name)
     read = adapter_file.read(Path(path))
-    modules = dict(model.named_modules())
+    modules, parents = dict(model.named_modules()), parents_of(model)
     for label, adapter in read.items():
         module = modules.get(label)
         linear = module.linear if isinstance(module, LinearWithAdapters) else module
@@ -186,7 +182,7 @@ def load_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]
             raise ValueError(
                 f"the file's layer {label!r} must be plain LoRA, got DoRA, which LinearWithAdapters does not compute"
             )
-        check_called(label, (parent for parent in modules.values() if module in parent.children()))
+        check_called(label, parents[module])
         ins, outs = features(linear)
         got = (adapter.A.shape[0], adapter.B.shape[1])
         if got != (ins, outs):

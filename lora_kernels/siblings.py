@@ -127,10 +127,10 @@ class _Round:
         """The layer's result for x, with those of its siblings kept for them; None where each computes for itself."""
         if type(x) not in _TENSORS or x.is_inference() or x.layout != torch.strided or x.is_nested:
             return None
-        if _has_any_global_hook() or is_traced() or is_differentiated_elsewhere():
-            return None
         kind = x.shape, x.dtype, x.device, torch.is_grad_enabled(), x.requires_grad
         if kind in self.group.refused:
+            return None
+        if _has_any_global_hook() or is_traced() or is_differentiated_elsewhere():
             return None
         parts: Any = [_projection(sibling) for sibling in self.siblings]
         if None in parts:

@@ -189,7 +189,8 @@ class _Addmm(torch.autograd.Function):
         return dx, None, None, x.t() @ q, dB, None
 
 
-def _peft(layer: Layer) -> Built:
+def peft(layer: Layer, use_dora: bool = False) -> Built:
+    """PEFT's layer over the same operands; its magnitude, with DoRA, is that of the base."""
     from peft import LoraConfig, inject_adapter_in_model
 
     rank = layer.A.shape[1]
@@ -198,7 +199,8 @@ def _peft(layer: Layer) -> Built:
         base.bias = nn.Parameter(layer.bias, requires_grad=False)
     model = nn.Sequential(base)
     model.is_loaded_in_4bit = layer.packed is not None  # type: ignore[assignment]
-    config = LoraConfig(r=rank, lora_alpha=layer.alpha * rank, target_modules=["0"])  # type: ignore
+    alpha: Any = layer.alpha * rank
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], use_dora=use_dora)
     inject_adapter_in_model(config, model)
     inner: Any = model[0]
     A = nn.Parameter(layer.A.detach().t().contiguous())
@@ -269,7 +271,7 @@ _BUILDERS: dict[str, Callable[[Layer], Built]] = {
     "reference": lambda layer: Built(lambda x: reference(x, layer), (layer.A, layer.B)),
     "compiled": _compiled,
     "addmm": _addmm,
-    "peft": _peft,
+    "peft": peft,
     "dense": lambda layer: Built(
         lambda x: _ours(x, replace(layer, packed=None), "auto"), (layer.A, layer.B)
     ),

@@ -365,8 +365,8 @@ def _dora_case(label: str, M: int, device: str, dtype: str) -> Case:
     problem = Problem(M, DORA_WIDTH, DORA_WIDTH, RANK, dtype, dtype, device, bias=True)
     layer = contenders.make_layer(problem)
     x, _ = contenders.make_input(problem)
-    plain: Any = contenders.build("peft", layer).function
-    theirs = _peft_dora(plain.base_layer, layer)
+    models: list[Any] = [contenders.peft(layer, use_dora).function for use_dora in (True, False)]
+    theirs, plain = models
     magnitude = theirs.lora_magnitude_vector["default"].weight
     with torch.no_grad():  # c is not 1
         magnitude.mul_(torch.linspace(0.5, 2.0, DORA_WIDTH).to(magnitude))
@@ -387,20 +387,6 @@ def _dora_case(label: str, M: int, device: str, dtype: str) -> Case:
     }
     exact = contender(copy.deepcopy(theirs).double()).function
     return Case(label, problem, x, every, exact, "peft")
-
-
-def _peft_dora(base: nn.Module, layer: Layer) -> Any:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    alpha: Any = layer.alpha * RANK
-    model = nn.Sequential(base)
-    inject_adapter_in_model(
-        LoraConfig(r=RANK, lora_alpha=alpha, target_modules=["0"], use_dora=True), model
-    )
-    inner: Any = model[0]
-    inner.lora_A["default"].weight = nn.Parameter(layer.A.detach().t().contiguous())
-    inner.lora_B["default"].weight = nn.Parameter(layer.B.detach().t().contiguous())
-    return inner
 
 
 _CASES: dict[str, Callable[[], dict[str, Callable[[str, str], Case]]]] = {

@@ -44,7 +44,7 @@ class Code:
 def inspect(compiled: Any, loops: bool = True) -> Code:
     """Counts of a kernel that Triton compiled for an NVIDIA or AMD target; of known code as they were counted before.
 
-    Without `loops` the machine's code is read only where something spills, which saves a third of the time: matrix
+    Without `loops` the machine's code is read only where something spills, which saves half of the time: matrix
     instructions are counted in the PTX.
     """
     smem = compiled.metadata.shared
