@@ -268,9 +268,9 @@ def loops() -> Iterator[str]:
     problem = problem_of((4096, 4096, 4096, 16))
     for name in sorted(CHIPS):
         for config in tiles_of("expand", problem, TARGETS[name]):
-            for form in ("forward", "forward, b copied", "dx")[:: 1 if config.tma else 2]:
+            for form in ("forward", "forward, PEFT's b", "dx")[:: 1 if config.tma else 2]:
                 forward = form != "dx"
-                fused = compile_job((name, problem, config, forward, form == "forward, b copied"))
+                fused = compile_job((name, problem, config, forward, form == "forward, PEFT's b"))
                 plain = plain_product(name, config, problem, forward)
                 yield (
                     f"| {name} | {str(config).removeprefix('expand ')} | {form} | "

@@ -3,8 +3,7 @@
 With P the achievable rate, W the achievable bandwidth and e an element's bytes:
 
 frozen      max(2·M·N·K / P, bytes / 0.92·W)
-two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, overlapped in part on sm_90+;
-                                                                b is copied for a large product, see `copy_of_b_pays`
+two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, overlapped in part on sm_90+
 persistent  product + shrink + gap, overlapped likewise         in a backward q is rounded in a launch of its own
 lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, no overlap
 one_pass    product, x·a in its loop
@@ -50,7 +49,7 @@ from lora_kernels.tuning.config import (
     row_blocks,
     smem_bytes,
 )
-from lora_kernels.tuning.cycles import INSTRUCTIONS, Cycles, Tile, cycles, flops_per_clock, tiles
+from lora_kernels.tuning.cycles import INSTRUCTIONS, Tile, cycles, flops_per_clock, tiles
 from lora_kernels.tuning.targets import Target
 
 ALGORITHMS = ("two_kernel", "one_pass", "decode", "persistent", "cuda_decode", "eager")
@@ -236,34 +235,9 @@ def _tile_us(tile: Tile, problem: Problem, target: Target) -> float:
     clock_us = per_clock / (target.tflops(problem.dtype) * 1e6)
     moved = problem.frozen_bytes + problem.lowrank_bytes
     stream_us = moved / (_STREAMED * target.bandwidth_gbs * 1e3)
-    end_us = max(_cycles(tile, problem, target).rest) * clock_us
+    end_us = max(cycles(tile, problem.R).rest) * clock_us
     reached = _EFFICIENCY[target.name] * rate(tile, problem, target)
-    copy_us = MIN_KERNEL_US + target.gap_us if _copies(tile, problem, target) else 0.0
-    return max(_compute_us(problem, target) / reached, stream_us + end_us) + copy_us
-
-
-def copy_of_b_pays(config: TileConfig, M: int, N: int, target: Target) -> bool:
-    """Whether to copy b [R, N], stored row after row, into column after column before a product with tensor descriptors.
-
-    The rank tail reads b along the rank. If b lies across, a block sorts its part in shared memory: 4000 cycles at rank
-    16, 15000 at 64 (cycles.py, forward against dx). A copy is one more launch: shorter once a multiprocessor has a
-    second block.
-    """
-    blocks = math.ceil(M / config.block_m) * math.ceil(N / config.block_n)
-    return config.tma and blocks > target.multiprocessors
-
-
-def _copies(tile: Tile, problem: Problem, target: Target) -> bool:
-    forward = tile.config.kernel == "expand" and tile.forward
-    return forward and copy_of_b_pays(tile.config, problem.M, problem.N, target)
-
-
-def _cycles(tile: Tile, problem: Problem, target: Target) -> Cycles:
-    """The cycles of one block; where b was copied its rank tail is that of dx."""
-    known = cycles(tile, problem.R)
-    if not _copies(tile, problem, target):
-        return known
-    return Cycles(known.step, cycles(tile._replace(forward=False), problem.R).rest)
+    return max(_compute_us(problem, target) / reached, stream_us + end_us)
 
 
 def _library_us(problem: Problem, target: Target) -> float:
@@ -308,4 +282,4 @@ def _block_cycles(tile: Tile, problem: Problem, target: Target, steps: int, each
     pair = each > 1 and 2 * smem_bytes(own, problem) <= target.smem_bytes
     # A multiprocessor has registers for the accumulators of two 128x128 tiles.
     pair = pair and own.block_m * own.block_n <= 128 * 128
-    return _cycles(tile, problem, target).block(steps, overlapped=pair)
+    return cycles(tile, problem.R).block(steps, overlapped=pair)

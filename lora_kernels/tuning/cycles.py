@@ -41,7 +41,7 @@ FILE = Path(__file__).with_suffix(".json")
 
 
 class Tile(NamedTuple):
-    """Names a row of TABLE; `types` is x's dtype, and A's where the loop reads A and A is wider.
+    """Names a row of TABLE; `types` is x's dtype, and the adapter's where the kernel computes otherwise with a wider one.
 
     `forward`: w is stored [N, K], a [K, R] and b [R, N]; all the other way round for dx. `config` has no split, and groups
     and rank chunks by default.
@@ -124,7 +124,9 @@ def _scaled(tile: Tile, R: int) -> Cycles:
 def _kind(kernel: str, problem: Problem, target: str) -> tuple[str, str, bool]:
     """(target, types, forward): the first fields of a Tile."""
     half, adapter_half = (t in _HALF for t in (problem.dtype, problem.adapter_dtype))
-    wide_adapters = kernel == "one_pass" and half and not adapter_half
+    wide_adapters = half and kernel == "one_pass" and not adapter_half
+    if kernel == "expand":  # its rank tail is one of bfloat16 or of wider numbers
+        wide_adapters = half and not problem.dtype == problem.adapter_dtype == "bfloat16"
     types = "bfloat16, float32" if wide_adapters else "bfloat16" if half else "float32"
     return _LIKE.get(target, target), types, problem.w_k_major
 

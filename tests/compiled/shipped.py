@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from lora_kernels.backends.triton.decode import decode
 from lora_kernels.backends.triton.dequantise import dequantise
 from lora_kernels.backends.triton.expand import expand
+from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.backends.triton.scale import scaled_gradient
 from lora_kernels.backends.triton.shrink import shrink, shrink_squares
@@ -26,12 +28,12 @@ from lora_kernels.tuning.targets import Target
 class Shapes:
     """Meta tensors of a problem; `forward` says which way the weights and adapters lie in memory.
 
-    `copied_b`: of a forward for which b has been copied to lie along the rank. `scaled`: with DoRA's column scale, and z.
+    `peft_b`: of a forward whose b lies along the rank, as PEFT stores it. `scaled`: with DoRA's column scale, and z.
     """
 
     problem: Problem
     forward: bool
-    copied_b: bool = False
+    peft_b: bool = False
     scaled: bool = False
 
     def _empty(
@@ -50,8 +52,11 @@ class Shapes:
         weights = p.groups if p.weights > 1 else 0
         w = self._empty(p.K, p.N, base, self.forward, weights)
         a = self._empty(p.K, p.R, adapter, not self.forward, p.groups)
-        b = self._empty(p.R, p.N, adapter, self.copied_b or not self.forward, p.groups)
+        b = self._empty(p.R, p.N, adapter, self.peft_b or not self.forward, p.groups)
         s = self._empty(p.M, p.R, "float32")
+        rounded = s
+        if base == adapter == "bfloat16" and not p.groups and self.forward:
+            rounded = rank_operand(p.M, p.R, x.dtype, x.device)
         dy = self._empty(p.M, p.N, base)
         bias = self._empty(max(weights, 1), p.N, base) if self.forward else None
         bias = bias[0] if bias is not None and not weights else bias
@@ -60,18 +65,19 @@ class Shapes:
         seed = torch.empty((), dtype=torch.int64, device="meta")
         mask = Dropout(0.1, seed) if p.dropout else None
         column, z = (self._empty(1, p.N, "float32")[0], dy) if self.scaled else (None, None)
-        own = {"c": column, "z": z}
+        own: dict[str, Any] = {"c": column, "z": z}
         if config.kernel == "shrink" and self.scaled:
             shrink_squares(x, a, config)
         elif config.kernel == "shrink":
             shrink(x, a, 0.5, config, mask, offsets=offsets, release=target.tma)
         elif config.kernel == "expand":
-            expand(x, w, s, b, bias, config, mask, **own, offsets=offsets, late_wait=target.tma)
+            own |= {"offsets": offsets, "late_wait": target.tma}
+            expand(x, w, rounded, b, bias, config, mask, **own)
         elif config.kernel == "persistent":
-            from lora_kernels.backends.triton.persistent import persistent, rank_operand
+            from lora_kernels.backends.triton.persistent import persistent
 
-            s = rank_operand(p.M, p.R, x.dtype, x.device)
-            persistent(x, w, s, b, bias, config, target.multiprocessors, late_wait=True)
+            rounded = rank_operand(p.M, p.R, x.dtype, x.device)
+            persistent(x, w, rounded, b, bias, config, target.multiprocessors, late_wait=True)
         elif config.kernel == "one_pass":
             one_pass(x, w, a, b, 0.5, bias, config, mask, **own)
         elif config.kernel == "decode":

@@ -98,9 +98,9 @@ def scaled_jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]
 def compile_job(
     job: tuple[str, Problem, TileConfig, bool, bool], scaled: bool = False, loops: bool = True
 ) -> Code:
-    target, problem, config, forward, copied_b = job
+    target, problem, config, forward, peft_b = job
     with recording(target) as launches:
-        Shapes(problem, forward, copied_b, scaled).launch(config, TARGETS[target])
+        Shapes(problem, forward, peft_b, scaled).launch(config, TARGETS[target])
     form = f"_{problem.weight_format}" * (config.kernel == "dequantise")
     name = "scale" if scaled and config.kernel == "wgrad" else config.kernel
     assert launches[0].name == f"_{name}{form}_kernel"
@@ -119,8 +119,8 @@ def test_shipped_configurations(target, part, form):
     every = list(FORMS[form](target))
     limits = TARGETS[target]
     wrong = []
-    for problem, config, forward, copied_b in every[part::PARTS]:
-        code = compile_job((target, problem, config, forward, copied_b), form == "scaled", False)
+    for problem, config, forward, peft_b in every[part::PARTS]:
+        code = compile_job((target, problem, config, forward, peft_b), form == "scaled", False)
         what = f"{config} for {problem}, {'forward' if forward else 'backward'}"
         if code.local_bytes > LOCAL_BYTES or code.loop_spills > LOOP_SPILLS:
             wrong.append(
@@ -223,17 +223,17 @@ def plain_product(target: str, config: TileConfig, problem: Problem, forward: bo
     return inspect(launches[0].compiled)
 
 
-@pytest.mark.parametrize("form", ["forward", "forward, b copied", "backward"])
+@pytest.mark.parametrize("form", ["forward", "forward, PEFT's b", "backward"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_the_main_loop_is_the_plain_products(target, form, record_property):
     """The rank tail adds no matrix instruction to the loop and at most 10 % others, nor any shared memory."""
     problem = Problem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
-    forward, copied_b = form != "backward", form == "forward, b copied"
+    forward, peft_b = form != "backward", form == "forward, PEFT's b"
     for config in tiles_of("expand", problem, TARGETS[target]):
-        if copied_b and not config.tma:
+        if peft_b and not config.tma:
             continue
         plain = plain_product(target, config, problem, forward)
-        fused = compile_job((target, problem, config, forward, copied_b))
+        fused = compile_job((target, problem, config, forward, peft_b))
         others, plain_others = (
             code.loop.total() - len(code.loop_matrix) for code in (fused, plain)
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_kernels.backends.triton.configs import tiles_of
 from lora_kernels.backends.triton.expand import expand
+from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
@@ -59,15 +60,18 @@ def count(target: str, config: TileConfig, problem: Problem, steps: int, R: int)
     a = stored(K, R, problem.adapter_dtype, not forward)
     b = stored(R, N, problem.adapter_dtype, not forward)
     with emulate(target) as executed:
-        if config.kernel == "expand":
-            expand(x, w, torch.zeros(M, R), b, None, config)
-        elif config.kernel == "persistent":
-            from lora_kernels.backends.triton.persistent import persistent, rank_operand
-
-            s = rank_operand(M, R, x.dtype, x.device).zero_()
-            persistent(x, w, s, b, None, config, 1)
-        else:
+        if config.kernel == "one_pass":
             one_pass(x, w, a, b, 0.5, None, config)
+            return executed[0].counters
+        s = torch.zeros(M, R)  # in a backward q is float32
+        if problem.dtype == problem.adapter_dtype == "bfloat16" and forward:
+            s = rank_operand(M, R, x.dtype, x.device).zero_()
+        if config.kernel == "expand":
+            expand(x, w, s, b, None, config)
+        else:
+            from lora_kernels.backends.triton.persistent import persistent
+
+            persistent(x, w, rank_operand(M, R, x.dtype, x.device).zero_(), b, None, config, 1)
     return executed[0].counters
 
 

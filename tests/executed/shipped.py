@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_kernels.backends.triton.decode import decode
 from lora_kernels.backends.triton.dequantise import dequantise
 from lora_kernels.backends.triton.expand import expand
+from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
@@ -95,13 +96,14 @@ def launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
     if config.kernel == "shrink":
         return {"s": shrink(o.x, o.a, alpha, config, o.dropout)}
     if config.kernel == "expand" and o.dropout is None:
-        s = o.results(None)["s"].float()
+        s = o.results(None)["s"]
+        s = s if o.x.dtype == o.a.dtype == torch.bfloat16 else s.float()
         return {"y": expand(o.x, o.w, s, o.b, o.bias, config)}
     if config.kernel == "expand":
         q = o.results(None)["q"].float()
         return {"dx": expand(o.dy, o.w.t(), q, o.a.t(), None, config, o.dropout)}
     if config.kernel == "persistent":
-        from lora_kernels.backends.triton.persistent import fetchable, persistent, rank_operand
+        from lora_kernels.backends.triton.persistent import fetchable, persistent
 
         s = rank_operand(*o.results(None)["s"].shape, o.x.dtype, o.x.device)
         s.copy_(o.results(None)["s"])

@@ -13,6 +13,7 @@ import torch
 from lora_kernels import lora_linear, plan, use_backend
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton.configs import tiles_for, tiles_of, untried
+from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.dropout import Dropout, scaled_mask
@@ -27,7 +28,7 @@ from tests.ptx.launch import Executed, emulate
 if (reason := untried()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from lora_kernels.backends.triton.persistent import applies, fetchable, persistent, rank_operand
+from lora_kernels.backends.triton.persistent import applies, fetchable, persistent
 
 pytestmark = pytest.mark.slow
 TARGET = TARGETS["sm_90"]

@@ -7,6 +7,7 @@ import torch
 import triton
 
 from lora_kernels.backends.triton.configs import untried
+from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.cycles import TRITON
 from tests.compiled.recorder import recording
@@ -18,7 +19,7 @@ from tests.ptx.test_races import Spare, assert_as_small_as_can_be, bars, orderin
 if (reason := untried()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from lora_kernels.backends.triton.persistent import fetchable, persistent, rank_operand
+from lora_kernels.backends.triton.persistent import fetchable, persistent
 
 # A small tile has the instructions of the shipped one. Two tiles by one program: what one leaves, the next one finds.
 SMALL = TileConfig("persistent", 64, 32, 32, 4, 3, tma=True)

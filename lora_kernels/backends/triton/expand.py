@@ -19,11 +19,17 @@ from lora_kernels.backends.triton.launch import (
     cdiv,
     group_block,
     launch,
-    mixed_precision,
     needs_int64,
+    rank_tail,
     strides,
 )
-from lora_kernels.backends.triton.tiles import as_int64, grouped_order, keep_tile, row_block
+from lora_kernels.backends.triton.tiles import (
+    as_int64,
+    grouped_order,
+    keep_tile,
+    rank_product,
+    row_block,
+)
 from lora_kernels.dropout import Dropout
 from lora_kernels.tuning.config import TileConfig, rank_block
 
@@ -44,10 +50,11 @@ def _rank_tail(
     M,
     N,
     R,
+    stride_sm,
     stride_br,
     stride_bn,
     BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TAIL: tl.constexpr,
     INT64: tl.constexpr,
 ):
     """acc + s·b."""
@@ -56,11 +63,11 @@ def _rank_tail(
     for r in tl.range(0, R, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
-        s_ptrs = s_ptr + row[:, None] * R + offs_r[None, :]
+        s_ptrs = s_ptr + row[:, None] * stride_sm + offs_r[None, :]
         b_ptrs = b_ptr + as_int64(offs_r, INT64)[:, None] * stride_br + col[None, :] * stride_bn
         s = tl.load(s_ptrs, mask=(offs_m < M)[:, None] & mask_r[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=mask_r[:, None] & (offs_n < N)[None, :], other=0.0)
-        acc = tl.dot(s, b.to(tl.float32), acc, input_precision=PRECISION)
+        acc = rank_product(s, b, acc, TAIL)
     return acc
 
 
@@ -102,7 +109,7 @@ def _store(
 def _expand_kernel(
     x,  # [M, K]: a pointer, or with TMA a descriptor of blocks [BLOCK_M, BLOCK_K]
     w,  # [K, N]: a pointer, or with TMA a descriptor of blocks of w, or of wᵀ where W_K_MAJOR
-    s_ptr,  # [M, R] float32, contiguous
+    s_ptr,  # [M, R] float32 or in x's type, rows of unit stride
     b_ptr,  # [R, N]
     c_ptr,  # [N] float32, contiguous
     bias_ptr,  # [N]; of w, b and bias, where GROUPED, each group's lies `stride_..g` behind the last one's
@@ -123,6 +130,7 @@ def _expand_kernel(
     stride_wg,
     stride_wk,
     stride_wn,
+    stride_sm,
     stride_bg,
     stride_br,
     stride_bn,
@@ -136,7 +144,7 @@ def _expand_kernel(
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    TAIL_PRECISION: tl.constexpr,
+    TAIL: tl.constexpr,
     SCALED: tl.constexpr,
     KEEPS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -201,8 +209,8 @@ def _expand_kernel(
     start_n = pid_n * BLOCK_N
     if not DROPOUT:
         acc = _rank_tail(
-            acc, s_ptr, b_ptr, offs_m, start_n, end_m, N, R, stride_br, stride_bn, BLOCK_R,
-            TAIL_PRECISION, INT64,
+            acc, s_ptr, b_ptr, offs_m, start_n, end_m, N, R, stride_sm, stride_br, stride_bn,
+            BLOCK_R, TAIL, INT64,
         )  # fmt: skip
     if DROPOUT or SCALED:
         # A quarter of the columns at a time: a whole accumulator beside acc would not stay in registers, nor would
@@ -217,7 +225,7 @@ def _expand_kernel(
             if DROPOUT:
                 tail = _rank_tail(
                     tl.zeros((BLOCK_M, QUARTER), tl.float32), s_ptr, b_ptr, offs_m, at, end_m, N, R,
-                    stride_br, stride_bn, BLOCK_R, TAIL_PRECISION, INT64,
+                    stride_sm, stride_br, stride_bn, BLOCK_R, TAIL, INT64,
                 )  # fmt: skip
                 keep = keep_tile(seed_ptr, threshold, offs_m, at, N, BLOCK_M, QUARTER)
                 part += tail * (keep.to(tl.float32) * keep_scale)
@@ -246,13 +254,14 @@ def expand(
     offsets: Tensor | None = None,
     late_wait: bool = False,
 ) -> Tensor:
-    """y = x·w + bias + mask∘(s·b): x [M, K], w [K, N], s [M, R] float32 contiguous, b [R, N], bias [N] -> y [M, N].
+    """y = x·w + bias + mask∘(s·b): x [M, K], w [K, N], s [M, R], b [R, N], bias [N] -> y [M, N].
 
-    Any strides for x, w, b and bias; K and R may be zero, M and N may not. `c` [N] float32 multiplies the columns of what
-    is without bias, which is stored in `z`, like y, where one is given. With `offsets`, int32 [G + 1] on x's device, rows
-    offsets[g] up to offsets[g + 1] are multiplied by b[g] of b [G, R, N], and by w[g] and bias[g] where these are stacks
-    too; they stay within the operands whatever the offsets are. `late_wait`: s was produced by a `shrink` with `release`
-    launched just before, and is waited for between loop and tail. `config.tma` is honoured where `tma_applies` says that
+    s is float32, or bfloat16 where x and b are, with rows of unit stride. Any strides for x, w, b and bias; K and R may be
+    zero, M and N may not. `c` [N] float32 multiplies the columns of what is without bias, which is stored in `z`, like y,
+    where one is given. With `offsets`, int32 [G + 1] on x's device, rows offsets[g] up to offsets[g + 1] are multiplied by
+    b[g] of b [G, R, N], and by w[g] and bias[g] where these are stacks too; they stay within the operands
+    whatever the offsets are. `late_wait`: s was produced by a `shrink` with `release` launched just before, and is waited
+    for between loop and tail. `config.tma` is honoured where `tma_applies` says that
     the operands allow it.
     """
     M, K = x.shape
@@ -291,6 +300,7 @@ def expand(
         R,
         *x.stride(),
         *strides(w),
+        s.stride(0),
         *strides(b),
         *((0, 0) if bias is None else strides(bias, 1)),
         dependent=late_wait,
@@ -302,7 +312,7 @@ def expand(
         GROUP_M=config.group_m,
         EVEN_K=K % config.block_k == 0,
         PRECISION=base_precision(x.dtype),
-        TAIL_PRECISION=mixed_precision(x.dtype, x.dtype),
+        TAIL=rank_tail(x.dtype, b.dtype, config.tma),
         SCALED=c is not None,
         KEEPS_Z=z is not None,
         HAS_BIAS=bias is not None,

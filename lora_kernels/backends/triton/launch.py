@@ -103,6 +103,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def rank_operand(M: int, R: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An unwritten [M, R] for s in a half type, whose rows tensor copies can fetch."""
+    return torch.empty((M, cdiv(R, 16) * 16), dtype=dtype, device=device)[:, :R]
+
+
 def needs_int64(*operands: Tensor | None) -> bool:
     """Whether some element lies 2³¹ or more elements behind its matrix's first, so that a 32-bit offset would wrap.
 
@@ -135,6 +140,19 @@ def mixed_precision(wide: torch.dtype, result: torch.dtype) -> str:
     if torch.version.hip:
         return "ieee"
     return "tf32" if result in HALF else "tf32x3"
+
+
+def rank_tail(x: torch.dtype, b: torch.dtype, tma: bool) -> str:
+    """How a product whose x has this type multiplies s by b, as `tiles.rank_product` names it.
+
+    "rounded" to bfloat16, where both operands have that type: one more step of the sum, with an s as eager rounds it.
+    "split" for other half types, where matrix instructions read shared memory (`tma`): s and b each as two bfloat16
+    numbers, which have float32's range and 16 bits together. A float32 b, multiplied as it is, would have to be sorted
+    there first. Else float32 by an `input_precision`.
+    """
+    if x == b == torch.bfloat16:
+        return "rounded"
+    return "split" if tma and x in HALF else mixed_precision(x, x)
 
 
 def shrink_precision(x: torch.dtype, a: torch.dtype) -> str:

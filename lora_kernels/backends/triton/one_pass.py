@@ -16,12 +16,18 @@ from lora_kernels.backends.triton.launch import (
     base_precision,
     cdiv,
     launch,
-    mixed_precision,
     needs_int64,
+    rank_tail,
     scale_argument,
     shrink_precision,
 )
-from lora_kernels.backends.triton.tiles import as_int64, grouped_order, keep_tile, scale_value
+from lora_kernels.backends.triton.tiles import (
+    as_int64,
+    grouped_order,
+    keep_tile,
+    rank_product,
+    scale_value,
+)
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Scale
 from lora_kernels.tuning.config import TileConfig, rank_block
@@ -62,7 +68,7 @@ def _one_pass_kernel(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
     SHRINK_PRECISION: tl.constexpr,
-    TAIL_PRECISION: tl.constexpr,
+    TAIL: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
     SCALED: tl.constexpr,
     KEEPS_Z: tl.constexpr,
@@ -121,7 +127,7 @@ def _one_pass_kernel(
         scaled = tl.where(mask_r[None, :], s * scale, 0.0)
         b_ptrs = b_ptr + at_r[:, None] * stride_br + col[None, :] * stride_bn
         b = tl.load(b_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(scaled, b.to(tl.float32), acc, input_precision=TAIL_PRECISION)
+        acc = rank_product(scaled, b, acc, TAIL)
         if pid_n == 0:
             s_ptrs = s_ptr + offs_m.to(tl.int64)[:, None] * R + rank[None, :]
             tl.store(s_ptrs, scaled, mask=mask_m[:, None] & mask_r[None, :])
@@ -190,7 +196,7 @@ def one_pass(
         GROUP_M=config.group_m,
         PRECISION=base_precision(x.dtype),
         SHRINK_PRECISION=shrink_precision(x.dtype, a.dtype),
-        TAIL_PRECISION=mixed_precision(x.dtype, x.dtype),
+        TAIL=rank_tail(x.dtype, b.dtype, config.tma),
         ALPHA_IS_PTR=alpha_is_ptr,
         SCALED=c is not None,
         KEEPS_Z=z is not None,

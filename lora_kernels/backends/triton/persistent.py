@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lora_kernels.backends.triton.expand import describable, tma_applies
-from lora_kernels.backends.triton.launch import cdiv, launch
+from lora_kernels.backends.triton.launch import cdiv, launch, rank_operand
 from lora_kernels.backends.triton.tiles import grouped_order
 from lora_kernels.tuning.config import TileConfig, rank_block
 
@@ -245,11 +245,6 @@ def persistent(
 def applies(x: Tensor, w: Tensor) -> bool:
     """Whether tensor copies can fetch x and w, and store y."""
     return tma_applies(x, w) and w.shape[1] * w.itemsize % 16 == 0
-
-
-def rank_operand(M: int, R: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An unwritten [M, R] for s, whose rows tensor copies can fetch."""
-    return torch.empty((M, cdiv(R, 16) * 16), dtype=dtype, device=device)[:, :R]
 
 
 def fetchable(b: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from torch import Tensor
 from lora_kernels.backends.base import Products, left_is_wide
 from lora_kernels.backends.composite import GroupedCompositeProducts
 from lora_kernels.backends.triton.configs import lowrank_tiles
+from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Adapter, Groups, QuantizedWeight, Scale, Weight
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig, Tiles
-from lora_kernels.tuning.cost import copy_of_b_pays
 from lora_kernels.tuning.targets import Target
 
 
@@ -95,17 +95,16 @@ class TritonProducts(Products):
         # Between the two kernels the second waits by itself, where the hardware lets it start early.
         config = self.tiles.config("shrink")
         overlap = self.target.tma and config.split == 1
-        rounded = None
         if self._persistent_takes(x, w, adapter):
-            from lora_kernels.backends.triton.persistent import fetchable, rank_operand
+            from lora_kernels.backends.triton.persistent import fetchable
 
-            B, rounded = fetchable(B), rank_operand(x.shape[0], A.shape[-1], x.dtype, x.device)
-        else:
-            B = self._along_the_rank(B, x.shape[0])
-        # A copy of B was launched before, not between them.
+            adapter = adapter._replace(B=fetchable(B))  # a copy is launched before, not between
+        rounded = None
+        if x.dtype == B.dtype == torch.bfloat16 and self.groups is None:
+            rounded = rank_operand(x.shape[0], A.shape[-1], x.dtype, x.device)
         s = self._shrink(x, adapter, config, release=overlap, rounded=rounded)
-        adapter = adapter._replace(B=B)
-        return self._expand(x, w, s, adapter, bias, z, late_wait=overlap, rounded=rounded), s
+        tail = s if rounded is None else rounded
+        return self._expand(x, w, tail, adapter, bias, z, late_wait=overlap), s
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
@@ -218,18 +217,18 @@ class TritonProducts(Products):
         bias: Tensor | None,
         z: Tensor | None,
         late_wait: bool = False,
-        rounded: Tensor | None = None,
     ) -> Tensor:
+        """y; s is float32, or in x's type."""
         if 0 in (x.shape[0], w.shape[-1]):
             return x.new_empty((x.shape[0], w.shape[-1]))
         if not isinstance(w, Tensor):
             with self._decoded(w) as dense:
                 return self._expand(x, dense, s, adapter, bias, z)
         if s.shape[1] and self._persistent_takes(x, w, adapter):
-            return self._persistent(x, w, s, adapter.B, bias, late_wait, rounded)
+            return self._persistent(x, w, s, adapter.B, bias, late_wait)
         from lora_kernels.backends.triton.expand import expand
 
-        b = self._along_the_rank(adapter.B, x.shape[0])
+        b = adapter.B
         config = self.tiles.config("expand")
         own: dict[str, Any] = {"offsets": self._offsets, "late_wait": late_wait}
         if self.algorithm == "tail_first":
@@ -256,33 +255,24 @@ class TritonProducts(Products):
         B: Tensor,
         bias: Tensor | None,
         late_wait: bool,
-        rounded: Tensor | None,
     ) -> Tensor:
-        """The persistent product; `rounded` is s in x's type, which is made here where it is None."""
-        from lora_kernels.backends.triton.persistent import fetchable, persistent, rank_operand
+        """The persistent product; a float32 s is rounded first."""
+        from lora_kernels.backends.triton.persistent import fetchable, persistent
 
-        if rounded is None:
-            rounded = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device).copy_(s)
+        if s.dtype != x.dtype:
+            s = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device).copy_(s)
         programs = self.target.multiprocessors
         if x.is_cuda:
             programs = torch.cuda.get_device_properties(x.device).multi_processor_count
         config = self.tiles.config("persistent")
         b = fetchable(B)
-        return persistent(x, w, rounded, b, bias, config, programs, late_wait=late_wait)
+        return persistent(x, w, s, b, bias, config, programs, late_wait=late_wait)
 
     def _decoded(self, w: QuantizedWeight) -> AbstractContextManager[Tensor]:
         """w as a dense tensor, for the products that are launched while it is entered."""
         from lora_kernels.backends.triton.dequantise import decoded
 
         return decoded(w, self.tiles.config("dequantise"))
-
-    def _along_the_rank(self, b: Tensor, M: int) -> Tensor:
-        """b [R, N], or a stack, copied to lie column after column where that is faster."""
-        R, N = b.shape[-2:]
-        config = self.tiles.config("expand")
-        if R > 0 and b.stride(-2) != 1 and copy_of_b_pays(config, M, N, self.target):
-            return b.mT.contiguous().mT
-        return b
 
     def _lowrank(self, width: int, dropout: bool = False) -> Tiles:
         """The tiles of the kernels that read an operand [M, width] and no weight."""

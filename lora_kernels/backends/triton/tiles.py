@@ -65,6 +65,35 @@ def scale_value(alpha, ALPHA_IS_PTR: tl.constexpr):
 
 
 @triton.jit
+def rank_product(left, right, acc, TAIL: tl.constexpr):
+    """acc + left·right, one of them the low-rank product and the other an adapter's matrix; TAIL as `rank_tail` names it.
+
+    "split" multiplies each as the sum of two bfloat16 numbers, but for the product of the two small ones.
+    """
+    if TAIL == "rounded":
+        acc = tl.dot(left.to(tl.bfloat16), right.to(tl.bfloat16), acc)
+    elif TAIL == "split":
+        left_high, left_finite, left_low = _split(left.to(tl.float32))
+        right_high, right_finite, right_low = _split(right.to(tl.float32))
+        acc = tl.dot(left_low, right_finite, acc)
+        acc = tl.dot(left_finite, right_low, acc)
+        acc = tl.dot(left_high, right_high, acc)
+    else:
+        acc = tl.dot(left.to(tl.float32), right.to(tl.float32), acc, input_precision=TAIL)
+    return acc
+
+
+@triton.jit
+def _split(values):
+    """(high, high where it is finite else 0, low): bfloat16, values = high + low. Only high has what is not finite."""
+    high = values.to(tl.bfloat16)
+    finite = tl.abs(values) < 3.3961775e38  # what is beyond is rounded to infinity
+    kept = tl.where(finite, values, 0.0)
+    finite_high = kept.to(tl.bfloat16)
+    return high, finite_high, (kept - finite_high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def nf4_scale(
     absmax_ptr,
     code2_ptr,
