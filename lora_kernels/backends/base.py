@@ -19,7 +19,8 @@ class Products(ABC):
     """Products on 2-D operands of any strides. Sizes may be zero. Results are new, contiguous tensors, fully written.
 
     x and w share one dtype; A and B share one dtype: x's, or float32 when x is bfloat16 or float16. Accumulation is at
-    least float32; the low-rank results s and q are float32 (float64 for float64 operands). Equal input gives equal bits.
+    least float32; the low-rank results s and q are float32 (float64 for float64 operands), but for the q of a fused
+    `shrink_wgrad`, which may be in x's dtype where A and B are. Equal input gives equal bits.
     """
 
     scales_columns = False  # whether `shrink_expand_scaled` is one product
@@ -42,9 +43,10 @@ class Products(ABC):
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
-        """(mask∘left)ᵀ·right: left [M, C], right [M, D] -> [C, D] in `dtype`; one of C, D is a rank, of float32 operands.
+        """(mask∘left)ᵀ·right: left [M, C], right [M, D] -> [C, D] in `dtype`; one of C, D is a rank.
 
-        The other operand has the base's dtype. `dropout` masks left. Sums run in an order that sizes alone decide.
+        The operand of that rank is float32, or q of a fused `shrink_wgrad`; the other one has the base's dtype. `dropout`
+        masks left. Sums run in an order that sizes alone decide.
         """
 
     def shrink_expand(
@@ -59,7 +61,7 @@ class Products(ABC):
     ) -> tuple[Tensor, Tensor]:
         """(q, dB) = (scale·dy·A, sᵀ·dy), from one reading of dy where the products have that.
 
-        dy [M, N], s [M, R]; `adapter` is the transposed one, A [N, R] -> q [M, R] float32, dB [R, N] in `dtype`.
+        dy [M, N], s [M, R]; `adapter` is the transposed one, A [N, R] -> q [M, R], dB [R, N] in `dtype`.
         """
         return self.shrink(dy, adapter), self.wgrad(s, dy, dtype)
 
@@ -295,8 +297,7 @@ def scale_columns(z: Tensor, c: Tensor, bias: Tensor | None, out: Tensor) -> Non
 
 
 def left_is_wide(left: Tensor, right: Tensor, dropout: Dropout | None = None) -> bool:
-    """Whether `wgrad`'s left has the base's width, else right has: left is masked, is no float32, or is the wider one."""
-    return dropout is not None or (
-        right.dtype == torch.float32
-        and (left.dtype != torch.float32 or left.shape[1] >= right.shape[1])
-    )
+    """Whether `wgrad`'s left has the base's width, else right has: it is masked, alone no float32, or the wider one."""
+    low_left, low_right = (t.dtype == torch.float32 for t in (left, right))
+    wider = low_left == low_right and left.shape[1] >= right.shape[1]
+    return dropout is not None or wider or (low_right and not low_left)

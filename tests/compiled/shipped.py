@@ -55,7 +55,7 @@ class Shapes:
         b = self._empty(p.R, p.N, adapter, self.peft_b or not self.forward, p.groups)
         s = self._empty(p.M, p.R, "float32")
         rounded = s
-        if base == adapter == "bfloat16" and not p.groups and self.forward:
+        if base == adapter == "bfloat16" and (self.forward or not p.groups):
             rounded = rank_operand(p.M, p.R, x.dtype, x.device)
         dy = self._empty(p.M, p.N, base)
         bias = self._empty(max(weights, 1), p.N, base) if self.forward else None
@@ -89,7 +89,9 @@ class Shapes:
         elif config.kernel == "wgrad" and self.scaled:
             scaled_gradient(dy, column, z, config)
         elif config.kernel == "wgrad":
-            wgrad(*((x, s) if self.forward else (s, dy)), dtype, config, mask, offsets=offsets)
+            wgrad(
+                *((x, rounded) if self.forward else (s, dy)), dtype, config, mask, offsets=offsets
+            )
         elif self.scaled:
             scaled_shrink_wgrad(dy, b.t(), 0.5, s, dtype, config, column, z)
         else:

@@ -63,15 +63,15 @@ def count(target: str, config: TileConfig, problem: Problem, steps: int, R: int)
         if config.kernel == "one_pass":
             one_pass(x, w, a, b, 0.5, None, config)
             return executed[0].counters
-        s = torch.zeros(M, R)  # in a backward q is float32
-        if problem.dtype == problem.adapter_dtype == "bfloat16" and forward:
+        s = torch.zeros(M, R)
+        if problem.dtype == problem.adapter_dtype == "bfloat16":
             s = rank_operand(M, R, x.dtype, x.device).zero_()
         if config.kernel == "expand":
             expand(x, w, s, b, None, config)
         else:
             from lora_kernels.backends.triton.persistent import persistent
 
-            persistent(x, w, rank_operand(M, R, x.dtype, x.device).zero_(), b, None, config, 1)
+            persistent(x, w, s, b, None, config, 1)
     return executed[0].counters
 
 

@@ -7,6 +7,7 @@ groups of rows w, b and bias are those of the block's group, which the block fin
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -267,6 +268,13 @@ def expand(
     M, K = x.shape
     N = w.shape[-1]
     R = s.shape[1]
+    tail = rank_tail(x.dtype, b.dtype, config.tma)
+    # A float32 s that is to be rounded passes through registers.
+    chunk = (
+        min(config.rank_chunk, 16)
+        if tail == "rounded" and s.dtype == torch.float32
+        else config.rank_chunk
+    )
     y = x.new_empty((M, N))
     rows = Rows.of(M, config.block_m, offsets)
     tma = config.tma and w.ndim == 2 and tma_applies(x, w)
@@ -307,12 +315,12 @@ def expand(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        BLOCK_R=rank_block(R, config.rank_chunk),
+        BLOCK_R=rank_block(R, chunk),
         BLOCK_G=group_block(offsets),
         GROUP_M=config.group_m,
         EVEN_K=K % config.block_k == 0,
         PRECISION=base_precision(x.dtype),
-        TAIL=rank_tail(x.dtype, b.dtype, config.tma),
+        TAIL=tail,
         SCALED=c is not None,
         KEEPS_Z=z is not None,
         HAS_BIAS=bias is not None,

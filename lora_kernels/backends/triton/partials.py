@@ -17,16 +17,18 @@ _BLOCK = 1024
 @triton.jit(do_not_specialize=["split", "count"])
 def _sum_partials_kernel(
     partials_ptr,  # [split, count] float32
-    out_ptr,  # [count]
-    rounded_ptr,  # the same in rows of `columns` elements, in another type, where ROUNDED
+    out_ptr,  # [count], or rows of `columns` elements, stride_out apart, where IN_ROWS
+    rounded_ptr,  # the same in rows, in another type, where ROUNDED
     alpha,
     keep_scale,
     split,
     count,
     columns,
+    stride_out,
     stride_rounded,
     BLOCK: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
+    IN_ROWS: tl.constexpr,
     ROUNDED: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -37,7 +39,10 @@ def _sum_partials_kernel(
         total += tl.load(part_ptrs, mask=mask, other=0.0)
         part_ptrs += count
     total = total * scale_value(alpha, ALPHA_IS_PTR) * keep_scale
-    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+    out_ptrs = out_ptr + offs
+    if IN_ROWS:
+        out_ptrs = out_ptr + offs // columns * stride_out + offs % columns
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
     if ROUNDED:
         rounded_ptrs = rounded_ptr + offs // columns * stride_rounded + offs % columns
         tl.store(rounded_ptrs, total.to(rounded_ptr.dtype.element_ty), mask=mask)
@@ -52,9 +57,9 @@ def sum_partials(
     *,
     rounded: Tensor | None = None,
 ) -> Tensor:
-    """out = alpha·keep_scale·Σ_i partials[i]: partials [split, ...] float32, out contiguous in any dtype; returns out.
+    """out = alpha·keep_scale·Σ_i partials[i]: partials [split, ...] float32, out in any dtype; returns out.
 
-    `rounded`, a matrix with unit stride in a row, gets the same in its own type.
+    out is contiguous, or a matrix with unit stride in a row; `rounded`, such a matrix too, gets the same in its own type.
     """
     alpha, alpha_is_ptr = scale_argument(alpha)
     launch(
@@ -69,9 +74,12 @@ def sum_partials(
         keep_scale,
         partials.shape[0],
         out.numel(),
-        *((1, 0) if rounded is None else (rounded.shape[1], rounded.stride(0))),
+        out.shape[-1],
+        0 if out.is_contiguous() else out.stride(0),
+        0 if rounded is None else rounded.stride(0),
         BLOCK=_BLOCK,
         ALPHA_IS_PTR=alpha_is_ptr,
+        IN_ROWS=not out.is_contiguous(),
         ROUNDED=rounded is not None,
     )
     return out

@@ -100,7 +100,7 @@ class TritonProducts(Products):
 
             adapter = adapter._replace(B=fetchable(B))  # a copy is launched before, not between
         rounded = None
-        if x.dtype == B.dtype == torch.bfloat16 and self.groups is None:
+        if x.dtype == B.dtype == torch.bfloat16:
             rounded = rank_operand(x.shape[0], A.shape[-1], x.dtype, x.device)
         s = self._shrink(x, adapter, config, release=overlap, rounded=rounded)
         tail = s if rounded is None else rounded

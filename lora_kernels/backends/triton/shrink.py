@@ -152,7 +152,7 @@ def shrink(
     `a` may be several matrices [K, R_i] of one dtype, of layers that share x: s is then [M, ΣR_i], in their order, and x is
     read once for each `config.rank_chunk` columns. With `offsets`, as in `expand`, a is [G, K, R] and alpha may be [G].
     `release` lets a dependent launch that follows start early (sm_90 and newer). `rounded` [M, R], rows of unit stride, gets
-    s in its own type beside; not over groups.
+    s in its own type beside.
     """
     if not isinstance(a, Tensor):
         a = _side_by_side(a)

@@ -18,6 +18,7 @@ from lora_kernels.backends.triton.launch import (
     launch,
     mixed_precision,
     needs_int64,
+    rank_operand,
 )
 from lora_kernels.backends.triton.partials import sum_partials
 from lora_kernels.backends.triton.tiles import as_int64, scaled_tile
@@ -104,7 +105,10 @@ def _shrink_wgrad_kernel(
 def shrink_wgrad(
     dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: torch.dtype, config: TileConfig
 ) -> tuple[Tensor, Tensor]:
-    """(q [M, R] float32, dB [R, N] in `dtype`): dy [M, N], b_t [N, R], s [M, R] float32, any strides, none empty."""
+    """(q [M, R], dB [R, N] in `dtype`): dy [M, N], b_t [N, R], s [M, R] float32, any strides, none empty.
+
+    q is float32, but bfloat16 where dy and dB are: a product then takes it as it is.
+    """
     return _launch(dy, b_t, alpha, s, dtype, config, config.block_m, None, None, None)[:2]
 
 
@@ -179,7 +183,11 @@ def _launch(
         HAS_Z=z is not None,
         INT64=needs_int64(dy, b_t, s, db_parts, dz),
     )
-    q = sum_partials(q_parts, dy.new_empty((M, R), dtype=torch.float32), config, alpha)
+    if dy.dtype == dtype == torch.bfloat16:
+        q = rank_operand(M, R, dtype, dy.device)
+    else:
+        q = dy.new_empty((M, R), dtype=torch.float32)
+    sum_partials(q_parts, q, config, alpha)
     db = sum_partials(db_parts, dy.new_empty((R, N), dtype=dtype), config)
     dc = None if dc_parts is None else sum_partials(dc_parts, dc_parts.new_empty(N), config)
     return q, db, dc
