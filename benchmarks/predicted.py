@@ -116,7 +116,7 @@ PERSISTENT_TEXT = (
     "M = N = 8192 (Triton's Gluon tutorial 07): 1.02 at K = 1024 and 2048, 0.99 to 1.01 from 4096, 0.92 at 512. A Triton "
     "product with a tail has 0.95 at 4096 (lorafusion #8, H100 NVL). So each figure is a range, over the frozen layer, for "
     f"{REACHED[1]} down to {REACHED[0]} of the library's rate; the tables above have 1. `two_kernel` has the same range, of "
-    "which its end of a block is in no published figure. In a backward persistent rounds q in a launch of its own."
+    "which its end of a block is in no published figure."
 )
 
 

@@ -209,7 +209,7 @@ class TestCost:
         target = TARGETS["sm_90"]
         small = TileConfig("expand", 128, 128, 64, 4, 2)
         wide = replace(small, block_n=256)  # no registers for two accumulators
-        monkeypatch.setattr(cost, "_cycles", lambda *facts: Cycles((2.0, 1.0), (1.0, 4.0)))
+        monkeypatch.setattr(cost, "cycles", lambda *facts: Cycles((2.0, 1.0), (1.0, 4.0)))
         for config, each, expected in ((small, 1, 20.0), (small, 2, 17.0), (wide, 2, 20.0)):
             assert 2 * smem_bytes(config, BIG) <= target.smem_bytes
             tile = Tile.of(config, BIG, "sm_90")
@@ -234,26 +234,6 @@ class TestCost:
     def test_an_unknown_form_is_refused(self):
         with pytest.raises(ValueError, match="got 'magic'"):
             predict_us("magic", BIG, TARGETS["sm_80"])
-
-    def test_b_is_copied_for_large_products_alone_and_where_it_saves_time(self, monkeypatch):
-        """Only with tensor descriptors, from a multiprocessor's second block on; the prediction has its price and gain."""
-        target = TARGETS["sm_90"]
-        large = Problem(8192, 4096, 4096, 64, "bfloat16", "bfloat16", device="cuda")
-        config = tiles_for(large, target).config("expand")
-        blocks = target.multiprocessors
-        sizes = (config.block_m, config.block_n * blocks)
-        assert not cost.copy_of_b_pays(config, *sizes, target)
-        assert cost.copy_of_b_pays(config, sizes[0] + 1, sizes[1], target)
-        assert not cost.copy_of_b_pays(replace(config, tma=False), 8192, 4096, target)
-        copied = [predict_us("two_kernel", p, target, config) for p in (large, large.adjoint())]
-        monkeypatch.setattr(cost, "copy_of_b_pays", lambda *rule: False)
-        across = [predict_us("two_kernel", p, target, config) for p in (large, large.adjoint())]
-        assert copied[0] < across[0] and copied[1] == across[1]
-        monkeypatch.setattr(cost, "_copies", lambda *tile: True)
-        launch_us = cost.MIN_KERNEL_US + target.gap_us
-        assert (
-            predict_us("two_kernel", large.adjoint(), target, config) > across[1] + 0.9 * launch_us
-        )
 
     def test_the_cuda_kernel_reads_a_once_a_block_or_launches_for_it(self):
         few = Problem(8, 14336, 4096, 32, "bfloat16", "bfloat16", device="cuda")

@@ -20,7 +20,7 @@ class Products(ABC):
 
     x and w share one dtype; A and B share one dtype: x's, or float32 when x is bfloat16 or float16. Accumulation is at
     least float32; the low-rank results s and q are float32 (float64 for float64 operands), but for the q of a fused
-    `shrink_wgrad`, which may be in x's dtype where A and B are. Equal input gives equal bits.
+    `shrink_wgrad`: it may be in x's dtype, where A and B are too, with rows further apart. Equal input gives equal bits.
     """
 
     scales_columns = False  # whether `shrink_expand_scaled` is one product

@@ -4,7 +4,7 @@ With P the achievable rate, W the achievable bandwidth and e an element's bytes:
 
 frozen      max(2·M·N·K / P, bytes / 0.92·W)
 two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, overlapped in part on sm_90+
-persistent  product + shrink + gap, overlapped likewise         in a backward q is rounded in a launch of its own
+persistent  product + shrink + gap, overlapped likewise
 lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, no overlap
 one_pass    product, x·a in its loop
 decode      (bytes + re-read a) / 0.92·W                        of a quantised w the packed bytes; or the loop's instructions
@@ -152,8 +152,6 @@ def predict_us(
         pointers = algorithm == "lorafusion"
         kernel = "persistent" if algorithm == "persistent" else "expand"
         main = product_us(kernel, problem, target, config, pointers)
-        if algorithm == "persistent" and problem.backward:
-            adapter_grads += MIN_KERNEL_US + gap
         # In a backward q comes with dB, and nothing runs beside the product.
         overlaps = not (pointers or problem.backward)
         hidden = overlaps * _HIDDEN.get(target.name, 0.0) * min(shrink + gap, main)

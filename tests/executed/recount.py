@@ -34,13 +34,14 @@ DEPTHS = 4, 8  # steps of block_k
 
 
 def counted_tiles() -> dict[Tile, tuple[TileConfig, Problem]]:
-    """Every tile that ships for a target that can be executed, also without tensor descriptors, forward and dx."""
+    """Every tile that ships for a target that can be executed, the usual ones also without tensor descriptors."""
     found: dict[Tile, tuple[TileConfig, Problem]] = {}
     for name, types, kernel in itertools.product(COUNTED, TYPES, PRODUCTS):
         forward = Problem(4096, 4096, 4096, 16, *types, device="cuda")
         for problem in (forward, forward.adjoint()):
             for config in tiles_of(kernel, problem, TARGETS[name]):
-                pointers = () if kernel == "persistent" else (replace(config, tma=False),)
+                usual = kernel != "persistent" and types != ("bfloat16", "float32")
+                pointers = (replace(config, tma=False),) if usual else ()
                 for way in (config, *pointers):
                     found.setdefault(Tile.of(way, problem, name), (way, problem))
     return found

@@ -7,6 +7,8 @@ groups of rows w, b and bias are those of the block's group, which the block fin
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +24,7 @@ from lora_kernels.backends.triton.launch import (
     launch,
     needs_int64,
     rank_tail,
+    scale_argument,
     strides,
 )
 from lora_kernels.backends.triton.tiles import (
@@ -30,9 +33,11 @@ from lora_kernels.backends.triton.tiles import (
     keep_tile,
     rank_product,
     row_block,
+    scale_value,
 )
 from lora_kernels.dropout import Dropout
-from lora_kernels.tuning.config import TileConfig, rank_block
+from lora_kernels.operands import Scale
+from lora_kernels.tuning.config import FUSED_RANK, TileConfig, rank_block
 
 
 @triton.jit
@@ -106,6 +111,72 @@ def _store(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _shrink_first(
+    block,
+    x,
+    a_ptr,
+    s_ptr,
+    whole_ptr,
+    alpha,
+    state_ptr,
+    seed_ptr,
+    threshold,
+    keep_scale,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_ak,
+    stride_ar,
+    stride_sm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ALPHA_IS_PTR: tl.constexpr,
+    DROPOUT_IN: tl.constexpr,
+    INT64: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """s = alpha·(mask∘x)·a of one block of rows, in both types, released to the programs that compute tiles of them."""
+    start_m = block * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    row = as_int64(offs_m, INT64)
+    mask_m = (offs_m < M)[:, None]
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        mask_r = (offs_r < R)[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            term = as_int64(k + offs_k, INT64)
+            if TMA:
+                x_tile = x.load([start_m, k])
+            else:
+                x_ptrs = x + row[:, None] * stride_xm + term[None, :] * stride_xk
+                mask_x = mask_m
+                if not EVEN_K:
+                    mask_x = mask_x & (offs_k < K - k)[None, :]
+                x_tile = tl.load(x_ptrs, mask=mask_x, other=0.0)
+            a_ptrs = (
+                a_ptr + term[:, None] * stride_ak + as_int64(offs_r, INT64)[None, :] * stride_ar
+            )
+            a = tl.load(a_ptrs, mask=(offs_k < K - k)[:, None] & mask_r, other=0.0)
+            if DROPOUT_IN:
+                x_tile *= keep_tile(seed_ptr, threshold, offs_m, k, K, BLOCK_M, BLOCK_K).to(
+                    x_tile.dtype
+                )
+            acc = tl.dot(x_tile, a, acc)
+        acc = acc * scale_value(alpha, ALPHA_IS_PTR) * keep_scale
+        tl.store(whole_ptr + row[:, None] * R + offs_r[None, :], acc, mask=mask_m & mask_r)
+        s_ptrs = s_ptr + row[:, None] * stride_sm + offs_r[None, :]
+        tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=mask_m & mask_r)
+    tl.debug_barrier()  # every thread's part is written before one of them says so
+    tl.atomic_xchg(state_ptr + 1 + block, 1, sem="release")
+
+
 @triton.jit(do_not_specialize=["M", "threshold", "row_blocks", "groups"])
 def _expand_kernel(
     x,  # [M, K]: a pointer, or with TMA a descriptor of blocks [BLOCK_M, BLOCK_K]
@@ -116,6 +187,10 @@ def _expand_kernel(
     bias_ptr,  # [N]; of w, b and bias, where GROUPED, each group's lies `stride_..g` behind the last one's
     y_ptr,  # [M, N], contiguous
     z_ptr,  # like y: the sum before c and bias
+    a_ptr,  # [K, R] where SHRINKS
+    whole_ptr,  # like s, float32, where SHRINKS
+    state_ptr,  # int32 where SHRINKS, zero before: a ticket for each program, then a flag for each block of rows
+    alpha,
     seed_ptr,
     threshold,
     keep_scale,
@@ -137,10 +212,13 @@ def _expand_kernel(
     stride_bn,
     stride_bias_g,
     stride_bias,
+    stride_ak,
+    stride_ar,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_G: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -155,8 +233,23 @@ def _expand_kernel(
     W_K_MAJOR: tl.constexpr,
     GROUPED: tl.constexpr,
     PDL: tl.constexpr,
+    SHRINKS: tl.constexpr,
+    ALPHA_IS_PTR: tl.constexpr,
+    DROPOUT_IN: tl.constexpr,
 ):
-    pid_m, pid_n = grouped_order(tl.program_id(0), row_blocks, tl.cdiv(N, BLOCK_N), GROUP_M)
+    pid = tl.program_id(0)
+    if SHRINKS:
+        # Tickets are in the order in which programs start, so that what a program waits for is done by one that runs.
+        pid = tl.atomic_add(state_ptr, 1, sem="relaxed")
+        if pid < row_blocks:
+            _shrink_first(
+                pid, x, a_ptr, s_ptr, whole_ptr, alpha, state_ptr, seed_ptr, threshold, keep_scale,
+                M, K, R, stride_xm, stride_xk, stride_ak, stride_ar, stride_sm, BLOCK_M, BLOCK_K,
+                BLOCK_S, EVEN_K, ALPHA_IS_PTR, DROPOUT_IN, INT64, TMA,
+            )  # fmt: skip
+            return
+        pid -= row_blocks
+    pid_m, pid_n = grouped_order(pid, row_blocks, tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m, end_m = pid_m * BLOCK_M, M
     if GROUPED:
         group, start_m, end_m = row_block(pid_m, offsets_ptr, groups, M, BLOCK_M, BLOCK_G)
@@ -207,6 +300,9 @@ def _expand_kernel(
     if PDL:
         # s comes from the kernel launched just before, beside which the loop above has been running.
         tl.extra.cuda.gdc_wait()
+    if SHRINKS:
+        while tl.atomic_add(state_ptr + 1 + pid_m, 0, sem="acquire") == 0:
+            pass
     start_n = pid_n * BLOCK_N
     if not DROPOUT:
         acc = _rank_tail(
@@ -241,6 +337,18 @@ def _expand_kernel(
         )  # fmt: skip
 
 
+class Shrink(NamedTuple):
+    """What the launch of a product needs to compute s as well: s = alpha·(mask∘x)·a, a [K, R] in x's type.
+
+    `whole` [M, R] float32, contiguous, gets s before it is rounded to what the product reads.
+    """
+
+    a: Tensor
+    alpha: Scale
+    whole: Tensor
+    dropout: Dropout | None
+
+
 def expand(
     x: Tensor,
     w: Tensor,
@@ -254,6 +362,7 @@ def expand(
     z: Tensor | None = None,
     offsets: Tensor | None = None,
     late_wait: bool = False,
+    first: Shrink | None = None,
 ) -> Tensor:
     """y = x·w + bias + mask∘(s·b): x [M, K], w [K, N], s [M, R], b [R, N], bias [N] -> y [M, N].
 
@@ -262,7 +371,8 @@ def expand(
     where one is given. With `offsets`, int32 [G + 1] on x's device, rows offsets[g] up to offsets[g + 1] are multiplied by
     b[g] of b [G, R, N], and by w[g] and bias[g] where these are stacks too; they stay within the operands
     whatever the offsets are. `late_wait`: s was produced by a `shrink` with `release` launched just before, and is waited
-    for between loop and tail. `config.tma` is honoured where `tma_applies` says that
+    for between loop and tail. `first`: s is computed by the same launch, and by its own programs, which start first; not
+    over groups, and with no dropout beside it. `config.tma` is honoured where `tma_applies` says that
     the operands allow it.
     """
     M, K = x.shape
@@ -287,9 +397,17 @@ def expand(
         )
         x_operand = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
         w_operand = TensorDescriptor.from_tensor(stored_w, w_block)
+    programs = rows.blocks * cdiv(N, config.block_n)
+    a = whole = state = None
+    alpha, alpha_is_ptr = scale_argument(1.0 if first is None else first.alpha)
+    mask = Mask.of(dropout if first is None else first.dropout)
+    if first is not None:
+        a, whole = first.a, first.whole
+        programs += rows.blocks
+        state = torch.zeros(1 + rows.blocks, dtype=torch.int32, device=x.device)
     launch(
         _expand_kernel,
-        rows.blocks * cdiv(N, config.block_n),
+        programs,
         config,
         x.device,
         x_operand,
@@ -300,7 +418,11 @@ def expand(
         bias,
         y,
         z,
-        *Mask.of(dropout),
+        a,
+        whole,
+        state,
+        alpha,
+        *mask,
         *rows,
         M,
         N,
@@ -311,11 +433,13 @@ def expand(
         s.stride(0),
         *strides(b),
         *((0, 0) if bias is None else strides(bias, 1)),
+        *((0, 0) if a is None else a.stride()),
         dependent=late_wait,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         BLOCK_R=rank_block(R, chunk),
+        BLOCK_S=rank_block(R, FUSED_RANK),
         BLOCK_G=group_block(offsets),
         GROUP_M=config.group_m,
         EVEN_K=K % config.block_k == 0,
@@ -325,11 +449,14 @@ def expand(
         KEEPS_Z=z is not None,
         HAS_BIAS=bias is not None,
         DROPOUT=dropout is not None,
-        INT64=needs_int64(x, w, s, b, bias, y),
+        INT64=needs_int64(x, w, s, a, b, bias, y),
         TMA=tma,
         W_K_MAJOR=w_k_major,
         GROUPED=offsets is not None,
         PDL=late_wait,
+        SHRINKS=first is not None,
+        ALPHA_IS_PTR=alpha_is_ptr,
+        DROPOUT_IN=first is not None and first.dropout is not None,
     )
     return y
 

@@ -187,7 +187,7 @@ def _launch(
         q = rank_operand(M, R, dtype, dy.device)
     else:
         q = dy.new_empty((M, R), dtype=torch.float32)
-    sum_partials(q_parts, q, config, alpha)
+    q = sum_partials(q_parts, q, config, alpha)
     db = sum_partials(db_parts, dy.new_empty((R, N), dtype=dtype), config)
     dc = None if dc_parts is None else sum_partials(dc_parts, dc_parts.new_empty(N), config)
     return q, db, dc
