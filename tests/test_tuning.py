@@ -90,6 +90,22 @@ class TestFits:
         assert fits(TILE, BIG, TARGETS["sm_80"]) is None
         assert rule in fits(replace(TILE, **change), BIG, TARGETS["sm_80"])
 
+    @pytest.mark.parametrize(
+        "change, rule",
+        [
+            ({"ctas": 0}, "ctas of persistent on sm_100 must be one of (1, 2), got 0"),
+            ({"kernel": "expand"}, "ctas of expand on sm_100 must be one of (0,), got 1"),
+            ({"tma": False}, "persistent fetches by tensor descriptors"),
+            ({"block_m": 256}, "two accumulators of 128 rows a CTA, got 256x256 by 1"),
+            ({"block_n": 512}, "two accumulators of 128 rows a CTA, got 128x512 by 1"),
+            ({"num_stages": 5}, "bytes of shared memory"),
+        ],
+    )
+    def test_tensor_memory_has_rules_of_its_own(self, change, rule):
+        tile = TileConfig("persistent", 128, 256, 64, 4, 4, tma=True, ctas=1)
+        assert fits(tile, BIG, TARGETS["sm_100"]) is None
+        assert rule in fits(replace(tile, **change), BIG, TARGETS["sm_100"])
+
     def test_decode_takes_few_rows_and_no_dropout(self):
         config = TileConfig("decode", 64, 64, 64, 4, 3)
         few = replace(BIG, M=64)

@@ -56,7 +56,7 @@ class Tile(NamedTuple):
     def of(cls, config: TileConfig, problem: Problem, target: str) -> Tile:
         sizes = config.block_m, config.block_n, config.block_k
         launch = config.num_warps, config.num_stages
-        plain = TileConfig(config.kernel, *sizes, *launch, tma=config.tma)
+        plain = TileConfig(config.kernel, *sizes, *launch, tma=config.tma, ctas=config.ctas)
         return cls(*_kind(config.kernel, problem, target), plain)
 
 
@@ -156,6 +156,7 @@ def write(file: Path, triton: str, rows: dict[Tile, Row]) -> None:
         fields = ("kernel", "block_m", "block_n", "block_k", "num_warps", "num_stages", "tma")
         cycles = [[list(map(number, each)) for each in pair] for pair in row]
         kept = {name: own[name] for name in fields}
+        kept |= {"ctas": own["ctas"]} if own["ctas"] else {}
         kind = {"target": tile.target, "types": tile.types, "forward": tile.forward}
         return {**kind, "tile": kept, "cycles": cycles}
 

@@ -19,7 +19,7 @@ import tests.ptx.fragments
 import tests.ptx.tcgen05
 import tests.ptx.tma
 import tests.ptx.wgmma  # noqa: F401, importing these registers their opcodes
-from tests.ptx.control import JUMP, PARK, STOP, CtaBarrier
+from tests.ptx.control import JUMP, PARK, STOP, SWITCH, CtaBarrier
 from tests.ptx.counters import Counters
 from tests.ptx.memory import GlobalMemory
 from tests.ptx.parser import Program, PtxError
@@ -76,6 +76,11 @@ class Machine:
     @property
     def done(self) -> bool:
         return not self.live.any()
+
+    @property
+    def happened(self) -> int:
+        """What changes when those that wait at a try_wait may go on: the primary's end is one event."""
+        return self.events + (self.primary is not None and self.primary.done)
 
     def lands_early(self) -> bool:
         """Whether an asynchronous copy arrives at once: never in lockstep, half the time at random."""
@@ -173,14 +178,9 @@ class Cursor:
     def ready(self) -> bool:
         if self.together:
             return True
-        if np.count_nonzero(self.waiting) and (
-            self.seen_events != self.machine.events or self._primary_ended()
-        ):
+        if np.count_nonzero(self.waiting) and self.seen_events != self.machine.happened:
             self.waiting[:] = False
         return np.count_nonzero(self.parked | self.waiting | self.ended) < self.strand.lanes
-
-    def _primary_ended(self) -> bool:
-        return self.machine.primary is not None and self.machine.primary.done
 
     def step(self) -> None:
         """One instruction of the lanes at the lowest counter."""
@@ -227,6 +227,10 @@ class Cursor:
         elif kind == JUMP:
             self._set(where, at + 1)
             self._set(lanes, target)
+        elif kind == SWITCH:
+            self._set(where, at + 1)
+            jumping, places = lanes
+            self.pcs[jumping] = places[jumping]
         elif kind == STOP:
             self._set(where, at + 1)
             self._end(lanes)
@@ -244,7 +248,7 @@ class Cursor:
             if held.any():
                 self.pcs[held] = at
                 self.waiting |= held
-                self.seen_events = self.machine.events
+                self.seen_events = self.machine.happened
         held = self.parked | self.waiting | self.ended
         apart = np.count_nonzero(held) or np.count_nonzero(self.pcs != self.pcs[0])
         self.together = not apart

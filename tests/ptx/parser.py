@@ -78,6 +78,7 @@ class Instr:
     line: int
     text: str
     target: int = -1
+    targets: list[int] = field(default_factory=list)  # of an indexed branch
     at: int = -1  # its number in the program
 
     @property
@@ -148,6 +149,8 @@ class _Reader:
         self.program, self.text, self.line_of = program, text, line_of
         self.scopes = [_Scope()]
         self.jumps: list[tuple[Instr, str, list[_Scope]]] = []
+        self.tables: dict[str, list[str]] = {}  # of indexed branches
+        self.label = ""  # the last one
         self.read(start)
 
     def read(self, at: int) -> None:
@@ -163,7 +166,8 @@ class _Reader:
                     break
                 self.scopes.pop()
             elif label := LABEL.match(self.text, at):
-                self.scopes[-1].labels[label[1]] = len(self.program.code)
+                self.label = label[1]
+                self.scopes[-1].labels[self.label] = len(self.program.code)
                 at = label.end()
             else:
                 end = STATEMENT_END.match(self.text, at)
@@ -172,10 +176,17 @@ class _Reader:
                 self.statement(end[0][:-1].strip(), self.line_of(at))
                 at = end.end()
         for instr, label, scopes in self.jumps:
-            found = [s.labels[label] for s in reversed(scopes) if label in s.labels]
-            if not found:
-                raise PtxError(f"line {instr.line}: unknown label {label}")
-            instr.target = found[0]
+            if instr.base == "brx":
+                names = self.tables.get(label, [])
+                instr.targets = [self.place(instr, name, scopes) for name in names]
+            else:
+                instr.target = self.place(instr, label, scopes)
+
+    def place(self, instr: Instr, label: str, scopes: list[_Scope]) -> int:
+        found = [s.labels[label] for s in reversed(scopes) if label in s.labels]
+        if not found:
+            raise PtxError(f"line {instr.line}: unknown label {label}")
+        return found[0]
 
     def statement(self, text: str, line: int) -> None:
         if registers := REGISTERS.match(text):
@@ -184,6 +195,8 @@ class _Reader:
                 self.scopes[-1].widths[name.strip().partition("<")[0]] = width
         elif text.startswith(".local"):
             declare_array(self.program, text)
+        elif text.startswith(".branchtargets"):
+            self.tables[self.label] = split_operands(text.removeprefix(".branchtargets"))
         elif text and not text.startswith("."):
             self.instruction(text, line)
 
@@ -199,6 +212,10 @@ class _Reader:
                 raise PtxError(f"line {line}: unknown guard {guard}")
         if instr.base == "bra":
             self.jumps.append((instr, operands.strip(), list(self.scopes)))
+        elif instr.base == "brx":
+            index, table = split_operands(operands)
+            instr.operands = [self.operand(index, line)]
+            self.jumps.append((instr, table, list(self.scopes)))
         else:
             instr.operands = [self.operand(o, line) for o in split_operands(operands)]
         instr.at = len(self.program.code)

@@ -208,5 +208,6 @@ def bind_commit(instr: Instr, strand: Strand) -> Run:
             machine.tensor_work.setdefault(key[0], []).append(
                 (barrier, lambda barrier=barrier, clock=clock: barrier.arrive(machine, clock))
             )
+        machine.events += 1  # who waits for it may go on
 
     return run

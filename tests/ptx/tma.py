@@ -219,6 +219,7 @@ def bind_tensor_load(instr: Instr, strand: Strand) -> Run:
             races.copy(row, instr, key, own, False)
             races.copy(row, instr, key, cells, True)
             barrier.transfers.append((land, races.release(np.array([row]))))
+            machine.events += 1  # who waits for it lets it land
             if machine.lands_early():
                 barrier.land(machine)
 

@@ -1,9 +1,10 @@
-"""The product y = x·w + bias + s·b for sm_90 in Gluon, persistent: the rank tail is one more step of the sum over K.
+"""The product y = x·w + bias + s·b in Gluon, persistent: the rank tail is one more step of the sum over K.
 
 One program on each multiprocessor computes tile after tile. Tensor copies fill a ring of stages with blocks of x and w; the
 last steps of a tile's sum are blocks of s and b, in x's own half type, on the same accumulator; the first steps of the
 next tile are copied meanwhile. What lies outside of an operand is copied as zeros, so that no size needs a mask. Forward
-and dx are this one kernel, with w and b described as they lie in memory.
+and dx are one kernel, with w and b described as they lie in memory. The kernel here is that of sm_90; the one of sm_100,
+in `persistent_tcgen05.py`, takes the same arguments.
 
 Gluon is experimental: this file is imported only with a Triton that it was tried with (`untried` in `configs.py`).
 """
@@ -25,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from lora_kernels.backends.triton import persistent_tcgen05
 from lora_kernels.backends.triton.expand import describable, tma_applies
 from lora_kernels.backends.triton.launch import cdiv, launch
 from lora_kernels.backends.triton.tiles import grouped_order
@@ -211,8 +213,11 @@ def persistent(
     y = x.new_empty((M, N))
     block_r = rank_block(R, config.block_k)
     w_k_major, b_k_major = not describable(w), not describable(b)
+    kernel, parts = _persistent_kernel, 2
+    if config.ctas:
+        kernel, parts = persistent_tcgen05._persistent_kernel, 4
     launch(
-        _persistent_kernel,
+        kernel,
         min(programs, cdiv(M, config.block_m) * cdiv(N, config.block_n)),
         config,
         x.device,
@@ -220,7 +225,7 @@ def persistent(
         _right_operand(w, config.block_k, config.block_n, w_k_major),
         _described(s, [config.block_m, block_r]),
         _right_operand(b, block_r, config.block_n, b_k_major),
-        _described(y, [config.block_m, config.block_n // 2]),
+        _described(y, [config.block_m, config.block_n // parts]),
         bias,
         M,
         N,
