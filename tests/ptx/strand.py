@@ -113,6 +113,7 @@ class Strand:
         self.bulk_stores: list = []
         self.bulk_commits = np.zeros(self.lanes, np.int64)
         self.fragments: list = []
+        self.tensor_loads: dict[int, list] = {}  # of each warp, on their way to registers
 
     def rows(self, operands: list[Reg]) -> np.ndarray:
         """Row numbers of several registers of one width, to index that width's file."""

@@ -60,9 +60,16 @@ def bind_dealloc(instr: Instr, strand: Strand) -> Run:
 @opcode("tcgen05.wait::st", "tcgen05.wait::ld")
 def bind_wait(instr: Instr, strand: Strand) -> Run:
     engine = TENSOR_LD if instr.mods[0].endswith("ld") else TENSOR_ST
-    return lambda where: strand.machine.races.finish(
-        strand.row[32 * whole_warps(strand, instr, where)], engine
-    )
+
+    def run(where):
+        warps = whole_warps(strand, instr, where)
+        strand.machine.races.finish(strand.row[32 * warps], engine)
+        if engine == TENSOR_LD:
+            for warp in map(int, warps):
+                for block, words in strand.tensor_loads.pop(warp, ()):
+                    block.write(np.array([warp]), words)
+
+    return run
 
 
 @opcode("tcgen05.relinquish_alloc_permit", "tcgen05.fence::before_thread_sync",
@@ -73,7 +80,7 @@ def bind_nothing(instr: Instr, strand: Strand) -> Run:
 
 @opcode("tcgen05.ld", "tcgen05.st")
 def bind_tensor_access(instr: Instr, strand: Strand) -> Run:
-    """Shapes 32x32b (a lane each) and 16x32bx2 (sixteen lanes, two column ranges)."""
+    """Shapes 32x32b (a lane each) and 16x32bx2 (sixteen lanes, two column ranges). What is loaded lands at the next wait."""
     loads = instr.mods[0] == "ld"
     mem = next(o for o in instr.operands if not isinstance(o, list) and hasattr(o, "base"))
     registers = next(o for o in instr.operands if isinstance(o, list))
@@ -98,7 +105,9 @@ def bind_tensor_access(instr: Instr, strand: Strand) -> Run:
             engine = TENSOR_LD if loads else TENSOR_ST
             races.engine(strand.row[[32 * warp]], instr, engine, races.tensor(*place), not loads)
             if loads:
-                block.write(np.array([warp]), memory[place][:, None])
+                words = memory[place][:, None]
+                block.write(np.array([warp]), np.full_like(words, 0xFFFFFFFF))
+                strand.tensor_loads.setdefault(int(warp), []).append((block, words))
             else:
                 memory[place] = block.read(np.array([warp]))[:, 0]
 

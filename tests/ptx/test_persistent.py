@@ -20,35 +20,50 @@ if (reason := untried()) is not None:
 
 from lora_kernels.backends.triton.persistent import fetchable, persistent, rank_operand
 
-# A small tile has the instructions of the shipped one. Two tiles by one program: what one leaves, the next one finds.
-SMALL = TileConfig("persistent", 64, 32, 32, 4, 3, tma=True)
-CASE = Case(64, 64, 136, 16, dtype=torch.bfloat16, layout="peft")
-# The compiler puts a barrier before each copy and after each wait. Every arrival, every wait for an mbarrier and for
-# multiplies, both fences and the barriers around them are needed.
-SPARE = Spare(
-    (
-        bars(0, 1, 2, 3, 4, 5),  # between the mbarriers' making and the first wait for one
-        bars(7, 8),  # between a step's multiplies and the copies into what they read: of s and b,
-        bars(11, 12),  # of the next tile's first step,
-        bars(15, 16),  # of its second,
-        bars(23, 24),  # and in the loop over K
+# Small tiles have the instructions of the shipped ones. Two tiles by one program, or three where two accumulators take
+# turns: what one leaves, the next one finds.
+SMALL = {
+    "sm_90": TileConfig("persistent", 64, 32, 32, 4, 3, tma=True),
+    "sm_100": TileConfig("persistent", 128, 32, 32, 4, 2, tma=True, ctas=1),
+}
+# The compiler puts a barrier before each copy and after each wait. Every arrival, every wait for an mbarrier, for
+# multiplies and for loads of tensor memory, every commit and fence and the barriers around them are needed.
+# The wait for the last store: a program's shared memory must outlive the reading of it, which the emulator grants to every
+# program.
+SPARE = {
+    "sm_90": Spare(
+        (
+            bars(0, 1, 2, 3, 4, 5),  # between the mbarriers' making and the first wait for one
+            bars(
+                7, 8
+            ),  # between a step's multiplies and the copies into what they read: of s and b,
+            bars(11, 12),  # of the next tile's first step,
+            bars(15, 16),  # of its second,
+            bars(23, 24),  # and in the loop over K
+        ),
+        # After a wait that every warp has made itself, and before a second copy.
+        bars(6, 9, 10, 13, 14, 17, 22, 25, 26) | {"cp.async.bulk 2"},
     ),
-    # After a wait that every warp has made itself, and before a second copy. The wait for the last store: a program's
-    # shared memory must outlive the reading of it, which the emulator grants to every program.
-    bars(6, 9, 10, 13, 14, 17, 22, 25, 26) | {"cp.async.bulk 2"},
-)
+    # Before the warps part, which is a barrier too; between the last loads, behind which is a barrier already, and the
+    # arrival; at the end, where nobody comes after; and for warps that are not there.
+    "sm_100": Spare((), bars(1, 12, 15, 22, 23, 24) | {"cp.async.bulk 4"}),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # damaged kernels multiply garbage
 @pytest.mark.skipif(triton.__version__ != TRITON, reason=f"the code of Triton {TRITON} was read")
-def test_every_barrier_fence_arrival_and_wait():
+@pytest.mark.parametrize("target", SMALL)
+def test_every_barrier_fence_arrival_and_wait(target):
     """Each deleted in turn, in lockstep."""
-    o = CASE.operands()
-    s = rank_operand(CASE.M, CASE.R, CASE.dtype, o.x.device).copy_(o.results(None)["s"])
+    tile = SMALL[target]
+    columns = (3 if tile.ctas else 2) * tile.block_n
+    case = Case(tile.block_m, columns, 136, 16, dtype=torch.bfloat16, layout="peft")
+    o = case.operands()
+    s = rank_operand(case.M, case.R, case.dtype, o.x.device).copy_(o.results(None)["s"])
     exact = o.results(torch.float64)["y"]
-    with recording("sm_90") as launches:
-        y = persistent(o.x, o.w, s, fetchable(o.b), o.bias, SMALL, 1)
+    with recording(target) as launches:
+        y = persistent(o.x, o.w, s, fetchable(o.b), o.bias, tile, 1)
     (launch,) = launches
     ptx = launch.compiled.asm["ptx"]
     kernel = Compiled(launch.compiled, launch.grid, launch.arguments, ptx)
@@ -62,4 +77,4 @@ def test_every_barrier_fence_arrival_and_wait():
             return False
         return bool((y.double() - exact).abs().max() < 0.1)  # not for a NaN
 
-    assert_as_small_as_can_be(SPARE, ordering, unnoticed)
+    assert_as_small_as_can_be(SPARE[target], ordering, unnoticed)
