@@ -1,5 +1,7 @@
 """Cycles for which one block of each shipped tile occupies the pipes of a multiprocessor, counted from its compiled code.
 
+A block of two CTAs occupies two multiprocessors, each for half of what is counted.
+
 The emulator of tests/ptx executes a block at two depths. Their difference is what a step of block_k terms takes; what is
 left is taken once: the start, the rank tail, the stores. Counts become cycles by the rates of one multiprocessor and clock:
 

@@ -252,6 +252,7 @@ def test_the_main_loop_is_the_plain_products(target, form, record_property):
 # The matrix instructions of the loop, all its instructions and bytes of shared memory at most, columns of tensor memory.
 PERSISTENT = {
     ("sm_90", "128x256x64"): (["HGMMA.64x256x16.F32.BF16"] * 4, 90, 181 * 1024, 0),
+    ("sm_100", "256x256x64"): (["UTCHMMA.2CTA"] * 4, 48, 225 * 1024, 512),
     ("sm_100", "128x256x64"): (["UTCHMMA"] * 4, 48, 225 * 1024, 512),
     ("sm_100", "128x128x64"): (["UTCHMMA"] * 4, 48, 209 * 1024, 256),
 }

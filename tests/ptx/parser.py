@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 # Every symbol is an address; the windows keep shared, param and local addresses apart.
 PARAM_WINDOW = 0x7000_0000
 LOCAL_WINDOW = 0x6000_0000
-SHARED_LIMIT = 0x0100_0000
+# The shared memory of a cluster: that of the CTA of rank r begins at r·SHARED_WINDOW.
+SHARED_WINDOW = 0x0100_0000
+SHARED_LIMIT = 16 * SHARED_WINDOW
 
 STATEMENT_END = re.compile(r"[^;]*;")
 SKIP = re.compile(r"(?:\s+|\.loc\b[^\n]*)+")
@@ -42,6 +44,13 @@ class Imm:
     """A literal, kept as text until an instruction gives it a type."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The address of a variable in shared memory, in a cluster of several CTAs: each has its own."""
+
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,7 @@ class Program:
     static_shared: int = 0
     local_bytes: int = 0
     threads: int | None = None
+    cluster: int = 1  # CTAs
 
 
 def type_bytes(type_name: str) -> int:
@@ -247,7 +257,10 @@ class _Reader:
         if (reg := self.register(text)) is not None:
             return reg
         if text in self.program.symbols:
-            return Imm(str(self.program.symbols[text]))
+            place = self.program.symbols[text]
+            if self.program.cluster > 1 and place < SHARED_WINDOW:
+                return Shared(place)
+            return Imm(str(place))
         if text[0] == "%":
             return Special(text[1:])
         if text == "_" or re.match(r"-?\d", text):
@@ -306,5 +319,9 @@ def parse(text: str, entry: str | None = None) -> Program:
         program.threads = 1
         for extent in threads[1].split(","):
             program.threads *= int(extent)
+    if cluster := re.search(r"\.reqnctapercluster\s+([\d,\s]+)", match[3]):
+        program.cluster, *others = map(int, cluster[1].split(","))
+        if any(extent != 1 for extent in others):
+            raise PtxError(f"a cluster of more than one dimension: {cluster[0]}")
     _Reader(program, text, match.end(), lambda at: bisect.bisect_left(newlines, at) + 1)
     return program

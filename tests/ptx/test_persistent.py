@@ -25,11 +25,13 @@ from lora_kernels.backends.triton.persistent import fetchable, persistent, rank_
 SMALL = {
     "sm_90": TileConfig("persistent", 64, 32, 32, 4, 3, tma=True),
     "sm_100": TileConfig("persistent", 128, 32, 32, 4, 2, tma=True, ctas=1),
+    "sm_100, a pair": TileConfig("persistent", 256, 64, 32, 4, 2, tma=True, ctas=2),
 }
-# The compiler puts a barrier before each copy and after each wait. Every arrival, every wait for an mbarrier, for
-# multiplies and for loads of tensor memory, every commit and fence and the barriers around them are needed.
+# The compiler puts a barrier before each copy and after each wait. Every arrival, every wait for an mbarrier and for
+# multiplies, every commit and fence and the barriers around them are needed.
 # The wait for the last store: a program's shared memory must outlive the reading of it, which the emulator grants to every
-# program.
+# program. Of the waits for loads of tensor memory it needs the last one, before the next tile: loads fill registers at once.
+LOADS = {"tcgen05 0", "tcgen05 1", "tcgen05 2"}
 SPARE = {
     "sm_90": Spare(
         (
@@ -46,23 +48,32 @@ SPARE = {
     ),
     # Before the warps part, which is a barrier too; between the last loads, behind which is a barrier already, and the
     # arrival; at the end, where nobody comes after; and for warps that are not there.
-    "sm_100": Spare((), bars(1, 12, 15, 22, 23, 24) | {"cp.async.bulk 4"}),
+    "sm_100": Spare((), bars(1, 12, 15, 22, 23, 24) | {"cp.async.bulk 4"} | LOADS),
+    "sm_100, a pair": Spare(
+        (
+            {"barrier.cluster 5", "barrier.cluster 9"},
+        ),  # at the end: those that store wait, or the others
+        bars(1, 15, 19, 28, 29) | {"cp.async.bulk 4"} | LOADS,
+    ),
 }
+# The arrivals and waits of the pair's own barrier, by where they stand, and whether the pair can do without: at the
+# beginning, where the emulator lets both CTAs begin at once; after the mbarriers' making; before the end.
+MEETINGS = {(0, 1): True, (2, 3, 6, 7): False, (4, 5, 8, 9): False}
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # damaged kernels multiply garbage
 @pytest.mark.skipif(triton.__version__ != TRITON, reason=f"the code of Triton {TRITON} was read")
-@pytest.mark.parametrize("target", SMALL)
-def test_every_barrier_fence_arrival_and_wait(target):
+@pytest.mark.parametrize("kind", SMALL)
+def test_every_barrier_fence_arrival_and_wait(kind):
     """Each deleted in turn, in lockstep."""
-    tile = SMALL[target]
+    tile = SMALL[kind]
     columns = (3 if tile.ctas else 2) * tile.block_n
     case = Case(tile.block_m, columns, 136, 16, dtype=torch.bfloat16, layout="peft")
     o = case.operands()
     s = rank_operand(case.M, case.R, case.dtype, o.x.device).copy_(o.results(None)["s"])
     exact = o.results(torch.float64)["y"]
-    with recording(target) as launches:
+    with recording(kind.partition(",")[0]) as launches:
         y = persistent(o.x, o.w, s, fetchable(o.b), o.bias, tile, 1)
     (launch,) = launches
     ptx = launch.compiled.asm["ptx"]
@@ -77,4 +88,6 @@ def test_every_barrier_fence_arrival_and_wait(target):
             return False
         return bool((y.double() - exact).abs().max() < 0.1)  # not for a NaN
 
-    assert_as_small_as_can_be(SPARE[target], ordering, unnoticed)
+    assert_as_small_as_can_be(SPARE[kind], ordering, unnoticed)
+    for numbers, spare in MEETINGS.items() if tile.ctas == 2 else ():
+        assert unnoticed({f"barrier.cluster {n}" for n in numbers}) == spare

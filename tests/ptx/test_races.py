@@ -160,8 +160,8 @@ def test_a_copy_is_over_for_the_threads_that_waited_for_it():
     races(copy + commit + "bar.sync 0;" + wait + LOAD_OTHER)
 
 
-ORDERING = re.compile(r"(?<!\.)\b(bar|barrier|mbarrier|cp\.async|cp\.async\.bulk|wgmma|tcgen05|fence)"
-                      r"\.(sync|init|arrive|try_wait|wait_group|wait|commit|proxy\.async)\b")  # fmt: skip
+ORDERING = re.compile(r"(?<!\.)\b(bar|barrier|barrier\.cluster|mbarrier|cp\.async|cp\.async\.bulk|wgmma|tcgen05|fence)"
+                      r"\.(sync|init|mbarrier_init|arrive|try_wait|wait_group|wait|commit|proxy\.async)\b")  # fmt: skip
 
 
 def ordering_of(kernel: Compiled) -> dict[str, int]:

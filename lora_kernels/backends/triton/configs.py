@@ -58,7 +58,11 @@ _MATMUL_HALF = {
 # The same and, where tensor memory holds the result, ctas: its warps are those that store, beside two others.
 _PERSISTENT = {
     "sm_90": [((128, 256, 64, 8, 3), 0), ((128, 128, 64, 8, 4), 0)],
-    "sm_100": [((128, 256, 64, 4, 4), 1), ((128, 128, 64, 4, 6), 1)],
+    "sm_100": [
+        ((256, 256, 64, 4, 6), 2),
+        ((128, 256, 64, 4, 4), 1),
+        ((128, 128, 64, 4, 6), 1),
+    ],
 }
 _MATMUL_FLOAT32 = [(64, 64, 32, 4, 3)]
 # Over groups, which may have few rows each. Eight warps: at 128x128 four have no registers left for a group's addresses.

@@ -216,16 +216,17 @@ def persistent(
     kernel, parts = _persistent_kernel, 2
     if config.ctas:
         kernel, parts = persistent_tcgen05._persistent_kernel, 4
+        programs = max(1, programs // config.ctas)
     launch(
         kernel,
         min(programs, cdiv(M, config.block_m) * cdiv(N, config.block_n)),
         config,
         x.device,
-        _described(x, [config.block_m, config.block_k]),
-        _right_operand(w, config.block_k, config.block_n, w_k_major),
-        _described(s, [config.block_m, block_r]),
-        _right_operand(b, block_r, config.block_n, b_k_major),
-        _described(y, [config.block_m, config.block_n // parts]),
+        _described(x, [config.block_m, config.block_k], config),
+        _right_operand(w, config.block_k, config, w_k_major),
+        _described(s, [config.block_m, block_r], config),
+        _right_operand(b, block_r, config, b_k_major),
+        _described(y, [config.block_m, config.block_n // parts], config),
         bias,
         M,
         N,
@@ -265,13 +266,18 @@ def fetchable(b: Tensor) -> Tensor:
     return rank_operand(N, R, b.dtype, b.device).t().copy_(b)
 
 
-def _described(t: Tensor, block: list[int]) -> TensorDescriptor:
+def _described(
+    t: Tensor, block: list[int], config: TileConfig, shared: int = 0
+) -> TensorDescriptor:
+    """Describes t in blocks, of which each of two CTAs holds a half along the dimension `shared`."""
     dtype = gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor.from_tensor(
-        t, block, gl.NVMMASharedLayout.get_default_for(block, dtype)
-    )
+    halves = [[1 - shared, shared]] if config.ctas == 2 else []
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype, cga_layout=halves)
+    return TensorDescriptor.from_tensor(t, block, layout)
 
 
-def _right_operand(t: Tensor, block_k: int, block_n: int, k_major: bool) -> TensorDescriptor:
+def _right_operand(t: Tensor, block_k: int, config: TileConfig, k_major: bool) -> TensorDescriptor:
     """Describes w [K, N] or b [R, N]; as its transpose, whose rows are aligned then, where `k_major`."""
-    return _described(t.t(), [block_n, block_k]) if k_major else _described(t, [block_k, block_n])
+    if k_major:
+        return _described(t.t(), [config.block_n, block_k], config)
+    return _described(t, [block_k, config.block_n], config, shared=1)

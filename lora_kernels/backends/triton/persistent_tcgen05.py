@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
     allocate_tensor_memory,
     tcgen05_commit,
     tcgen05_mma,
+    tcgen05_mma_barrier_count,
     tensor_memory_descriptor,
 )
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
@@ -139,7 +140,7 @@ def _multiply(p, left, right, acc, use_acc, at, RIGHT_K_MAJOR: gl.constexpr):
     if RIGHT_K_MAJOR:
         right_block = right_block.permute((1, 0))
     free = p.free.index(at.index)
-    tcgen05_mma(left_block, right_block, acc, use_acc=use_acc, mbarriers=[free])
+    tcgen05_mma(left_block, right_block, acc, use_acc=use_acc, multicast=True, mbarriers=[free])
     return at.next()
 
 
@@ -158,7 +159,8 @@ def _multiplies(p):
         for _ in gl.static_range(p.RANK_STEPS):
             at = _multiply(p, p.s, p.b, acc, use_acc, at, p.B_K_MAJOR)
             use_acc = True
-        tcgen05_commit(p.acc_full.index(acc_at.index))
+        operands = [p.lefts.index(0), p.rights.index(0)]
+        tcgen05_commit(p.acc_full.index(acc_at.index), descs=operands)
         acc_at = acc_at.next()
 
 
@@ -220,20 +222,23 @@ def _persistent_kernel(
     rights = gl.allocate_shared_memory(
         x.dtype, [STAGES, w.block_shape[0], w.block_shape[1]], w.layout
     )
-    accs = allocate_tensor_memory(
-        gl.float32,
-        [_ACCUMULATORS, BLOCK_M, BLOCK_N],
-        TensorMemoryLayout([128, BLOCK_N], col_stride=1),
+    pair: gl.constexpr = gl.num_ctas() == 2
+    layout: gl.constexpr = TensorMemoryLayout(
+        [128, BLOCK_N], col_stride=1, cga_layout=x.layout.cga_layout, two_ctas=pair
     )
-    full = mbarrier.allocate_mbarrier(batch=STAGES)
+    accs = allocate_tensor_memory(gl.float32, [_ACCUMULATORS, BLOCK_M, BLOCK_N], layout)
+    commits: gl.constexpr = tcgen05_mma_barrier_count(
+        [lefts.index(0), rights.index(0)], multicast=True, two_ctas=pair
+    )
+    full = mbarrier.allocate_mbarrier(batch=STAGES, two_ctas=pair)
     free = mbarrier.allocate_mbarrier(batch=STAGES)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=1)
+        mbarrier.init(free.index(i), count=commits)
     acc_full = mbarrier.allocate_mbarrier(batch=_ACCUMULATORS)
-    acc_free = mbarrier.allocate_mbarrier(batch=_ACCUMULATORS)
+    acc_free = mbarrier.allocate_mbarrier(batch=_ACCUMULATORS, two_ctas=pair)
     for i in gl.static_range(_ACCUMULATORS):
-        mbarrier.init(acc_full.index(i), count=1)
+        mbarrier.init(acc_full.index(i), count=commits)
         mbarrier.init(acc_free.index(i), count=1)
     p = _Product(  # type: ignore[call-arg]
         x, w, s, b, y, gl.to_tensor(M), gl.to_tensor(N), gl.to_tensor(K),
