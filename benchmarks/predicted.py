@@ -114,11 +114,11 @@ PERSISTENT_TEXT = (
     "step of its sum, in bfloat16. It is never taken by prediction, only where `tune` has timed it as the fastest. One "
     "assumption decides: what its loop reaches of the vendor library's. Published for such a product without a tail, H100, "
     "M = N = 8192 (Triton's Gluon tutorial 07): 1.02 at K = 1024 and 2048, 0.99 to 1.01 from 4096, 0.92 at 512. A Triton "
-    "product with a tail has 0.95 at 4096 (lorafusion #8, H100 NVL). For pairs of CTAs on B200, without a tail: 0.94 to 1.01 "
-    "(tutorial 14). So each figure is a range, over the frozen layer, for "
+    "product with a tail has 0.95 at 4096 (lorafusion #8, H100 NVL). For pairs of CTAs on B200, without a tail: 0.94 to "
+    "1.01 (tutorial 14). So each figure is a range, over the frozen layer, for "
     f"{REACHED['sm_90'][1]} down to {REACHED['sm_90'][0]} of the library's rate on H100 and {REACHED['sm_100'][1]} down to "
-    f"{REACHED['sm_100'][0]} on B200; the tables above have 1 and 0.95. `two_kernel` has the same range, of which its end of a "
-    "block is in no published figure. In a backward persistent rounds q in a launch of its own."
+    f"{REACHED['sm_100'][0]} on B200; the tables above have 1 and 0.95. `two_kernel` has the same range, of which its end "
+    "of a block is in no published figure. In a backward persistent rounds q in a launch of its own."
 )
 
 
@@ -409,7 +409,7 @@ def main() -> None:
         "Counted in the emulator, and divided by the pipe's rate per multiprocessor and clock, as in",
         "[cycles.py](../../lora_kernels/tuning/cycles.json): for a step of block_k terms, and once for start, rank tail and",
         "stores. The matrix share is that of the product's own cycles in those of the busiest pipe, with K = 4096; of two",
-        "blocks that share a multiprocessor (at most 128x128) one's end runs beside the other's loop, as it does where tensor",
+        "blocks that share a multiprocessor (at most 128x128) one's end runs beside the other's loop, as where tensor",
         "memory has two accumulators. A block of two CTAs has the cycles of each one's multiprocessor.",
         "",
         *pipes(),
