@@ -230,6 +230,24 @@ class TestCost:
             assert 2 * smem_bytes(config, BIG) <= target.smem_bytes
             tile = Tile.of(config, BIG, "sm_90")
             assert cost._block_cycles(tile, BIG, target, 8, each) == expected
+        # Two accumulators of one block, in tensor memory.
+        config = TileConfig("persistent", 256, 256, 64, 4, 6, tma=True, ctas=2)
+        for each, expected in ((1, 20.0), (2, 17.0)):
+            tile = Tile.of(config, BIG, "sm_100")
+            assert cost._block_cycles(tile, BIG, TARGETS["sm_100"], 8, each) == expected
+
+    def test_a_pair_of_ctas_takes_two_multiprocessors(self):
+        target = TARGETS["sm_100"]
+        pairs = target.multiprocessors // 2
+        problem = Problem(256 * pairs, 256, 4096, 16, "bfloat16", "bfloat16", device="cuda")
+        config = TileConfig("persistent", 256, 256, 64, 4, 6, tma=True, ctas=2)
+        tile = Tile.of(config, problem, "sm_100")
+        matrix, shared, *_ = cycles(tile, 16).step
+        assert shared <= matrix == 2 * 256 * 256 * 64 / 8192 / 2
+        own = rate(tile, problem, target)
+        assert 0.9 < own <= full_rate(tile, problem, target) < 1
+        more = replace(problem, M=problem.M + 1)  # a second tile for one of them
+        assert rate(tile, more, target) == pytest.approx(own / 2, rel=0.05)
 
     def test_what_is_added_to_the_product(self):
         """Its launches, what hides them, and the second reading of dy by what gets q and dB apart."""

@@ -2,7 +2,8 @@
 
 One warp copies blocks of x and w, then of s and b, into a ring of stages; one warp multiplies them, by tcgen05; four
 warps convert and store the result. There are two accumulators, so that one tile is stored while the next is multiplied.
-Nobody else takes part: barriers in shared memory say which stage and which accumulator is full, and which is free.
+Barriers in shared memory say which stage and which accumulator is full, and which is free. Of two CTAs that share a tile
+each has half of its rows of x, s and y and half of the columns of w and b; one warp of the first multiplies for both.
 """
 
 from __future__ import annotations
@@ -227,6 +228,7 @@ def _persistent_kernel(
         [128, BLOCK_N], col_stride=1, cga_layout=x.layout.cga_layout, two_ctas=pair
     )
     accs = allocate_tensor_memory(gl.float32, [_ACCUMULATORS, BLOCK_M, BLOCK_N], layout)
+    # Where both CTAs copy or store, they arrive at the first one's barrier; a commit arrives at both of theirs.
     commits: gl.constexpr = tcgen05_mma_barrier_count(
         [lefts.index(0), rights.index(0)], multicast=True, two_ctas=pair
     )
