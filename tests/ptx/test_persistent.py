@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+
 import pytest
 import torch
 import triton
@@ -61,12 +64,17 @@ SPARE = {
 MEETINGS = {(0, 1): True, (2, 3, 6, 7): False, (4, 5, 8, 9): False}
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # damaged kernels multiply garbage
-@pytest.mark.skipif(triton.__version__ != TRITON, reason=f"the code of Triton {TRITON} was read")
-@pytest.mark.parametrize("kind", SMALL)
-def test_every_barrier_fence_arrival_and_wait(kind):
-    """Each deleted in turn, in lockstep."""
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # damaged kernels multiply garbage
+    pytest.mark.skipif(
+        triton.__version__ != TRITON, reason=f"the code of Triton {TRITON} was read"
+    ),
+]
+
+
+def small(kind: str) -> tuple[Compiled, Callable[[Compiled], bool]]:
+    """The kernel of a small product, and whether one like it gives the product, in lockstep and with no fault."""
     tile = SMALL[kind]
     columns = (3 if tile.ctas else 2) * tile.block_n
     case = Case(tile.block_m, columns, 136, 16, dtype=torch.bfloat16, layout="peft")
@@ -76,18 +84,41 @@ def test_every_barrier_fence_arrival_and_wait(kind):
     with recording(kind.partition(",")[0]) as launches:
         y = persistent(o.x, o.w, s, fetchable(o.b), o.bias, tile, 1)
     (launch,) = launches
-    ptx = launch.compiled.asm["ptx"]
-    kernel = Compiled(launch.compiled, launch.grid, launch.arguments, ptx)
-    ordering = ordering_of(kernel)
 
-    def unnoticed(names: set[str]) -> bool:
+    def is_right(kernel: Compiled) -> bool:
         y.fill_(torch.nan)
         try:
-            kernel.without(*(ordering[name] for name in names)).run()
+            kernel.run()
         except PtxError:
             return False
         return bool((y.double() - exact).abs().max() < 0.1)  # not for a NaN
 
+    ptx = launch.compiled.asm["ptx"]
+    return Compiled(launch.compiled, launch.grid, launch.arguments, ptx), is_right
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_every_barrier_fence_arrival_and_wait(kind):
+    """Each deleted in turn."""
+    kernel, is_right = small(kind)
+    ordering = ordering_of(kernel)
+
+    def unnoticed(names: set[str]) -> bool:
+        return is_right(kernel.without(*(ordering[name] for name in names)))
+
     assert_as_small_as_can_be(SPARE[kind], ordering, unnoticed)
-    for numbers, spare in MEETINGS.items() if tile.ctas == 2 else ():
+    for numbers, spare in MEETINGS.items() if kind.endswith("pair") else ():
         assert unnoticed({f"barrier.cluster {n}" for n in numbers}) == spare
+
+
+def test_what_a_pair_does_for_both():
+    """The copies and stores of each CTA arrive at rank 0's barriers, each commit at those of both."""
+    kernel, is_right = small("sm_100, a pair")
+    assert is_right(kernel)
+    changes = (("-16777224", "-16777224", ("-8",)), ("mov.b16 \t%rs", "3;", ("1;", "2;")))
+    for needle, kept, others in changes:
+        numbers = kernel.instructions(needle)
+        assert len(numbers) >= 3
+        for number, other in product(numbers, others):
+            line = kernel.ptx.splitlines()[number].replace(kept, other)
+            assert not is_right(kernel.edited(number, lambda _, line=line: line))
