@@ -114,6 +114,8 @@ def bind_load(instr: Instr, strand: Strand) -> Run:
         actual, size = resolve_space(space, addresses), dtype.itemsize * count
         if actual == "global":
             machine.races.loaded(strand, instr, lanes, addresses, size)
+            for n in range(len(lanes)) if "acquire" in instr.mods else ():
+                machine.races.acquire_load(int(strand.row[lanes[n]]), int(addresses[n]))
             words = machine.memory.read(
                 addresses, warps, dtype, count, explain(strand, instr, lanes)
             )

@@ -131,12 +131,21 @@ class Clocks:
         rows = np.array([row])
         if order in ("release", "acq_rel"):
             self._release_fence(rows)
-        said, fenced = self.known[[SAID, FENCED], row, self.world :]
-        clock = self.atomics.get(address, np.zeros_like(said))
-        self.known[SAID, row, self.world :] = np.maximum(said, clock)
-        self.atomics[address] = np.maximum(fenced, clock)
+        clock = self._hear(row, address)
+        self.atomics[address] = np.maximum(self.known[FENCED, row, self.world :], clock)
         if order in ("acquire", "acq_rel"):
             self._acquire_fence(rows)
+
+    def acquire_load(self, row: int, address: int) -> None:
+        """ld.acquire: takes what the atomics at `address` have said."""
+        self._hear(row, address)
+        self._acquire_fence(np.array([row]))
+
+    def _hear(self, row: int, address: int) -> np.ndarray:
+        said = self.known[SAID, row, self.world :]
+        clock = self.atomics.get(address, np.zeros_like(said))
+        np.maximum(said, clock, out=said)
+        return clock
 
     def _name(self, agent: int) -> str:
         engine, warp = divmod(agent, self.warps)

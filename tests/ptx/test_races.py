@@ -130,6 +130,10 @@ def test_a_fenced_atomic_hands_on_what_is_over(add):
     )
     body = f"{GLOBAL} @%p1 {STORE_GLOBAL} mov.u32 %r8, 32; @!%p1 bra L; {{}} L: {until} @!%p1 {LOAD_GLOBAL}"
     is_ordered(body.format(add))
+    load = "ld.acquire.gpu.global.u32 %r8, [%rd2];"
+    loads = body.format(add).replace("atom.acquire.global.add.u32 %r8, [%rd2], 0;", load)
+    is_ordered(loads)
+    assert "read after write" in races(loads.replace("ld.acquire", "ld.relaxed"))
     relaxed = body.format(add).replace("atom.acquire", "atom")
     assert "read after write" in races(relaxed)
     for bare in (
