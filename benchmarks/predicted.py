@@ -107,22 +107,25 @@ def tables(name: str) -> Iterator[str]:
             yield f"| {', '.join(map(str, shape))} | {frozen:.1f} | {' | '.join(cells)} | {taken} |"
 
 
-# What a loop reaches of the vendor library's on H100, least and most: see PERSISTENT_TEXT.
-REACHED = (0.95, 1.02)
+# What a loop reaches of the vendor library's, least and most: see PERSISTENT_TEXT.
+REACHED = {"sm_90": (0.95, 1.02), "sm_100": (0.94, 1.01)}
 PERSISTENT_TEXT = (
     "`persistent` is the same product written in Gluon: a program on each multiprocessor, and the rank tail as one more "
     "step of its sum, in bfloat16. It is never taken by prediction, only where `tune` has timed it as the fastest. One "
     "assumption decides: what its loop reaches of the vendor library's. Published for such a product without a tail, H100, "
     "M = N = 8192 (Triton's Gluon tutorial 07): 1.02 at K = 1024 and 2048, 0.99 to 1.01 from 4096, 0.92 at 512. A Triton "
-    "product with a tail has 0.95 at 4096 (lorafusion #8, H100 NVL). So each figure is a range, over the frozen layer, for "
-    f"{REACHED[1]} down to {REACHED[0]} of the library's rate; the tables above have 1. `two_kernel` has the same range, of "
-    "which its end of a block is in no published figure."
+    "product with a tail has 0.95 at 4096 (lorafusion #8, H100 NVL). For pairs of CTAs on B200, without a tail: 0.94 to "
+    "1.01 (tutorial 14). So each figure is a range, over the frozen layer, for "
+    f"{REACHED['sm_90'][1]} down to {REACHED['sm_90'][0]} of the library's rate on H100 and {REACHED['sm_100'][1]} down to "
+    f"{REACHED['sm_100'][0]} on B200; the tables above have 1 and 0.95. `two_kernel` has the same range, of which its end "
+    "of a block is in no published figure."
 )
 
 
-def persistent_table() -> Iterator[str]:
-    """The persistent product beside the others on sm_90: what the range of one assumption makes of them."""
-    target, forms = TARGETS["sm_90"], ("two_kernel", "persistent")
+def persistent_table(name: str) -> Iterator[str]:
+    """The persistent product beside the others on one target: what the range of one assumption makes of them."""
+    target, forms = TARGETS[name], ("two_kernel", "persistent")
+    yield f"\n**{target.chip} ({name}), predicted**\n"
     yield "| M, K, N, R | direction | frozen, us | eager | two_kernel | persistent | persistent is faster than eager |"
     yield "|---|---|---|---|---|---|---|"
     for shape in SHAPES[:7]:
@@ -130,8 +133,8 @@ def persistent_table() -> Iterator[str]:
             frozen = predict_us("frozen", problem, target)
             eager = predict_us("eager", problem, target)
             found: dict[str, list[float]] = {form: [] for form in forms}
-            for reached in REACHED:
-                with patch.dict(cost._EFFICIENCY, sm_90=reached):
+            for reached in REACHED[name]:
+                with patch.dict(cost._EFFICIENCY, {name: reached}):
                     for form in forms:
                         found[form].append(predict_us(form, problem, target))
             ranges = (f"{us[1] / frozen:.2f}-{us[0] / frozen:.2f}" for us in found.values())
@@ -378,7 +381,7 @@ def main() -> None:
         "![predicted price of LoRA over the frozen layer](gpu-predicted.png)",
         *(line for name in CHIPS for line in tables(name)),
         "",
-        "On B200 and RTX 5090 the fused product is predicted to be slower than ATen for nearly every larger shape: the call",
+        "On B200 and RTX 5090 `two_kernel` is predicted to be slower than ATen for nearly every larger shape: the call",
         "takes `eager` there, as wherever it is predicted fastest, and `explain` says so. The rates of the tiles",
         "are counted from their compiled code. One number of each architecture is not: what a loop bound by its matrix pipe",
         "reaches of the vendor's library. It is set so that published times of Triton's products come out (A100, H100,",
@@ -387,11 +390,10 @@ def main() -> None:
         + gains()
         + ".",
         "",
-        "## The persistent product on H100",
+        "## The persistent product on H100 and B200",
         "",
         *textwrap.wrap(PERSISTENT_TEXT, 120),
-        "",
-        *persistent_table(),
+        *(line for name in REACHED for line in persistent_table(name)),
         "",
         "## Groups of rows: experts, and several adapters in one batch",
         "",
@@ -407,7 +409,8 @@ def main() -> None:
         "Counted in the emulator, and divided by the pipe's rate per multiprocessor and clock, as in",
         "[cycles.py](../../lora_kernels/tuning/cycles.json): for a step of block_k terms, and once for start, rank tail and",
         "stores. The matrix share is that of the product's own cycles in those of the busiest pipe, with K = 4096; of two",
-        "blocks that share a multiprocessor (at most 128x128) one's end runs beside the other's loop.",
+        "blocks that share a multiprocessor (at most 128x128) one's end runs beside the other's loop, as where tensor",
+        "memory has two accumulators. A block of two CTAs has the cycles of each one's multiprocessor.",
         "",
         *pipes(),
     ]

@@ -365,9 +365,12 @@ class TestTritonOrCUDA:
         assert masked.passed_over["persistent"].startswith(
             "the mask of dx is on its rank tail alone"
         )
-        monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_100"])
-        on_b200 = plan.explain(large, "triton").passed_over
-        assert on_b200["persistent"] == "persistent is made for sm_90, not for sm_100"
+        for name, reason in (
+            ("sm_100", "it is taken where `tune` has timed it: Gluon is experimental"),
+            ("sm_120", "sm_120 has no tensor descriptors"),
+        ):
+            monkeypatch.setattr(plan, "current_target", lambda *device, name=name: TARGETS[name])
+            assert plan.explain(large, "triton").passed_over["persistent"] == reason
 
     @pytest.mark.parametrize("version", ["3.6.0", "3.10.0"])
     def test_another_triton_keeps_the_other_products(self, version, monkeypatch):

@@ -90,6 +90,22 @@ class TestFits:
         assert fits(TILE, BIG, TARGETS["sm_80"]) is None
         assert rule in fits(replace(TILE, **change), BIG, TARGETS["sm_80"])
 
+    @pytest.mark.parametrize(
+        "change, rule",
+        [
+            ({"ctas": 0}, "ctas of persistent on sm_100 must be one of (1, 2), got 0"),
+            ({"kernel": "expand"}, "ctas of expand on sm_100 must be one of (0,), got 1"),
+            ({"tma": False}, "persistent fetches by tensor descriptors"),
+            ({"block_m": 256}, "two accumulators of 128 rows a CTA, got 256x256 by 1"),
+            ({"block_n": 512}, "two accumulators of 128 rows a CTA, got 128x512 by 1"),
+            ({"num_stages": 5}, "bytes of shared memory"),
+        ],
+    )
+    def test_tensor_memory_has_rules_of_its_own(self, change, rule):
+        tile = TileConfig("persistent", 128, 256, 64, 4, 4, tma=True, ctas=1)
+        assert fits(tile, BIG, TARGETS["sm_100"]) is None
+        assert rule in fits(replace(tile, **change), BIG, TARGETS["sm_100"])
+
     def test_decode_takes_few_rows_and_no_dropout(self):
         config = TileConfig("decode", 64, 64, 64, 4, 3)
         few = replace(BIG, M=64)
@@ -214,6 +230,24 @@ class TestCost:
             assert 2 * smem_bytes(config, BIG) <= target.smem_bytes
             tile = Tile.of(config, BIG, "sm_90")
             assert cost._block_cycles(tile, BIG, target, 8, each) == expected
+        # Two accumulators of one block, in tensor memory.
+        config = TileConfig("persistent", 256, 256, 64, 4, 6, tma=True, ctas=2)
+        for each, expected in ((1, 20.0), (2, 17.0)):
+            tile = Tile.of(config, BIG, "sm_100")
+            assert cost._block_cycles(tile, BIG, TARGETS["sm_100"], 8, each) == expected
+
+    def test_a_pair_of_ctas_takes_two_multiprocessors(self):
+        target = TARGETS["sm_100"]
+        pairs = target.multiprocessors // 2
+        problem = Problem(256 * pairs, 256, 4096, 16, "bfloat16", "bfloat16", device="cuda")
+        config = TileConfig("persistent", 256, 256, 64, 4, 6, tma=True, ctas=2)
+        tile = Tile.of(config, problem, "sm_100")
+        matrix, shared, *_ = cycles(tile, 16).step
+        assert shared <= matrix == 2 * 256 * 256 * 64 / 8192 / 2
+        own = rate(tile, problem, target)
+        assert 0.9 < own <= full_rate(tile, problem, target) < 1
+        more = replace(problem, M=problem.M + 1)  # a second tile for one of them
+        assert rate(tile, more, target) == pytest.approx(own / 2, rel=0.05)
 
     def test_what_is_added_to_the_product(self):
         """Its launches, what hides them, and the second reading of dy by what gets q and dB apart."""

@@ -49,7 +49,8 @@ class TileConfig:
 
     A tile has block_m rows, block_n columns and block_k terms of a sum at a time; rank columns come in chunks of at most
     `rank_chunk`. `group_m` blocks of rows share an L2 neighbourhood. `split` parts of the sum are added in index order.
-    `tma`: fetch through tensor descriptors where the operands allow it.
+    `tma`: fetch through tensor descriptors where the operands allow it. `ctas` blocks of threads multiply a tile together
+    into tensor memory, by tcgen05 in Gluon; 0 elsewhere.
     """
 
     kernel: str
@@ -62,6 +63,7 @@ class TileConfig:
     split: int = 1
     tma: bool = False
     rank_chunk: int = 64
+    ctas: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,7 +73,7 @@ class TileConfig:
         text += f" w{self.num_warps} s{self.num_stages}" + (
             f" split {self.split}" if self.split > 1 else ""
         )
-        return text + (" tma" if self.tma else "")
+        return text + " tma" * self.tma + f" {self.ctas} CTAs" * (self.ctas > 1)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,11 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
         return f"{config.kernel} takes no groups of rows"
     if config.tma and not target.tma:
         return f"{target.name} has no tensor descriptors"
+    able = (1, 2) if config.kernel == "persistent" and target.tmem_columns else (0,)
+    if config.ctas not in able:
+        return (
+            f"ctas of {config.kernel} on {target.name} must be one of {able}, got {config.ctas!r}"
+        )
     if config.kernel == "decode" and problem.M > DECODE_ROWS:
         return f"decode takes at most {DECODE_ROWS} rows, got {problem.M}"
     if config.kernel in ("decode", "shrink_wgrad") and problem.R > FUSED_RANK:
@@ -148,7 +155,7 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
         )
     if config.kernel == "dequantise" and problem.weight_format == DENSE:
         return "a dense weight is not decoded"
-    if config.kernel == "persistent" and (reason := _persistent_refuses(problem, target)):
+    if config.kernel == "persistent" and (reason := _persistent_refuses(config, problem, target)):
         return reason
     needed = smem_bytes(config, problem)
     if needed > target.smem_bytes:
@@ -156,10 +163,17 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
     return None
 
 
-def _persistent_refuses(problem: Problem, target: Target) -> str | None:
-    """The rule of the persistent product that `problem` breaks: tensor copies fetch each operand, s in x's type."""
-    if target.name != "sm_90":
-        return f"persistent is made for sm_90, not for {target.name}"
+def _persistent_refuses(config: TileConfig, problem: Problem, target: Target) -> str | None:
+    """The rule of the persistent product that is broken: tensor copies fetch each operand, s in x's type."""
+    if not config.tma:
+        return "persistent fetches by tensor descriptors"
+    if config.ctas and (
+        config.block_m != 128 * config.ctas or 2 * config.block_n > target.tmem_columns
+    ):
+        return (
+            f"tensor memory of {target.name} holds two accumulators of 128 rows a CTA, "
+            f"got {config.block_m}x{config.block_n} by {config.ctas}"
+        )
     if problem.dtype != "bfloat16":
         # float16 does not hold every s = alpha·x·A.
         return f"persistent rounds s to x's type, which must be bfloat16, got {problem.dtype}"
@@ -194,7 +208,7 @@ def smem_bytes(config: TileConfig, problem: Problem) -> int:
     stage = {
         "shrink": m * k * size + k * ranks * adapter,
         "expand": (m + n) * k * size,
-        "persistent": (m + n) * k * size,
+        "persistent": (m + n) * k * size // max(1, config.ctas),
         "one_pass": (m + n) * k * size + k * ranks * adapter,
         "decode": m * k * size + int(n * k * of_w) + k * ranks * adapter,
         "wgrad": m * n * size + m * ranks * 4,
@@ -203,6 +217,6 @@ def smem_bytes(config: TileConfig, problem: Problem) -> int:
     }[config.kernel]
     extra = {
         "shrink_wgrad": n * ranks * (adapter + 4),
-        "persistent": m * n // 2 * size,  # half of a tile's result
+        "persistent": m * n // 2 * size // max(1, config.ctas),  # half of a tile's result
     }.get(config.kernel, 0)
     return max(1, config.num_stages - (not config.tma)) * stage + extra

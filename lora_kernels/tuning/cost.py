@@ -259,7 +259,7 @@ def rate(tile: Tile, problem: Problem, target: Target, split: int = 1) -> float:
     """
     own = tile.config
     blocks = row_blocks(problem, own.block_m) * math.ceil(problem.N / own.block_n) * split
-    each = math.ceil(blocks / target.multiprocessors)
+    each = math.ceil(blocks / (target.multiprocessors // max(1, own.ctas)))
     steps = math.ceil(math.ceil(problem.K / own.block_k) / split)
     matrix = problem.flops / target.multiprocessors / flops_per_clock(target.name, problem.dtype)
     return matrix / each / _block_cycles(tile, problem, target, steps, each)
@@ -270,14 +270,18 @@ def full_rate(tile: Tile, problem: Problem, target: Target) -> float:
     own = tile.config
     steps = math.ceil(problem.K / own.block_k)
     per_clock = flops_per_clock(target.name, problem.dtype)
-    matrix = 2 * own.block_m * own.block_n * problem.K / per_clock
+    matrix = 2 * own.block_m * own.block_n * problem.K / per_clock / max(1, own.ctas)
     return matrix / _block_cycles(tile, problem, target, steps, 2)
 
 
 def _block_cycles(tile: Tile, problem: Problem, target: Target, steps: int, each: int) -> float:
-    """The cycles of one block of `tile`, of which a multiprocessor computes `each`, two at a time where they fit."""
+    """The cycles of one block of `tile`, of which a multiprocessor computes `each`, two at a time where they fit.
+
+    Where tensor memory holds two accumulators, one is stored beside the loop of the other.
+    """
     own = tile.config
     pair = each > 1 and 2 * smem_bytes(own, problem) <= target.smem_bytes
     # A multiprocessor has registers for the accumulators of two 128x128 tiles.
     pair = pair and own.block_m * own.block_n <= 128 * 128
-    return cycles(tile, problem.R).block(steps, overlapped=pair)
+    overlapped = pair or (each > 1 and own.ctas > 0)
+    return cycles(tile, problem.R).block(steps, overlapped)

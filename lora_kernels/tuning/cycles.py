@@ -1,5 +1,7 @@
 """Cycles for which one block of each shipped tile occupies the pipes of a multiprocessor, counted from its compiled code.
 
+A block of two CTAs occupies two multiprocessors, each for half of what is counted.
+
 The emulator of tests/ptx executes a block at two depths. Their difference is what a step of block_k terms takes; what is
 left is taken once: the start, the rank tail, the stores. Counts become cycles by the rates of one multiprocessor and clock:
 
@@ -56,7 +58,7 @@ class Tile(NamedTuple):
     def of(cls, config: TileConfig, problem: Problem, target: str) -> Tile:
         sizes = config.block_m, config.block_n, config.block_k
         launch = config.num_warps, config.num_stages
-        plain = TileConfig(config.kernel, *sizes, *launch, tma=config.tma)
+        plain = TileConfig(config.kernel, *sizes, *launch, tma=config.tma, ctas=config.ctas)
         return cls(*_kind(config.kernel, problem, target), plain)
 
 
@@ -158,6 +160,7 @@ def write(file: Path, triton: str, rows: dict[Tile, Row]) -> None:
         fields = ("kernel", "block_m", "block_n", "block_k", "num_warps", "num_stages", "tma")
         cycles = [[list(map(number, each)) for each in pair] for pair in row]
         kept = {name: own[name] for name in fields}
+        kept |= {"ctas": own["ctas"]} if own["ctas"] else {}
         kind = {"target": tile.target, "types": tile.types, "forward": tile.forward}
         return {**kind, "tile": kept, "cycles": cycles}
 

@@ -249,14 +249,25 @@ def test_the_main_loop_is_the_plain_products(target, form, record_property):
         assert fused.smem_bytes <= plain.smem_bytes, line
 
 
+# The matrix instructions of the loop, all its instructions and bytes of shared memory at most, columns of tensor memory.
+PERSISTENT = {
+    ("sm_90", "128x256x64"): (["HGMMA.64x256x16.F32.BF16"] * 4, 90, 181 * 1024, 0),
+    ("sm_100", "256x256x64"): (["UTCHMMA.2CTA"] * 4, 48, 225 * 1024, 512),
+    ("sm_100", "128x256x64"): (["UTCHMMA"] * 4, 48, 225 * 1024, 512),
+    ("sm_100", "128x128x64"): (["UTCHMMA"] * 4, 48, 209 * 1024, 256),
+}
+
+
 @pytest.mark.skipif(untried() is not None, reason=str(untried()))
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
-def test_the_persistent_loop(forward):
-    """At rank 16 and 64 the loop over K is the same: four matrix instructions of 64x256, and 90 of any kind at most."""
+@pytest.mark.parametrize(("target", "size"), PERSISTENT)
+def test_the_persistent_loop(target, size, forward):
+    """At rank 16 and 64 the loop over K is the same: four matrix instructions, and few of any other kind."""
     problem = Problem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
-    config = tiles_of("persistent", problem, TARGETS["sm_90"])[0]
+    (config,) = (c for c in tiles_of("persistent", problem, TARGETS[target]) if size in str(c))
+    matrix, instructions, smem_bytes, columns = PERSISTENT[target, size]
     for R in (16, 64):
-        code = compile_job(("sm_90", replace(problem, R=R), config, forward, False))
-        assert code.loop_matrix == ["HGMMA.64x256x16.F32.BF16"] * 4, code
-        assert code.loop.total() <= 90 and code.local_bytes == 0, code
-        assert code.smem_bytes <= 181 * 1024, code
+        code = compile_job((target, replace(problem, R=R), config, forward, False))
+        assert code.loop_matrix == matrix, code
+        assert code.loop.total() <= instructions and code.local_bytes == 0, code
+        assert code.smem_bytes <= smem_bytes and code.tmem_columns == columns, code

@@ -76,8 +76,8 @@ def count(target: str, config: TileConfig, problem: Problem, steps: int, R: int)
     return executed[0].counters
 
 
-def pipe_cycles(target: str, counters: Counters) -> tuple[float, ...]:
-    """`counters` in cycles, in the order of PIPES."""
+def pipe_cycles(target: str, counters: Counters, ctas: int) -> tuple[float, ...]:
+    """`counters` of a block of so many CTAs in cycles of each one's multiprocessor, in the order of PIPES."""
     flops = dict(counters.matrix_flops)
     tf32 = flops.pop("tf32", 0)
     half = flops_per_clock(target, "bfloat16")
@@ -85,14 +85,16 @@ def pipe_cycles(target: str, counters: Counters) -> tuple[float, ...]:
     shared = counters.wavefronts + counters.unit_bytes / SHARED_BYTES
     issue = sum(counters.instructions.values()) / INSTRUCTIONS
     l2 = sum(t.bytes_loaded + t.bytes_stored for t in counters.tensors.values()) / L2_BYTES
-    return matrix or counters.fma_flops / flops_per_clock(target, "float32"), shared, issue, l2
+    fma = counters.fma_flops / flops_per_clock(target, "float32")
+    return tuple(pipe / ctas for pipe in (matrix or fma, shared, issue, l2))
 
 
 def recount(config: TileConfig, problem: Problem, target: str) -> Row:
     """A row of TABLE: at each of RANKS (step, rest)."""
     row = []
     for R in RANKS:
-        short, long = (pipe_cycles(target, count(target, config, problem, n, R)) for n in DEPTHS)
+        counts = (count(target, config, problem, steps, R) for steps in DEPTHS)
+        short, long = (pipe_cycles(target, each, max(1, config.ctas)) for each in counts)
         step = tuple((b - a) / (DEPTHS[1] - DEPTHS[0]) for a, b in zip(short, long, strict=True))
         row.append((step, tuple(a - DEPTHS[0] * s for a, s in zip(short, step, strict=True))))
     return tuple(row)

@@ -1,4 +1,4 @@
-"""The persistent product of sm_90, compiled and executed: Gluon has no interpreter, so this lane is its proof."""
+"""The persistent products of sm_90 and sm_100, compiled and executed: Gluon has no interpreter, this lane is their proof."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.config import TileConfig, Tiles
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.shipped import compare
 from tests.oracle import Case, Operands, assert_budget, reference
@@ -31,9 +31,17 @@ if (reason := untried()) is not None:
 from lora_kernels.backends.triton.persistent import applies, fetchable, persistent
 
 pytestmark = pytest.mark.slow
-TARGET = TARGETS["sm_90"]
+TARGETS_OF_IT = ("sm_90", "sm_100")
 PROBLEM = Problem(8192, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
-TILE = tiles_of("persistent", PROBLEM, TARGET)[0]
+# The largest tile by each number of CTAs.
+KINDS = list(
+    {
+        (name, tile.ctas): (name, tile)
+        for name in TARGETS_OF_IT
+        for tile in reversed(tiles_of("persistent", PROBLEM, TARGETS[name]))
+    }.values()
+)
+every_kind = pytest.mark.parametrize("target, tile", KINDS, ids=str)
 # Two tiles each way, none full; a program computes several of them. K: less than a step, two steps, five.
 CASES = [
     (Case(133, 264, 264, 13, dtype=torch.bfloat16), True, None),
@@ -46,31 +54,34 @@ CASES = [
 ]
 
 
-def product(o: Operands, forward: bool, programs: int) -> dict[str, torch.Tensor]:
+def product(o: Operands, tile: TileConfig, forward: bool, programs: int) -> dict[str, torch.Tensor]:
     """y of the operands, or dx, by what eager has for s or q."""
     x, w, b, bias = (o.x, o.w, o.b, o.bias) if forward else (o.dy, o.w.t(), o.a.t(), None)
     given = o.results(None)["s" if forward else "q"]
     s = rank_operand(*given.shape, x.dtype, x.device).copy_(given)
-    y = persistent(x, w, s, fetchable(b), bias, TILE, programs)
+    y = persistent(x, w, s, fetchable(b), bias, tile, programs)
     return {"y" if forward else "dx": y}
 
 
+@every_kind
 @pytest.mark.parametrize("case, forward, schedule", CASES, ids=str)
-def test_any_size_layout_and_rank(case, forward, schedule):
-    o = case.operands()
+def test_any_size_layout_and_rank(target, tile, case, forward, schedule):
+    each = max(1, tile.ctas)
+    o = replace(case, M=each * case.M).operands()
     if not applies(*((o.x, o.w) if forward else (o.dy, o.w.t()))):
         o = replace(o, x=o.x.contiguous(), dy=o.dy.contiguous())
-    with emulate("sm_90", schedule):
-        found = product(o, forward, programs=2)
+    with emulate(target, schedule):
+        found = product(o, tile, forward, programs=2 * each)
     compare(found, o, f"schedule {schedule}")
 
 
-def test_neither_programs_nor_their_order_change_a_bit():
+@every_kind
+def test_neither_programs_nor_their_order_change_a_bit(target, tile):
     o = Case(133, 264, 136, 16, dtype=torch.bfloat16).operands()
     results = []
-    for programs, schedule in ((1, None), (3, 1), (132, 2)):
-        with emulate("sm_90", schedule):
-            results.append(product(o, True, programs)["y"])
+    for programs, schedule in ((1, None), (6, 1), (132, 2)):
+        with emulate(target, schedule):
+            results.append(product(o, tile, True, programs)["y"])
     assert all(torch.equal(y, results[0]) for y in results)
 
 
@@ -86,12 +97,13 @@ def test_s_leaves_shrink_in_a_half_type_beside(split):
     assert torch.equal(whole[:, :13], s.bfloat16()) and whole[:, 13:].isnan().all()
 
 
-def test_an_infinity_stays_where_it_is():
+@every_kind
+def test_an_infinity_stays_where_it_is(target, tile):
     """Padded columns of s and b, and of x and w behind K, are zeros in both."""
     o = Case(133, 264, 72, 5, dtype=torch.bfloat16).operands()
     o.x[3, 7] = torch.inf
-    with emulate("sm_90"), np.errstate(invalid="ignore"):
-        found = product(o, True, 2)
+    with emulate(target), np.errstate(invalid="ignore"):
+        found = product(o, tile, True, 2)
     compare(found, o, "an infinite x")
     assert found["y"][:3].isfinite().all() and found["y"][4:].isfinite().all()
 
@@ -102,23 +114,23 @@ def test_what_it_does_not_take_is_refused():
     with pytest.raises(
         ValueError, match=r"^x and w must have 16-byte aligned rows.* got strides \(20, 1\)"
     ):
-        persistent(o.x, o.w, s, o.b, None, TILE, 1)
+        persistent(o.x, o.w, s, o.b, None, KINDS[0][1], 1)
 
 
-@pytest.fixture
-def on_sm_90(monkeypatch) -> Iterator[None]:
+@pytest.fixture(params=TARGETS_OF_IT)
+def target(monkeypatch, request) -> Iterator[str]:
     """CPU tensors are computed by the persistent product, which `tune` has timed as the fastest."""
-    monkeypatch.setattr(plan, "_target", lambda device: TARGET)
+    monkeypatch.setattr(plan, "_target", lambda device: TARGETS[request.param])
     monkeypatch.setattr(backend_module.TritonBackend, "devices", ("cpu",))
     monkeypatch.setattr(backend_module, "predict_us", lambda name, *_: name != "persistent")
     monkeypatch.setattr(backend_module, "_slower", lambda *_: None)
     plan.forget()
-    yield
+    yield request.param
     plan.forget()
 
 
 @pytest.mark.parametrize("dropout, schedule", [(0.0, 7), (0.25, None)], ids=["random", "dropout"])
-def test_a_layers_forward_and_every_gradient(on_sm_90, dropout, schedule):
+def test_a_layers_forward_and_every_gradient(target, dropout, schedule):
     torch.manual_seed(3)
     shapes = {"x": (70, 72), "weight": (88, 72), "A": (72, 12), "B": (12, 88), "bias": (88,)}
     leaves = [
@@ -129,7 +141,7 @@ def test_a_layers_forward_and_every_gradient(on_sm_90, dropout, schedule):
     mask = None
     if dropout:
         mask = scaled_mask(Dropout(dropout, torch.tensor(5)), 70, 72, torch.float64)
-    with emulate("sm_90", schedule) as executed, use_backend("triton"):
+    with emulate(target, schedule) as executed, use_backend("triton"):
         y = lora_linear(*leaves[:4], 0.75, leaves[4], dropout_p=dropout, seed=5)
         actual = [y, *torch.autograd.grad(y, leaves, dy)]
 
@@ -154,12 +166,14 @@ def names_of(executed: list[Executed]) -> list[str]:
     return [launch.name.strip("_").removesuffix("_kernel") for launch in executed]
 
 
-def test_s_is_waited_for_where_the_product_starts_early(monkeypatch):
+@every_kind
+def test_s_is_waited_for_where_the_product_starts_early(target, tile, monkeypatch):
     """In lockstep the dependent launch goes as far as it can before `shrink` has stored anything: too far without a wait."""
     o = Case(133, 264, 136, 16, dtype=torch.bfloat16, layout="peft").operands()
-    products = TritonProducts("persistent", PROBLEM, TARGET, tiles_for(PROBLEM, TARGET))
+    others = [c for c in tiles_for(PROBLEM, TARGETS[target]).configs if c.kernel != "persistent"]
+    products = TritonProducts("persistent", PROBLEM, TARGETS[target], Tiles((*others, tile)))
     for schedule in (None, 1):
-        with emulate("sm_90", schedule) as executed:
+        with emulate(target, schedule) as executed:
             y, s = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
         compare({"y": y, "s": s}, o, f"schedule {schedule}")
         assert names_of(executed) == ["shrink", "persistent"] and executed[1].dependent
@@ -167,7 +181,7 @@ def test_s_is_waited_for_where_the_product_starts_early(monkeypatch):
     monkeypatch.setattr(
         launch, "prepare_triton", functools.partial(_without_wait, launch.prepare_triton)
     )
-    with emulate("sm_90"):
+    with emulate(target):
         y, _ = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
     with pytest.raises(AssertionError):
         compare({"y": y}, o, "without a wait")
@@ -180,7 +194,8 @@ def _without_wait(prepare, compiled, grid, bound):
 def test_operands_that_copies_cannot_fetch_take_the_other_product():
     """An odd stride of x or w is no fault of the plan, which sees sizes only."""
     o = Case(70, 264, 72, 16, dtype=torch.bfloat16).operands()
-    products = TritonProducts("persistent", PROBLEM, TARGET, tiles_for(PROBLEM, TARGET))
+    sm_90 = TARGETS["sm_90"]
+    products = TritonProducts("persistent", PROBLEM, sm_90, tiles_for(PROBLEM, sm_90))
     assert products._persistent_takes(o.x, o.w, o.adapter)
     for layout in ("sliced", "broadcast"):
         other = replace(o.case, layout=layout).operands()
@@ -189,18 +204,19 @@ def test_operands_that_copies_cannot_fetch_take_the_other_product():
     assert not products._persistent_takes(odd.x, odd.w, odd.adapter)
 
 
-def test_bytes_and_flops():
+@every_kind
+def test_bytes_and_flops(target, tile):
     """x once for each block of columns, w once for each block of rows, s and b likewise; y stored once, never read."""
     M, N, K, R = 256, 512, 256, 16
     o = Case(M, N, K, R, dtype=torch.bfloat16, layout="peft").operands()
-    with emulate("sm_90") as executed:
-        product(o, True, programs=2)
+    with emulate(target) as executed:
+        product(o, tile, True, programs=2)
     counters = executed[0].counters
     tensors = counters.tensors
-    assert tensors["x"].bytes_loaded == N // 256 * M * K * 2
-    assert tensors["w"].bytes_loaded == M // 128 * N * K * 2
-    assert tensors["s"].bytes_loaded == N // 256 * M * R * 2
-    assert tensors["b"].bytes_loaded == M // 128 * N * R * 2
+    assert tensors["x"].bytes_loaded == N // tile.block_n * M * K * 2
+    assert tensors["w"].bytes_loaded == M // tile.block_m * N * K * 2
+    assert tensors["s"].bytes_loaded == N // tile.block_n * M * R * 2
+    assert tensors["b"].bytes_loaded == M // tile.block_m * N * R * 2
     assert tensors["y"].bytes_stored == M * N * 2 and tensors["y"].bytes_loaded == 0
     assert (tensors["y"].stores == 1).all()
     assert counters.flops == 2 * M * N * (K + R)

@@ -6,13 +6,23 @@ import numpy as np
 
 from tests.ptx.clocks import CP_ASYNC
 from tests.ptx.memory import MemoryFault
-from tests.ptx.parser import LOCAL_WINDOW, PARAM_WINDOW, SHARED_LIMIT, Imm, Instr, Mem, PtxError
+from tests.ptx.parser import (
+    LOCAL_WINDOW,
+    PARAM_WINDOW,
+    SHARED_LIMIT,
+    SHARED_WINDOW,
+    Imm,
+    Instr,
+    Mem,
+    PtxError,
+    Reg,
+)
 from tests.ptx.strand import DTYPES, Run, Strand, bf16_to_f32, f32_to_bf16, opcode
 
 
 def address_of(strand: Strand, mem: Mem):
     """A function that gives the [lanes] byte addresses of a memory operand."""
-    kind = "s64" if isinstance(mem.base, Imm) else f"u{mem.base.width}"
+    kind = f"u{mem.base.width}" if isinstance(mem.base, Reg) else "s64"
     base = strand.source(mem.base, kind)
     offset = mem.offset
     return lambda: np.broadcast_to(base.astype(np.int64) + offset, strand.lanes)
@@ -29,16 +39,31 @@ def explain(strand: Strand, instr: Instr, lanes: np.ndarray):
     return text
 
 
-def shared_index(strand: Strand, instr: Instr, addresses, lanes, size: int) -> np.ndarray:
-    """Byte indices into the batch's shared memory, checked against one CTA's part."""
-    if (addresses % size).any() or (addresses < 0).any() or (
-        addresses + size > strand.machine.shared_size).any():  # fmt: skip
-        bad = (addresses % size != 0) | (addresses < 0)
-        bad |= addresses + size > strand.machine.shared_size
+def shared_index(
+    strand: Strand, instr: Instr, addresses, lanes, size: int, anywhere: bool = False
+) -> np.ndarray:
+    """Byte indices into the batch's shared memory, checked against one CTA's part.
+
+    It is the thread's own CTA, or any of its cluster for an instruction that says shared::cluster, or no space at all, and
+    where `anywhere`.
+    """
+    machine, offset = strand.machine, addresses % SHARED_WINDOW
+    bad = (offset % size != 0) | (offset + size > machine.shared_size)
+    rank = addresses // SHARED_WINDOW
+    if anywhere or "shared::cluster" in instr.mods or space_of(instr) is None:
+        bad |= (rank < 0) | (rank >= machine.cluster)
+    else:
+        bad |= rank != strand.rank[lanes]
+    if bad.any():
         n = int(np.flatnonzero(bad)[0])
         raise MemoryFault(f"{explain(strand, instr, lanes)(n)}: shared address {addresses[n]},"
-                          f" {size} bytes, of {strand.machine.shared_size}")  # fmt: skip
-    return addresses + strand.shared_base[lanes]
+                          f" {size} bytes, of {machine.shared_size}")  # fmt: skip
+    ctas = strand.cta[lanes] - strand.rank[lanes] + rank
+    if machine.cluster > 1 and not machine.live[ctas].all():
+        raise MemoryFault(
+            f"{explain(strand, instr, lanes)(0)}: shared memory of a CTA that has ended"
+        )
+    return offset + ctas * machine.shared_bytes
 
 
 def shared_access(
@@ -89,6 +114,8 @@ def bind_load(instr: Instr, strand: Strand) -> Run:
         actual, size = resolve_space(space, addresses), dtype.itemsize * count
         if actual == "global":
             machine.races.loaded(strand, instr, lanes, addresses, size)
+            for n in range(len(lanes)) if "acquire" in instr.mods else ():
+                machine.races.acquire_load(int(strand.row[lanes[n]]), int(addresses[n]))
             words = machine.memory.read(
                 addresses, warps, dtype, count, explain(strand, instr, lanes)
             )

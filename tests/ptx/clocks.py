@@ -16,9 +16,9 @@ from tests.ptx.parser import PtxError
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine
 
-WARP, CP_ASYNC, WGMMA, TENSOR_STORE, MMA, TENSOR_LD, TENSOR_ST, ALLOC = range(8)
+WARP, CP_ASYNC, WGMMA, TENSOR_STORE, MMA, TENSOR_LD, TENSOR_ST, ALLOC, INIT = range(9)
 ENGINES = ("", "cp.async of ", "wgmma of ", "tensor store of ", "tcgen05.mma of ", "tcgen05.ld of ",
-           "tcgen05.st of ", "tcgen05.alloc of ")  # fmt: skip
+           "tcgen05.st of ", "tcgen05.alloc of ", "mbarrier.init of ")  # fmt: skip
 THREADS_OWN = (WARP, CP_ASYNC)  # the others need a fence.proxy.async to see what these wrote
 MBARRIERS = 64
 # The layers of a clock: the accesses that are over; those of them that asynchronous operations see; those that a memory
@@ -27,16 +27,16 @@ OVER, SEEN, FENCED, SAID = range(4)
 
 
 class Clocks:
-    """One for every warp of the resident CTAs, which are the `rows`; a CTA's agents have the same numbers in each.
+    """One for every warp of the resident CTAs, which are the `rows`; a cluster's agents have the same numbers in each.
 
     The last columns are the warps once more, by row: what of their accesses to global memory is over, also in other CTAs.
     """
 
     def __init__(self, machine: Machine) -> None:
         self.machine, self.code = machine, machine.program.code
-        self.warps, ctas = machine.warps, len(machine.ctas)
+        self.warps, ctas = machine.cluster * machine.warps, len(machine.ctas)  # warps of a cluster
         self.step = 1 << len(self.code).bit_length()
-        rows = np.arange(ctas * self.warps)
+        rows = np.arange(ctas * machine.warps)
         self.own = rows % self.warps
         self.world = len(ENGINES) * self.warps + MBARRIERS
         self.known = np.zeros(
@@ -44,8 +44,11 @@ class Clocks:
         )  # [layer, row, agent]
         self._tick(rows)
         self.threads_own = np.isin(np.arange(self.world) // self.warps, THREADS_OWN)
-        self.mbarriers: dict[int, int] = {}
-        self.epochs = np.zeros((ctas, self.world), np.int64)  # of the copies on each mbarrier
+        self.mbarriers: dict[tuple[int, int], int] = {}  # by rank and shared address
+        self.epochs = np.zeros(
+            (ctas, self.world), np.int64
+        )  # of the copies on each CTA's mbarriers
+        self.made = np.zeros(len(rows), np.int64)  # by each warp: the mbarriers that it has fenced
         self.atomics: dict[int, np.ndarray] = {}  # what those at an address have said
 
     def release(self, rows: np.ndarray) -> np.ndarray:
@@ -83,18 +86,30 @@ class Clocks:
         clock[OVER, MMA * self.warps + self.own[row]] = clock[OVER, self.own[row]]
         return clock
 
-    def mbarrier(self, address: int) -> int:
-        """The agent of the tensor copies that complete on the mbarrier at `address`."""
-        agent = len(ENGINES) * self.warps + self.mbarriers.setdefault(address, len(self.mbarriers))
+    def mbarrier(self, place: tuple[int, int]) -> int:
+        """The agent of the tensor copies that complete on the mbarrier at `place`, a CTA and a shared address."""
+        key = place[0] % self.machine.cluster, place[1]
+        agent = len(ENGINES) * self.warps + self.mbarriers.setdefault(key, len(self.mbarriers))
         if agent >= self.world:
             raise PtxError(f"more than {MBARRIERS} mbarriers")
         return agent
 
-    def complete(self, cta: int, address: int, clock: np.ndarray) -> None:
+    def complete(self, place: tuple[int, int], clock: np.ndarray) -> None:
         """A phase of the mbarrier is over, and with it the copies issued in it."""
-        agent = self.mbarrier(address)
-        self.epochs[cta, agent] += self.step
-        clock[OVER, agent] = self.epochs[cta, agent]
+        agent = self.mbarrier(place)
+        self.epochs[place[0], agent] += self.step
+        clock[OVER, agent] = self.epochs[place[0], agent]
+
+    def fence_init(self, rows: np.ndarray) -> None:
+        """fence.mbarrier_init: the mbarriers that these warps have made are over for whom they tell, and nothing else."""
+        self.made[rows] = self.known[OVER, rows, self.own[rows]]
+        self._tick(rows)
+
+    def relaxed(self, rows: np.ndarray) -> np.ndarray:
+        """What these warps hand on by an arrival that releases nothing: what a fence.mbarrier_init stands behind."""
+        clock = np.zeros_like(self.known[:, 0])
+        np.maximum.at(clock[OVER], INIT * self.warps + self.own[rows], self.made[rows])
+        return clock
 
     def memory_fence(self, rows: np.ndarray) -> None:
         """membar or fence: what atomics before it have said is over, and atomics from here on say what is over.
@@ -116,20 +131,33 @@ class Clocks:
         rows = np.array([row])
         if order in ("release", "acq_rel"):
             self._release_fence(rows)
-        said, fenced = self.known[[SAID, FENCED], row, self.world :]
-        clock = self.atomics.get(address, np.zeros_like(said))
-        self.known[SAID, row, self.world :] = np.maximum(said, clock)
-        self.atomics[address] = np.maximum(fenced, clock)
+        clock = self._hear(row, address)
+        self.atomics[address] = np.maximum(self.known[FENCED, row, self.world :], clock)
         if order in ("acquire", "acq_rel"):
             self._acquire_fence(rows)
+
+    def acquire_load(self, row: int, address: int) -> None:
+        """ld.acquire: takes what the atomics at `address` have said."""
+        self._hear(row, address)
+        self._acquire_fence(np.array([row]))
+
+    def _hear(self, row: int, address: int) -> np.ndarray:
+        said = self.known[SAID, row, self.world :]
+        clock = self.atomics.get(address, np.zeros_like(said))
+        np.maximum(said, clock, out=said)
+        return clock
 
     def _name(self, agent: int) -> str:
         engine, warp = divmod(agent, self.warps)
         if engine < len(ENGINES):
-            return f"{ENGINES[engine]}warp {warp}"
+            rank, warp = divmod(warp, self.machine.warps)
+            return f"{ENGINES[engine]}warp {warp}" + self._of_rank(rank)
         if agent >= self.world:
-            cta, warp = divmod(agent - self.world, self.warps)
+            cta, warp = divmod(agent - self.world, self.machine.warps)
             return f"warp {warp} of CTA {self.machine.ctas[cta]}"
         number = agent - len(ENGINES) * self.warps
-        address = next(a for a, n in self.mbarriers.items() if n == number)
-        return f"copy to mbarrier {address}"
+        rank, address = next(a for a, n in self.mbarriers.items() if n == number)
+        return f"copy to mbarrier {address}" + self._of_rank(rank)
+
+    def _of_rank(self, rank: int) -> str:
+        return f" of rank {rank}" if self.machine.cluster > 1 else ""

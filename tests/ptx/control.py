@@ -9,7 +9,7 @@ import numpy as np
 from tests.ptx.parser import Instr, PtxError
 from tests.ptx.strand import Run, Strand, opcode
 
-JUMP, STOP, PARK = "jump", "stop", "park"
+JUMP, SWITCH, STOP, PARK = "jump", "switch", "stop", "park"
 
 
 @dataclass
@@ -38,6 +38,26 @@ class CtaBarrier:
 @opcode("bra")
 def bind_branch(instr: Instr, strand: Strand) -> Run:
     return lambda where: (JUMP, where)
+
+
+@opcode("brx.idx")
+def bind_indexed_branch(instr: Instr, strand: Strand) -> Run:
+    index, targets = strand.source(instr.operands[0], "u32"), np.array(instr.targets)
+
+    def run(where):
+        chosen = np.broadcast_to(index, strand.lanes)[strand.indices(where)]
+        if (chosen >= len(targets)).any():
+            raise PtxError(f"line {instr.line}: {instr.text}: {chosen.max()} of {len(targets)}")
+        places = np.zeros(strand.lanes, np.int64)
+        places[strand.indices(where)] = targets[chosen]
+        return SWITCH, (where, places)
+
+    return run
+
+
+@opcode("setmaxnreg")
+def bind_register_limit(instr: Instr, strand: Strand) -> Run:
+    return lambda where: None
 
 
 @opcode("ret", "exit")

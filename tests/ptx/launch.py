@@ -47,16 +47,20 @@ class Launch:
         return Machine(*fixed, self.descriptors, self.counters, rng, primary)
 
     def ctas(self, rng: np.random.Generator | None) -> list[tuple[int, int, int]]:
-        """All CTAs, x fastest, or in random order."""
+        """All CTAs, x fastest, or their clusters in random order."""
         gx, gy, gz = self.grid
+        size = self.program.cluster
         every = [(x, y, z) for z in range(gz) for y in range(gy) for x in range(gx)]
-        return every if rng is None else [every[i] for i in rng.permutation(len(every))]
+        clusters = [every[i : i + size] for i in range(0, len(every), size)]
+        order = range(len(clusters)) if rng is None else rng.permutation(len(clusters))
+        return [cta for i in order for cta in clusters[i]]
 
     def run(self, schedule: int | None) -> Counters:
         """Execute; `schedule` is None for lockstep or a seed. Gives what it counted."""
         rng = None if schedule is None else np.random.default_rng(schedule)
         ctas = self.ctas(rng)
-        resident = max(1, RESIDENT_LANES // int(np.prod(self.block)))
+        size = self.program.cluster
+        resident = max(1, RESIDENT_LANES // int(np.prod(self.block)) // size) * size
         for start in range(0, len(ctas), resident):
             self.machine(ctas[start : start + resident], rng).run()
         return self.counters
@@ -126,6 +130,8 @@ def prepare(
     counters = Counters(tensors={name: b.traffic for name, b in bindings.items()})
     blocks = (block, 1, 1) if isinstance(block, int) else (*block, 1, 1)[:3]
     size = program.static_shared + shared
+    if grid[0] % program.cluster:
+        raise PtxError(f"{grid[0]} CTAs are no whole clusters of {program.cluster}")
     return Launch(
         program,
         (*grid, 1, 1)[:3],
@@ -182,7 +188,7 @@ def prepare_triton(
     metadata = compiled.metadata
     return prepare(
         ptx or compiled.asm["ptx"],
-        tuple(grid),
+        (grid[0] * metadata.num_ctas, *grid[1:]),
         32 * metadata.num_warps,
         args,
         shared=metadata.shared,

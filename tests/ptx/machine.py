@@ -14,12 +14,14 @@ import numpy as np
 
 import tests.ptx.access
 import tests.ptx.arithmetic
+import tests.ptx.cluster
 import tests.ptx.control
 import tests.ptx.fragments
 import tests.ptx.tcgen05
 import tests.ptx.tma
 import tests.ptx.wgmma  # noqa: F401, importing these registers their opcodes
-from tests.ptx.control import JUMP, PARK, STOP, CtaBarrier
+from tests.ptx.cluster import ClusterBarrier
+from tests.ptx.control import JUMP, PARK, STOP, SWITCH, CtaBarrier
 from tests.ptx.counters import Counters
 from tests.ptx.memory import GlobalMemory
 from tests.ptx.parser import Program, PtxError
@@ -48,6 +50,7 @@ class Machine:
     primary: Machine | None = None  # the launch that griddepcontrol.wait waits for
     wait: str = "wait"  # what a try_wait answers with the lanes that are ready
     barriers: dict[tuple[int, int], Barrier] = field(default_factory=dict)
+    cluster_barriers: dict[int, ClusterBarrier] = field(default_factory=dict)
     cta_barriers: dict[tuple, CtaBarrier] = field(default_factory=dict)
     tensor_columns: dict[int, int] = field(default_factory=dict)
     tensor_work: dict[int, list] = field(default_factory=dict)
@@ -61,6 +64,9 @@ class Machine:
         if threads % 32:
             raise PtxError(f"a block must be whole warps, got {threads} threads")
         self.warps = threads // 32
+        self.cluster = (
+            self.program.cluster
+        )  # the CTAs of one stand beside each other, in the order of their ranks
         n_ctas, warps = len(self.ctas), list(range(self.warps))
         self.shared_bytes = -(-max(self.shared_size, 16) // 1024) * 1024
         self.shared = np.full(n_ctas * self.shared_bytes, 0xFF, np.uint8)
@@ -77,6 +83,11 @@ class Machine:
     def done(self) -> bool:
         return not self.live.any()
 
+    @property
+    def happened(self) -> int:
+        """What changes when those that wait at a try_wait may go on: the primary's end is one event."""
+        return self.events + (self.primary is not None and self.primary.done)
+
     def lands_early(self) -> bool:
         """Whether an asynchronous copy arrives at once: never in lockstep, half the time at random."""
         return self.rng is not None and bool(self.rng.random() < 0.5)
@@ -88,20 +99,21 @@ class Machine:
         if base == "tid":
             x, y, _ = self.block
             return [strand.thread % x, strand.thread // x % y, strand.thread // (x * y)][at]
+        along = self.cluster if at == 0 and "cluster" in base else 1
         if base in ("ctaid", "clusterid"):
-            return np.array([cta[at] for cta in self.ctas])[strand.cta]
+            return np.array([cta[at] // along for cta in self.ctas])[strand.cta]
         if base in ("nctaid", "nclusterid"):
-            return np.array([self.grid[at]])
+            return np.array([self.grid[at] // along])
         if base == "ntid":
             return np.array([self.block[at]])
         values = {
             "laneid": strand.lane,
             "warpid": strand.warp,
             "nwarpid": np.array([int(np.prod(self.block)) // 32]),
-            "cluster_ctarank": np.array([0]),
-            "cluster_ctaid": np.array([0]),
-            "cluster_nctarank": np.array([1]),
-            "cluster_nctaid": np.array([1]),
+            "cluster_ctarank": strand.rank,
+            "cluster_ctaid": strand.rank if at == 0 else np.array([0]),
+            "cluster_nctarank": np.array([self.cluster]),
+            "cluster_nctaid": np.array([self.cluster if at == 0 else 1]),
             "dynamic_smem_size": np.array([self.shared_size - self.program.static_shared]),
             "total_smem_size": np.array([self.shared_size]),
         }
@@ -109,11 +121,15 @@ class Machine:
             raise PtxError(f"unknown special register %{name}")
         return values[base]
 
-    def finish_tensor_work(self, cta: int, barrier: Barrier, phase: int) -> None:
-        """Runs queued tensor-core work, in order, until the waited-for barrier's phase is complete or nothing is left."""
-        queue = self.tensor_work.get(cta, [])
-        while barrier.phase == phase and any(arrives is barrier for arrives, _ in queue):
-            queue.pop(0)[1]()
+    def finish_tensor_work(self, barrier: Barrier, phase: int) -> None:
+        """Runs queued tensor-core work of the barrier's cluster, each CTA's in order, until its phase is complete."""
+        first = barrier.place[0] // self.cluster * self.cluster
+        for cta in range(first, first + self.cluster):
+            queue = self.tensor_work.get(cta, [])
+            while barrier.phase == phase and any(
+                any(each is barrier for each in arrives) for arrives, _ in queue
+            ):
+                queue.pop(0)[1]()
 
     def run(self) -> None:
         """Until every thread has ended."""
@@ -173,14 +189,9 @@ class Cursor:
     def ready(self) -> bool:
         if self.together:
             return True
-        if np.count_nonzero(self.waiting) and (
-            self.seen_events != self.machine.events or self._primary_ended()
-        ):
+        if np.count_nonzero(self.waiting) and self.seen_events != self.machine.happened:
             self.waiting[:] = False
         return np.count_nonzero(self.parked | self.waiting | self.ended) < self.strand.lanes
-
-    def _primary_ended(self) -> bool:
-        return self.machine.primary is not None and self.machine.primary.done
 
     def step(self) -> None:
         """One instruction of the lanes at the lowest counter."""
@@ -227,6 +238,10 @@ class Cursor:
         elif kind == JUMP:
             self._set(where, at + 1)
             self._set(lanes, target)
+        elif kind == SWITCH:
+            self._set(where, at + 1)
+            jumping, places = lanes
+            self.pcs[jumping] = places[jumping]
         elif kind == STOP:
             self._set(where, at + 1)
             self._end(lanes)
@@ -244,7 +259,7 @@ class Cursor:
             if held.any():
                 self.pcs[held] = at
                 self.waiting |= held
-                self.seen_events = self.machine.events
+                self.seen_events = self.machine.happened
         held = self.parked | self.waiting | self.ended
         apart = np.count_nonzero(held) or np.count_nonzero(self.pcs != self.pcs[0])
         self.together = not apart
@@ -259,8 +274,13 @@ class Cursor:
         ending = np.broadcast_to(lanes, self.strand.lanes) & ~self.ended
         self.ended |= ending
         np.subtract.at(self.machine.live, self.strand.cta[ending], 1)
+        for cta in np.unique(self.strand.cta[ending]) if self.machine.cluster > 1 else ():
+            if not self.machine.live[cta]:
+                self.machine.races.ended(int(cta))
         for key, barrier in list(self.machine.cta_barriers.items()):
             barrier.check(self.machine, key)
+        for cluster_barrier in self.machine.cluster_barriers.values():
+            cluster_barrier.check(self.machine)
 
     def release(self, lanes: np.ndarray) -> None:
         """Lets parked lanes pass the barrier they stand at."""

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 # Every symbol is an address; the windows keep shared, param and local addresses apart.
 PARAM_WINDOW = 0x7000_0000
 LOCAL_WINDOW = 0x6000_0000
-SHARED_LIMIT = 0x0100_0000
+# The shared memory of a cluster: that of the CTA of rank r begins at r·SHARED_WINDOW.
+SHARED_WINDOW = 0x0100_0000
+SHARED_LIMIT = 16 * SHARED_WINDOW
 
 STATEMENT_END = re.compile(r"[^;]*;")
 SKIP = re.compile(r"(?:\s+|\.loc\b[^\n]*)+")
@@ -42,6 +44,13 @@ class Imm:
     """A literal, kept as text until an instruction gives it a type."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The address of a variable in shared memory, in a cluster of several CTAs: each has its own."""
+
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ class Instr:
     line: int
     text: str
     target: int = -1
+    targets: list[int] = field(default_factory=list)  # of an indexed branch
     at: int = -1  # its number in the program
 
     @property
@@ -111,6 +121,7 @@ class Program:
     static_shared: int = 0
     local_bytes: int = 0
     threads: int | None = None
+    cluster: int = 1  # CTAs
 
 
 def type_bytes(type_name: str) -> int:
@@ -148,6 +159,8 @@ class _Reader:
         self.program, self.text, self.line_of = program, text, line_of
         self.scopes = [_Scope()]
         self.jumps: list[tuple[Instr, str, list[_Scope]]] = []
+        self.tables: dict[str, list[str]] = {}  # of indexed branches
+        self.label = ""  # the last one
         self.read(start)
 
     def read(self, at: int) -> None:
@@ -163,7 +176,8 @@ class _Reader:
                     break
                 self.scopes.pop()
             elif label := LABEL.match(self.text, at):
-                self.scopes[-1].labels[label[1]] = len(self.program.code)
+                self.label = label[1]
+                self.scopes[-1].labels[self.label] = len(self.program.code)
                 at = label.end()
             else:
                 end = STATEMENT_END.match(self.text, at)
@@ -172,10 +186,17 @@ class _Reader:
                 self.statement(end[0][:-1].strip(), self.line_of(at))
                 at = end.end()
         for instr, label, scopes in self.jumps:
-            found = [s.labels[label] for s in reversed(scopes) if label in s.labels]
-            if not found:
-                raise PtxError(f"line {instr.line}: unknown label {label}")
-            instr.target = found[0]
+            if instr.base == "brx":
+                names = self.tables.get(label, [])
+                instr.targets = [self.place(instr, name, scopes) for name in names]
+            else:
+                instr.target = self.place(instr, label, scopes)
+
+    def place(self, instr: Instr, label: str, scopes: list[_Scope]) -> int:
+        found = [s.labels[label] for s in reversed(scopes) if label in s.labels]
+        if not found:
+            raise PtxError(f"line {instr.line}: unknown label {label}")
+        return found[0]
 
     def statement(self, text: str, line: int) -> None:
         if registers := REGISTERS.match(text):
@@ -184,6 +205,8 @@ class _Reader:
                 self.scopes[-1].widths[name.strip().partition("<")[0]] = width
         elif text.startswith(".local"):
             declare_array(self.program, text)
+        elif text.startswith(".branchtargets"):
+            self.tables[self.label] = split_operands(text.removeprefix(".branchtargets"))
         elif text and not text.startswith("."):
             self.instruction(text, line)
 
@@ -199,6 +222,10 @@ class _Reader:
                 raise PtxError(f"line {line}: unknown guard {guard}")
         if instr.base == "bra":
             self.jumps.append((instr, operands.strip(), list(self.scopes)))
+        elif instr.base == "brx":
+            index, table = split_operands(operands)
+            instr.operands = [self.operand(index, line)]
+            self.jumps.append((instr, table, list(self.scopes)))
         else:
             instr.operands = [self.operand(o, line) for o in split_operands(operands)]
         instr.at = len(self.program.code)
@@ -230,7 +257,10 @@ class _Reader:
         if (reg := self.register(text)) is not None:
             return reg
         if text in self.program.symbols:
-            return Imm(str(self.program.symbols[text]))
+            place = self.program.symbols[text]
+            if self.program.cluster > 1 and place < SHARED_WINDOW:
+                return Shared(place)
+            return Imm(str(place))
         if text[0] == "%":
             return Special(text[1:])
         if text == "_" or re.match(r"-?\d", text):
@@ -289,5 +319,9 @@ def parse(text: str, entry: str | None = None) -> Program:
         program.threads = 1
         for extent in threads[1].split(","):
             program.threads *= int(extent)
+    if cluster := re.search(r"\.reqnctapercluster\s+([\d,\s]+)", match[3]):
+        program.cluster, *others = map(int, cluster[1].split(","))
+        if any(extent != 1 for extent in others):
+            raise PtxError(f"a cluster of more than one dimension: {cluster[0]}")
     _Reader(program, text, match.end(), lambda at: bisect.bisect_left(newlines, at) + 1)
     return program

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.ptx.clocks import MMA, OVER, SEEN, Clocks
+from tests.ptx.clocks import ENGINES, MMA, OVER, SEEN, Clocks
 from tests.ptx.parser import Instr, PtxError
 from tests.ptx.strand import DTYPES, Strand
 
@@ -91,12 +91,12 @@ class Races(Clocks):
             instr, cells, rows, engine * self.warps + self.own[rows], stamps, writes, fenced
         )
 
-    def copy(self, row: int, instr: Instr, address: int, cells: np.ndarray, writes: bool) -> None:
-        """A tensor copy that the warp `row` issues, to complete on the mbarrier at `address`, accesses `cells` [1, k]."""
-        agent, rows = np.array([self.mbarrier(address)]), np.array([row])
-        self._access(
-            instr, cells, rows, agent, self.epochs[row // self.warps, agent], writes, writes
-        )
+    def copy(
+        self, row: int, instr: Instr, place: tuple[int, int], cells: np.ndarray, writes: bool
+    ) -> None:
+        """A tensor copy that the warp `row` issues, to complete on the mbarrier at `place`, accesses `cells` [1, k]."""
+        agent, rows = np.array([self.mbarrier(place)]), np.array([row])
+        self._access(instr, cells, rows, agent, self.epochs[place[0], agent], writes, writes)
 
     def stored(self, strand: Strand, instr: Instr, lanes, addresses: np.ndarray, size: int) -> None:
         """The threads `lanes` store to global memory."""
@@ -128,6 +128,31 @@ class Races(Clocks):
                     instr, place, int(rows[n]), self.world + int(rows[n]), False,
                     "write", self.world + int(writer[n, k]), int(written[n, k]),
                 )  # fmt: skip
+
+    def ended(self, cta: int) -> None:
+        """A CTA of a cluster ends, and its shared memory: what the others do there must be over for its warps."""
+        warps, size = self.machine.warps, self.machine.shared_bytes // self.cell
+        over = self.known[OVER, cta * warps : (cta + 1) * warps].max(0)
+        first, rank = cta * size, cta % self.machine.cluster
+
+        def late(agents: np.ndarray, stamps: np.ndarray) -> np.ndarray:
+            own = agents % self.warps // warps == rank
+            own &= agents < len(ENGINES) * self.warps  # a copy is anybody's
+            return (stamps >= over[agents]) & ~own
+
+        cells = np.arange(first, first + size)
+        for cell in cells[late(self.writer[cells], self.written[cells])][:1]:
+            raise self._unfinished(cta, "write", cell, self.writer[cell], self.written[cell])
+        reads = self.reads[first : first + size]
+        for n, k in np.argwhere(late(self.readers, reads))[:1]:
+            raise self._unfinished(cta, "read", cells[n], self.readers[k], reads[n, k])
+
+    def _unfinished(self, cta: int, kind: str, cell: int, agent: int, stamp: int) -> DataRace:
+        instr = self.code[int(stamp) % self.step]
+        return DataRace(
+            f"unordered: CTA {self.machine.ctas[cta]} ends after {kind} of {self._place(int(cell))}"
+            f"\nline {instr.line}: {instr.text}: {self._name(int(agent))}"
+        )
 
     def _now(self, rows: np.ndarray) -> np.ndarray:
         return self.known[OVER, rows, self.own[rows]] - self.step
@@ -198,7 +223,7 @@ class Races(Clocks):
         self, instr: Instr, place: str, row: int, agent: int, writes: bool, before: str, other: int, stamp: int
     ) -> DataRace:  # fmt: skip
         """What is said of an access and the one with `stamp` by the agent `other` that it should come after."""
-        first, cta = self.code[stamp % self.step], self.machine.ctas[row // self.warps]
+        first, cta = self.code[stamp % self.step], self.machine.ctas[row // self.machine.warps]
         how = "without a fence.proxy.async" if stamp < self.known[OVER, row, other] else "unordered"
         return DataRace(
             f"{how}: {'write' if writes else 'read'} after {before} of {place} in CTA {cta}"

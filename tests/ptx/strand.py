@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.ptx.parser import Imm, Instr, PtxError, Reg, Special
+from tests.ptx.parser import SHARED_WINDOW, Imm, Instr, PtxError, Reg, Shared, Special
 
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine
@@ -100,6 +100,7 @@ class Strand:
         self.thread = 32 * self.warp + self.lane
         self.row = self.cta * machine.warps + self.warp  # the warp's number among those of all CTAs
         self.shared_base = self.cta * machine.shared_bytes
+        self.rank = self.cta % machine.cluster  # within the cluster
         self.files = {
             width: np.full((rows, self.lanes), -1).astype(DTYPES[FILES[width]])
             for width, rows in machine.program.registers.items()
@@ -112,6 +113,9 @@ class Strand:
         self.wgmma_commits = np.zeros(self.lanes // 32, np.int64)
         self.bulk_stores: list = []
         self.bulk_commits = np.zeros(self.lanes, np.int64)
+        self.cluster_phases = np.full(
+            self.lanes, -1
+        )  # of the barrier, where arrived and not waited
         self.fragments: list = []
 
     def rows(self, operands: list[Reg]) -> np.ndarray:
@@ -124,6 +128,8 @@ class Strand:
             return low_part(self.files[operand.width][operand.row], DTYPES[kind])
         if isinstance(operand, Imm):
             return literal(operand.text, kind)
+        if isinstance(operand, Shared):
+            return (self.rank * SHARED_WINDOW + operand.offset).astype(DTYPES[kind])
         if isinstance(operand, Special):
             return self.machine.special(self, operand.name).astype(DTYPES[kind])
         raise PtxError(f"cannot read operand {operand}")

@@ -109,26 +109,37 @@ class Multiply:
     """D (+)= A B on tensor memory, as issued; `shape` is the 32-bit instruction descriptor.
 
     `a` is a shared-memory descriptor, or, where it is `in_memory`, a tensor-memory address: row i in lane i, 32 bits of its
-    elements a column.
+    elements a column. A pair of CTAs has a half of the rows of A and D each, and a half of the columns of B.
     """
 
     def __init__(
-        self, kind: str, target: int, a: int, b: int, shape: int, keep: bool, in_memory: bool
+        self,
+        kind: str,
+        target: int,
+        a: int,
+        b: int,
+        shape: int,
+        keep: bool,
+        in_memory: bool,
+        ctas: int,
     ):
         self.m, self.n = (shape >> 24 & 31) * 16, (shape >> 17 & 63) * 8
+        self.ctas = ctas
         if kind == "f16":
             kind = "bf16" if shape >> 7 & 7 == 1 else "f16"
         self.kind, self.keep, self.in_memory = kind, keep, in_memory
         self.size = KIND_BYTES[kind]
         self.depth = 32 // self.size
-        rows = np.arange(self.m)
-        lanes = (rows if self.m == LANES else rows // 16 * 32 + rows % 16)[:, None]
+        rows = np.arange(self.m // ctas)
+        if ctas == 2 and len(rows) != LANES:
+            raise PtxError(f"{self.m} rows by a pair of CTAs")
+        lanes = (rows if len(rows) == LANES else rows // 16 * 32 + rows % 16)[:, None]
         self.target = (target >> 16) + lanes, (target & 0xFFFF) + np.arange(self.n)
-        self.right = self._shared(b, self.n, shape >> 16)
+        self.right = self._shared(b, self.n // ctas, shape >> 16)
         if in_memory:
             self.left = (a >> 16) + lanes, (a & 0xFFFF) + np.arange(8)
         else:
-            self.left = self._shared(a, self.m, shape >> 15)
+            self.left = self._shared(a, len(rows), shape >> 15)
 
     def _shared(self, descriptor: int, extent: int, flags: int) -> np.ndarray:
         """Shared addresses [extent, k]; bit 0 of `flags`: stored transposed."""
@@ -137,37 +148,47 @@ class Multiply:
 
     def note(self, machine, row: int, instr: Instr) -> None:
         """Tells the detector of races what is read and written."""
-        races, cta = machine.races, row // machine.warps
+        races = machine.races
 
         def access(cells: np.ndarray, writes: bool = False, fenced: bool = False) -> None:
             races.engine(np.array([row]), instr, MMA, cells, writes, fenced=fenced)
 
-        for operand in [self.right] if self.in_memory else [self.left, self.right]:
-            access(operand_cells(machine, cta, operand, self.size)[None, :], fenced=True)
-        if self.in_memory:
-            access(races.tensor(cta, *self.left))
-        access(races.tensor(cta, *self.target), writes=True)
+        for cta in self.members(row // machine.warps):
+            for operand in [self.right] if self.in_memory else [self.left, self.right]:
+                access(operand_cells(machine, cta, operand, self.size)[None, :], fenced=True)
+            if self.in_memory:
+                access(races.tensor(cta, *self.left))
+            access(races.tensor(cta, *self.target), writes=True)
+
+    def members(self, cta: int) -> range:
+        """The CTA that issues it, or both of its pair."""
+        first = cta // self.ctas * self.ctas
+        return range(first, first + self.ctas)
 
     def run(self, machine, cta: int) -> None:
-        right = read_operand(machine, cta, self.right, self.kind)
-        if self.in_memory:
-            place = (cta, *self.left)
-            words = np.ascontiguousarray(machine.tensor_memory[place])
-            left = decode(words.view(f"u{self.size}"), self.kind)
-        else:
-            left = read_operand(machine, cta, self.left, self.kind)
-        total = left @ right.T
-        place = (cta, *self.target)
-        if self.keep:
-            total = total + machine.tensor_memory[place].view(np.float32)
-        machine.tensor_memory[place] = total.astype(np.float32).view(np.uint32)
+        members = self.members(cta)
+        parts = [read_operand(machine, each, self.right, self.kind) for each in members]
+        right = np.concatenate(parts)
+        for each in members:
+            if self.in_memory:
+                words = np.ascontiguousarray(machine.tensor_memory[(each, *self.left)])
+                left = decode(words.view(f"u{self.size}"), self.kind)
+            else:
+                left = read_operand(machine, each, self.left, self.kind)
+            total = left @ right.T
+            place = (each, *self.target)
+            if self.keep:
+                total = total + machine.tensor_memory[place].view(np.float32)
+            machine.tensor_memory[place] = total.astype(np.float32).view(np.uint32)
         read = self.depth * self.size * (self.n + (0 if self.in_memory else self.m))
         machine.counters.multiplied(self.kind, 2 * self.m * self.n * self.depth, read)
 
 
-@opcode("tcgen05.mma.cta_group::1.kind::f16", "tcgen05.mma.cta_group::1.kind::tf32")
+@opcode("tcgen05.mma.cta_group::1.kind::f16", "tcgen05.mma.cta_group::1.kind::tf32",
+        "tcgen05.mma.cta_group::2.kind::f16", "tcgen05.mma.cta_group::2.kind::tf32")  # fmt: skip
 def bind_multiply(instr: Instr, strand: Strand) -> Run:
     """Queued per CTA: runs, in order, no earlier than a commit after it is waited for."""
+    ctas = 2 if "cta_group::2" in instr.mods else 1
     machine, kind = strand.machine, instr.mods[-1].removeprefix("kind::")
     target, a, b, shape, keep = instr.operands
     in_memory = isinstance(a, Mem)
@@ -183,10 +204,10 @@ def bind_multiply(instr: Instr, strand: Strand) -> Run:
             cta = int(strand.cta[lane])
             values = [int(np.broadcast_to(s, strand.lanes)[lane]) for s in (a_of(), *sources)]
             kept = bool(np.broadcast_to(flag, strand.lanes)[lane])
-            work = Multiply(kind, int(target_of()[lane]), *values, kept, in_memory)
+            work = Multiply(kind, int(target_of()[lane]), *values, kept, in_memory, ctas)
             work.note(machine, int(strand.row[lane]), instr)
             machine.tensor_work.setdefault(cta, []).append(
-                (None, lambda cta=cta, work=work: work.run(machine, cta))
+                ((), lambda cta=cta, work=work: work.run(machine, cta))
             )
 
     return run
@@ -195,18 +216,29 @@ def bind_multiply(instr: Instr, strand: Strand) -> Run:
 @opcode("tcgen05.commit")
 def bind_commit(instr: Instr, strand: Strand) -> Run:
     # Without a state space, as Triton 3.6 writes it, the address is generic: here shared memory has the lowest.
-    if not re.search(r"arrive::one(\.shared::cluster)?\.b64$", instr.opcode):
+    if not re.search(r"arrive::one(\.shared::cluster)?(\.multicast::cluster)?\.b64$", instr.opcode):
         raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
     addresses_of, machine = address_of(strand, instr.operands[0]), strand.machine
+    mask = strand.source(instr.operands[1], "u16") if len(instr.operands) > 1 else None
 
     def run(where):
         for lane, *key in barriers_of(strand, addresses_of(), where):
-            barrier, rows = barrier_at(strand, instr, tuple(key)), strand.row[[lane]]
-            own = machine.races.shared(strand.shared_base[[lane]] + key[1], 8)
-            machine.races.engine(rows, instr, MMA, own, False)
+            keys = [tuple(key)]
+            if mask is not None:
+                first = int(strand.cta[lane] - strand.rank[lane])
+                bits = int(np.broadcast_to(mask, strand.lanes)[lane])
+                keys = [(first + r, key[1]) for r in range(machine.cluster) if bits >> r & 1]
+            barriers, rows = [barrier_at(strand, instr, key) for key in keys], strand.row[[lane]]
+            for cta, address in keys:
+                own = machine.races.shared(np.array([cta * machine.shared_bytes + address]), 8)
+                machine.races.engine(rows, instr, MMA, own, False)
             clock = machine.races.commit(int(rows[0]))
-            machine.tensor_work.setdefault(key[0], []).append(
-                (barrier, lambda barrier=barrier, clock=clock: barrier.arrive(machine, clock))
-            )
+
+            def arrive(barriers=barriers, clock=clock):
+                for barrier in barriers:
+                    barrier.arrive(machine, clock)
+
+            machine.tensor_work.setdefault(int(strand.cta[lane]), []).append((barriers, arrive))
+        machine.events += 1  # who waits for it may go on
 
     return run

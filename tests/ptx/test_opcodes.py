@@ -129,6 +129,9 @@ INTEGER = [
     ("mov.b32 {%h1, %h2}, %r1; mov.b32 %r4, {%h2, %h1}", lambda a, b, c: (a & 0xFFFF) << 16 | a >> 16),
     ("cvt.rn.bf16.f32 %h1, %r1; cvt.u32.u16 %r4, %h1", lambda a, b, c: to_bf16(a)),
     ("cvt.rn.bf16x2.f32 %r4, %r1, %r2", lambda a, b, c: to_bf16(a) << 16 | to_bf16(b)),
+    ("and.b32 %r5, %r2, 1; TABLE: .branchtargets EVEN, ODD; brx.idx %r5, TABLE;"
+     "ODD: mov.u32 %r4, %r3; bra END; EVEN: mov.u32 %r4, %r1; END: add.u32 %r4, %r4, 1",
+     lambda a, b, c: (c if b & 1 else a) + 1),
 ]  # fmt: skip
 
 

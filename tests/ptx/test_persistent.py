@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
+
 import pytest
 import torch
 import triton
@@ -21,46 +24,102 @@ if (reason := untried()) is not None:
 
 from lora_kernels.backends.triton.persistent import fetchable, persistent
 
-# A small tile has the instructions of the shipped one. Two tiles by one program: what one leaves, the next one finds.
-SMALL = TileConfig("persistent", 64, 32, 32, 4, 3, tma=True)
-CASE = Case(64, 64, 136, 16, dtype=torch.bfloat16, layout="peft")
+# Small tiles have the instructions of the shipped ones. Two tiles by one program, or three where two accumulators take
+# turns: what one leaves, the next one finds.
+SMALL = {
+    "sm_90": TileConfig("persistent", 64, 32, 32, 4, 3, tma=True),
+    "sm_100": TileConfig("persistent", 128, 32, 32, 4, 2, tma=True, ctas=1),
+    "sm_100, a pair": TileConfig("persistent", 256, 64, 32, 4, 2, tma=True, ctas=2),
+}
 # The compiler puts a barrier before each copy and after each wait. Every arrival, every wait for an mbarrier and for
-# multiplies, both fences and the barriers around them are needed.
-SPARE = Spare(
-    (
-        bars(0, 1, 2, 3, 4, 5),  # between the mbarriers' making and the first wait for one
-        bars(7, 8),  # between a step's multiplies and the copies into what they read: of s and b,
-        bars(11, 12),  # of the next tile's first step,
-        bars(15, 16),  # of its second,
-        bars(23, 24),  # and in the loop over K
+# multiplies, every commit and fence and the barriers around them are needed.
+# The wait for the last store: a program's shared memory must outlive the reading of it, which the emulator grants to every
+# program. Of the waits for loads of tensor memory it needs the last one, before the next tile: loads fill registers at once.
+LOADS = {"tcgen05 0", "tcgen05 1", "tcgen05 2"}
+SPARE = {
+    "sm_90": Spare(
+        (
+            bars(0, 1, 2, 3, 4, 5),  # between the mbarriers' making and the first wait for one
+            bars(
+                7, 8
+            ),  # between a step's multiplies and the copies into what they read: of s and b,
+            bars(11, 12),  # of the next tile's first step,
+            bars(15, 16),  # of its second,
+            bars(23, 24),  # and in the loop over K
+        ),
+        # After a wait that every warp has made itself, and before a second copy.
+        bars(6, 9, 10, 13, 14, 17, 22, 25, 26) | {"cp.async.bulk 2"},
     ),
-    # After a wait that every warp has made itself, and before a second copy. The wait for the last store: a program's
-    # shared memory must outlive the reading of it, which the emulator grants to every program.
-    bars(6, 9, 10, 13, 14, 17, 22, 25, 26) | {"cp.async.bulk 2"},
-)
+    # Before the warps part, which is a barrier too; between the last loads, behind which is a barrier already, and the
+    # arrival; at the end, where nobody comes after; and for warps that are not there.
+    "sm_100": Spare((), bars(1, 12, 15, 22, 23, 24) | {"cp.async.bulk 4"} | LOADS),
+    "sm_100, a pair": Spare(
+        (
+            {"barrier.cluster 5", "barrier.cluster 9"},
+        ),  # at the end: those that store wait, or the others
+        bars(1, 15, 19, 28, 29) | {"cp.async.bulk 4"} | LOADS,
+    ),
+}
+# The arrivals and waits of the pair's own barrier, by where they stand, and whether the pair can do without: at the
+# beginning, where the emulator lets both CTAs begin at once; after the mbarriers' making; before the end.
+MEETINGS = {(0, 1): True, (2, 3, 6, 7): False, (4, 5, 8, 9): False}
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # damaged kernels multiply garbage
-@pytest.mark.skipif(triton.__version__ != TRITON, reason=f"the code of Triton {TRITON} was read")
-def test_every_barrier_fence_arrival_and_wait():
-    """Each deleted in turn, in lockstep."""
-    o = CASE.operands()
-    s = rank_operand(CASE.M, CASE.R, CASE.dtype, o.x.device).copy_(o.results(None)["s"])
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # damaged kernels multiply garbage
+    pytest.mark.skipif(
+        triton.__version__ != TRITON, reason=f"the code of Triton {TRITON} was read"
+    ),
+]
+
+
+def small(kind: str) -> tuple[Compiled, Callable[[Compiled], bool]]:
+    """The kernel of a small product, and whether one like it gives the product, in lockstep and with no fault."""
+    tile = SMALL[kind]
+    columns = (3 if tile.ctas else 2) * tile.block_n
+    case = Case(tile.block_m, columns, 136, 16, dtype=torch.bfloat16, layout="peft")
+    o = case.operands()
+    s = rank_operand(case.M, case.R, case.dtype, o.x.device).copy_(o.results(None)["s"])
     exact = o.results(torch.float64)["y"]
-    with recording("sm_90") as launches:
-        y = persistent(o.x, o.w, s, fetchable(o.b), o.bias, SMALL, 1)
+    with recording(kind.partition(",")[0]) as launches:
+        y = persistent(o.x, o.w, s, fetchable(o.b), o.bias, tile, 1)
     (launch,) = launches
-    ptx = launch.compiled.asm["ptx"]
-    kernel = Compiled(launch.compiled, launch.grid, launch.arguments, ptx)
-    ordering = ordering_of(kernel)
 
-    def unnoticed(names: set[str]) -> bool:
+    def is_right(kernel: Compiled) -> bool:
         y.fill_(torch.nan)
         try:
-            kernel.without(*(ordering[name] for name in names)).run()
+            kernel.run()
         except PtxError:
             return False
         return bool((y.double() - exact).abs().max() < 0.1)  # not for a NaN
 
-    assert_as_small_as_can_be(SPARE, ordering, unnoticed)
+    ptx = launch.compiled.asm["ptx"]
+    return Compiled(launch.compiled, launch.grid, launch.arguments, ptx), is_right
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_every_barrier_fence_arrival_and_wait(kind):
+    """Each deleted in turn."""
+    kernel, is_right = small(kind)
+    ordering = ordering_of(kernel)
+
+    def unnoticed(names: set[str]) -> bool:
+        return is_right(kernel.without(*(ordering[name] for name in names)))
+
+    assert_as_small_as_can_be(SPARE[kind], ordering, unnoticed)
+    for numbers, spare in MEETINGS.items() if kind.endswith("pair") else ():
+        assert unnoticed({f"barrier.cluster {n}" for n in numbers}) == spare
+
+
+def test_what_a_pair_does_for_both():
+    """The copies and stores of each CTA arrive at rank 0's barriers, each commit at those of both."""
+    kernel, is_right = small("sm_100, a pair")
+    assert is_right(kernel)
+    changes = (("-16777224", "-16777224", ("-8",)), ("mov.b16 \t%rs", "3;", ("1;", "2;")))
+    for needle, kept, others in changes:
+        numbers = kernel.instructions(needle)
+        assert len(numbers) >= 3
+        for number, other in product(numbers, others):
+            line = kernel.ptx.splitlines()[number].replace(kept, other)
+            assert not is_right(kernel.edited(number, lambda _, line=line: line))

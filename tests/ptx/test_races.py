@@ -130,6 +130,10 @@ def test_a_fenced_atomic_hands_on_what_is_over(add):
     )
     body = f"{GLOBAL} @%p1 {STORE_GLOBAL} mov.u32 %r8, 32; @!%p1 bra L; {{}} L: {until} @!%p1 {LOAD_GLOBAL}"
     is_ordered(body.format(add))
+    load = "ld.acquire.gpu.global.u32 %r8, [%rd2];"
+    loads = body.format(add).replace("atom.acquire.global.add.u32 %r8, [%rd2], 0;", load)
+    is_ordered(loads)
+    assert "read after write" in races(loads.replace("ld.acquire", "ld.relaxed"))
     relaxed = body.format(add).replace("atom.acquire", "atom")
     assert "read after write" in races(relaxed)
     for bare in (
@@ -160,8 +164,8 @@ def test_a_copy_is_over_for_the_threads_that_waited_for_it():
     races(copy + commit + "bar.sync 0;" + wait + LOAD_OTHER)
 
 
-ORDERING = re.compile(r"(?<!\.)\b(bar|barrier|mbarrier|cp\.async|cp\.async\.bulk|wgmma|tcgen05|fence)"
-                      r"\.(sync|init|arrive|try_wait|wait_group|wait|commit|proxy\.async)\b")  # fmt: skip
+ORDERING = re.compile(r"(?<!\.)\b(bar|barrier|barrier\.cluster|mbarrier|cp\.async|cp\.async\.bulk|wgmma|tcgen05|fence)"
+                      r"\.(sync|init|mbarrier_init|arrive|try_wait|wait_group|wait|commit|proxy\.async)\b")  # fmt: skip
 
 
 def ordering_of(kernel: Compiled) -> dict[str, int]:

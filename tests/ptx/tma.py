@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.ptx.access import address_of, explain, shared_access
-from tests.ptx.clocks import TENSOR_STORE
+from tests.ptx.access import address_of, explain, shared_access, shared_index
+from tests.ptx.clocks import INIT, TENSOR_STORE
 from tests.ptx.memory import Binding
-from tests.ptx.parser import PARAM_WINDOW, Imm, Instr, PtxError
+from tests.ptx.parser import PARAM_WINDOW, SHARED_WINDOW, Imm, Instr, PtxError
 from tests.ptx.strand import DTYPES, Run, Strand, opcode
 from tests.ptx.wgmma import swizzled
 
@@ -72,19 +72,22 @@ class Barrier:
         if self.pending == 0 and self.missing == 0:
             self.phase ^= 1
             self.pending = self.count
-            machine.races.complete(*self.place, self.clock)
+            machine.races.complete(self.place, self.clock)
             self.over = self.clock.copy()
             machine.events += 1
 
 
 def barriers_of(strand: Strand, addresses: np.ndarray, where):
-    """(lane, its CTA, its barrier address) of every active lane."""
+    """(lane, the CTA, the shared address of its barrier) of every active lane; the CTA may be another of the cluster."""
     for lane in strand.indices(where):
-        yield int(lane), int(strand.cta[lane]), int(addresses[lane])
+        rank, address = divmod(int(addresses[lane]), SHARED_WINDOW)
+        yield int(lane), int(strand.cta[lane] - strand.rank[lane]) + rank, address
 
 
 def barrier_at(strand: Strand, instr: Instr, key: tuple[int, int]) -> Barrier:
     barrier = strand.machine.barriers.get(key)
+    if not strand.machine.live[key[0]]:
+        raise PtxError(f"line {instr.line}: {instr.text}: the mbarrier of a CTA that has ended")
     if barrier is None:
         raise PtxError(f"line {instr.line}: {instr.text}: no mbarrier at shared address {key[1]}")
     return barrier
@@ -93,7 +96,13 @@ def barrier_at(strand: Strand, instr: Instr, key: tuple[int, int]) -> Barrier:
 def touch(strand: Strand, instr: Instr, addresses: np.ndarray, where, writes: bool) -> None:
     """An mbarrier's own eight bytes: making and ending it write, arriving and waiting read."""
     lanes = strand.indices(where)
-    shared_access(strand, instr, addresses[lanes], lanes, 8, writes)
+    if not writes:
+        shared_access(strand, instr, addresses[lanes], lanes, 8, False)
+        return
+    races, rows = strand.machine.races, strand.row[lanes]
+    cells = races.shared(shared_index(strand, instr, addresses[lanes], lanes, 8), 8)
+    races.engine(rows, instr, INIT, cells, True)
+    races.finish(rows, INIT)
 
 
 @opcode("mbarrier.init", "mbarrier.inval")
@@ -152,13 +161,13 @@ def bind_try_wait(instr: Instr, strand: Strand) -> Run:
         touch(strand, instr, addresses_of(), where, False)
         addresses = addresses_of()[lanes]
         phases = np.broadcast_to(parity, strand.lanes)[lanes] & 1
-        keys = np.stack([strand.cta[lanes], addresses, phases], 1)
+        keys = np.stack([strand.cta[lanes], addresses % SHARED_WINDOW, phases], 1)
         ready = np.zeros(strand.lanes, bool)
         for cta, address, phase in np.unique(keys, axis=0):
             barrier = barrier_at(strand, instr, (int(cta), int(address)))
             while barrier.phase == phase and barrier.transfers:
                 barrier.land(machine)
-            machine.finish_tensor_work(int(cta), barrier, int(phase))
+            machine.finish_tensor_work(barrier, int(phase))
             if barrier.phase != phase:
                 passing = lanes[(keys == (cta, address, phase)).all(1)]
                 ready[passing] = True
@@ -190,15 +199,36 @@ def bind_tensor_copy(instr: Instr, strand: Strand) -> Run:
 
 
 def bind_tensor_load(instr: Instr, strand: Strand) -> Run:
+    """Of a pair of CTAs (cta_group::2) either may have the barrier that the copy completes on; else it lies where that goes.
+
+    With multicast, where it goes and its barrier are offsets in each CTA of the mask.
+    """
     machine = strand.machine
     to, mem, bar = instr.operands[:3]
     shared_of, barrier_of = address_of(strand, to), address_of(strand, bar)
+    pair, spread = "cta_group::2" in instr.mods, "multicast::cluster" in instr.mods
+    if (pair and spread) or (spread and len(instr.operands) != 4):
+        raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
+    mask = strand.source(instr.operands[3], "u16") if spread else np.zeros(1)
+
+    def places(where):
+        """(lane, CTA and shared address of the destination, of the barrier) of every copy."""
+        starts, bars = (list(barriers_of(strand, of(), where)) for of in (shared_of, barrier_of))
+        for (lane, *start), (_, *bar) in zip(starts, bars, strict=True):
+            first = int(strand.cta[lane] - strand.rank[lane])
+            if spread:
+                bits = int(np.broadcast_to(mask, strand.lanes)[lane])
+                for cta in (first + r for r in range(machine.cluster) if bits >> r & 1):
+                    yield lane, (cta, start[1]), (cta, bar[1])
+                continue
+            if start[0] // 2 != bar[0] // 2 if pair else start[0] != bar[0]:
+                raise PtxError(f"line {instr.line}: {instr.text}: the barrier of another CTA")
+            yield lane, tuple(start), tuple(bar)
 
     def run(where):
-        for lane, cta, key in barriers_of(strand, barrier_of(), where):
+        for lane, (cta, shared), key in places(where):
             descriptor = descriptor_at(strand, instr, mem, lane)
-            coords, shared = coordinates(strand, mem, lane), int(shared_of()[lane])
-            source, target, inside = descriptor.place(coords, shared)
+            source, target, inside = descriptor.place(coordinates(strand, mem, lane), shared)
             dtype = DTYPES[f"u{8 * descriptor.itemsize}"]
             words = np.zeros((len(source), 1), dtype)
             if inside.any():
@@ -212,13 +242,14 @@ def bind_tensor_load(instr: Instr, strand: Strand) -> Run:
                 return words.nbytes
 
             machine.counters.unit_bytes += words.nbytes
-            barrier = barrier_at(strand, instr, (cta, key))
+            barrier = barrier_at(strand, instr, key)
             races, row = machine.races, int(strand.row[lane])
-            own = races.shared(np.array([cta * machine.shared_bytes + key]), 8)
+            own = races.shared(np.array([key[0] * machine.shared_bytes + key[1]]), 8)
             cells = races.shared(index * descriptor.itemsize, descriptor.itemsize).reshape(1, -1)
             races.copy(row, instr, key, own, False)
             races.copy(row, instr, key, cells, True)
             barrier.transfers.append((land, races.release(np.array([row]))))
+            machine.events += 1  # who waits for it lets it land
             if machine.lands_early():
                 barrier.land(machine)
 
@@ -233,7 +264,10 @@ def bind_tensor_store(instr: Instr, strand: Strand) -> Run:
     def run(where):
         for lane in strand.indices(where):
             descriptor = descriptor_at(strand, instr, mem, lane)
-            place = descriptor.place(coordinates(strand, mem, lane), int(shared_of()[lane]))
+            rank, shared = divmod(int(shared_of()[lane]), SHARED_WINDOW)
+            if rank != strand.rank[lane]:
+                raise PtxError(f"line {instr.line}: {instr.text}: from another CTA")
+            place = descriptor.place(coordinates(strand, mem, lane), shared)
             group = int(strand.bulk_commits[lane])
             strand.machine.counters.unit_bytes += place[0].size * descriptor.itemsize
             store = BulkStore(strand, instr, int(lane), group, descriptor, place)

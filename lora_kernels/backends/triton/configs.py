@@ -55,7 +55,15 @@ _MATMUL_HALF = {
     "gfx942": [(128, 128, 32, 8, 2), (64, 64, 32, 4, 2)],
     "gfx1100": [(64, 64, 32, 4, 2)],
 }
-_PERSISTENT = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 4)]
+# The same and, where tensor memory holds the result, ctas: its warps are those that store, beside two others.
+_PERSISTENT = {
+    "sm_90": [((128, 256, 64, 8, 3), 0), ((128, 128, 64, 8, 4), 0)],
+    "sm_100": [
+        ((256, 256, 64, 4, 6), 2),
+        ((128, 256, 64, 4, 4), 1),
+        ((128, 128, 64, 4, 6), 1),
+    ],
+}
 _MATMUL_FLOAT32 = [(64, 64, 32, 4, 3)]
 # Over groups, which may have few rows each. Eight warps: at 128x128 four have no registers left for a group's addresses.
 _GROUPED_HALF = {
@@ -197,7 +205,8 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
         tma = target.tma and half and problem.weights == 1
         return [TileConfig(kernel, *tile, tma=tma, rank_chunk=chunk) for tile in tiles]
     if kernel == "persistent":
-        return [TileConfig(kernel, *tile, tma=True) for tile in _PERSISTENT]
+        own_tiles = _PERSISTENT.get(target.name, _PERSISTENT["sm_90"])
+        return [TileConfig(kernel, *tile, tma=True, ctas=ctas) for tile, ctas in own_tiles]
     if kernel == "one_pass":
         tiles = _ONE_PASS_HALF.get(target.name, _ONE_PASS_OTHER) if half else _ONE_PASS_FLOAT32
         return [TileConfig(kernel, *tile, rank_chunk=32 if target.tma else 16) for tile in tiles]

@@ -28,7 +28,9 @@ def launch(
     `dependent`: the kernel may start before the one launched just before it has finished, and waits for it by itself.
     `contract`: a product and the sum that it goes into may be rounded once.
     """
-    options = {"launch_pdl": True} if dependent else {}
+    options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
+    if config.ctas > 1:
+        options["num_ctas"] = config.ctas
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](
             *args,

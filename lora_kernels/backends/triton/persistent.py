@@ -1,9 +1,10 @@
-"""The product y = x·w + bias + s·b for sm_90 in Gluon, persistent: the rank tail is one more step of the sum over K.
+"""The product y = x·w + bias + s·b in Gluon, persistent: the rank tail is one more step of the sum over K.
 
 One program on each multiprocessor computes tile after tile. Tensor copies fill a ring of stages with blocks of x and w; the
 last steps of a tile's sum are blocks of s and b, in x's own half type, on the same accumulator; the first steps of the
 next tile are copied meanwhile. What lies outside of an operand is copied as zeros, so that no size needs a mask. Forward
-and dx are this one kernel, with w and b described as they lie in memory.
+and dx are one kernel, with w and b described as they lie in memory. The kernel here is that of sm_90; the one of sm_100,
+in `persistent_tcgen05.py`, takes the same arguments.
 
 Gluon is experimental: this file is imported only with a Triton that it was tried with (`untried` in `configs.py`).
 """
@@ -25,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from lora_kernels.backends.triton import persistent_tcgen05
 from lora_kernels.backends.triton.expand import describable, tma_applies
 from lora_kernels.backends.triton.launch import cdiv, launch, rank_operand
 from lora_kernels.backends.triton.tiles import grouped_order
@@ -211,16 +213,20 @@ def persistent(
     y = x.new_empty((M, N))
     block_r = rank_block(R, config.block_k)
     w_k_major, b_k_major = not describable(w), not describable(b)
+    kernel, parts = _persistent_kernel, 2
+    if config.ctas:
+        kernel, parts = persistent_tcgen05._persistent_kernel, 4
+        programs = max(1, programs // config.ctas)
     launch(
-        _persistent_kernel,
+        kernel,
         min(programs, cdiv(M, config.block_m) * cdiv(N, config.block_n)),
         config,
         x.device,
-        _described(x, [config.block_m, config.block_k]),
-        _right_operand(w, config.block_k, config.block_n, w_k_major),
-        _described(s, [config.block_m, block_r]),
-        _right_operand(b, block_r, config.block_n, b_k_major),
-        _described(y, [config.block_m, config.block_n // 2]),
+        _described(x, [config.block_m, config.block_k], config),
+        _right_operand(w, config.block_k, config, w_k_major),
+        _described(s, [config.block_m, block_r], config),
+        _right_operand(b, block_r, config, b_k_major),
+        _described(y, [config.block_m, config.block_n // parts], config),
         bias,
         M,
         N,
@@ -255,13 +261,18 @@ def fetchable(b: Tensor) -> Tensor:
     return rank_operand(N, R, b.dtype, b.device).t().copy_(b)
 
 
-def _described(t: Tensor, block: list[int]) -> TensorDescriptor:
+def _described(
+    t: Tensor, block: list[int], config: TileConfig, shared: int = 0
+) -> TensorDescriptor:
+    """Describes t in blocks, of which each of two CTAs holds a half along the dimension `shared`."""
     dtype = gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor.from_tensor(
-        t, block, gl.NVMMASharedLayout.get_default_for(block, dtype)
-    )
+    halves = [[1 - shared, shared]] if config.ctas == 2 else []
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype, cga_layout=halves)
+    return TensorDescriptor.from_tensor(t, block, layout)
 
 
-def _right_operand(t: Tensor, block_k: int, block_n: int, k_major: bool) -> TensorDescriptor:
+def _right_operand(t: Tensor, block_k: int, config: TileConfig, k_major: bool) -> TensorDescriptor:
     """Describes w [K, N] or b [R, N]; as its transpose, whose rows are aligned then, where `k_major`."""
-    return _described(t.t(), [block_n, block_k]) if k_major else _described(t, [block_k, block_n])
+    if k_major:
+        return _described(t.t(), [config.block_n, block_k], config)
+    return _described(t, [block_k, config.block_n], config, shared=1)
