@@ -107,6 +107,8 @@ def bind_load(instr: Instr, strand: Strand) -> Run:
     addresses_of = address_of(strand, instr.operands[1])
     if space == "param":
         return load_param(strand, dtype, targets, instr.operands[1])
+    if "acquire" in instr.mods:
+        return load_acquire(instr, strand, dtype, targets[0], addresses_of)
 
     def run(where):
         lanes = strand.indices(where)
@@ -114,8 +116,6 @@ def bind_load(instr: Instr, strand: Strand) -> Run:
         actual, size = resolve_space(space, addresses), dtype.itemsize * count
         if actual == "global":
             machine.races.loaded(strand, instr, lanes, addresses, size)
-            for n in range(len(lanes)) if "acquire" in instr.mods else ():
-                machine.races.acquire_load(int(strand.row[lanes[n]]), int(addresses[n]))
             words = machine.memory.read(
                 addresses, warps, dtype, count, explain(strand, instr, lanes)
             )
@@ -128,6 +128,34 @@ def bind_load(instr: Instr, strand: Strand) -> Run:
             words = strand.local[lanes[:, None], bytes_].view(dtype)
         for j, target in enumerate(targets):
             target[lanes] = words[:, j]
+
+    return run
+
+
+def load_acquire(
+    instr: Instr, strand: Strand, dtype: np.dtype, target: np.ndarray, addresses_of
+) -> Run:
+    """ld.acquire of a global word, which takes what the atomics at its address have said.
+
+    A thread that has loaded here since the last event would find the same, and waits for an event.
+    """
+    machine, name = strand.machine, (id(strand), instr.line)
+
+    def run(where):
+        lanes = strand.indices(where)
+        polled = machine.polls.setdefault(name, np.full(strand.lanes, -1))
+        free = np.ones(strand.lanes, bool)
+        free[lanes] = polled[lanes] != machine.events
+        lanes = lanes[free[lanes]]
+        if not len(lanes):
+            return machine.wait, free
+        polled[lanes] = machine.events
+        addresses = addresses_of()[lanes]
+        for row, address in zip(strand.row[lanes], addresses, strict=True):
+            machine.races.acquire_load(int(row), int(address))
+        words = machine.memory.read(addresses, lanes >> 5, dtype, 1, explain(strand, instr, lanes))
+        target[lanes] = words[:, 0]
+        return machine.wait, free
 
     return run
 

@@ -31,6 +31,7 @@ from tests.ptx.tma import Barrier, Descriptor, finish_bulk_stores
 
 MAX_STEPS = 20_000_000
 LONGEST_BURST = 60
+MOST_POLLS = 1000  # in vain
 
 
 @dataclass
@@ -55,6 +56,8 @@ class Machine:
     tensor_columns: dict[int, int] = field(default_factory=dict)
     tensor_work: dict[int, list] = field(default_factory=dict)
     events: int = 0
+    polls: dict[tuple, np.ndarray] = field(default_factory=dict)  # events at each lane's ld.acquire
+    polled_again: int = 0
     released: bool = (
         False  # griddepcontrol.launch_dependents was executed by every CTA, or all have ended
     )
@@ -146,6 +149,8 @@ class Machine:
                 if self.primary is not None and not self.primary.done:
                     yield
                     continue
+                if self._poll_again():
+                    continue
                 raise PtxError(self.deadlock())
             if self.rng is None:
                 ready[0].step()
@@ -161,6 +166,16 @@ class Machine:
             raise PtxError(f"{self.program.name} did not end in {MAX_STEPS} steps")
         for strand in self.strands:
             finish_bulk_stores(strand, True, strand.bulk_commits + 1)
+
+    def _poll_again(self) -> bool:
+        """Lets those that wait at an ld.acquire load once more: another word there is news to them without an event."""
+        if not self.polls or self.polled_again > MOST_POLLS:
+            return False
+        self.polled_again += 1
+        self.polls.clear()
+        for cursor in self.cursors:
+            cursor.waiting[:] = False
+        return True
 
     def deadlock(self) -> str:
         stuck = {}
@@ -213,6 +228,7 @@ class Cursor:
             "griddepcontrol",
             "bar",
             "barrier",
+            "ld",
         ):
             flag = strand.source(instr.guard, "pred")
             guard = ~flag if instr.negated else flag.copy()
