@@ -7,6 +7,7 @@ addmm         the product, then addmm_ of the low-rank one onto it, gradients by
 peft          PEFT's layer, over bitsandbytes' Linear4bit where the weight is nf4
 dense         this package's layer over the dense weight, where the problem's is quantised
 two_kernel    this package's Triton kernels, forced into shrink and product: what published fused kernels do
+one_launch    likewise, forced into one launch of both
 persistent    likewise, forced into the persistent product
 loop          the frozen layer by Triton's product, without LoRA: what its loop reaches of the vendor's; forward only
 ours[NAME]    `lora_linear` with that backend
@@ -39,7 +40,7 @@ from lora_kernels.samples import sample
 Function = Callable[[Tensor], Tensor]
 OURS = tuple(f"ours[{name}]" for name in backends.BACKENDS)
 FLOORS = ("frozen", "loop")  # without LoRA
-FORCED = ("two_kernel", "persistent")  # algorithms of Triton's
+FORCED = ("two_kernel", "one_launch", "persistent")  # algorithms of Triton's
 NAMES = ("frozen", "loop", "reference", "compiled", "addmm", "peft", "dense", *FORCED, *OURS)
 BACKENDS_ON = {"cpu": ("eager", "cpu"), "cuda": ("eager", "triton", "cuda")}
 

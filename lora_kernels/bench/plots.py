@@ -17,6 +17,7 @@ _COLOURS = {
     "addmm": "#f2b134",
     "peft": "#e57373",
     "two_kernel": "#4db6ac",
+    "one_launch": "#26a69a",
     "persistent": "#00796b",
     "loop": "#d0d4d9",
     "ours[eager]": "#64b5f6",

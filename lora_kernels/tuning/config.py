@@ -14,6 +14,7 @@ KERNELS = (
     "shrink",
     "expand",
     "persistent",
+    "one_launch",
     "one_pass",
     "decode",
     "wgrad",
@@ -157,6 +158,8 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
         return "a dense weight is not decoded"
     if config.kernel == "persistent" and (reason := _persistent_refuses(config, problem, target)):
         return reason
+    if config.kernel == "one_launch" and (reason := _one_launch_refuses(problem, target)):
+        return reason
     needed = smem_bytes(config, problem)
     if needed > target.smem_bytes:
         return f"needs {needed} bytes of shared memory, {target.name} has {target.smem_bytes}"
@@ -186,6 +189,21 @@ def _persistent_refuses(config: TileConfig, problem: Problem, target: Target) ->
     return None
 
 
+def _one_launch_refuses(problem: Problem, target: Target) -> str | None:
+    """The rule of the product that computes s in its own launch that `problem` breaks."""
+    if not target.name.startswith("sm_"):
+        return f"one_launch is made for NVIDIA GPUs, not for {target.name}"
+    if not problem.dtype == problem.adapter_dtype == "bfloat16":
+        return (
+            "one_launch hands s on in bfloat16, the type that x and the adapters must have, "
+            f"got {problem.dtype} and {problem.adapter_dtype}"
+        )
+    most = 32 if problem.dropout else FUSED_RANK  # a mask takes registers of its own
+    if most < problem.R:
+        return f"one_launch takes a rank of at most {most}, got {problem.R}"
+    return None
+
+
 def rank_block(R: int, rank_chunk: int) -> int:
     """How many rank columns a tile holds: R's next power of two, at least 16 for tensor cores, at most rank_chunk."""
     return min(max(16, 1 << (R - 1).bit_length()), rank_chunk)
@@ -208,6 +226,7 @@ def smem_bytes(config: TileConfig, problem: Problem) -> int:
     stage = {
         "shrink": m * k * size + k * ranks * adapter,
         "expand": (m + n) * k * size,
+        "one_launch": (m + n) * k * size,
         "persistent": (m + n) * k * size // max(1, config.ctas),
         "one_pass": (m + n) * k * size + k * ranks * adapter,
         "decode": m * k * size + int(n * k * of_w) + k * ranks * adapter,

@@ -5,6 +5,7 @@ With P the achievable rate, W the achievable bandwidth and e an element's bytes:
 frozen      max(2·M·N·K / P, bytes / 0.92·W)
 two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, overlapped in part on sm_90+
 persistent  product + shrink + gap, overlapped likewise
+one_launch  product + a clearing of its flags + gap             its first programs compute s, see `_first_us`
 lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, no overlap
 one_pass    product, x·a in its loop
 decode      (bytes + re-read a) / 0.92·W                        of a quantised w the packed bytes; or the loop's instructions
@@ -49,10 +50,18 @@ from lora_kernels.tuning.config import (
     row_blocks,
     smem_bytes,
 )
-from lora_kernels.tuning.cycles import INSTRUCTIONS, Tile, cycles, flops_per_clock, tiles
+from lora_kernels.tuning.cycles import INSTRUCTIONS, L2_BYTES, Tile, cycles, flops_per_clock, tiles
 from lora_kernels.tuning.targets import Target
 
-ALGORITHMS = ("two_kernel", "one_pass", "decode", "persistent", "cuda_decode", "eager")
+ALGORITHMS = (
+    "two_kernel",
+    "one_launch",
+    "one_pass",
+    "decode",
+    "persistent",
+    "cuda_decode",
+    "eager",
+)
 GROUPED = ("tail_first",)  # over groups, beside two_kernel and eager
 OTHERS = ("frozen", "addmm", "reference", "lorafusion")  # predicted for comparison
 MIN_KERNEL_US = 2.0
@@ -148,6 +157,10 @@ def predict_us(
     if algorithm == "one_pass":
         product = product_us("one_pass", problem, target, config)
         return _dequantise_us(problem, target) + product + adapter_grads
+    if algorithm == "one_launch":
+        main = product_us("expand", problem, target, config)
+        first = _first_us(problem, target, config) + MIN_KERNEL_US + gap
+        return _dequantise_us(problem, target) + main + first + adapter_grads
     if algorithm in ("two_kernel", "persistent", "lorafusion"):
         pointers = algorithm == "lorafusion"
         kernel = "persistent" if algorithm == "persistent" else "expand"
@@ -157,6 +170,32 @@ def predict_us(
         hidden = overlaps * _HIDDEN.get(target.name, 0.0) * min(shrink + gap, main)
         return _dequantise_us(problem, target) + main + shrink + gap - hidden + adapter_grads
     raise ValueError(f"algorithm must be one of {ALGORITHMS + GROUPED + OTHERS}, got {algorithm!r}")
+
+
+def _first_us(problem: Problem, target: Target, config: TileConfig | None) -> float:
+    """By how much programs that compute s of a block of rows, before all others, delay the end of a product.
+
+    By nothing where the last wave of tiles leaves a place free for each of them; else by the time of one. Assumed: all run
+    at once, and each reads by half of a multiprocessor's port.
+    """
+    own = Tile.of(config, problem, target.name) if config else _best_tile(problem, target)
+    blocks = row_blocks(problem, own.config.block_m)
+    tiles_ = blocks * math.ceil(problem.N / own.config.block_n)
+    places = target.multiprocessors * (2 if _two_at_a_time(own, problem, target) else 1)
+    if blocks <= -tiles_ % places:
+        return 0.0
+    clock_ghz = (
+        target.half_tflops * 1e3 / target.multiprocessors / flops_per_clock(target.name, "bfloat16")
+    )
+    read = problem.M * problem.K * problem.itemsize / 1e3
+    alone = read / blocks / (0.5 * L2_BYTES * clock_ghz)
+    return max(alone, read / (0.9 * target.bandwidth_gbs)) * math.ceil(blocks / places)
+
+
+def _best_tile(problem: Problem, target: Target) -> Tile:
+    return min(
+        tiles("expand", problem, target.name), key=lambda tile: _tile_us(tile, problem, target)
+    )
 
 
 def _lowrank_us(problem: Problem, target: Target, wide_us: float, width: int) -> float:
@@ -279,9 +318,12 @@ def _block_cycles(tile: Tile, problem: Problem, target: Target, steps: int, each
 
     Where tensor memory holds two accumulators, one is stored beside the loop of the other.
     """
+    apart = tile.config.ctas > 0 or _two_at_a_time(tile, problem, target)
+    return cycles(tile, problem.R).block(steps, overlapped=each > 1 and apart)
+
+
+def _two_at_a_time(tile: Tile, problem: Problem, target: Target) -> bool:
+    """Whether a multiprocessor has memory for two blocks, and registers for the accumulators of two 128x128 tiles."""
     own = tile.config
-    pair = each > 1 and 2 * smem_bytes(own, problem) <= target.smem_bytes
-    # A multiprocessor has registers for the accumulators of two 128x128 tiles.
-    pair = pair and own.block_m * own.block_n <= 128 * 128
-    overlapped = pair or (each > 1 and own.ctas > 0)
-    return cycles(tile, problem.R).block(steps, overlapped)
+    both_fit = 2 * smem_bytes(own, problem) <= target.smem_bytes
+    return both_fit and own.block_m * own.block_n <= 128 * 128

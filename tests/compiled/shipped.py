@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_kernels.backends.triton.decode import decode
 from lora_kernels.backends.triton.dequantise import dequantise
-from lora_kernels.backends.triton.expand import expand
+from lora_kernels.backends.triton.expand import Shrink, expand
 from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.backends.triton.scale import scaled_gradient
@@ -73,6 +73,9 @@ class Shapes:
         elif config.kernel == "expand":
             own |= {"offsets": offsets, "late_wait": target.tma}
             expand(x, w, rounded, b, bias, config, mask, **own)
+        elif config.kernel == "one_launch":
+            first = Shrink(a, 0.5, s, mask)
+            expand(x, w, rounded, b, bias, config, **own, first=first)
         elif config.kernel == "persistent":
             from lora_kernels.backends.triton.persistent import persistent
 

@@ -59,11 +59,11 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
         both = config.kernel != "shrink_wgrad" and problem.weight_format == DENSE
         if last and not once and both:
             yield problem, config, False, False
-        if last and config.kernel in ("expand", "persistent") and config.tma:
+        if last and config.kernel in ("expand", "one_launch", "persistent") and config.tma:
             yield problem, config, True, True
     for dtype, adapter_dtype in TYPES[: 1 if once else None]:
         masked = Problem(4096, 4096, 4096, 64, dtype, adapter_dtype, device="cuda", dropout=True)
-        for kernel in ("shrink", "expand", "one_pass", "wgrad"):
+        for kernel in ("shrink", "expand", "one_launch", "one_pass", "wgrad"):
             for config in tiles_of(kernel, masked, TARGETS[target]):
                 yield masked, config, kernel != "expand", False
 
@@ -103,6 +103,7 @@ def compile_job(
         Shapes(problem, forward, peft_b, scaled).launch(config, TARGETS[target])
     form = f"_{problem.weight_format}" * (config.kernel == "dequantise")
     name = "scale" if scaled and config.kernel == "wgrad" else config.kernel
+    name = "expand" if name == "one_launch" else name
     assert launches[0].name == f"_{name}{form}_kernel"
     return inspect(launches[0].compiled, loops)
 
@@ -135,7 +136,7 @@ def test_shipped_configurations(target, part, form):
         multiplies = multiplies and not (form == "scaled" and config.kernel == "wgrad")
         if multiplies and not code.matrix and target != "gfx1100":
             wrong.append(f"{what}: no matrix instruction")
-        main = config.kernel in ("expand", "persistent", "one_pass")
+        main = config.kernel in ("expand", "one_launch", "persistent", "one_pass")
         main = main and problem.dtype == "bfloat16"
         main = main and config.block_m >= 64  # the rows of an instruction of sm_90 and sm_100
         if main and not any(op.startswith(MATRIX_UNIT.get(target, "HMMA")) for op in code.matrix):

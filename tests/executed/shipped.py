@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_kernels.backends.triton.decode import decode
 from lora_kernels.backends.triton.dequantise import dequantise
-from lora_kernels.backends.triton.expand import expand
+from lora_kernels.backends.triton.expand import Shrink, expand
 from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.backends.triton.shrink import shrink
@@ -28,6 +28,7 @@ def small(problem: Problem, config: TileConfig) -> Case:
     sizes = {
         "shrink": (m + 3, 40, k + 8),
         "expand": (m - 5, n + 8, k + 8),
+        "one_launch": (m + 11, n + 8, k + 8),
         "persistent": (m - 5, n + 8, 3 * k + 8),
         "one_pass": (m - 5, n + 8, k + 8),
         "decode": (m - 3, n + 8, 2 * k + 8),
@@ -102,6 +103,11 @@ def launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
     if config.kernel == "expand":
         q = o.results(None)["q"].float()
         return {"dx": expand(o.dy, o.w.t(), q, o.a.t(), None, config, o.dropout)}
+    if config.kernel == "one_launch":
+        s = torch.full((o.case.M, o.case.R), torch.nan)
+        tail = rank_operand(o.case.M, o.case.R, o.x.dtype, o.x.device).fill_(torch.nan)
+        first = Shrink(o.a, alpha, s, o.dropout)
+        return {"y": expand(o.x, o.w, tail, o.b, o.bias, config, first=first), "s": s}
     if config.kernel == "persistent":
         from lora_kernels.backends.triton.persistent import fetchable, persistent
 

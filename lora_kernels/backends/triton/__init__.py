@@ -64,12 +64,14 @@ class TritonBackend(Backend):
 
 def _slower(algorithm: str, problem: Problem, measured: bool) -> str | None:
     """Why `algorithm` is not to be taken for `problem` by itself, or None."""
-    if algorithm in ("one_pass", "decode") and problem.backward:
+    if algorithm in ("one_launch", "one_pass", "decode") and problem.backward:
         return "in a backward q comes with dB from one reading of dy"
     if algorithm == "persistent" and problem.backward and problem.dropout:
         return "the mask of dx is on its rank tail alone, which is a step of the sum"
     if algorithm == "persistent" and not measured:
         return "it is taken where `tune` has timed it: Gluon is experimental"
+    if algorithm == "one_launch" and not measured:
+        return "it is taken where `tune` has timed it: its programs wait for each other"
     return None
 
 

@@ -31,12 +31,13 @@ _HALF = ("float16", "bfloat16")
 # The kernel with the main loop of each algorithm.
 MAIN_KERNEL = {
     "two_kernel": "expand",
+    "one_launch": "one_launch",
     "one_pass": "one_pass",
     "decode": "decode",
     "tail_first": "expand",
     "persistent": "persistent",
 }
-ALGORITHMS = ("two_kernel", "one_pass", "decode", "persistent")
+ALGORITHMS = ("two_kernel", "one_launch", "one_pass", "decode", "persistent")
 # The versions of Triton with which the persistent product was compiled and executed: it is written in Gluon, which Triton
 # calls experimental. Other versions have other names in it.
 _GLUON_VERSIONS = ("3.9.",)
@@ -198,7 +199,7 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
     half = problem.dtype in _HALF
     # A rank tail of more columns, in float32, has no registers.
     chunk = 16 if target.name == "gfx1100" else 32
-    if kernel == "expand":
+    if kernel in ("expand", "one_launch"):
         tiles = _MATMUL_HALF[target.name] if half else _MATMUL_FLOAT32
         if problem.groups:
             tiles = _grouped_tiles(problem, target)

@@ -19,14 +19,15 @@ from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Adapter, Groups, QuantizedWeight, Scale, Weight
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import TileConfig, Tiles
+from lora_kernels.tuning.config import FUSED_RANK, TileConfig, Tiles
 from lora_kernels.tuning.targets import Target
 
 
 class TritonProducts(Products):
     """Fused products in float32, bfloat16 and float16 for one problem on one target.
 
-    `algorithm` is "two_kernel", "persistent", "one_pass" or "decode"; `tiles` has a tile for each kernel that it launches.
+    `algorithm` is "two_kernel", "one_launch", "persistent", "one_pass" or "decode"; `tiles` has a tile for each kernel
+    that it launches.
     Over groups it is "two_kernel" or "tail_first", and each kernel is one launch, which reads the offsets on the device.
     """
 
@@ -92,6 +93,14 @@ class TritonProducts(Products):
 
             config = self.tiles.config("one_pass")
             return one_pass(x, w, A, B, scale, bias, config, dropout_in, c=c, z=z)
+        if self._one_launch_takes(x, adapter):
+            from lora_kernels.backends.triton.expand import Shrink, expand
+
+            s = x.new_empty((x.shape[0], A.shape[-1]), dtype=torch.float32)
+            tail = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device)
+            first = Shrink(A, scale, s, dropout_in)
+            config = self.tiles.config("one_launch")
+            return expand(x, w, tail, B, bias, config, c=c, z=z, first=first), s
         # Between the two kernels the second waits by itself, where the hardware lets it start early.
         config = self.tiles.config("shrink")
         overlap = self.target.tma and config.split == 1
@@ -237,6 +246,14 @@ class TritonProducts(Products):
             return y.addmm_(x, w)
         own |= {"c": adapter.column_scale, "z": z}
         return expand(x, w, s, b, bias, config, adapter.dropout_out, **own)
+
+    def _one_launch_takes(self, x: Tensor, adapter: Adapter) -> bool:
+        """Whether a call is computed by the launch that computes s too: operands of one type, no mask of results."""
+        if self.algorithm != "one_launch" or adapter.dropout_out is not None:
+            return False
+        masked = adapter.dropout_in is not None
+        fitting = adapter.A.shape[1] <= (32 if masked else FUSED_RANK)
+        return fitting and x.dtype == adapter.A.dtype == adapter.B.dtype == torch.bfloat16
 
     def _persistent_takes(self, x: Tensor, w: Tensor, adapter: Adapter) -> bool:
         """Whether a call is the persistent product's: no mask or scale of results, x and w as tensor copies take them."""
