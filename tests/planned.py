@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.base import Backend, Products, fastest
+from lora_kernels.backends.base import Backend, Products, fastest, left_is_wide
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Adapter, Weight, layout_of, name_of
 from lora_kernels.problem import DENSE, Problem
@@ -25,7 +25,7 @@ class Planned(Products):
         return self._of(x, adapter.B.dtype, s.shape[1], adapter, w).expand(x, w, s, adapter, bias)
 
     def wgrad(self, left, right, dtype, dropout: Dropout | None = None):
-        wide, lowrank = (left, right) if right.dtype == torch.float32 else (right, left)
+        wide, lowrank = (left, right) if left_is_wide(left, right, dropout) else (right, left)
         return self._of(wide, dtype, lowrank.shape[1]).wgrad(left, right, dtype, dropout)
 
     def shrink_expand(self, x, w, adapter, bias=None):

@@ -372,6 +372,20 @@ class TestTritonOrCUDA:
             monkeypatch.setattr(plan, "current_target", lambda *device, name=name: TARGETS[name])
             assert plan.explain(large, "triton").passed_over["persistent"] == reason
 
+    def test_one_launch_where_tune_has_timed_it(self):
+        large = replace(self.problem, M=4096)
+        never_timed = "it is taken where `tune` has timed it: its programs wait for each other"
+        told = explain(large)
+        assert told.passed_over["one_launch"] == never_timed and "one_launch 20" in told.plan
+        self.tuned(M=4096, two_kernel=20.0, one_launch=19.0, eager=21.0)
+        told = explain(large)
+        assert told.candidate.name == "one_launch"
+        assert told.plan.startswith("one_launch, one_launch 128x256x64 w8 s3 tma, measured: one_l")
+        self.tuned(M=4096, two_kernel=20.0, eager=21.0)  # it was wrong there
+        assert explain(large).candidate.name == "two_kernel"
+        back = explain(large.adjoint())
+        assert back.passed_over["one_launch"].startswith("in a backward q comes with dB")
+
     @pytest.mark.parametrize("version", ["3.6.0", "3.10.0"])
     def test_another_triton_keeps_the_other_products(self, version, monkeypatch):
         monkeypatch.setattr(configs.importlib.metadata, "version", lambda name: version)

@@ -13,7 +13,7 @@ def test_all_products(case, triton_products):
     check_products(triton_products("two_kernel"), case)
 
 
-@pytest.mark.parametrize("variant", ["tma", "one_pass", "decode"])
+@pytest.mark.parametrize("variant", ["tma", "one_launch", "one_pass", "decode"])
 @pytest.mark.parametrize("case", AWKWARD, ids=str)
 def test_both_directions(case, variant, triton_products):
     """The products in which the algorithms differ: y with s, and dx with q."""

@@ -107,8 +107,8 @@ def bind_load(instr: Instr, strand: Strand) -> Run:
     addresses_of = address_of(strand, instr.operands[1])
     if space == "param":
         return load_param(strand, dtype, targets, instr.operands[1])
-    if "acquire" in instr.mods:
-        return load_acquire(instr, strand, dtype, targets[0], addresses_of)
+    if "acquire" in instr.mods or "relaxed" in instr.mods:
+        return load_polled(instr, strand, dtype, targets[0], addresses_of)
 
     def run(where):
         lanes = strand.indices(where)
@@ -132,14 +132,14 @@ def bind_load(instr: Instr, strand: Strand) -> Run:
     return run
 
 
-def load_acquire(
+def load_polled(
     instr: Instr, strand: Strand, dtype: np.dtype, target: np.ndarray, addresses_of
 ) -> Run:
-    """ld.acquire of a global word, which takes what the atomics at its address have said.
+    """ld.relaxed of a global word, or ld.acquire, which takes what the atomics at its address have said.
 
     A thread that has loaded here since the last event would find the same, and waits for an event.
     """
-    machine, name = strand.machine, (id(strand), instr.line)
+    machine, name, acquires = strand.machine, (id(strand), instr.line), "acquire" in instr.mods
 
     def run(where):
         lanes = strand.indices(where)
@@ -151,7 +151,7 @@ def load_acquire(
             return machine.wait, free
         polled[lanes] = machine.events
         addresses = addresses_of()[lanes]
-        for row, address in zip(strand.row[lanes], addresses, strict=True):
+        for row, address in zip(strand.row[lanes], addresses, strict=True) if acquires else ():
             machine.races.acquire_load(int(row), int(address))
         words = machine.memory.read(addresses, lanes >> 5, dtype, 1, explain(strand, instr, lanes))
         target[lanes] = words[:, 0]

@@ -56,7 +56,9 @@ class Machine:
     tensor_columns: dict[int, int] = field(default_factory=dict)
     tensor_work: dict[int, list] = field(default_factory=dict)
     events: int = 0
-    polls: dict[tuple, np.ndarray] = field(default_factory=dict)  # events at each lane's ld.acquire
+    polls: dict[tuple, np.ndarray] = field(
+        default_factory=dict
+    )  # events at each lane's ld that polls
     polled_again: int = 0
     released: bool = (
         False  # griddepcontrol.launch_dependents was executed by every CTA, or all have ended
@@ -168,7 +170,7 @@ class Machine:
             finish_bulk_stores(strand, True, strand.bulk_commits + 1)
 
     def _poll_again(self) -> bool:
-        """Lets those that wait at an ld.acquire load once more: another word there is news to them without an event."""
+        """Lets those that wait at an ld that polls load once more: another word there is news to them without an event."""
         if not self.polls or self.polled_again > MOST_POLLS:
             return False
         self.polled_again += 1
