@@ -248,6 +248,10 @@ class TestCost:
         assert 0.9 < own <= full_rate(tile, problem, target) < 1
         more = replace(problem, M=problem.M + 1)  # a second tile for one of them
         assert rate(tile, more, target) == pytest.approx(own / 2, rel=0.05)
+        half = Tile.of(
+            replace(config, block_n=128), problem, "sm_100"
+        )  # not counted: scaled from its like
+        assert cycles(half, 16).step[0] == matrix / 2
 
     def test_what_is_added_to_the_product(self):
         """Its launches, what hides them, and the second reading of dy by what gets q and dB apart."""

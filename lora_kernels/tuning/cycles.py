@@ -111,9 +111,9 @@ def _scaled(tile: Tile, R: int) -> Cycles:
     size = own.block_m * own.block_n
     same = [t for t in TABLE if t[:3] == tile[:3] and t.config.kernel == own.kernel]
 
-    def distance(other: Tile) -> tuple[float, bool]:
+    def distance(other: Tile) -> tuple[bool, float, bool]:
         ratio = other.config.block_m * other.config.block_n / size
-        return abs(math.log(ratio)), other.config.tma != own.tma
+        return other.config.ctas != own.ctas, abs(math.log(ratio)), other.config.tma != own.tma
 
     near = min(same, key=distance)
     known, counted = cycles(near, R), near.config

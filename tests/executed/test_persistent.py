@@ -12,6 +12,7 @@ import torch
 
 from lora_kernels import lora_linear, plan, use_backend
 from lora_kernels.backends import triton as backend_module
+from lora_kernels.backends.triton import products as products_module
 from lora_kernels.backends.triton.configs import tiles_for, tiles_of, untried
 from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.products import TritonProducts
@@ -170,6 +171,11 @@ def names_of(executed: list[Executed]) -> list[str]:
 def test_s_is_waited_for_where_the_product_starts_early(target, tile, monkeypatch):
     """In lockstep the dependent launch goes as far as it can before `shrink` has stored anything: too far without a wait."""
     o = Case(133, 264, 136, 16, dtype=torch.bfloat16, layout="peft").operands()
+    unwritten = products_module.rank_operand
+    # Not what an earlier call has left in the same memory.
+    monkeypatch.setattr(
+        products_module, "rank_operand", lambda *shape: unwritten(*shape).fill_(torch.nan)
+    )
     others = [c for c in tiles_for(PROBLEM, TARGETS[target]).configs if c.kernel != "persistent"]
     products = TritonProducts("persistent", PROBLEM, TARGETS[target], Tiles((*others, tile)))
     for schedule in (None, 1):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ptx import machine
 from tests.ptx.kernels import Compiled, Product, compiled, double_kernel
 from tests.ptx.launch import prepare, run_dependent
 from tests.ptx.memory import MemoryFault
@@ -120,6 +121,20 @@ class TestDependentLaunch:
     @pytest.mark.parametrize("schedule", [None, 1, 2, 3])
     def test_it_waits_where_its_code_waits(self, schedule):
         assert self.run(True, schedule) < RIGHT
+
+    def test_who_waits_keeps_nobody_from_going_on(self, monkeypatch):
+        """Warp 0 waits at the lower counter for what warp 1 does when the primary has ended."""
+        monkeypatch.setattr(machine, "MAX_STEPS", 1000)
+        args = [("out", "*", np.zeros(4, np.uint32)), ("source", "*", np.zeros(4, np.uint32))]
+        body = (
+            "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 32; setp.eq.u32 %p2, %r1, 0;"
+            "@%p2 mbarrier.init.shared.b64 [area], 32; bar.sync 0; @!%p1 bra THERE;"
+            "W: mbarrier.try_wait.parity.shared.b64 %p3, [area], 0; @!%p3 bra W; bra END;"
+            "THERE: griddepcontrol.wait;"
+            "mbarrier.arrive.shared.b64 _, [area]; END: mov.u32 %r2, %r1;"
+        )
+        primary = prepare(kernel_text(""), (1,), 32, args)
+        run_dependent(primary, prepare(kernel_text(body), (1,), 64, args), None)
 
     @pytest.mark.parametrize("remove", [False, True])
     def test_a_missing_wait_reads_what_is_not_there_yet(self, remove):

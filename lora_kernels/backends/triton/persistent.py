@@ -261,12 +261,10 @@ def fetchable(b: Tensor) -> Tensor:
     return rank_operand(N, R, b.dtype, b.device).t().copy_(b)
 
 
-def _described(
-    t: Tensor, block: list[int], config: TileConfig, shared: int = 0
-) -> TensorDescriptor:
-    """Describes t in blocks, of which each of two CTAs holds a half along the dimension `shared`."""
+def _described(t: Tensor, block: list[int], config: TileConfig, along: int = 0) -> TensorDescriptor:
+    """Describes t in blocks, which two CTAs halve along the dimension `along`."""
     dtype = gl.bfloat16 if t.dtype == torch.bfloat16 else gl.float16
-    halves = [[1 - shared, shared]] if config.ctas == 2 else []
+    halves = [[1 - along, along]] if config.ctas == 2 else []
     layout = gl.NVMMASharedLayout.get_default_for(block, dtype, cga_layout=halves)
     return TensorDescriptor.from_tensor(t, block, layout)
 
@@ -275,4 +273,4 @@ def _right_operand(t: Tensor, block_k: int, config: TileConfig, k_major: bool) -
     """Describes w [K, N] or b [R, N]; as its transpose, whose rows are aligned then, where `k_major`."""
     if k_major:
         return _described(t.t(), [config.block_n, block_k], config)
-    return _described(t, [block_k, config.block_n], config, shared=1)
+    return _described(t, [block_k, config.block_n], config, along=1)
