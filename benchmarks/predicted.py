@@ -7,22 +7,21 @@ Nothing in it is measured on a device. `python benchmarks/predicted.py` takes a 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # The repository's own package and tests, from its root.
-from lora_kernels.backends.base import fastest  # noqa: E402
+from lora_kernels.backends.base import Candidate, fastest  # noqa: E402
 from lora_kernels.backends.triton.configs import tiles_of  # noqa: E402
 from lora_kernels.plan import predict  # noqa: E402
 from lora_kernels.problem import Problem  # noqa: E402
-from lora_kernels.tuning import cost  # noqa: E402
 from lora_kernels.tuning.config import CUDA_DECODE_COLUMNS, cuda_decode_blocks  # noqa: E402
 from lora_kernels.tuning.cost import full_rate, predict_us  # noqa: E402
 from lora_kernels.tuning.cycles import RANKS, TABLE  # noqa: E402
@@ -46,11 +45,14 @@ FORMS = (
     "eager",
     "lorafusion",
     "two_kernel",
+    "one_launch",
+    "persistent",
     "one_pass",
     "decode",
     "cuda_decode",
 )
-TITLES = {form: form for form in FORMS} | {"lorafusion": "LoRAFusion-style, predicted"}
+BEST = "ours: the best of our products, and its range"
+TITLES = {form: form for form in (*FORMS, BEST)} | {"lorafusion": "LoRAFusion-style, predicted"}
 GROUPED_ROWS = (
     32768,
     4096,
@@ -107,43 +109,44 @@ def tables(name: str) -> Iterator[str]:
             yield f"| {', '.join(map(str, shape))} | {frozen:.1f} | {' | '.join(cells)} | {taken} |"
 
 
-# What a loop reaches of the vendor library's, least and most: see PERSISTENT_TEXT.
-REACHED = {"sm_90": (0.95, 1.02), "sm_100": (0.94, 1.01)}
-PERSISTENT_TEXT = (
-    "`persistent` is the same product written in Gluon: a program on each multiprocessor, and the rank tail as one more "
-    "step of its sum, in bfloat16. It is never taken by prediction, only where `tune` has timed it as the fastest. One "
-    "assumption decides: what its loop reaches of the vendor library's. Published for such a product without a tail, H100, "
-    "M = N = 8192 (Triton's Gluon tutorial 07): 1.02 at K = 1024 and 2048, 0.99 to 1.01 from 4096, 0.92 at 512. A Triton "
-    "product with a tail has 0.95 at 4096 (lorafusion #8, H100 NVL). For pairs of CTAs on B200, without a tail: 0.94 to "
-    "1.01 (tutorial 14). So each figure is a range, over the frozen layer, for "
-    f"{REACHED['sm_90'][1]} down to {REACHED['sm_90'][0]} of the library's rate on H100 and {REACHED['sm_100'][1]} down to "
-    f"{REACHED['sm_100'][0]} on B200; the tables above have 1 and 0.95. `two_kernel` has the same range, of which its end "
-    "of a block is in no published figure."
+RANGES_TEXT = (
+    "`persistent` is the product written in Gluon: a program on each multiprocessor, on B200 a pair of CTAs for a tile, and "
+    "the rank tail as one more step of its sum. `one_launch` is Triton's product whose first programs compute s; its tiles "
+    "wait for that by flags. Neither is ever taken by prediction, only where `tune` has timed it as the fastest. One "
+    "assumption decides: what a loop that is bound by its matrix pipe reaches of the vendor library's rate. Published: A100 "
+    "0.89 to 0.99 from 2500 (triton #6523, #7085); H100 without a tail 1.02 at K = 1024 and 2048, 0.99 to 1.01 from 4096, "
+    "0.92 at 512 (Triton's Gluon tutorial 07), with a tail 0.95 at 4096 (lorafusion #8); B200 by pairs of CTAs 0.94 to 1.01 "
+    "(tutorial 14). RTX 5090 is an estimate. So each figure is a range over the frozen layer, for "
+    + ", ".join(
+        f"{TARGETS[n].reaches[1]} down to {TARGETS[n].reaches[0]} on {TARGETS[n].chip}"
+        for n in CHIPS
+    )
+    + "; the tables above, and the choice, have the middle."
 )
 
 
-def persistent_table(name: str) -> Iterator[str]:
-    """The persistent product beside the others on one target: what the range of one assumption makes of them."""
-    target, forms = TARGETS[name], ("two_kernel", "persistent")
-    yield f"\n**{target.chip} ({name}), predicted**\n"
-    yield "| M, K, N, R | direction | frozen, us | eager | two_kernel | persistent | persistent is faster than eager |"
-    yield "|---|---|---|---|---|---|---|"
-    for shape in SHAPES[:7]:
+def ranges() -> Iterator[str]:
+    """Our products beside ATen on every chip: what the range of one assumption makes of them."""
+    forms = ("two_kernel", "one_launch", "persistent")
+    yield f"| chip | M, K, N, R | direction | frozen, us | eager | {' | '.join(forms)} | one of ours is faster than eager |"
+    yield f"|---|---|---|---|---|{'---|' * len(forms)}---|"
+    for name, shape in itertools.product(CHIPS, SHAPES[:7]):
+        target = TARGETS[name]
         for problem in (problem_of(shape), problem_of(shape).adjoint()):
             frozen = predict_us("frozen", problem, target)
+            found = {c.name: c for c in predict(problem, target)}
             eager = predict_us("eager", problem, target)
-            found: dict[str, list[float]] = {form: [] for form in forms}
-            for reached in REACHED[name]:
-                with patch.dict(cost._EFFICIENCY, {name: reached}):
-                    for form in forms:
-                        found[form].append(predict_us(form, problem, target))
-            ranges = (f"{us[1] / frozen:.2f}-{us[0] / frozen:.2f}" for us in found.values())
-            slowest, quickest = (us < eager for us in found["persistent"])
+            own = {form: found[form].predicted_range for form in forms if form in found}
+            cells = (
+                f"{own[form][0] / frozen:.2f}-{own[form][1] / frozen:.2f}" if form in own else ""
+                for form in forms
+            )
+            quickest, slowest = (min(us[end] for us in own.values()) < eager for end in (0, 1))
             verdict = "yes" if slowest else "in a part of the range" if quickest else "no"
             direction = "backward" if problem.backward else "forward"
             yield (
-                f"| {', '.join(map(str, shape))} | {direction} | {frozen:.1f} | {eager / frozen:.2f} "
-                f"| {' | '.join(ranges)} | {verdict} |"
+                f"| {target.chip} | {', '.join(map(str, shape))} | {direction} | {frozen:.1f} | {eager / frozen:.2f} "
+                f"| {' | '.join(cells)} | {verdict} |"
             )
 
 
@@ -228,31 +231,48 @@ def plot(file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(13, 8), layout="constrained", sharey=True)
-    shapes, width = SHAPES[:7], 0.14
+    shapes, width = SHAPES[:7], 0.12
     forms = ("reference", "addmm", "eager", "lorafusion", "two_kernel")
     for axis, name in zip(axes.flat, CHIPS, strict=True):
         target = TARGETS[name]
-        prices: dict[str, list[float]] = {form: [] for form in (*forms, "taken")}
+        prices: dict[str, list[float]] = {form: [] for form in (*forms, BEST, "taken")}
+        errors: list[tuple[float, float]] = []
         for shape in shapes:
             both = (problem_of(shape), problem_of(shape).adjoint())
             frozen = sum(predict_us("frozen", problem, target) for problem in both)
             for form in forms:
                 prices[form].append(sum(times(p, target)[form] for p in both) / frozen)
+            own = [best_of_ours(p, target) for p in both]
+            middle = sum(c.predicted_us or 0.0 for c in own)
+            least, most = (
+                sum(c.predicted_range[end] for c in own if c.predicted_range) for end in (0, 1)
+            )
+            prices[BEST].append(middle / frozen)
+            errors.append(((middle - least) / frozen, (most - middle) / frozen))
             # What a call takes: each direction by the algorithm that is chosen for it.
             taken = sum(times(p, target)[chosen(p, target)] for p in both)
             prices["taken"].append(taken / frozen)
         for i, (form, found) in enumerate(prices.items()):
-            at = [x + (i - 2.5) * width for x in range(len(shapes))]
-            colour = "black" if form == "taken" else None
-            axis.bar(at, found, width, label=TITLES.get(form, "ours: what is chosen"), color=colour)
+            at = [x + (i - 3) * width for x in range(len(shapes))]
+            colour = {"taken": "black", BEST: "#00796b"}.get(form)
+            bars = {"yerr": list(zip(*errors, strict=True)), "capsize": 2} if form == BEST else {}
+            label = TITLES.get(form, "ours: what is chosen without `tune`")
+            axis.bar(at, found, width, label=label, color=colour, **bars)
         axis.axhline(1.0, color="grey", linewidth=1, linestyle="--")
         axis.set_xticks(range(len(shapes)), ["\n".join(map(str, s)) for s in shapes], fontsize=8)
         axis.set(title=f"{target.chip} ({name}): predicted, not measured", xlabel="M, K, N, R")
     for axis in axes[:, 0]:
         axis.set_ylabel("forward + backward over the frozen layer")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
+
+
+def best_of_ours(problem: Problem, target: Target) -> Candidate:
+    """Our product that is predicted fastest, also one that only `tune` can choose."""
+    apart = ("eager", "cuda_decode") + ("one_launch", "one_pass", "decode") * problem.backward
+    own = [c for c in predict(problem, target) if c.name not in apart]
+    return min(own, key=lambda c: c.predicted_us or 0.0)
 
 
 def chosen(problem: Problem, target: Target) -> str:
@@ -384,16 +404,17 @@ def main() -> None:
         "On B200 and RTX 5090 `two_kernel` is predicted to be slower than ATen for nearly every larger shape: the call",
         "takes `eager` there, as wherever it is predicted fastest, and `explain` says so. The rates of the tiles",
         "are counted from their compiled code. One number of each architecture is not: what a loop bound by its matrix pipe",
-        "reaches of the vendor's library. It is set so that published times of Triton's products come out (A100, H100,",
-        "B200). What LoRAFusion publishes, 1.27 times faster than the reference on average and 1.39 at most, was not used:",
-        "for its square layers (M = 8192; K = N = 4096, 5120, 8192; R = 16; H100) the model gives "
+        "reaches of the vendor's library. It is a range of published figures, below; these tables have its middle. What",
+        "LoRAFusion publishes, 1.27 times faster than the reference on average and 1.39 at most, was not used: for its",
+        "square layers (M = 8192; K = N = 4096, 5120, 8192; R = 16; H100) the model gives "
         + gains()
         + ".",
         "",
-        "## The persistent product on H100 and B200",
+        "## Ranges: what is assumed of our loops",
         "",
-        *textwrap.wrap(PERSISTENT_TEXT, 120),
-        *(line for name in REACHED for line in persistent_table(name)),
+        *textwrap.wrap(RANGES_TEXT, 120),
+        "",
+        *ranges(),
         "",
         "## Groups of rows: experts, and several adapters in one batch",
         "",

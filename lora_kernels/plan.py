@@ -398,7 +398,12 @@ def _after_dequantising(candidate: Candidate, problem: Problem, target: Target |
     if candidate.predicted_us is None or target is None:
         return candidate
     us = _DENSE_BYTES * problem.N * problem.K / (target.bandwidth_gbs * 1e3)
-    return replace(candidate, predicted_us=candidate.predicted_us + us)
+    least, most = candidate.predicted_range or (candidate.predicted_us,) * 2
+    return replace(
+        candidate,
+        predicted_us=candidate.predicted_us + us,
+        predicted_range=(least + us, most + us),
+    )
 
 
 def _target(device: torch.device) -> Target | str:
@@ -432,11 +437,19 @@ def _why_not(candidates: list[Candidate], chosen: Candidate, backend: str) -> st
 def _times(candidates: tuple[Candidate, ...]) -> str:
     """The compared times, in words; "" where none is known."""
     for kind in ("measured", "predicted"):
-        times = [(getattr(c, f"{kind}_us"), c.name) for c in candidates]
-        known = sorted(each for each in times if each[0] is not None)
+        known = [(us, c) for c in candidates if (us := getattr(c, f"{kind}_us")) is not None]
         if known:
-            return f"{kind}: " + ", ".join(f"{name} {us:.1f} us" for us, name in known)
+            known.sort(key=lambda each: (each[0], each[1].name))
+            ranged = kind == "predicted"
+            return f"{kind}: " + ", ".join(_time(us, c, ranged) for us, c in known)
     return ""
+
+
+def _time(us: float, candidate: Candidate, ranged: bool) -> str:
+    """A candidate's time, and the range of a predicted one."""
+    text = f"{candidate.name} {us:.1f} us"
+    least, most = candidate.predicted_range or (us, us)
+    return text + f" ({least:.1f} to {most:.1f})" * (ranged and most > least)
 
 
 def _asked(name: str) -> tuple[str, bool]:

@@ -269,6 +269,38 @@ class TestCost:
         )
         assert predict_us("decode", Problem(1, 16, 16, 1, "bfloat16", "bfloat16"), target) == 2.0
 
+    def test_a_range_has_the_prediction_in_its_middle(self):
+        """It is what a loop reaches of the library: nothing for the library itself, or where bytes decide."""
+        for name, target in TARGETS.items():
+            least, most = target.reaches
+            assert 0.5 < least < most < 1.1, name
+            quick, slow = cost.predict_range("two_kernel", BIG, target)
+            assert quick < predict_us("two_kernel", BIG, target) < slow
+            config = tiles_for(BIG, target).config("expand")
+            quick, slow = (
+                product_us("expand", BIG, replace(target, reaches=(share, share)), config)
+                for share in (most, least)
+            )
+            assert slow / quick == pytest.approx(most / least)
+            for form in ("eager", "frozen"):
+                assert len(set(cost.predict_range(form, BIG, target))) == 1
+
+    def test_what_the_first_programs_of_one_launch_cost(self):
+        """Nothing where the last wave has a place for each; else the time of one, of its own reading or of all."""
+        target = TARGETS["sm_80"]
+        config = TileConfig("one_launch", 128, 128, 32, 4, 4)  # two on each of 108 multiprocessors
+        free = Problem(8192, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
+        assert cost._first_us(free, target, config) == 0.0  # 2048 tiles in ten waves of 216
+        full = replace(free, N=128 * 27 * 8)  # 64 blocks of rows: 64 waves
+        read = full.M * full.K * 2 / (0.9 * target.bandwidth_gbs * 1e3)
+        assert cost._first_us(full, target, config) == pytest.approx(read)
+        few = replace(full, M=128, N=128 * 216)
+        alone = few.K * 128 * 2 / 1e3 / (32 * 270e3 / 108 / 2048)
+        assert cost._first_us(few, target, config) == pytest.approx(alone)
+        ours = predict_us("one_launch", full, target, config)
+        main = product_us("expand", full, target, config)
+        assert ours == pytest.approx(main + read + cost.MIN_KERNEL_US + target.gap_us)
+
     def test_an_unknown_form_is_refused(self):
         with pytest.raises(ValueError, match="got 'magic'"):
             predict_us("magic", BIG, TARGETS["sm_80"])

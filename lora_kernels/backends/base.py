@@ -222,7 +222,8 @@ class Candidate:
 
     `name`: the algorithm. `refusal`: why it cannot compute the problem. `slower`: why another is expected to be faster,
     it counts only where no backend is named. `measured_us`, `predicted_us`: the time of the product, where it is known.
-    `how`: in a few words for `explain`.
+    `how`: in a few words for `explain`. `predicted_range`: the least and the most that the predicted time may be, where an
+    assumption of the model is a range.
     """
 
     name: str
@@ -232,6 +233,7 @@ class Candidate:
     measured_us: float | None = None
     predicted_us: float | None = None
     how: str = ""
+    predicted_range: tuple[float, float] | None = None
 
 
 class Backend(ABC):

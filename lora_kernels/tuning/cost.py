@@ -16,7 +16,7 @@ reference   frozen + shrink + 6 passes over y + 4 gaps          one PyTorch oper
                                                                 and written by alpha·, two are read and one written by +
 
 A product by one of these kernels takes the cycles that were counted from its compiled code (cycles.py), for the busiest
-multiprocessor, over those that its share of 2·M·N·K takes the matrix pipe, and over _EFFICIENCY. For the
+multiprocessor, over those that its share of 2·M·N·K takes the matrix pipe, and over the middle of `Target.reaches`. For the
 library's product only the matrix pipe counts. A last wave that is not full slows it as it slows the best of the counted
 tiles; it may split its sum, these kernels do not.
 
@@ -66,19 +66,6 @@ GROUPED = ("tail_first",)  # over groups, beside two_kernel and eager
 OTHERS = ("frozen", "addmm", "reference", "lorafusion")  # predicted for comparison
 MIN_KERNEL_US = 2.0
 _STREAMED = 0.92  # of the copy bandwidth, by a product that is bound by reading W
-# What a loop that is bound by its matrix pipe reaches of the vendor library: published times of whole Triton products, less
-# the cycles of cycles.py for their other pipes and their ends. A100 0.89 to 0.99 from 2500 (triton #6523, #7085); H100
-# 0.95 at 4096 with a tail (lorafusion #8); B200 0.54 at 4096, 0.65 at 8192 (tilelang #1787). The others are estimates.
-_EFFICIENCY = {
-    "sm_80": 0.95,
-    "sm_86": 0.93,
-    "sm_89": 0.93,
-    "sm_90": 1.0,
-    "sm_100": 0.95,
-    "sm_120": 0.90,
-    "gfx942": 0.70,
-    "gfx1100": 0.70,
-}
 _LIBRARY_SPLITS = (1, 2, 4, 8)
 # (passes over x, passes over y, further launches) beside the library's product, forward and backward.
 _PASSES = {
@@ -170,6 +157,15 @@ def predict_us(
         hidden = overlaps * _HIDDEN.get(target.name, 0.0) * min(shrink + gap, main)
         return _dequantise_us(problem, target) + main + shrink + gap - hidden + adapter_grads
     raise ValueError(f"algorithm must be one of {ALGORITHMS + GROUPED + OTHERS}, got {algorithm!r}")
+
+
+def predict_range(
+    algorithm: str, problem: Problem, target: Target, config: TileConfig | None = None
+) -> tuple[float, float]:
+    """(least, most) of `predict_us`: for the most and the least that loops are published to reach of the library's rate."""
+    ends = (replace(target, reaches=(share, share)) for share in reversed(target.reaches))
+    least, most = (predict_us(algorithm, problem, end, config) for end in ends)
+    return least, most
 
 
 def _first_us(problem: Problem, target: Target, config: TileConfig | None) -> float:
@@ -273,7 +269,7 @@ def _tile_us(tile: Tile, problem: Problem, target: Target) -> float:
     moved = problem.frozen_bytes + problem.lowrank_bytes
     stream_us = moved / (_STREAMED * target.bandwidth_gbs * 1e3)
     end_us = max(cycles(tile, problem.R).rest) * clock_us
-    reached = _EFFICIENCY[target.name] * rate(tile, problem, target)
+    reached = sum(target.reaches) / 2 * rate(tile, problem, target)
     return max(_compute_us(problem, target) / reached, stream_us + end_us)
 
 

@@ -12,7 +12,7 @@ from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
 from lora_kernels.tuning import tables
 from lora_kernels.tuning.config import Tiles
-from lora_kernels.tuning.cost import predict_us
+from lora_kernels.tuning.cost import predict_range, predict_us
 from lora_kernels.tuning.targets import Target
 
 
@@ -56,6 +56,7 @@ class TritonBackend(Backend):
                     slower=_slower(name, problem, name in measured),
                     measured_us=measured.get(name),
                     predicted_us=predict_us(name, same, target, config),
+                    predicted_range=predict_range(name, same, target, config),
                     how=_decoding(name, problem, tiles) + str(config),
                 )
             )
