@@ -17,7 +17,7 @@ from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import KERNELS, LOWRANK_KERNELS
 from lora_kernels.tuning.search import Choice
 from tests.gpu.conftest import DEVICE, declined
-from tests.oracle import AWKWARD, Case, check_products
+from tests.oracle import AWKWARD, Case, assert_budget, check_products
 from tests.planned import Planned
 
 LARGE = [  # many tiles, splits, a second wave; sizes that no tile divides
@@ -89,7 +89,7 @@ def test_every_shipped_configuration_is_right(kernel, triton_backend):
     assert not failures, failures
 
 
-@pytest.mark.parametrize("kernel", ["shrink", "expand", "one_pass", "wgrad"])
+@pytest.mark.parametrize("kernel", ["shrink", "expand", "one_launch", "one_pass", "wgrad"])
 def test_every_shipped_configuration_with_dropout(kernel, triton_backend):
     """On a small ragged problem: what is chosen for dropout, with a mask."""
     from tests.executed.shipped import compare, launch, small
@@ -114,6 +114,27 @@ def test_the_persistent_product(case, triton_backend):
     if refusal is not None:
         pytest.skip(refusal)
     check_products(products, replace(case, device=DEVICE))
+
+
+def test_one_launch_in_a_graph(triton_backend):
+    """Its flags are cleared in each replay: with another x each finds another s."""
+    case = Case(2000, 1000, 520, 16, dtype=torch.bfloat16, device=DEVICE)
+    products = Planned(triton_backend, current_target(), "one_launch")
+    offered = triton_backend.candidates(problem_of(case), current_target())
+    refusal = next(c.refusal for c in offered if c.name == "one_launch")
+    if refusal is not None:
+        pytest.skip(refusal)
+    o = case.operands()
+    products.shrink_expand(o.x, o.w, o.adapter, o.bias)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, s = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
+    for factor in (-2.0, 0.5):
+        o.x.mul_(factor)
+        graph.replay()
+        eager, exact = o.results(None), o.results(torch.float64)
+        assert_budget(y, eager["y"], exact["y"], "y")
+        assert_budget(s, eager["s"].float(), exact["s"], "s")
 
 
 @pytest.mark.parametrize("seed", [5, -1])
