@@ -26,7 +26,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lora_kernels.backends.triton import persistent_tcgen05
 from lora_kernels.backends.triton.expand import describable, tma_applies
 from lora_kernels.backends.triton.launch import cdiv, launch, rank_operand
 from lora_kernels.backends.triton.tiles import grouped_order
@@ -215,6 +214,9 @@ def persistent(
     w_k_major, b_k_major = not describable(w), not describable(b)
     kernel, parts = _persistent_kernel, 2
     if config.ctas:
+        # Its Gluon has names that the Gluon of older Tritons has not.
+        from lora_kernels.backends.triton import persistent_tcgen05
+
         kernel, parts = persistent_tcgen05._persistent_kernel, 4
         programs = max(1, programs // config.ctas)
     launch(
