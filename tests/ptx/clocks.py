@@ -66,7 +66,7 @@ class Clocks:
         self.known[:, rows] = np.maximum(self.known[:, rows], clock[:, None])
 
     def fence(self, rows: np.ndarray, space: str | None = None) -> None:
-        """fence.proxy.async: what is over for these warps, in `space` or anywhere, asynchronous operations they order see."""
+        """fence.proxy.async: what is over for these warps, asynchronous operations see; in `space`, or anywhere."""
         world = slice(self.world, None)
         own = slice(self.world) if space == "shared" else world if space else slice(None)
         self.known[SEEN, rows, own] = self.known[OVER, rows, own]

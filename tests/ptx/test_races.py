@@ -192,12 +192,12 @@ def test_a_tensor_copy_of_what_threads_have_stored_comes_after_a_fence(schedule)
     for fence in ("fence.proxy.async.global;", "fence.proxy.async;"):
         assert (copied(fence, schedule) == np.arange(32)).all()
     for fence in ("", "fence.proxy.async.shared::cta;"):
-        said = "^without a fence.proxy.async: read after write of byte 0 of map in CTA"
+        said = r"^without a fence\.proxy\.async: read after write of byte 0 of map in CTA"
         with pytest.raises(DataRace, match=said):
             copied(fence, schedule)
-    with pytest.raises(DataRace, match="^without a fence.proxy.async"):
+    with pytest.raises(DataRace, match="without a fence"):
         copied("", schedule, says="fence.proxy.async.global;")
-    with pytest.raises(DataRace, match="^unordered"):
+    with pytest.raises(DataRace, match="unordered"):
         copied("fence.proxy.async.global;", schedule, order="relaxed")
 
 
