@@ -89,12 +89,16 @@ def test_alpha_in_memory_is_read_there():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_bytes_and_flops():
-    """x once for each block of columns and once for s, a once for each block of rows; s stored once in both types."""
+@pytest.mark.parametrize("programs", [2, 132])
+def test_bytes_and_flops(programs):
+    """x once for each block of columns and once for s, a once for each block of rows; s and y stored once.
+
+    No block is computed twice, and a program without a tile copies none.
+    """
     M, N, K, R = 256, 512, 256, 16
     o = Case(M, N, K, R, dtype=torch.bfloat16, layout="peft").operands()
     with emulate("sm_90") as executed:
-        one_launch(LARGE, o)
+        one_launch(LARGE, o, programs)
     counters = executed[0].counters
     tensors = counters.tensors
     blocks_m, blocks_n = M // LARGE.block_m, N // LARGE.block_n
