@@ -168,6 +168,13 @@ def test_what_it_does_not_take_is_computed_by_two_kernels():
     assert [each.name for each in executed] == ["_shrink_kernel", "_expand_kernel"]
 
 
+def test_what_the_kernel_does_not_compute_is_refused():
+    for rank, tile in ((65, SMALL), (16, replace(SMALL, ctas=1))):
+        o = Case(70, 72, 72, rank, dtype=torch.bfloat16).operands()
+        with pytest.raises(ValueError, match=rf"^s is computed without a mask.* rank {rank} and"):
+            one_launch(tile, o)
+
+
 def test_who_computes_s():
     """At 128x256 a program that has a tile less does two blocks beside the others' first tile."""
     assert shrinking_programs(64, 1024, 132, 256) == 32  # 7.76 waves leave 32 free

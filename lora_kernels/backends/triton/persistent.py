@@ -305,6 +305,11 @@ def persistent(
     most = tiles = blocks * cdiv(N, config.block_n)
     own: dict[str, Any] = {} if config.ctas else _NOT_SHRINKING
     if first is not None:
+        if config.ctas or first.dropout is not None or R > FUSED_RANK:
+            raise ValueError(
+                f"s is computed without a mask, up to rank {FUSED_RANK} and by one CTA of sm_90, "
+                f"got {first.dropout}, rank {R} and {config}"
+            )
         most = tiles + blocks  # a program without a tile may compute s
         shrinking = shrinking or shrinking_programs(blocks, tiles, programs, config.block_n)
         own = _shrinking(first, s, shrinking, blocks, config)
