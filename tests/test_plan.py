@@ -28,6 +28,7 @@ from lora_kernels.backends.triton import configs
 from lora_kernels.backends.triton.configs import tiles_of
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.tuning import tables
+from lora_kernels.tuning.config import PERSISTENT
 from lora_kernels.tuning.targets import TARGETS
 from tests import toy_backend
 from tests.test_functional import grads_of, operands
@@ -388,6 +389,30 @@ class TestTritonOrCUDA:
         back = explain(large.adjoint())
         assert back.passed_over["one_launch"].startswith("in a backward q comes with dB")
 
+    def test_the_persistent_product_that_computes_s_where_tune_has_timed_it(self, monkeypatch):
+        monkeypatch.setattr(configs, "untried", lambda: None)
+        name, large = "persistent_one_launch", replace(self.problem, M=4096)
+        reason = "it is taken where `tune` has timed it: Gluon is experimental"
+        assert explain(large).passed_over[name] == reason
+        times = {"two_kernel": 20.0, "persistent": 19.0, name: 18.0}
+        self.tuned(M=4096, **times)
+        assert explain(large).plan.startswith(f"{name}, {name} 128x256x64 w8 s3 tma, measured: ")
+        back = explain(replace(large, backward=True, w_k_major=False))
+        assert back.passed_over[name] == "in a backward q comes with dB from one reading of dy"
+        for change, reason in (
+            ({"dropout": True}, "persistent_one_launch has no dropout"),
+            ({"R": 65}, "takes a rank of at most 64, got 65"),
+            ({"N": 4100}, "multiples of 8, got 4100 and 4096"),
+            ({"adapter_dtype": "float32"}, "adapters of x's type, bfloat16, got float32"),
+        ):
+            assert reason in explain(replace(large, **change)).passed_over[name]
+        for target, reason in (
+            ("sm_100", "persistent_one_launch is not made for the tensor memory of sm_100"),
+            ("sm_120", "sm_120 has no tensor descriptors"),
+        ):
+            monkeypatch.setattr(plan, "current_target", lambda *_, target=target: TARGETS[target])
+            assert plan.explain(large, "triton").passed_over[name] == reason
+
     @pytest.mark.parametrize("version", ["3.6.0", "3.10.0"])
     def test_another_triton_keeps_the_other_products(self, version, monkeypatch):
         monkeypatch.setattr(configs.importlib.metadata, "version", lambda name: version)
@@ -397,7 +422,9 @@ class TestTritonOrCUDA:
         assert told.candidate.name == "two_kernel"
         reason = f"it was tried with Triton 3.9.x only, got {version}"
         assert told.passed_over["persistent"] == reason
-        assert tiles_of("persistent", replace(self.problem, M=4096), TARGETS["sm_90"]) == []
+        assert told.passed_over["persistent_one_launch"] == reason
+        for kernel in PERSISTENT:
+            assert tiles_of(kernel, replace(self.problem, M=4096), TARGETS["sm_90"]) == []
         configs.untried.cache_clear()
 
     def test_by_prediction(self):

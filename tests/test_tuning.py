@@ -253,6 +253,23 @@ class TestCost:
         )  # not counted: scaled from its like
         assert cycles(half, 16).step[0] == matrix / 2
 
+    def test_what_x_a_adds_to_the_persistent_product_that_computes_it(self):
+        """A clearing and a gap; and a block of rows by each program, unless those with a tile less do them all."""
+        target, config = TARGETS["sm_90"], TileConfig("persistent", 128, 256, 64, 8, 3, tma=True)
+        name, problem = "persistent_one_launch", replace(BIG, M=8192, N=4096, K=4096)
+        own = replace(config, kernel=name)
+        launch_us = cost.MIN_KERNEL_US + target.gap_us
+        # Of 132 programs 32 have a tile less for 64 blocks, and at 9216 rows 36 for 72; at 8448 there is none.
+        for rows, delayed in ((8192, False), (9216, False), (8448, True)):
+            each = replace(problem, M=rows)
+            main = product_us("persistent", each, target, config)
+            added = predict_us(name, each, target, own) - main - launch_us
+            clock_ghz = target.half_tflops * 1e3 / target.multiprocessors / 4096
+            alone = 128 * each.K * 2 / (32 * clock_ghz * 1e3)
+            assert added == pytest.approx(
+                delayed * max(alone, rows * each.K * 2 / 0.9 / target.bandwidth_gbs / 1e3)
+            )
+
     def test_what_is_added_to_the_product(self):
         """Its launches, what hides them, and the second reading of dy by what gets q and dB apart."""
         target = replace(TARGETS["sm_90"], gap_us=1000.0)
@@ -290,13 +307,15 @@ class TestCost:
         target = TARGETS["sm_80"]
         config = TileConfig("one_launch", 128, 128, 32, 4, 4)  # two on each of 108 multiprocessors
         free = Problem(8192, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
-        assert cost._first_us(free, target, config) == 0.0  # 2048 tiles in ten waves of 216
+        assert (
+            cost._first_us("expand", free, target, config) == 0.0
+        )  # 2048 tiles in ten waves of 216
         full = replace(free, N=128 * 27 * 8)  # 64 blocks of rows: 64 waves
         read = full.M * full.K * 2 / (0.9 * target.bandwidth_gbs * 1e3)
-        assert cost._first_us(full, target, config) == pytest.approx(read)
+        assert cost._first_us("expand", full, target, config) == pytest.approx(read)
         few = replace(full, M=128, N=128 * 216)
         alone = few.K * 128 * 2 / 1e3 / (32 * 270e3 / 108 / 2048)
-        assert cost._first_us(few, target, config) == pytest.approx(alone)
+        assert cost._first_us("expand", few, target, config) == pytest.approx(alone)
         ours = predict_us("one_launch", full, target, config)
         main = product_us("expand", full, target, config)
         assert ours == pytest.approx(main + read + cost.MIN_KERNEL_US + target.gap_us)

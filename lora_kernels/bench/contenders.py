@@ -9,6 +9,7 @@ dense         this package's layer over the dense weight, where the problem's is
 two_kernel    this package's Triton kernels, forced into shrink and product: what published fused kernels do
 one_launch    likewise, forced into one launch of both
 persistent    likewise, forced into the persistent product
+persistent_one_launch  likewise, which computes s too
 loop          the frozen layer by Triton's product, without LoRA: what its loop reaches of the vendor's; forward only
 ours[NAME]    `lora_linear` with that backend
 
@@ -40,7 +41,12 @@ from lora_kernels.samples import sample
 Function = Callable[[Tensor], Tensor]
 OURS = tuple(f"ours[{name}]" for name in backends.BACKENDS)
 FLOORS = ("frozen", "loop")  # without LoRA
-FORCED = ("two_kernel", "one_launch", "persistent")  # algorithms of Triton's
+FORCED = (
+    "two_kernel",
+    "one_launch",
+    "persistent",
+    "persistent_one_launch",
+)  # algorithms of Triton's
 NAMES = ("frozen", "loop", "reference", "compiled", "addmm", "peft", "dense", *FORCED, *OURS)
 BACKENDS_ON = {"cpu": ("eager", "cpu"), "cuda": ("eager", "triton", "cuda")}
 

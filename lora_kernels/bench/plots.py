@@ -19,6 +19,7 @@ _COLOURS = {
     "two_kernel": "#4db6ac",
     "one_launch": "#26a69a",
     "persistent": "#00796b",
+    "persistent_one_launch": "#004d40",
     "loop": "#d0d4d9",
     "ours[eager]": "#64b5f6",
     "ours[cpu]": "#1a73e8",

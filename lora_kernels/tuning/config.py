@@ -14,6 +14,7 @@ KERNELS = (
     "shrink",
     "expand",
     "persistent",
+    "persistent_one_launch",
     "one_launch",
     "one_pass",
     "decode",
@@ -21,6 +22,7 @@ KERNELS = (
     "shrink_wgrad",
     "dequantise",
 )
+PERSISTENT = ("persistent", "persistent_one_launch")  # in Gluon
 LOWRANK_KERNELS = ("shrink", "wgrad", "shrink_wgrad")  # they read x (or dy) and no weight
 # They take groups of rows, or read none.
 GROUPED_KERNELS = ("shrink", "expand", "wgrad", "dequantise")
@@ -42,6 +44,16 @@ def cuda_decode_blocks(tiles: int, multiprocessors: int) -> int:
     Each computes x·a beside its first tile, so that this is how often a is read.
     """
     return math.ceil(tiles / math.ceil(tiles / multiprocessors))
+
+
+def shrinking_programs(blocks: int, tiles: int, programs: int, block_n: int) -> int:
+    """How many of the programs that share `tiles` compute s of `blocks` of rows first: the result does not depend on it.
+
+    Those that have a tile less, where these have done it before the others' first loops over K have ended. That is assumed
+    to take block_n / 128 blocks each: reading x by half of a multiprocessor's port. Else all.
+    """
+    spare = -tiles % programs
+    return spare if spare * max(1, block_n // 128) >= blocks else programs
 
 
 @dataclass(frozen=True)
@@ -118,7 +130,7 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
         return f"{config.kernel} takes no groups of rows"
     if config.tma and not target.tma:
         return f"{target.name} has no tensor descriptors"
-    able = (1, 2) if config.kernel == "persistent" and target.tmem_columns else (0,)
+    able = (1, 2) if config.kernel in PERSISTENT and target.tmem_columns else (0,)
     if config.ctas not in able:
         return (
             f"ctas of {config.kernel} on {target.name} must be one of {able}, got {config.ctas!r}"
@@ -156,9 +168,10 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
         )
     if config.kernel == "dequantise" and problem.weight_format == DENSE:
         return "a dense weight is not decoded"
-    if config.kernel == "persistent" and (reason := _persistent_refuses(config, problem, target)):
+    if config.kernel in PERSISTENT and (reason := _persistent_refuses(config, problem, target)):
         return reason
-    if config.kernel == "one_launch" and (reason := _one_launch_refuses(problem, target)):
+    one_launch = config.kernel in ("one_launch", "persistent_one_launch")
+    if one_launch and (reason := _one_launch_refuses(config, problem, target)):
         return reason
     needed = smem_bytes(config, problem)
     if needed > target.smem_bytes:
@@ -189,7 +202,7 @@ def _persistent_refuses(config: TileConfig, problem: Problem, target: Target) ->
     return None
 
 
-def _one_launch_refuses(problem: Problem, target: Target) -> str | None:
+def _one_launch_refuses(config: TileConfig, problem: Problem, target: Target) -> str | None:
     """The rule of the product that computes s in its own launch that `problem` breaks."""
     if not target.name.startswith("sm_"):
         return f"one_launch is made for NVIDIA GPUs, not for {target.name}"
@@ -201,6 +214,16 @@ def _one_launch_refuses(problem: Problem, target: Target) -> str | None:
     most = 32 if problem.dropout else FUSED_RANK  # a mask takes registers of its own
     if most < problem.R:
         return f"one_launch takes a rank of at most {most}, got {problem.R}"
+    if config.kernel == "one_launch":
+        return None
+    if problem.dropout:
+        return "persistent_one_launch has no dropout"
+    if config.ctas:
+        return f"persistent_one_launch is not made for the tensor memory of {target.name}"
+    if config.block_n < rank_block(problem.R, FUSED_RANK):
+        return (
+            f"a rank of {problem.R} does not fit {config.block_n} columns of persistent_one_launch"
+        )
     return None
 
 
@@ -227,7 +250,7 @@ def smem_bytes(config: TileConfig, problem: Problem) -> int:
         "shrink": m * k * size + k * ranks * adapter,
         "expand": (m + n) * k * size,
         "one_launch": (m + n) * k * size,
-        "persistent": (m + n) * k * size // max(1, config.ctas),
+        **dict.fromkeys(PERSISTENT, (m + n) * k * size // max(1, config.ctas)),
         "one_pass": (m + n) * k * size + k * ranks * adapter,
         "decode": m * k * size + int(n * k * of_w) + k * ranks * adapter,
         "wgrad": m * n * size + m * ranks * 4,
@@ -236,6 +259,7 @@ def smem_bytes(config: TileConfig, problem: Problem) -> int:
     }[config.kernel]
     extra = {
         "shrink_wgrad": n * ranks * (adapter + 4),
-        "persistent": m * n // 2 * size // max(1, config.ctas),  # half of a tile's result
+        # half of a tile's result
+        **dict.fromkeys(PERSISTENT, m * n // 2 * size // max(1, config.ctas)),
     }.get(config.kernel, 0)
     return max(1, config.num_stages - (not config.tma)) * stage + extra

@@ -6,6 +6,7 @@ frozen      max(2·M·N·K / P, bytes / 0.92·W)
 two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, overlapped in part on sm_90+
 persistent  product + shrink + gap, overlapped likewise
 one_launch  product + a clearing of its flags + gap             its first programs compute s, see `_first_us`
+persistent_one_launch  the same of persistent
 lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, no overlap
 one_pass    product, x·a in its loop
 decode      (bytes + re-read a) / 0.92·W                        of a quantised w the packed bytes; or the loop's instructions
@@ -48,6 +49,7 @@ from lora_kernels.tuning.config import (
     cuda_decode_blocks,
     cuda_decode_fuses,
     row_blocks,
+    shrinking_programs,
     smem_bytes,
 )
 from lora_kernels.tuning.cycles import INSTRUCTIONS, L2_BYTES, Tile, cycles, flops_per_clock, tiles
@@ -59,6 +61,7 @@ ALGORITHMS = (
     "one_pass",
     "decode",
     "persistent",
+    "persistent_one_launch",
     "cuda_decode",
     "eager",
 )
@@ -144,9 +147,10 @@ def predict_us(
     if algorithm == "one_pass":
         product = product_us("one_pass", problem, target, config)
         return _dequantise_us(problem, target) + product + adapter_grads
-    if algorithm == "one_launch":
-        main = product_us("expand", problem, target, config)
-        first = _first_us(problem, target, config) + MIN_KERNEL_US + gap
+    if algorithm in ("one_launch", "persistent_one_launch"):
+        kernel = "expand" if algorithm == "one_launch" else "persistent"
+        main = product_us(kernel, problem, target, config)
+        first = _first_us(kernel, problem, target, config) + MIN_KERNEL_US + gap
         return _dequantise_us(problem, target) + main + first + adapter_grads
     if algorithm in ("two_kernel", "persistent", "lorafusion"):
         pointers = algorithm == "lorafusion"
@@ -168,17 +172,21 @@ def predict_range(
     return least, most
 
 
-def _first_us(problem: Problem, target: Target, config: TileConfig | None) -> float:
+def _first_us(kernel: str, problem: Problem, target: Target, config: TileConfig | None) -> float:
     """By how much programs that compute s of a block of rows, before all others, delay the end of a product.
 
     By nothing where the last wave of tiles leaves a place free for each of them; else by the time of one. Assumed: all run
-    at once, and each reads by half of a multiprocessor's port.
+    at once, and each reads by half of a multiprocessor's port. Programs of persistent take one block after the other: by
+    nothing where those with a tile less suffice, see `shrinking_programs`. Nobody waits for s longer than for his own loop.
     """
-    own = Tile.of(config, problem, target.name) if config else _best_tile(problem, target)
+    own = Tile.of(config, problem, target.name) if config else _best_tile(kernel, problem, target)
     blocks = row_blocks(problem, own.config.block_m)
     tiles_ = blocks * math.ceil(problem.N / own.config.block_n)
     places = target.multiprocessors * (2 if _two_at_a_time(own, problem, target) else 1)
-    if blocks <= -tiles_ % places:
+    free = blocks <= -tiles_ % places
+    if kernel == "persistent":
+        free = shrinking_programs(blocks, tiles_, places, own.config.block_n) < places
+    if free:
         return 0.0
     clock_ghz = (
         target.half_tflops * 1e3 / target.multiprocessors / flops_per_clock(target.name, "bfloat16")
@@ -188,9 +196,9 @@ def _first_us(problem: Problem, target: Target, config: TileConfig | None) -> fl
     return max(alone, read / (0.9 * target.bandwidth_gbs)) * math.ceil(blocks / places)
 
 
-def _best_tile(problem: Problem, target: Target) -> Tile:
+def _best_tile(kernel: str, problem: Problem, target: Target) -> Tile:
     return min(
-        tiles("expand", problem, target.name), key=lambda tile: _tile_us(tile, problem, target)
+        tiles(kernel, problem, target.name), key=lambda tile: _tile_us(tile, problem, target)
     )
 
 

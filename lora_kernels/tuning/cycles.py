@@ -58,7 +58,9 @@ class Tile(NamedTuple):
     def of(cls, config: TileConfig, problem: Problem, target: str) -> Tile:
         sizes = config.block_m, config.block_n, config.block_k
         launch = config.num_warps, config.num_stages
-        kernel = "expand" if config.kernel == "one_launch" else config.kernel  # the same product
+        # The same products.
+        same = {"one_launch": "expand", "persistent_one_launch": "persistent"}
+        kernel = same.get(config.kernel, config.kernel)
         plain = TileConfig(kernel, *sizes, *launch, tma=config.tma, ctas=config.ctas)
         return cls(*_kind(kernel, problem, target), plain)
 

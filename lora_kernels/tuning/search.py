@@ -17,7 +17,15 @@ from lora_kernels.tuning.tables import Entry, bucketed, lowrank
 from lora_kernels.tuning.targets import Target
 
 SPLITS = (1, 2, 4, 8, 16)
-PRODUCT_KERNELS = ("shrink", "expand", "persistent", "one_launch", "one_pass", "decode")
+PRODUCT_KERNELS = (
+    "shrink",
+    "expand",
+    "persistent",
+    "persistent_one_launch",
+    "one_launch",
+    "one_pass",
+    "decode",
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,9 @@ def search(
         tiles = kept["persistent"]
         _timed([Choice.of("persistent", *before, shrink, c) for c in tiles], measure, done)
     single = [
-        Choice.of(kernel, *before, c) for kernel in ("one_launch", "one_pass") for c in kept[kernel]
+        Choice.of(kernel, *before, c)
+        for kernel in ("one_launch", "persistent_one_launch", "one_pass")
+        for c in kept[kernel]
     ]
     single += [Choice.of("decode", c) for c in _splits(kept["decode"], problem, target)]
     _timed([*single, *(Choice(name) for name in untiled)], measure, done)

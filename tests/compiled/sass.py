@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -116,7 +117,7 @@ def _loops(instructions: list[tuple[int, str]]) -> list[tuple[int, int, list[str
 
 
 def _main_loop(loops: list[tuple[int, int, list[str]]]) -> list[str]:
-    """Opcodes of the innermost loop with the most matrix instructions: of a body without another such in it."""
+    """Opcodes of the innermost loop with the most matrix work: of a body without another such in it."""
     multiply = [each for each in loops if any(op.startswith(MATRIX) for op in each[2])]
     others = [(start, end) for start, end, _ in multiply]
     # A jump back from behind the loop's end, into the loop, waits for a barrier again.
@@ -128,7 +129,13 @@ def _main_loop(loops: list[tuple[int, int, list[str]]]) -> list[str]:
             for s, e in others
         )
     ]
-    return max(innermost, key=lambda body: sum(op.startswith(MATRIX) for op in body), default=[])
+    return max(innermost, key=lambda body: sum(map(_work, body)), default=[])
+
+
+def _work(op: str) -> int:
+    """Terms of an instruction's sums where its name has them, as HGMMA.64x256x16 does; 1 of another matrix instruction."""
+    size = re.search(r"\.(\d+)x(\d+)x(\d+)\b", op)
+    return math.prod(map(int, size.groups())) if size else int(op.startswith(MATRIX))
 
 
 def _spilled(body: list[str]) -> float:

@@ -81,6 +81,12 @@ class Shapes:
 
             rounded = rank_operand(p.M, p.R, x.dtype, x.device)
             persistent(x, w, rounded, b, bias, config, target.multiprocessors, late_wait=True)
+        elif config.kernel == "persistent_one_launch":
+            from lora_kernels.backends.triton.persistent import persistent
+
+            rounded = rank_operand(p.M, p.R, x.dtype, x.device)
+            first = Shrink(a, 0.5, s, None)
+            persistent(x, w, rounded, b, bias, config, target.multiprocessors, first=first)
         elif config.kernel == "one_pass":
             one_pass(x, w, a, b, 0.5, bias, config, mask, **own)
         elif config.kernel == "decode":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends.triton.configs import shipped, tiles_of, untried
 from lora_kernels.problem import DENSE, Problem
-from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.config import PERSISTENT, TileConfig
 from lora_kernels.tuning.targets import TARGETS
 from tests.compiled.recorder import recording
 from tests.compiled.sass import Code, inspect
@@ -59,7 +60,7 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
         both = config.kernel != "shrink_wgrad" and problem.weight_format == DENSE
         if last and not once and both:
             yield problem, config, False, False
-        if last and config.kernel in ("expand", "one_launch", "persistent") and config.tma:
+        if last and config.kernel in ("expand", "one_launch", *PERSISTENT) and config.tma:
             yield problem, config, True, True
     for dtype, adapter_dtype in TYPES[: 1 if once else None]:
         masked = Problem(4096, 4096, 4096, 64, dtype, adapter_dtype, device="cuda", dropout=True)
@@ -89,7 +90,9 @@ def scaled_jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]
     The store is that of every weight format and of every type of adapter.
     """
     pairs = shipped(TARGETS[target])
-    kept = [(p, c) for p, c in pairs if _types(p) in (USUAL, FLOAT32) and c.kernel != "persistent"]
+    kept = [
+        (p, c) for p, c in pairs if _types(p) in (USUAL, FLOAT32) and c.kernel not in PERSISTENT
+    ]
     widest = {(replace(c, split=1), p.dtype): p for p, c in kept}
     for (config, _), problem in widest.items():
         yield problem, config, True, False
@@ -103,7 +106,7 @@ def compile_job(
         Shapes(problem, forward, peft_b, scaled).launch(config, TARGETS[target])
     form = f"_{problem.weight_format}" * (config.kernel == "dequantise")
     name = "scale" if scaled and config.kernel == "wgrad" else config.kernel
-    name = "expand" if name == "one_launch" else name
+    name = {"one_launch": "expand", "persistent_one_launch": "persistent"}.get(name, name)
     assert launches[0].name == f"_{name}{form}_kernel"
     return inspect(launches[0].compiled, loops)
 
@@ -136,7 +139,7 @@ def test_shipped_configurations(target, part, form):
         multiplies = multiplies and not (form == "scaled" and config.kernel == "wgrad")
         if multiplies and not code.matrix and target != "gfx1100":
             wrong.append(f"{what}: no matrix instruction")
-        main = config.kernel in ("expand", "one_launch", "persistent", "one_pass")
+        main = config.kernel in ("expand", "one_launch", *PERSISTENT, "one_pass")
         main = main and problem.dtype == "bfloat16"
         main = main and config.block_m >= 64  # the rows of an instruction of sm_90 and sm_100
         if main and not any(op.startswith(MATRIX_UNIT.get(target, "HMMA")) for op in code.matrix):
@@ -251,7 +254,7 @@ def test_the_main_loop_is_the_plain_products(target, form, record_property):
 
 
 # The matrix instructions of the loop, all its instructions and bytes of shared memory at most, columns of tensor memory.
-PERSISTENT = {
+PERSISTENT_LOOPS = {
     ("sm_90", "128x256x64"): (["HGMMA.64x256x16.F32.BF16"] * 4, 90, 181 * 1024, 0),
     ("sm_100", "256x256x64"): (["UTCHMMA.2CTA"] * 4, 48, 225 * 1024, 512),
     ("sm_100", "128x256x64"): (["UTCHMMA"] * 4, 48, 225 * 1024, 512),
@@ -261,13 +264,13 @@ PERSISTENT = {
 
 @pytest.mark.skipif(untried() is not None, reason=str(untried()))
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
-@pytest.mark.parametrize(("target", "size"), PERSISTENT)
+@pytest.mark.parametrize(("target", "size"), PERSISTENT_LOOPS)
 def test_the_persistent_loop(target, size, forward):
     """At rank 16 and 64 the loop over K is the same: four matrix instructions, and few of any other kind."""
     problem = Problem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
-    (config,) = (c for c in tiles_of("persistent", problem, TARGETS[target]) if size in str(c))
-    matrix, instructions, smem_bytes, columns = PERSISTENT[target, size]
-    for R in (16, 64):
+    configs = [c for k in PERSISTENT for c in tiles_of(k, problem, TARGETS[target])]
+    matrix, instructions, smem_bytes, columns = PERSISTENT_LOOPS[target, size]
+    for R, config in product((16, 64), (c for c in configs if size in str(c))):
         code = compile_job((target, replace(problem, R=R), config, forward, False))
         assert code.loop_matrix == matrix, code
         assert code.loop.total() <= instructions and code.local_bytes == 0, code

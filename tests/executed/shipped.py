@@ -30,6 +30,7 @@ def small(problem: Problem, config: TileConfig) -> Case:
         "expand": (m - 5, n + 8, k + 8),
         "one_launch": (m + 11, n + 8, k + 8),
         "persistent": (m - 5, n + 8, 3 * k + 8),
+        "persistent_one_launch": (m + 11, n + 8, 3 * k + 8),
         "one_pass": (m - 5, n + 8, k + 8),
         "decode": (m - 3, n + 8, 2 * k + 8),
         "wgrad": (m + 3, 40, n + 8),
@@ -91,6 +92,21 @@ def compare(actual: dict[str, Tensor], o: Operands, what: str) -> None:
         assert_budget(value, expected, exact[name], f"{name} by {what}")
 
 
+def one_launch(
+    config: TileConfig, o: Operands, programs: int = 2, shrinking: int | None = None
+) -> dict[str, Tensor]:
+    """y and s by the persistent product that computes both; nothing that it reads is written before."""
+    from lora_kernels.backends.triton.persistent import fetchable, persistent
+
+    s = torch.full((o.case.M, o.case.R), torch.nan)
+    tail = rank_operand(o.case.M, o.case.R, o.x.dtype, o.x.device).fill_(torch.nan)
+    first = Shrink(fetchable(o.a.t()).t(), o.case.alpha, s, None)
+    operands = o.x, o.w, tail, fetchable(o.b), o.bias
+    y = persistent(*operands, config, programs, first=first, shrinking=shrinking)
+    assert torch.equal(tail, s.to(tail.dtype))
+    return {"y": y, "s": s}
+
+
 def launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
     """What the kernel of `config` computes of `o`, by name; the tiled product with dropout is that of dx."""
     alpha = o.case.alpha
@@ -114,6 +130,8 @@ def launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
         s = rank_operand(*o.results(None)["s"].shape, o.x.dtype, o.x.device)
         s.copy_(o.results(None)["s"])
         return {"y": persistent(o.x, o.w, s, fetchable(o.b), o.bias, config, programs=1)}
+    if config.kernel == "persistent_one_launch":
+        return one_launch(config, o)
     if config.kernel == "one_pass":
         found = one_pass(o.x, o.w, o.a, o.b, alpha, o.bias, config, o.dropout)
         return dict(zip(("y", "s"), found, strict=True))

@@ -105,12 +105,13 @@ def test_every_shipped_configuration_with_dropout(kernel, triton_backend):
     assert checked
 
 
+@pytest.mark.parametrize("algorithm", ["persistent", "persistent_one_launch"])
 @pytest.mark.parametrize("case", PERSISTENT, ids=str)
-def test_the_persistent_product(case, triton_backend):
+def test_the_persistent_product(case, algorithm, triton_backend):
     """Forward and dx, where `explain` offers it: ragged tiles, several for each program, short and long sums, any rank."""
-    products = Planned(triton_backend, current_target(), "persistent")
+    products = Planned(triton_backend, current_target(), algorithm)
     offered = triton_backend.candidates(problem_of(case), current_target())
-    refusal = next(c.refusal for c in offered if c.name == "persistent")
+    refusal = next(c.refusal for c in offered if c.name == algorithm)
     if refusal is not None:
         pytest.skip(refusal)
     check_products(products, replace(case, device=DEVICE))

@@ -31,7 +31,7 @@ from tests.interpreter.conftest import on_target
 from tests.planned import Planned
 
 # Of Triton's algorithms, what sm_80 has for float32: tensor copies fetch for persistent, one_launch hands on bfloat16.
-ALGORITHMS = set(configs.ALGORITHMS) - {"persistent", "one_launch"}
+ALGORITHMS = set(configs.ALGORITHMS) - {"persistent", "one_launch", "persistent_one_launch"}
 ONE_READING_PAYS = products_module.one_reading_pays
 PROBLEM = Problem(16, 40, 72, 5, "float32", "float32", "cuda")
 

@@ -219,8 +219,9 @@ def bind_fence(instr: Instr, strand: Strand) -> Run:
 
 @opcode("fence.proxy.async")
 def bind_proxy_fence(instr: Instr, strand: Strand) -> Run:
-    """What threads stored in shared memory may be read by tensor cores and tensor copies that come after this."""
-    return lambda where: strand.machine.races.fence(np.unique(strand.row[strand.indices(where)]))
+    """What threads stored may be read by tensor cores and tensor copies that come after this; in one space, or in both."""
+    races, space = strand.machine.races, space_of(instr)
+    return lambda where: races.fence(np.unique(strand.row[strand.indices(where)]), space)
 
 
 ATOMICS = {

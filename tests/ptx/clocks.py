@@ -65,9 +65,11 @@ class Clocks:
         """These warps have waited for what `clock` was released by."""
         self.known[:, rows] = np.maximum(self.known[:, rows], clock[:, None])
 
-    def fence(self, rows: np.ndarray) -> None:
-        """fence.proxy.async: what is over for these warps, asynchronous operations that they order see."""
-        self.known[SEEN, rows] = self.known[OVER, rows]
+    def fence(self, rows: np.ndarray, space: str | None = None) -> None:
+        """fence.proxy.async: what is over for these warps, asynchronous operations see; in `space`, or anywhere."""
+        world = slice(self.world, None)
+        own = slice(self.world) if space == "shared" else world if space else slice(None)
+        self.known[SEEN, rows, own] = self.known[OVER, rows, own]
         self._tick(rows)
 
     def finish(self, rows: np.ndarray, engine: int, groups: np.ndarray | None = None) -> None:

@@ -16,6 +16,7 @@ from tests.ptx.strand import DTYPES, Strand
 
 if TYPE_CHECKING:
     from tests.ptx.machine import Machine
+    from tests.ptx.memory import Binding
 
 LANES, COLUMNS = 128, 512  # of tensor memory
 LANES_OF_CELL = 16
@@ -115,19 +116,37 @@ class Races(Clocks):
     def loaded(self, strand: Strand, instr: Instr, lanes, addresses: np.ndarray, size: int) -> None:
         """The threads `lanes` load from global memory: what this launch has stored there must be over."""
         for binding in self.machine.memory.bindings if self.stores else ():
-            if binding.name not in self.stores:
-                continue
-            chosen, elements = binding.elements(addresses, size)
-            writer, written = (each[elements] for each in self.stores[binding.name])
-            written = written + NEVER
-            rows = strand.row[lanes[chosen]]
-            late = written >= self.known[OVER][rows[:, None], self.world + writer]
-            for n, k in np.argwhere(late)[:1]:
-                place = f"byte {elements[n, k] * binding.itemsize} of {binding.name}"
-                raise self._race(
-                    instr, place, int(rows[n]), self.world + int(rows[n]), False,
-                    "write", self.world + int(writer[n, k]), int(written[n, k]),
-                )  # fmt: skip
+            rows = strand.row[lanes]
+            self._loaded(instr, binding, rows, self.world + rows, OVER, addresses, size)
+
+    def copied(
+        self,
+        row: int,
+        instr: Instr,
+        place: tuple[int, int],
+        binding: Binding,
+        addresses: np.ndarray,
+    ) -> None:
+        """A tensor copy that the warp `row` issues reads elements of a tensor: what threads stored there it must see."""
+        rows, agents = np.full((2, len(addresses)), [[row], [self.mbarrier(place)]])
+        self._loaded(instr, binding, rows, agents, SEEN, addresses, binding.itemsize)
+
+    def _loaded(
+        self, instr: Instr, binding: Binding, rows: np.ndarray, agents: np.ndarray, layer: int,
+        addresses: np.ndarray, size: int,
+    ) -> None:  # fmt: skip
+        if binding.name not in self.stores:
+            return
+        chosen, elements = binding.elements(addresses, size)
+        writer, written = (each[elements] for each in self.stores[binding.name])
+        written = written + NEVER
+        late = written >= self.known[layer][rows[chosen, None], self.world + writer]
+        for n, k in np.argwhere(late)[:1]:
+            place = f"byte {elements[n, k] * binding.itemsize} of {binding.name}"
+            raise self._race(
+                instr, place, int(rows[chosen[n]]), int(agents[chosen[n]]), False,
+                "write", self.world + int(writer[n, k]), int(written[n, k]),
+            )  # fmt: skip
 
     def ended(self, cta: int) -> None:
         """A CTA of a cluster ends, and its shared memory: what the others do there must be over for its warps."""

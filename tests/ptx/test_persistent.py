@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 import triton
 
 from lora_kernels.backends.triton.configs import untried
+from lora_kernels.backends.triton.expand import Shrink
 from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.cycles import TRITON
@@ -24,10 +26,13 @@ if (reason := untried()) is not None:
 
 from lora_kernels.backends.triton.persistent import fetchable, persistent
 
+# It computes s too: four tiles by two programs, one of which computes s of both blocks of rows before.
+ONE_LAUNCH = "sm_90, s in one launch"
 # Small tiles have the instructions of the shipped ones. Two tiles by one program, or three where two accumulators take
 # turns: what one leaves, the next one finds.
 SMALL = {
     "sm_90": TileConfig("persistent", 64, 32, 32, 4, 3, tma=True),
+    ONE_LAUNCH: TileConfig("persistent_one_launch", 64, 32, 32, 4, 3, tma=True),
     "sm_100": TileConfig("persistent", 128, 32, 32, 4, 2, tma=True, ctas=1),
     "sm_100, a pair": TileConfig("persistent", 256, 64, 32, 4, 2, tma=True, ctas=2),
 }
@@ -49,6 +54,24 @@ SPARE = {
         ),
         # After a wait that every warp has made itself, and before a second copy.
         bars(6, 9, 10, 13, 14, 17, 22, 25, 26) | {"cp.async.bulk 2"},
+    ),
+    ONE_LAUNCH: Spare(
+        (
+            bars(
+                10, 11
+            ),  # as above: between a step's multiplies and the copies into what they read, in x·a's loop,
+            bars(23, 24),  # in the loop over K
+            bars(28, 29),  # and behind it
+            bars(32, 33),
+            bars(36, 37),
+            bars(
+                13, 14
+            ),  # between the stores of s and its release: ours, and the compiler's for any release
+        ),
+        # After a wait that every warp has made itself; before a second copy; and between the mbarriers' making and the
+        # first wait for one, where each program has taken its ticket, and the program that computes s a block.
+        bars(3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 18, 19, 20, 21, 22, 25, 26, 30, 31, 34, 35, 38, 43)
+        | {"cp.async.bulk 2"},
     ),
     # Before the warps part, which is a barrier too; between the last loads, behind which is a barrier already, and the
     # arrival; at the end, where nobody comes after; and for warps that are not there.
@@ -78,16 +101,26 @@ def small(kind: str) -> tuple[Compiled, Callable[[Compiled], bool]]:
     """The kernel of a small product, and whether one like it gives the product, in lockstep and with no fault."""
     tile = SMALL[kind]
     columns = (3 if tile.ctas else 2) * tile.block_n
-    case = Case(tile.block_m, columns, 136, 16, dtype=torch.bfloat16, layout="peft")
+    rows = (2 if kind == ONE_LAUNCH else 1) * tile.block_m
+    case = Case(rows, columns, 136, 16, dtype=torch.bfloat16, layout="peft")
     o = case.operands()
     s = rank_operand(case.M, case.R, case.dtype, o.x.device).copy_(o.results(None)["s"])
     exact = o.results(torch.float64)["y"]
+    own: dict[str, Any] = {}
+    programs = 1
+    if kind == ONE_LAUNCH:
+        own = {"first": Shrink(o.a, case.alpha, torch.empty(rows, 16), None), "shrinking": 1}
+        programs = 2
     with recording(kind.partition(",")[0]) as launches:
-        y = persistent(o.x, o.w, s, fetchable(o.b), o.bias, tile, 1)
+        y = persistent(o.x, o.w, s, fetchable(o.b), o.bias, tile, programs, **own)
     (launch,) = launches
+    state = launch.arguments.get("state_ptr")
 
     def is_right(kernel: Compiled) -> bool:
         y.fill_(torch.nan)
+        if state is not None:
+            s.fill_(torch.nan)
+            state.zero_()
         try:
             kernel.run()
         except PtxError:
@@ -110,6 +143,21 @@ def test_every_barrier_fence_arrival_and_wait(kind):
     assert_as_small_as_can_be(SPARE[kind], ordering, unnoticed)
     for numbers, spare in MEETINGS.items() if kind.endswith("pair") else ():
         assert unnoticed({f"barrier.cluster {n}" for n in numbers}) == spare
+
+
+def test_s_is_released_and_acquired():
+    """Each alone relaxed is noticed, where no value shows it; so is a fence of another memory."""
+    kernel, is_right = small(ONE_LAUNCH)
+    assert is_right(kernel)
+    changes = (
+        (".release.", ".relaxed."),
+        (".acquire.", ".relaxed."),
+        ("async.global", "async.shared::cta"),
+    )
+    for kept, other in changes:
+        (number,) = kernel.instructions(kept)
+        line = kernel.ptx.splitlines()[number].replace(kept, other)
+        assert not is_right(kernel.edited(number, lambda _, line=line: line))
 
 
 def test_what_a_pair_does_for_both():

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.tuning.cycles import TRITON
 from tests.ptx.kernels import Compiled, Product
@@ -141,6 +143,62 @@ def test_a_fenced_atomic_hands_on_what_is_over(add):
         "atom.acquire.global.add.u32 %r7, [%rd2], 1;",
     ):
         assert "read after write" in races(body.format(bare))
+
+
+# Block 0 stores a row of x and says so; block 1 waits for that, copies the row and reads what arrives.
+COPIES = """
+.visible .entry copies(.param .align 64 .b8 map[128], .param .u64 h, .param .u64 w, .param .u64 sh, .param .u64 sw,
+                       .param .u64 x, .param .u64 flag, .param .u64 out) .reqntid 32 {{
+    .reg .pred %p<9>; .reg .b32 %r<9>; .reg .b64 %rd<9>;
+    .shared .align 128 .b8 area[128];
+    .shared .align 8 .b8 bar[8];
+    ld.param.u64 %rd1, [x]; ld.param.u64 %rd2, [flag]; ld.param.u64 %rd3, [out];
+    mov.b32 %r1, map; cvt.u64.u32 %rd4, %r1; cvta.param.u64 %rd4, %rd4;
+    mov.u32 %r1, %tid.x; setp.eq.u32 %p1, %r1, 0; mov.u32 %r2, %ctaid.x; setp.eq.u32 %p2, %r2, 0;
+    shl.b32 %r3, %r1, 2; cvt.u64.u32 %rd5, %r3; add.u64 %rd1, %rd1, %rd5; add.u64 %rd3, %rd3, %rd5;
+    mov.b32 %r4, area; add.u32 %r4, %r4, %r3;
+    @%p1 mbarrier.init.shared::cta.b64 [bar], 1;
+    @!%p2 bra READS;
+    st.global.b32 [%rd1], %r1;
+    {says}
+    @%p1 atom.global.gpu.release.exch.b32 %r5, [%rd2], 1;
+    ret;
+READS:
+    ld.global.gpu.{order}.b32 %r5, [%rd2]; setp.eq.u32 %p3, %r5, 0; @%p3 bra READS;
+    {fence}
+    @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], 128;
+    @%p1 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [area], [%rd4, {{0, 0}}], [bar];
+W:  mbarrier.try_wait.parity.shared::cta.b64 %p4, [bar], 0; @!%p4 bra W;
+    ld.shared.b32 %r6, [%r4];
+    st.global.b32 [%rd3], %r6;
+    ret;
+}}
+"""
+
+
+def copied(fence: str, schedule: int | None, order: str = "acquire", says: str = "") -> np.ndarray:
+    x, out = torch.zeros((1, 32), dtype=torch.int32), np.zeros(32, np.uint32)
+    args: list[tuple] = [("map", "tensordesc", TensorDescriptor.from_tensor(x, [1, 32]))]
+    args += [("x", "*", x), ("flag", "*", np.zeros(1, np.uint32)), ("out", "*", out)]
+    box = {"block_size": [1, 32], "swizzle": 0}
+    text = COPIES.format(fence=fence, order=order, says=says)
+    prepare(text, (2,), 32, args, descriptors=[box]).run(schedule)
+    return out
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_tensor_copy_of_what_threads_have_stored_comes_after_a_fence(schedule):
+    """The fence is the reader's, between acquire and copy, and of global memory."""
+    for fence in ("fence.proxy.async.global;", "fence.proxy.async;"):
+        assert (copied(fence, schedule) == np.arange(32)).all()
+    for fence in ("", "fence.proxy.async.shared::cta;"):
+        said = r"^without a fence\.proxy\.async: read after write of byte 0 of map in CTA"
+        with pytest.raises(DataRace, match=said):
+            copied(fence, schedule)
+    with pytest.raises(DataRace, match="without a fence"):
+        copied("", schedule, says="fence.proxy.async.global;")
+    with pytest.raises(DataRace, match="unordered"):
+        copied("fence.proxy.async.global;", schedule, order="relaxed")
 
 
 def test_an_mbarrier_is_made_before_and_ended_after_its_use():

@@ -233,6 +233,8 @@ def bind_tensor_load(instr: Instr, strand: Strand) -> Run:
             words = np.zeros((len(source), 1), dtype)
             if inside.any():
                 text = explain(strand, instr, np.full(len(source), lane))
+                row, binding = int(strand.row[lane]), descriptor.binding
+                machine.races.copied(row, instr, key, binding, source[inside])
                 zeros = np.zeros(int(inside.sum()), np.int64)
                 words[inside] = machine.memory.read(source[inside], zeros, dtype, 1, text)
             index = (target + cta * machine.shared_bytes) // descriptor.itemsize

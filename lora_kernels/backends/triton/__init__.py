@@ -11,7 +11,7 @@ from lora_kernels.backends.triton.configs import MAIN_KERNEL
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
 from lora_kernels.tuning import tables
-from lora_kernels.tuning.config import Tiles
+from lora_kernels.tuning.config import PERSISTENT, Tiles
 from lora_kernels.tuning.cost import predict_range, predict_us
 from lora_kernels.tuning.targets import Target
 
@@ -43,7 +43,7 @@ class TritonBackend(Backend):
         same = tables.bucketed(problem)
         made = []
         for name in configs.algorithms(problem):
-            reason = configs.untried() if name == "persistent" else None
+            reason = configs.untried() if name in PERSISTENT else None
             if reason or not tiles.has(MAIN_KERNEL[name]):
                 refusal = reason or configs.refusal(name, same, target)
                 made.append(Candidate(name, refusal=refusal))
@@ -65,11 +65,11 @@ class TritonBackend(Backend):
 
 def _slower(algorithm: str, problem: Problem, measured: bool) -> str | None:
     """Why `algorithm` is not to be taken for `problem` by itself, or None."""
-    if algorithm in ("one_launch", "one_pass", "decode") and problem.backward:
+    if algorithm not in ("two_kernel", "tail_first", "persistent") and problem.backward:
         return "in a backward q comes with dB from one reading of dy"
     if algorithm == "persistent" and problem.backward and problem.dropout:
         return "the mask of dx is on its rank tail alone, which is a step of the sum"
-    if algorithm == "persistent" and not measured:
+    if algorithm in PERSISTENT and not measured:
         return "it is taken where `tune` has timed it: Gluon is experimental"
     if algorithm == "one_launch" and not measured:
         return "it is taken where `tune` has timed it: its programs wait for each other"

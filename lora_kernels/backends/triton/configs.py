@@ -18,6 +18,7 @@ from lora_kernels.tuning.config import (
     DECODE_ROWS,
     FUSED_RANK,
     KERNELS,
+    PERSISTENT,
     TileConfig,
     Tiles,
     fits,
@@ -36,8 +37,16 @@ MAIN_KERNEL = {
     "decode": "decode",
     "tail_first": "expand",
     "persistent": "persistent",
+    "persistent_one_launch": "persistent_one_launch",
 }
-ALGORITHMS = ("two_kernel", "one_launch", "one_pass", "decode", "persistent")
+ALGORITHMS = (
+    "two_kernel",
+    "one_launch",
+    "one_pass",
+    "decode",
+    "persistent",
+    "persistent_one_launch",
+)
 # The versions of Triton with which the persistent product was compiled and executed: it is written in Gluon, which Triton
 # calls experimental. Other versions have other names in it.
 _GLUON_VERSIONS = ("3.9.",)
@@ -131,7 +140,7 @@ def _tiles(problem: Problem, target: Target, tuned: tables.Entry | None) -> Tile
 
 def tiles_of(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
     """The tiles of `kernel` that this package ships for `target` and that fit `problem`: what `tune` times."""
-    if kernel == "persistent" and untried() is not None:
+    if kernel in PERSISTENT and untried() is not None:
         return []
     made = _shipped_tiles(kernel, problem, target)
     return [config for config in made if fits(config, problem, target) is None]
@@ -205,7 +214,7 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
             tiles = _grouped_tiles(problem, target)
         tma = target.tma and half and problem.weights == 1
         return [TileConfig(kernel, *tile, tma=tma, rank_chunk=chunk) for tile in tiles]
-    if kernel == "persistent":
+    if kernel in PERSISTENT:
         own_tiles = _PERSISTENT.get(target.name, _PERSISTENT["sm_90"])
         return [TileConfig(kernel, *tile, tma=True, ctas=ctas) for tile, ctas in own_tiles]
     if kernel == "one_pass":

@@ -6,10 +6,16 @@ next tile are copied meanwhile. What lies outside of an operand is copied as zer
 and dx are one kernel, with w and b described as they lie in memory. The kernel here is that of sm_90; the one of sm_100,
 in `persistent_tcgen05.py`, takes the same arguments.
 
+The launch may compute s = alpha·x·a as well. The programs that start first take block of rows after block of rows from a
+counter, and store and release each one's s; they go on to their tiles when there is no block left. Any program waits for
+the s of a tile after its loop over K. So a program that runs computes what others wait for, however many run at one time.
+
 Gluon is experimental: this file is imported only with a Triton that it was tried with (`untried` in `configs.py`).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -26,12 +32,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from lora_kernels.backends.triton.expand import describable, tma_applies
-from lora_kernels.backends.triton.launch import cdiv, launch, rank_operand
-from lora_kernels.backends.triton.tiles import grouped_order
-from lora_kernels.tuning.config import TileConfig, rank_block
+from lora_kernels.backends.triton.expand import Shrink, describable, tma_applies
+from lora_kernels.backends.triton.launch import cdiv, launch, rank_operand, scale_argument
+from lora_kernels.backends.triton.tiles import grouped_order, scale_value
+from lora_kernels.tuning.config import FUSED_RANK, TileConfig, rank_block, shrinking_programs
 
 _grouped_order = gluon.jit(grouped_order.fn)
+_scale_value = gluon.jit(scale_value.fn)
 _gdc_wait = tl.extra.cuda.gdc_wait
 
 
@@ -64,7 +71,29 @@ def _copy(
         tma.async_load(right, [k, col], bar, _block(right_slot, right), pred=go)
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit
+def _store_s(acc, s_ptr, whole_ptr, flag_ptr, row, M, R, stride_sm):
+    """Stores the s of a block of rows in both types and releases it to the programs that compute tiles of these rows."""
+    layout: gl.constexpr = acc.type.layout
+    offs_m = row + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
+    offs_r = gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
+    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+    at = offs_m.to(gl.int64)[:, None]
+    gl.store(whole_ptr + at * R + offs_r[None, :], acc, mask=mask)
+    gl.store(s_ptr + at * stride_sm + offs_r[None, :], acc.to(s_ptr.dtype.element_ty), mask=mask)
+    gl.barrier()  # every thread's part is written before one of them says so
+    gl.atomic_xchg(flag_ptr, 1, sem="release", scope="gpu")
+
+
+@gluon.jit
+def _wait_for_s(flag_ptr):
+    """Waits until the s of a block of rows is released: stored by threads, to be read by a tensor copy."""
+    while gl.atomic_add(flag_ptr, 0, sem="acquire", scope="gpu") == 0:
+        pass
+    gl.inline_asm("fence.proxy.async.global;")
+
+
+@gluon.jit(do_not_specialize=["M", "shrinking"])
 def _persistent_kernel(
     x,  # describes [M, K] in blocks [BLOCK_M, BLOCK_K]
     w,  # describes [K, N] in blocks [BLOCK_K, BLOCK_N], or wᵀ where W_K_MAJOR
@@ -76,17 +105,29 @@ def _persistent_kernel(
     N,
     K,
     stride_bias,
+    a,  # of x·a, where SHRINKS: describes [K, R] in blocks [BLOCK_K, BLOCK_S], or aᵀ where A_K_MAJOR
+    s_ptr,  # what s describes, rows of unit stride
+    whole_ptr,  # [M, R] float32, contiguous: s before it is rounded
+    state_ptr,  # int32, zero before: programs that have started, blocks of rows that are taken, a flag for each block
+    alpha,
+    shrinking,  # programs that compute s first
+    R,
+    stride_sm,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     BLOCK_R: gl.constexpr,
+    BLOCK_S: gl.constexpr,
     RANK_STEPS: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
     W_K_MAJOR: gl.constexpr,
+    A_K_MAJOR: gl.constexpr,
     B_K_MAJOR: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr,
+    SHRINKS: gl.constexpr,
+    ALPHA_IS_PTR: gl.constexpr,
 ):
     AHEAD: gl.constexpr = STAGES - 1  # steps that are under way while one is multiplied
     HALF: gl.constexpr = BLOCK_N // 2
@@ -111,13 +152,50 @@ def _persistent_kernel(
     done = 0  # steps that were multiplied
 
     tile = gl.program_id(0)
-    block_m, block_n = _grouped_order(tile, blocks_m, blocks_n, GROUP_M)
+    has_tile = True
+    place = tile
+    if SHRINKS:
+        ticket = gl.atomic_add(state_ptr, 1, sem="relaxed")
+        # The last ones to start have the first tiles: the others have one less where they do not come out even.
+        tile = gl.num_programs(0) - 1 - ticket
+        has_tile = tile < tiles
+        place = min(tile, tiles - 1)
+        s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, BLOCK_S, 16])
+        taken = blocks_m
+        if ticket < shrinking:
+            taken = gl.atomic_add(state_ptr + 1, 1, sem="relaxed")
+        while taken < blocks_m:
+            row = taken * BLOCK_M
+            acc = warpgroup_mma_init(gl.zeros((BLOCK_M, BLOCK_S), gl.float32, s_layout))
+            for i in gl.static_range(AHEAD):
+                slot = copied % STAGES
+                _copy(
+                    lefts.index(slot), rights.index(slot), x, a, row, 0, i * BLOCK_K,
+                    bars.index(slot), True, A_K_MAJOR,
+                )  # fmt: skip
+                copied += 1
+            for step in range(AHEAD, steps + AHEAD):
+                slot = done % STAGES
+                mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
+                acc = _multiply(lefts.index(slot), rights.index(slot), x, a, acc, A_K_MAJOR)
+                done += 1
+                slot = copied % STAGES
+                _copy(
+                    lefts.index(slot), rights.index(slot), x, a, row, 0, step * BLOCK_K,
+                    bars.index(slot), step < steps, A_K_MAJOR,
+                )  # fmt: skip
+                copied += gl.where(step < steps, 1, 0)
+            s_block = warpgroup_mma_wait(0, (acc,)) * _scale_value(alpha, ALPHA_IS_PTR)
+            _store_s(s_block, s_ptr, whole_ptr, state_ptr + 2 + taken, row, M, R, stride_sm)
+            taken = gl.atomic_add(state_ptr + 1, 1, sem="relaxed")
+    block_m, block_n = _grouped_order(place, blocks_m, blocks_n, GROUP_M)
     row = block_m * BLOCK_M
     col = block_n * BLOCK_N
     for i in gl.static_range(AHEAD):
+        slot = copied % STAGES
         _copy(
-            lefts.index(i), rights.index(i), x, w, row, col, i * BLOCK_K, bars.index(i), True,
-            W_K_MAJOR,
+            lefts.index(slot), rights.index(slot), x, w, row, col, i * BLOCK_K, bars.index(slot),
+            has_tile, W_K_MAJOR,
         )  # fmt: skip
         copied += 1
     while tile < tiles:
@@ -134,14 +212,16 @@ def _persistent_kernel(
             )  # fmt: skip
             copied += 1
         following = tile + gl.num_programs(0)
+        if PDL:
+            # s comes from the kernel launched just before, beside which the loop above has been running.
+            _gdc_wait()
+        if SHRINKS:
+            _wait_for_s(state_ptr + 2 + row // BLOCK_M)
         # Behind the last tile there is no block of rows to divide by.
         last = min(following, tiles - 1)
         block_m, block_n = _grouped_order(last, blocks_m, blocks_n, GROUP_M)
         next_row = block_m * BLOCK_M
         next_col = block_n * BLOCK_N
-        if PDL:
-            # s comes from the kernel launched just before, beside which the loop above has been running.
-            _gdc_wait()
         # The last steps of x·w and all of s·b. What is copied meanwhile: s and b, then the next tile's first steps.
         for i in gl.static_range(AHEAD + RANK_STEPS):
             slot = done % STAGES
@@ -196,11 +276,15 @@ def persistent(
     programs: int,
     *,
     late_wait: bool = False,
+    first: Shrink | None = None,
+    shrinking: int | None = None,
 ) -> Tensor:
     """y = x·w + bias + s·b: x [M, K], w [K, N], s [M, R], b [R, N], bias [N], one half dtype -> y [M, N].
 
     `programs`: how many run at one time, the GPU's multiprocessors. ValueError for operands that `applies` does not take;
-    s comes from `rank_operand`, b from `fetchable`. `late_wait` as in `expand`. Equal bits for any `programs`.
+    s comes from `rank_operand`, b from `fetchable`. `late_wait` as in `expand`. `first`: s is computed by the same launch,
+    of R up to FUSED_RANK, without a mask, `first.a`.t() from `fetchable`; by the first `shrinking` of its programs.
+    Equal bits for any `programs` and `shrinking`.
     """
     M, K = x.shape
     N, R = b.shape[1], b.shape[0]
@@ -219,9 +303,21 @@ def persistent(
 
         kernel, parts = persistent_tcgen05._persistent_kernel, 4
         programs = max(1, programs // config.ctas)
+    blocks = cdiv(M, config.block_m)
+    most = tiles = blocks * cdiv(N, config.block_n)
+    own: dict[str, Any] = {} if config.ctas else _NOT_SHRINKING
+    if first is not None:
+        if config.ctas or first.dropout is not None or R > FUSED_RANK:
+            raise ValueError(
+                f"s is computed without a mask, up to rank {FUSED_RANK} and by one CTA of sm_90, "
+                f"got {first.dropout}, rank {R} and {config}"
+            )
+        most = tiles + blocks  # a program without a tile may compute s
+        shrinking = shrinking or shrinking_programs(blocks, tiles, programs, config.block_n)
+        own = _shrinking(first, s, shrinking, blocks, config)
     launch(
         kernel,
-        min(programs, cdiv(M, config.block_m) * cdiv(N, config.block_n)),
+        min(programs, most),
         config,
         x.device,
         _described(x, [config.block_m, config.block_k], config),
@@ -235,6 +331,7 @@ def persistent(
         K,
         0 if bias is None else bias.stride(0),
         dependent=late_wait,
+        **own,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -248,6 +345,36 @@ def persistent(
         PDL=late_wait,
     )
     return y
+
+
+# The arguments of a launch that computes no s.
+_NOT_SHRINKING = dict.fromkeys(
+    ("a", "s_ptr", "whole_ptr", "state_ptr", "alpha", "shrinking", "R", "stride_sm", "BLOCK_S")
+) | {"A_K_MAJOR": False, "SHRINKS": False, "ALPHA_IS_PTR": False}
+
+
+def _shrinking(
+    first: Shrink, s: Tensor, shrinking: int, blocks: int, config: TileConfig
+) -> dict[str, Any]:
+    """The arguments of a launch that computes s."""
+    R = first.a.shape[1]
+    block_s = rank_block(R, FUSED_RANK)
+    k_major = not describable(first.a)
+    alpha, alpha_is_ptr = scale_argument(first.alpha)
+    return {
+        "a": _right_operand(first.a, config.block_k, config, k_major, block_s),
+        "s_ptr": s,
+        "whole_ptr": first.whole,
+        "state_ptr": torch.zeros(2 + blocks, dtype=torch.int32, device=s.device),
+        "alpha": alpha,
+        "shrinking": shrinking,
+        "R": R,
+        "stride_sm": s.stride(0),
+        "BLOCK_S": block_s,
+        "A_K_MAJOR": k_major,
+        "SHRINKS": True,
+        "ALPHA_IS_PTR": alpha_is_ptr,
+    }
 
 
 def applies(x: Tensor, w: Tensor) -> bool:
@@ -271,8 +398,14 @@ def _described(t: Tensor, block: list[int], config: TileConfig, along: int = 0) 
     return TensorDescriptor.from_tensor(t, block, layout)
 
 
-def _right_operand(t: Tensor, block_k: int, config: TileConfig, k_major: bool) -> TensorDescriptor:
-    """Describes w [K, N] or b [R, N]; as its transpose, whose rows are aligned then, where `k_major`."""
+def _right_operand(
+    t: Tensor, block_k: int, config: TileConfig, k_major: bool, columns: int = 0
+) -> TensorDescriptor:
+    """Describes w [K, N], b [R, N] or a [K, R]; as its transpose, whose rows are aligned then, where `k_major`.
+
+    `columns` of a block are a tile's, if not given.
+    """
+    columns = columns or config.block_n
     if k_major:
-        return _described(t.t(), [config.block_n, block_k], config)
-    return _described(t, [block_k, config.block_n], config, along=1)
+        return _described(t.t(), [columns, block_k], config)
+    return _described(t, [block_k, columns], config, along=1)

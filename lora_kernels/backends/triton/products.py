@@ -26,8 +26,8 @@ from lora_kernels.tuning.targets import Target
 class TritonProducts(Products):
     """Fused products in float32, bfloat16 and float16 for one problem on one target.
 
-    `algorithm` is "two_kernel", "one_launch", "persistent", "one_pass" or "decode"; `tiles` has a tile for each kernel
-    that it launches.
+    `algorithm` is "two_kernel", "one_launch", "persistent", "persistent_one_launch", "one_pass" or "decode"; `tiles` has
+    a tile for each kernel that it launches.
     Over groups it is "two_kernel" or "tail_first", and each kernel is one launch, which reads the offsets on the device.
     """
 
@@ -101,6 +101,9 @@ class TritonProducts(Products):
             first = Shrink(A, scale, s, dropout_in)
             config = self.tiles.config("one_launch")
             return expand(x, w, tail, B, bias, config, c=c, z=z, first=first), s
+        if self._persistent_one_launch_takes(x, w, adapter):
+            s = x.new_empty((x.shape[0], A.shape[-1]), dtype=torch.float32)
+            return self._persistent_one_launch(x, w, adapter, bias, s), s
         # Between the two kernels the second waits by itself, where the hardware lets it start early.
         config = self.tiles.config("shrink")
         overlap = self.target.tma and config.split == 1
@@ -264,6 +267,36 @@ class TritonProducts(Products):
 
         return applies(x, w)
 
+    def _persistent_one_launch_takes(self, x: Tensor, w: Tensor, adapter: Adapter) -> bool:
+        """Whether a call is computed by the persistent product that computes s too: no mask or scale, one type."""
+        masked = (adapter.dropout_in, adapter.dropout_out) != (None, None)
+        if self.algorithm != "persistent_one_launch" or masked or adapter.column_scale is not None:
+            return False
+        if not x.dtype == adapter.A.dtype == adapter.B.dtype == torch.bfloat16:
+            return False
+        from lora_kernels.backends.triton.persistent import applies
+
+        return adapter.A.shape[1] <= FUSED_RANK and applies(x, w)
+
+    def _persistent_one_launch(
+        self, x: Tensor, w: Tensor, adapter: Adapter, bias: Tensor | None, s: Tensor
+    ) -> Tensor:
+        """y; s gets what it is in float32."""
+        from lora_kernels.backends.triton.expand import Shrink
+        from lora_kernels.backends.triton.persistent import fetchable, persistent
+
+        tail = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device)
+        first = Shrink(fetchable(adapter.A.t()).t(), adapter.scale, s, None)
+        config = self.tiles.config("persistent_one_launch")
+        b = fetchable(adapter.B)
+        return persistent(x, w, tail, b, bias, config, self._programs(x), first=first)
+
+    def _programs(self, x: Tensor) -> int:
+        """The programs of a persistent product: the multiprocessors of x's device."""
+        if x.is_cuda:
+            return torch.cuda.get_device_properties(x.device).multi_processor_count
+        return self.target.multiprocessors
+
     def _persistent(
         self,
         x: Tensor,
@@ -278,12 +311,9 @@ class TritonProducts(Products):
 
         if s.dtype != x.dtype:
             s = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device).copy_(s)
-        programs = self.target.multiprocessors
-        if x.is_cuda:
-            programs = torch.cuda.get_device_properties(x.device).multi_processor_count
         config = self.tiles.config("persistent")
         b = fetchable(B)
-        return persistent(x, w, s, b, bias, config, programs, late_wait=late_wait)
+        return persistent(x, w, s, b, bias, config, self._programs(x), late_wait=late_wait)
 
     def _decoded(self, w: QuantizedWeight) -> AbstractContextManager[Tensor]:
         """w as a dense tensor, for the products that are launched while it is entered."""
