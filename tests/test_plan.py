@@ -28,7 +28,6 @@ from lora_kernels.backends.triton import configs
 from lora_kernels.backends.triton.configs import tiles_of
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.tuning import tables
-from lora_kernels.tuning.config import PERSISTENT
 from lora_kernels.tuning.targets import TARGETS
 from tests import toy_backend
 from tests.test_functional import grads_of, operands
@@ -338,7 +337,7 @@ class TestTritonOrCUDA:
 
     def test_the_persistent_product_where_tune_has_timed_it(self, monkeypatch):
         """By prediction it is never taken, and `explain` says why: with this Triton, on this GPU, for these sizes."""
-        monkeypatch.setattr(configs, "untried", lambda: None)
+        monkeypatch.setattr(configs, "untried", lambda *_: None)
         large = replace(self.problem, M=4096)
         never_timed = (
             "triton, persistent: it is taken where `tune` has timed it: Gluon is experimental"
@@ -390,7 +389,7 @@ class TestTritonOrCUDA:
         assert back.passed_over["one_launch"].startswith("in a backward q comes with dB")
 
     def test_the_persistent_product_that_computes_s_where_tune_has_timed_it(self, monkeypatch):
-        monkeypatch.setattr(configs, "untried", lambda: None)
+        monkeypatch.setattr(configs, "untried", lambda *_: None)
         name, large = "persistent_one_launch", replace(self.problem, M=4096)
         reason = "it is taken where `tune` has timed it: Gluon is experimental"
         assert explain(large).passed_over[name] == reason
@@ -413,18 +412,25 @@ class TestTritonOrCUDA:
             monkeypatch.setattr(plan, "current_target", lambda *_, target=target: TARGETS[target])
             assert plan.explain(large, "triton").passed_over[name] == reason
 
-    @pytest.mark.parametrize("version", ["3.6.0", "3.10.0"])
-    def test_another_triton_keeps_the_other_products(self, version, monkeypatch):
+    @pytest.mark.parametrize(
+        "version, sm_90_too", [("3.6.0", False), ("3.8.0", True), ("3.10.0", True)]
+    )
+    def test_another_triton_keeps_the_other_products(self, version, sm_90_too, monkeypatch):
+        """An older one has the names that sm_90's plain form needs, and no other."""
         monkeypatch.setattr(configs.importlib.metadata, "version", lambda name: version)
         configs.untried.cache_clear()
+        large = replace(self.problem, M=4096)
         self.tuned(M=4096, two_kernel=20.0, persistent=19.0, eager=21.0)
-        told = explain(replace(self.problem, M=4096))
-        assert told.candidate.name == "two_kernel"
+        told = explain(large)
+        assert told.candidate.name == ("two_kernel" if sm_90_too else "persistent")
         reason = f"it was tried with Triton 3.9.x only, got {version}"
-        assert told.passed_over["persistent"] == reason
         assert told.passed_over["persistent_one_launch"] == reason
-        for kernel in PERSISTENT:
-            assert tiles_of(kernel, replace(self.problem, M=4096), TARGETS["sm_90"]) == []
+        assert tiles_of("persistent_one_launch", large, TARGETS["sm_90"]) == []
+        assert (tiles_of("persistent", large, TARGETS["sm_90"]) == []) == sm_90_too
+        if sm_90_too:
+            reason = f"it was tried with Triton 3.6.x, 3.7.x and 3.9.x only, got {version}"
+            assert told.passed_over["persistent"] == reason
+        assert tiles_of("persistent", large, TARGETS["sm_100"]) == []
         configs.untried.cache_clear()
 
     def test_by_prediction(self):

@@ -108,7 +108,7 @@ def on_target(monkeypatch: pytest.MonkeyPatch, target: str, algorithm: str | Non
     monkeypatch.setattr(backend_module.TritonBackend, "devices", ("cpu",))
     if algorithm is not None:
         monkeypatch.setattr(backend_module, "predict_us", lambda name, *_: name != algorithm)
-    monkeypatch.setattr(configs, "untried", lambda: "the interpreter does not run Gluon")
+    monkeypatch.setattr(configs, "untried", lambda *_: "the interpreter does not run Gluon")
     # A question of bytes, not of results, which small tiles always answer with no.
     monkeypatch.setattr(products, "one_reading_pays", lambda itemsize, R, *rest: R <= 40)
     plan.forget()

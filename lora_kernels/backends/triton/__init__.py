@@ -43,7 +43,7 @@ class TritonBackend(Backend):
         same = tables.bucketed(problem)
         made = []
         for name in configs.algorithms(problem):
-            reason = configs.untried() if name in PERSISTENT else None
+            reason = configs.untried(name, target.name) if name in PERSISTENT else None
             if reason or not tiles.has(MAIN_KERNEL[name]):
                 refusal = reason or configs.refusal(name, same, target)
                 made.append(Candidate(name, refusal=refusal))

@@ -47,9 +47,10 @@ ALGORITHMS = (
     "persistent",
     "persistent_one_launch",
 )
-# The versions of Triton with which the persistent product was compiled and executed: it is written in Gluon, which Triton
-# calls experimental. Other versions have other names in it.
-_GLUON_VERSIONS = ("3.9.",)
+# The versions of Triton with which products in Gluon, which Triton calls experimental, were compiled and executed. Others
+# have other names in it; 3.8 has no view of a block as a smaller one.
+_NEWEST = ("3.9.",)
+_GLUON_VERSIONS = {("persistent", "sm_90"): ("3.6.", "3.7.", "3.9.")}
 _READS_PACKED = ("decode", "dequantise")  # the kernels that read a quantised weight
 # N, K that get every kernel somewhere with and somewhere without a split
 _SHIPPED_SHAPES = ((512, 4096), (4096, 4096), (4096, 512), (32768, 128))
@@ -112,15 +113,20 @@ def refusal(algorithm: str, problem: Problem, target: Target) -> str | None:
 
 
 @functools.cache
-def untried() -> str | None:
-    """Why the persistent product is not imported here: None with a Triton that it was tried with, or with none at all."""
+def untried(kernel: str = "", target: str = "") -> str | None:
+    """Why a kernel in Gluon is not imported here: None with a Triton that it was tried with, or with none at all.
+
+    Without a name: whether any of them is not.
+    """
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return None
-    if version.startswith(_GLUON_VERSIONS):
+    versions = _GLUON_VERSIONS.get((kernel, target), _NEWEST)
+    if version.startswith(versions):
         return None
-    tried = " and ".join(f"{each}x" for each in _GLUON_VERSIONS)
+    *others, last = (f"{each}x" for each in versions)
+    tried = f"{', '.join(others)} and {last}" if others else last
     return f"it was tried with Triton {tried} only, got {version}"
 
 
@@ -140,7 +146,7 @@ def _tiles(problem: Problem, target: Target, tuned: tables.Entry | None) -> Tile
 
 def tiles_of(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
     """The tiles of `kernel` that this package ships for `target` and that fit `problem`: what `tune` times."""
-    if kernel in PERSISTENT and untried() is not None:
+    if kernel in PERSISTENT and untried(kernel, target.name) is not None:
         return []
     made = _shipped_tiles(kernel, problem, target)
     return [config for config in made if fits(config, problem, target) is None]

@@ -40,12 +40,20 @@ from lora_kernels.tuning.config import FUSED_RANK, TileConfig, rank_block, shrin
 _grouped_order = gluon.jit(grouped_order.fn)
 _scale_value = gluon.jit(scale_value.fn)
 _gdc_wait = tl.extra.cuda.gdc_wait
+# Gluon's names before Triton 3.9: of copies up to 3.7, of a barrier in 3.6, of another view of shared memory up to 3.8.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
 @gluon.jit
 def _block(slot, desc):
     """A slot of the ring as the block that `desc` copies there."""
-    return slot.reinterpret(desc.dtype, desc.block_shape, desc.layout)
+    if _REINTERPRETS:
+        return slot.reinterpret(desc.dtype, desc.block_shape, desc.layout)
+    else:
+        return slot._reinterpret(desc.dtype, desc.block_shape, desc.layout)
 
 
 @gluon.jit
@@ -63,12 +71,12 @@ def _copy(
     left_slot, right_slot, left, right, row, col, k, bar, go, RIGHT_K_MAJOR: gl.constexpr
 ):  # fmt: skip
     """Starts the copies of one step's blocks, of x and w or of s and b, into a slot of the ring; nothing unless `go`."""
-    mbarrier.expect(bar, left.nbytes_per_cta + right.nbytes_per_cta, pred=go)
-    tma.async_load(left, [row, k], bar, _block(left_slot, left), pred=go)
+    mbarrier.expect(bar, left.block_type.nbytes + right.block_type.nbytes, pred=go)
+    _load(left, [row, k], bar, _block(left_slot, left), pred=go)
     if RIGHT_K_MAJOR:
-        tma.async_load(right, [col, k], bar, _block(right_slot, right), pred=go)
+        _load(right, [col, k], bar, _block(right_slot, right), pred=go)
     else:
-        tma.async_load(right, [k, col], bar, _block(right_slot, right), pred=go)
+        _load(right, [k, col], bar, _block(right_slot, right), pred=go)
 
 
 @gluon.jit
@@ -81,7 +89,7 @@ def _store_s(acc, s_ptr, whole_ptr, flag_ptr, row, M, R, stride_sm):
     at = offs_m.to(gl.int64)[:, None]
     gl.store(whole_ptr + at * R + offs_r[None, :], acc, mask=mask)
     gl.store(s_ptr + at * stride_sm + offs_r[None, :], acc.to(s_ptr.dtype.element_ty), mask=mask)
-    gl.barrier()  # every thread's part is written before one of them says so
+    _barrier()  # every thread's part is written before one of them says so
     gl.atomic_xchg(flag_ptr, 1, sem="release", scope="gpu")
 
 
@@ -255,11 +263,11 @@ def _persistent_kernel(
                 bias = gl.load(bias_ptr + offs * stride_bias, mask=mask, other=0.0)
                 part += bias.to(gl.float32)[None, :]
             tma.store_wait(pendings=0)
-            gl.barrier()
+            _barrier()
             out.store(part.to(x.dtype))
             fence_async_shared()
-            gl.barrier()
-            tma.async_store(y, [row, start], out)
+            _barrier()
+            _store(y, [row, start], out)
         tile = following
         row = next_row
         col = next_col
