@@ -45,12 +45,11 @@ FORMS = (
     "eager",
     "lorafusion",
     "two_kernel",
-    "one_launch",
-    "persistent",
     "one_pass",
     "decode",
     "cuda_decode",
 )
+ONE_LAUNCH = ("one_launch", "persistent_one_launch")
 BEST = "ours: the best of our products, and its range"
 TITLES = {form: form for form in (*FORMS, BEST)} | {"lorafusion": "LoRAFusion-style, predicted"}
 GROUPED_ROWS = (
@@ -112,7 +111,8 @@ def tables(name: str) -> Iterator[str]:
 RANGES_TEXT = (
     "`persistent` is the product written in Gluon: a program on each multiprocessor, on B200 a pair of CTAs for a tile, and "
     "the rank tail as one more step of its sum. `one_launch` is Triton's product whose first programs compute s; its tiles "
-    "wait for that by flags. Neither is ever taken by prediction, only where `tune` has timed it as the fastest. One "
+    "wait for that by flags; `persistent_one_launch` is both. None of them is ever taken by prediction, only where `tune` "
+    "has timed it as the fastest. One "
     "assumption decides: what a loop that is bound by its matrix pipe reaches of the vendor library's rate. Published: A100 "
     "0.89 to 0.99 from 2500 (triton #6523, #7085); H100 without a tail 1.02 at K = 1024 and 2048, 0.99 to 1.01 from 4096, "
     "0.92 at 512 (Triton's Gluon tutorial 07), with a tail 0.95 at 4096 (lorafusion #8); B200 by pairs of CTAs 0.94 to 1.01 "
@@ -127,7 +127,7 @@ RANGES_TEXT = (
 
 def ranges() -> Iterator[str]:
     """Our products beside ATen on every chip: what the range of one assumption makes of them."""
-    forms = ("two_kernel", "one_launch", "persistent")
+    forms = ("two_kernel", "one_launch", "persistent", "persistent_one_launch")
     yield f"| chip | M, K, N, R | direction | frozen, us | eager | {' | '.join(forms)} | one of ours is faster than eager |"
     yield f"|---|---|---|---|---|{'---|' * len(forms)}---|"
     for name, shape in itertools.product(CHIPS, SHAPES[:7]):
@@ -136,7 +136,8 @@ def ranges() -> Iterator[str]:
             frozen = predict_us("frozen", problem, target)
             found = {c.name: c for c in predict(problem, target)}
             eager = predict_us("eager", problem, target)
-            own = {form: found[form].predicted_range for form in forms if form in found}
+            able = (f for f in forms if f in found and not (problem.backward and f in ONE_LAUNCH))
+            own = {form: found[form].predicted_range for form in able}
             cells = (
                 f"{own[form][0] / frozen:.2f}-{own[form][1] / frozen:.2f}" if form in own else ""
                 for form in forms
@@ -270,7 +271,7 @@ def plot(file: Path) -> None:
 
 def best_of_ours(problem: Problem, target: Target) -> Candidate:
     """Our product that is predicted fastest, also one that only `tune` can choose."""
-    apart = ("eager", "cuda_decode") + ("one_launch", "one_pass", "decode") * problem.backward
+    apart = ("eager", "cuda_decode") + (*ONE_LAUNCH, "one_pass", "decode") * problem.backward
     own = [c for c in predict(problem, target) if c.name not in apart]
     return min(own, key=lambda c: c.predicted_us or 0.0)
 
