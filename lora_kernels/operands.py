@@ -187,7 +187,7 @@ def in_memory(operand: Any) -> Any:
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums of `dtype` run in, and that s, q and alpha have: float32, or float64 for itself."""
+    """The type that sums of `dtype` run in, and that s and alpha have: float32, or float64 for itself."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

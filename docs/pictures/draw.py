@@ -229,7 +229,7 @@ def data_flow() -> str:
     picture.arrow((586, 70), (756, 70), (756, 94))
     picture.arrow((586, 153), (634, 153))
     picture.arrow((756, 176), (756, 224))
-    picture.text(764, 205, "q [M, R], float32", "soft")
+    picture.text(764, 205, "q [M, R]", "soft")
     picture.arrow((586, 86), (610, 86), (610, 248), (634, 248))
     picture.arrow((586, 276), (634, 276))
     picture.arrow((756, 306), (756, 348))

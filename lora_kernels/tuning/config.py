@@ -33,6 +33,22 @@ CUDA_DECODE_RANK = 32  # the most ranks whose x·a it computes in its pass over 
 FUSED_RANK = 64  # the largest rank of the kernels that keep a whole rank beside the main tile
 
 
+def one_reading_columns(R: int, halves: bool) -> int:
+    """Columns of dy in a block of the kernel that reads it once for q and dB; `halves`: dy and B are of half types."""
+    if R <= 32:
+        return 256 if halves else 64
+    return 32
+
+
+def one_reading_moves_less(itemsize: int, R: int, columns: int) -> bool:
+    """Whether that kernel moves fewer bytes than the two that it replaces.
+
+    A row of dy has 8·R bytes of partial results of q, float32 there and back, for each block of columns; they must be
+    fewer than the second reading of dy that they save.
+    """
+    return itemsize * columns > 8 * R
+
+
 def cuda_decode_fuses(R: int, one_half_type: bool, w_k_major: bool) -> bool:
     """Whether the CUDA C++ kernel computes x·a in its pass over w; else x·a is a launch of its own before it."""
     return one_half_type and w_k_major and R <= CUDA_DECODE_RANK
@@ -202,6 +218,11 @@ def _persistent_refuses(config: TileConfig, problem: Problem, target: Target) ->
     return None
 
 
+def one_launch_ranks(masked: bool) -> int:
+    """The largest rank whose s a product computes in its own launch: a mask of x takes registers."""
+    return 32 if masked else FUSED_RANK
+
+
 def _one_launch_refuses(config: TileConfig, problem: Problem, target: Target) -> str | None:
     """The rule of the product that computes s in its own launch that `problem` breaks."""
     if not target.name.startswith("sm_"):
@@ -211,7 +232,7 @@ def _one_launch_refuses(config: TileConfig, problem: Problem, target: Target) ->
             "one_launch hands s on in bfloat16, the type that x and the adapters must have, "
             f"got {problem.dtype} and {problem.adapter_dtype}"
         )
-    most = 32 if problem.dropout else FUSED_RANK  # a mask takes registers of its own
+    most = one_launch_ranks(problem.dropout)
     if most < problem.R:
         return f"one_launch takes a rank of at most {most}, got {problem.R}"
     if config.kernel == "one_launch":

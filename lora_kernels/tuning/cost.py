@@ -22,13 +22,14 @@ library's product only the matrix pipe counts. A last wave that is not full slow
 tiles; it may split its sum, these kernels do not.
 
 A backward's problem (x is dy, y is dx) adds dA, one reading of its other side, to every algorithm, and dB, a second reading
-of dy, to all but two_kernel, persistent and lorafusion, which get q and dB from one. addmm computes x·a again, another
-reading of the other side. reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 4 passes over dx.
+of dy, to all but lorafusion, and two_kernel and persistent up to rank 32 of half types, which get q and dB from one. addmm
+computes x·a again, another reading of the other side. reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is
+summed, 4 passes over dx.
 
-A quantised weight costs two_kernel and one_pass a launch before, which reads it and writes a dense copy, and a gap. The
+A quantised weight costs all but decode a launch before, which reads it and writes a dense copy, and a gap. The
 others are predicted for a dense weight: `plan` adds the copy that they are given.
 Over groups of rows, taken as equally many in each: a product fills its blocks of rows for each group, bytes are those of
-each W, A and B that has rows, and nothing is hidden or copied but what the kernels hide. There is no library product to
+each W, A and B that has rows, and nothing is hidden but what the kernels hide. There is no library product to
 hold the cycles against: a product takes them, or frozen where that is longer. two_kernel reads dy a second time for dB.
 tail_first, for one W of all groups, is eager's formula without groups; eager is the batched form, of up to twice as many
 blocks as groups: each gets a copy of its W, and passes over x and y fill blocks, convert and gather. `tune` times no
@@ -48,6 +49,8 @@ from lora_kernels.tuning.config import (
     TileConfig,
     cuda_decode_blocks,
     cuda_decode_fuses,
+    one_reading_columns,
+    one_reading_moves_less,
     row_blocks,
     shrinking_programs,
     smem_bytes,
@@ -123,7 +126,8 @@ def predict_us(
     adapter_grads = 0.0
     if problem.backward:
         adapter_grads = _lowrank_us(problem, target, y_us, problem.N) + gap
-        once = algorithm in ("two_kernel", "persistent", "lorafusion") and not problem.groups
+        ours = algorithm in ("two_kernel", "persistent") and _reads_dy_once(problem)
+        once = (ours or algorithm == "lorafusion") and not problem.groups
         adapter_grads += 0.0 if once else shrink + gap
     if algorithm in _PASSES:
         over_x, over_y, launches = _PASSES[algorithm][problem.backward]
@@ -163,6 +167,13 @@ def predict_us(
     raise ValueError(f"algorithm must be one of {ALGORITHMS + GROUPED + OTHERS}, got {algorithm!r}")
 
 
+def _reads_dy_once(problem: Problem) -> bool:
+    """Whether one kernel gets q and dB from one reading of dy, by its tile and the bytes that it moves."""
+    halves = problem.dtype != "float32" and problem.adapter_dtype != "float32"
+    columns = one_reading_columns(problem.R, halves)
+    return one_reading_moves_less(problem.itemsize, problem.R, columns)
+
+
 def predict_range(
     algorithm: str, problem: Problem, target: Target, config: TileConfig | None = None
 ) -> tuple[float, float]:
@@ -179,6 +190,8 @@ def _first_us(kernel: str, problem: Problem, target: Target, config: TileConfig 
     at once, and each reads by half of a multiprocessor's port. Programs of persistent take one block after the other: by
     nothing where those with a tile less suffice, see `shrinking_programs`. Nobody waits for s longer than for his own loop.
     """
+    if problem.empty:
+        return 0.0
     own = Tile.of(config, problem, target.name) if config else _best_tile(kernel, problem, target)
     blocks = row_blocks(problem, own.config.block_m)
     tiles_ = blocks * math.ceil(problem.N / own.config.block_n)
@@ -193,7 +206,7 @@ def _first_us(kernel: str, problem: Problem, target: Target, config: TileConfig 
     )
     read = problem.M * problem.K * problem.itemsize / 1e3
     alone = read / blocks / (0.5 * L2_BYTES * clock_ghz)
-    return max(alone, read / (0.9 * target.bandwidth_gbs)) * math.ceil(blocks / places)
+    return max(alone * math.ceil(blocks / places), read / (0.9 * target.bandwidth_gbs))
 
 
 def _best_tile(kernel: str, problem: Problem, target: Target) -> Tile:

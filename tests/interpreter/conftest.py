@@ -34,11 +34,10 @@ if importlib.util.find_spec("triton") is None:  # an optional dependency
 VARIANTS = {  # name -> (algorithm, target, changes to the small tiles by kernel)
     "two_kernel": ("two_kernel", "sm_80", {}),
     "tma": ("two_kernel", "sm_90", {"expand": {"tma": True}, "shrink": {"split": 1}}),
+    "one_launch": ("one_launch", "sm_80", {}),
     "one_pass": ("one_pass", "sm_80", {}),
     "decode": ("decode", "sm_80", {}),
 }
-# Likewise; only asked for by name, as plans take it where `tune` has timed it.
-ASKED_FOR = {"one_launch": ("one_launch", "sm_80", {})}
 _TILES = (
     TileConfig("shrink", 32, 1, 32, 4, 2, split=3, rank_chunk=32),
     TileConfig("expand", 32, 32, 32, 4, 2, group_m=2, rank_chunk=16),
@@ -93,7 +92,7 @@ def triton_products(monkeypatch):
     """Makes the products of a variant, as `triton_products("tma")`; "triton" then takes its algorithm on CPU tensors."""
 
     def make(variant: str, **changes: dict) -> Planned:
-        algorithm, target, own = (VARIANTS | ASKED_FOR)[variant]
+        algorithm, target, own = VARIANTS[variant]
         on_target(monkeypatch, target, algorithm)
         monkeypatch.setattr(configs, "tiles_for", small_tiles({**own, **changes}))
         return Planned(backend_module.BACKEND, TARGETS[target], algorithm)
@@ -108,6 +107,8 @@ def on_target(monkeypatch: pytest.MonkeyPatch, target: str, algorithm: str | Non
     monkeypatch.setattr(backend_module.TritonBackend, "devices", ("cpu",))
     if algorithm is not None:
         monkeypatch.setattr(backend_module, "predict_us", lambda name, *_: name != algorithm)
+        slower = backend_module._slower  # but for what only `tune` has not timed
+        monkeypatch.setattr(backend_module, "_slower", lambda name, p, _: slower(name, p, True))
     monkeypatch.setattr(configs, "untried", lambda *_: "the interpreter does not run Gluon")
     # A question of bytes, not of results, which small tiles always answer with no.
     monkeypatch.setattr(products, "one_reading_pays", lambda itemsize, R, *rest: R <= 40)

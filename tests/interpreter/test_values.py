@@ -84,12 +84,27 @@ def test_matrices_that_share_no_k_are_refused():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_infinity_stays_an_infinity_beside_padded_ranks(variant, dtype, triton_products):
-    """R = 5 of a block of 16: an infinite x times a padded rank's zeros is NaN, which y must not see."""
+@pytest.mark.parametrize(
+    "dtype, adapter_dtype",
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+    ],
+)
+def test_infinity_stays_an_infinity_beside_padded_ranks(
+    variant, dtype, adapter_dtype, triton_products
+):
+    """R = 5 of a block of 16: an infinite x times a padded rank's zeros is NaN, which y must not see.
+
+    Nor does it see what an infinite s times the small part of b is, where that is multiplied apart.
+    """
     products = triton_products(variant)
+    types = dtype, dtype, adapter_dtype, adapter_dtype
     x, w, a, b = (
-        torch.rand(size).to(dtype) + 0.5 for size in ((9, 40), (40, 24), (40, 5), (5, 24))
+        torch.rand(size).to(own) + 0.5
+        for size, own in zip(((9, 40), (40, 24), (40, 5), (5, 24)), types, strict=True)
     )
     x[3, 7] = float("inf")
     y, s = products.shrink_expand(x, w, Adapter(a, b, 0.5))

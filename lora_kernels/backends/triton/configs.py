@@ -22,6 +22,7 @@ from lora_kernels.tuning.config import (
     TileConfig,
     Tiles,
     fits,
+    one_reading_columns,
     rank_block,
     row_blocks,
 )
@@ -314,11 +315,11 @@ def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
 
 def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     # Both accumulators stay in registers; the wider the block, the fewer partial results of q.
-    if problem.R <= 32:
-        tiles = [(32, 256, 8)] if _all_half(problem) else [(32, 64, 4)]
-    else:
-        tiles = [(32, 32, 4)] if _all_half(problem) else [(16, 32, 4)]
-    if problem.R <= 16 and _all_half(problem):
+    halves = _all_half(problem)
+    columns = one_reading_columns(problem.R, halves)
+    rows, warps = (32, 8 if halves else 4) if problem.R <= 32 else (32 if halves else 16, 4)
+    tiles = [(rows, columns, warps)]
+    if problem.R <= 16 and halves:
         tiles.append((64, 256, 8))
     return [
         TileConfig(

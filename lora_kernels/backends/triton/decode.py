@@ -284,7 +284,7 @@ def decode(
         WHOLE=split == 1,
         PRECISION=base_precision(x.dtype),
         SHRINK_PRECISION=shrink_precision(x.dtype, a.dtype),
-        TAIL_PRECISION=mixed_precision(x.dtype, x.dtype),
+        TAIL_PRECISION=mixed_precision(x.dtype, b.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
         SCALED=c is not None,
         KEEPS_Z=z is not None,

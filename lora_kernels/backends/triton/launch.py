@@ -148,13 +148,13 @@ def rank_tail(x: torch.dtype, b: torch.dtype, tma: bool) -> str:
     """How a product whose x has this type multiplies s by b, as `tiles.rank_product` names it.
 
     "rounded" to bfloat16, where both operands have that type: one more step of the sum, with an s as eager rounds it.
-    "split" for other half types, where matrix instructions read shared memory (`tma`): s and b each as two bfloat16
-    numbers, which have float32's range and 16 bits together. A float32 b, multiplied as it is, would have to be sorted
-    there first. Else float32 by an `input_precision`.
+    "split" beside a half x: s and b each as two bfloat16 numbers, which have float32's range and 16 bits together. TF32 has
+    11: too few for a float32 b. For a float16 b they suffice, but where matrix instructions read shared memory (`tma`) it
+    would have to be sorted there first. A float32 x has its own `input_precision`.
     """
     if x == b == torch.bfloat16:
         return "rounded"
-    return "split" if tma and x in HALF else mixed_precision(x, x)
+    return "split" if x in HALF and (tma or b not in HALF) else mixed_precision(x, x)
 
 
 def shrink_precision(x: torch.dtype, a: torch.dtype) -> str:

@@ -8,7 +8,6 @@ each has half of its rows of x, s and y and half of the columns of w and b; one 
 
 from __future__ import annotations
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.blackwell import (
@@ -21,10 +20,8 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
 )
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from lora_kernels.backends.triton.tiles import grouped_order
+from lora_kernels.backends.triton.persistent import _block, _gdc_wait, _grouped_order
 
-_grouped_order = gluon.jit(grouped_order.fn)
-_gdc_wait = tl.extra.cuda.gdc_wait
 _ACCUMULATORS = gl.constexpr(2)
 _STORES = gl.constexpr(2)  # parts of a result in shared memory
 _WARP_REGISTERS = gl.constexpr(40)  # of a thread that copies or multiplies
@@ -94,12 +91,6 @@ class _Product:
         blocks_n = gl.cdiv(self.N, self.BLOCK_N)
         block_m, block_n = _grouped_order(tile, blocks_m, blocks_n, self.GROUP_M)
         return block_m * self.BLOCK_M, block_n * self.BLOCK_N
-
-
-@gluon.jit
-def _block(slot, desc):
-    """A slot of the ring as the block that `desc` copies there."""
-    return slot.reinterpret(desc.dtype, desc.block_shape, desc.layout)
 
 
 @gluon.jit

@@ -19,7 +19,13 @@ from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Adapter, Groups, QuantizedWeight, Scale, Weight
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import FUSED_RANK, TileConfig, Tiles
+from lora_kernels.tuning.config import (
+    FUSED_RANK,
+    TileConfig,
+    Tiles,
+    one_launch_ranks,
+    one_reading_moves_less,
+)
 from lora_kernels.tuning.targets import Target
 
 
@@ -97,10 +103,10 @@ class TritonProducts(Products):
             from lora_kernels.backends.triton.expand import Shrink, expand
 
             s = x.new_empty((x.shape[0], A.shape[-1]), dtype=torch.float32)
-            tail = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device)
+            rounded = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device)
             first = Shrink(A, scale, s, dropout_in)
             config = self.tiles.config("one_launch")
-            return expand(x, w, tail, B, bias, config, c=c, z=z, first=first), s
+            return expand(x, w, rounded, B, bias, config, c=c, z=z, first=first), s
         if self._persistent_one_launch_takes(x, w, adapter):
             s = x.new_empty((x.shape[0], A.shape[-1]), dtype=torch.float32)
             return self._persistent_one_launch(x, w, adapter, bias, s), s
@@ -111,12 +117,12 @@ class TritonProducts(Products):
             from lora_kernels.backends.triton.persistent import fetchable
 
             adapter = adapter._replace(B=fetchable(B))  # a copy is launched before, not between
-        rounded = None
-        if x.dtype == B.dtype == torch.bfloat16:
-            rounded = rank_operand(x.shape[0], A.shape[-1], x.dtype, x.device)
+        if not x.dtype == B.dtype == torch.bfloat16:
+            s = self._shrink(x, adapter, config, release=overlap)
+            return self._expand(x, w, s, adapter, bias, z, late_wait=overlap), s
+        rounded = rank_operand(x.shape[0], A.shape[-1], x.dtype, x.device)
         s = self._shrink(x, adapter, config, release=overlap, rounded=rounded)
-        tail = s if rounded is None else rounded
-        return self._expand(x, w, tail, adapter, bias, z, late_wait=overlap), s
+        return self._expand(x, w, rounded, adapter, bias, z, late_wait=overlap), s
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
@@ -134,6 +140,12 @@ class TritonProducts(Products):
         self, dy: Tensor, adapter: Adapter, s: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         config = self._one_reading(dy, s)
+        if config is None and dy.dtype == adapter.A.dtype == torch.bfloat16 and 0 not in dy.shape:
+            rounded = rank_operand(dy.shape[0], s.shape[1], dy.dtype, dy.device)
+            if 0 not in rounded.shape:
+                own = self._lowrank(dy.shape[1], adapter.dropout_in is not None).config("shrink")
+                self._shrink(dy, adapter, own, rounded=rounded)
+            return rounded, self.wgrad(s, dy, dtype)
         if config is None:
             return super().shrink_wgrad(dy, adapter, s, dtype)
         from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
@@ -254,9 +266,8 @@ class TritonProducts(Products):
         """Whether a call is computed by the launch that computes s too: operands of one type, no mask of results."""
         if self.algorithm != "one_launch" or adapter.dropout_out is not None:
             return False
-        masked = adapter.dropout_in is not None
-        fitting = adapter.A.shape[1] <= (32 if masked else FUSED_RANK)
-        return fitting and x.dtype == adapter.A.dtype == adapter.B.dtype == torch.bfloat16
+        fits = adapter.A.shape[1] <= one_launch_ranks(adapter.dropout_in is not None)
+        return fits and x.dtype == adapter.A.dtype == adapter.B.dtype == torch.bfloat16
 
     def _persistent_takes(self, x: Tensor, w: Tensor, adapter: Adapter) -> bool:
         """Whether a call is the persistent product's: no mask or scale of results, x and w as tensor copies take them."""
@@ -285,11 +296,11 @@ class TritonProducts(Products):
         from lora_kernels.backends.triton.expand import Shrink
         from lora_kernels.backends.triton.persistent import fetchable, persistent
 
-        tail = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device)
+        rounded = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device)
         first = Shrink(fetchable(adapter.A.t()).t(), adapter.scale, s, None)
         config = self.tiles.config("persistent_one_launch")
         b = fetchable(adapter.B)
-        return persistent(x, w, tail, b, bias, config, self._programs(x), first=first)
+        return persistent(x, w, rounded, b, bias, config, self._programs(x), first=first)
 
     def _programs(self, x: Tensor) -> int:
         """The programs of a persistent product: the multiprocessors of x's device."""
@@ -335,12 +346,11 @@ def one_reading_pays(
 ) -> bool:
     """Whether `shrink_wgrad` is faster than the two kernels that it replaces: as measured, else by bytes.
 
-    A row of dy has 8·R bytes of partial results of q, float32 there and back, for each block of columns; they must be
-    fewer than the second reading of dy that they save. A kernel that `tune` found wrong has no time and does not pay.
+    A kernel that `tune` found wrong has no time and does not pay.
     """
     fused, shrink, outer = (
         measured.get(kernel, math.inf) for kernel in ("shrink_wgrad", "shrink", "wgrad")
     )
     if min(fused, shrink, outer) < math.inf:
         return fused < shrink + outer
-    return itemsize * config.block_n > 8 * R
+    return one_reading_moves_less(itemsize, R, config.block_n)

@@ -104,8 +104,9 @@ def wgrad(
 ) -> Tensor:
     """(mask∘left)ᵀ·right: left [M, C], right [M, D], any strides -> [C, D] in `dtype`. M may be zero, C and D may not.
 
-    One operand is wide, in the base's dtype; the other has a rank's width and is float32. A masked left is the wide one.
-    Both may have the base's dtype and any width. With `offsets`, as in `expand`, the result is [G, C, D].
+    One operand is wide, in the base's dtype; the other has a rank's width and is float32, or the q of `shrink_wgrad`. A
+    masked left is the wide one. Both may have the base's dtype and any width. With `offsets`, as in `expand`, the result
+    is [G, C, D].
     """
     M = left.shape[0]
     wide_first = left_is_wide(left, right, dropout)
