@@ -85,22 +85,22 @@ def test_one_program_at_a_time_in_any_order(target):
 # Each of them replaced in turn: what it orders is noticed to be missing.
 TICKET = r"@%p\d+ atom\.global\.gpu\.relaxed\.add\.u32 (%r\d+), .*;", r"mov.u32 \1, %ctaid.x;"
 # The compiler puts one of the two.
-BARRIERS = r"bar\.sync \t0;\n([^$]*?)bar\.sync \t0;\n(?=[^$]*?release\.exch)"
+BARRIERS = r"bar\.sync \t0;([\s\S]{0,500}?)bar\.sync \t0;(?=[\s\S]{0,500}?release\.exch)"
 WEAKER = {
     "the flag releases nothing": (
         r"gpu\.release\.exch",
         "gpu.relaxed.exch",
-        "unordered: read after write of byte 0 of s_ptr",
+        r"unordered: read after write of byte \d+ of s_ptr",
     ),
     "the flag is not acquired": (
         r"ld\.global\.gpu\.acquire",
         "ld.relaxed.gpu.global",
-        "unordered: read after write of byte 0 of s_ptr",
+        r"unordered: read after write of byte \d+ of s_ptr",
     ),
     "nothing stands between s and the flag": (
         BARRIERS,
         r"\1",
-        "unordered: read after write of byte 0 of s_ptr",
+        r"unordered: read after write of byte \d+ of s_ptr",
     ),
     "no flag": (r"@%p\d+ atom\.global\.gpu\.release.*;", "", "nobody can go on"),
 }

@@ -213,8 +213,9 @@ def _best(kernel: str, problem: Problem, target: Target) -> TileConfig:
 
 def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
     half = problem.dtype in _HALF
-    # A rank tail of more columns, in float32, has no registers.
-    chunk = 16 if target.name == "gfx1100" else 32
+    # A rank tail of more columns, in float32, has no registers; in two parts, of more than 16, where it passes through them.
+    split = half and problem.adapter_dtype == "float32" and (not target.tma or problem.groups > 0)
+    chunk = 16 if target.name == "gfx1100" or split else 32
     if kernel in ("expand", "one_launch"):
         tiles = _MATMUL_HALF[target.name] if half else _MATMUL_FLOAT32
         if problem.groups:

@@ -378,7 +378,7 @@ def expand(
     M, K = x.shape
     N = w.shape[-1]
     R = s.shape[1]
-    tail = rank_tail(x.dtype, b.dtype, config.tma)
+    tail = rank_tail(x.dtype, b.dtype, config.tma, dropout is not None)
     # A float32 s that is to be rounded passes through registers.
     chunk = (
         min(config.rank_chunk, 16)

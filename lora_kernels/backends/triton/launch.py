@@ -144,17 +144,20 @@ def mixed_precision(wide: torch.dtype, result: torch.dtype) -> str:
     return "tf32" if result in HALF else "tf32x3"
 
 
-def rank_tail(x: torch.dtype, b: torch.dtype, tma: bool) -> str:
+def rank_tail(x: torch.dtype, b: torch.dtype, tma: bool, masked: bool = False) -> str:
     """How a product whose x has this type multiplies s by b, as `tiles.rank_product` names it.
 
     "rounded" to bfloat16, where both operands have that type: one more step of the sum, with an s as eager rounds it.
     "split" beside a half x: s and b each as two bfloat16 numbers, which have float32's range and 16 bits together. TF32 has
     11: too few for a float32 b. For a float16 b they suffice, but where matrix instructions read shared memory (`tma`) it
-    would have to be sorted there first. A float32 x has its own `input_precision`.
+    would have to be sorted there first; and beside a mask of the result two parts have no registers where they do not.
+    A float32 x has its own `input_precision`.
     """
     if x == b == torch.bfloat16:
         return "rounded"
-    return "split" if x in HALF and (tma or b not in HALF) else mixed_precision(x, x)
+    if x in HALF and (tma or (b not in HALF and not masked)):
+        return "split"
+    return mixed_precision(x, x)
 
 
 def shrink_precision(x: torch.dtype, a: torch.dtype) -> str:
