@@ -74,6 +74,8 @@ def test_operands_are_left_alone_and_results_are_stored_once(variant, triton_pro
     assert not any(launch.loads["y_ptr"] for launch in launches)
     if variant in ("one_pass", "decode"):  # by the programs of one block of columns only
         assert launches[0].stores["s_ptr"] == s.numel()
+    if variant == "one_launch":  # by the programs of their rows alone
+        assert launches[0].stores["whole_ptr"] == launches[0].stores["s_ptr"] == s.numel()
 
 
 @pytest.mark.parametrize("variant", ["two_kernel", "tma"])
