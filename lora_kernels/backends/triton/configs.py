@@ -297,8 +297,9 @@ def _dequantise(problem: Problem, target: Target) -> list[TileConfig]:
 def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     low = problem.groups and problem.dtype == "float32" and problem.R > 32  # as in _shrink
     tiles = [(16 if low else 32, 64, 4, 2)]
-    # The larger one has no registers for a float32 result, and on gfx1100 for none.
-    if _all_half(problem) and target.name != "gfx1100":
+    # The larger one has no registers for a float32 result, on sm_120 for more than 32 ranks, and on gfx1100 for none.
+    wide = problem.R > 32 and target.name == "sm_120"
+    if _all_half(problem) and not wide and target.name != "gfx1100":
         tiles.append((64, 128, 8, 3))
     return [
         TileConfig(
