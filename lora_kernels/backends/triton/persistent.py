@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,36 +32,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lora_kernels.backends.triton.expand import Shrink, describable, tma_applies
+from lora_kernels.backends.triton.in_gluon import block, gdc_wait, ordered
 from lora_kernels.backends.triton.launch import cdiv, launch, rank_operand, scale_argument
-from lora_kernels.backends.triton.tiles import grouped_order, scale_value
+from lora_kernels.backends.triton.tiles import scale_value
 from lora_kernels.tuning.config import FUSED_RANK, TileConfig, rank_block, shrinking_programs
 
-_grouped_order = gluon.jit(grouped_order.fn)
 _scale_value = gluon.jit(scale_value.fn)
-_gdc_wait = tl.extra.cuda.gdc_wait
-# Gluon's names before Triton 3.9: of copies up to 3.7, of a barrier in 3.6, of another view of shared memory up to 3.8.
+# Gluon's other names of copies, up to Triton 3.7, and of a barrier, in 3.6.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-
-@gluon.jit
-def _block(slot, desc):
-    """A slot of the ring as the block that `desc` copies there."""
-    if _REINTERPRETS:
-        return slot.reinterpret(desc.dtype, desc.block_shape, desc.layout)
-    else:
-        return slot._reinterpret(desc.dtype, desc.block_shape, desc.layout)
 
 
 @gluon.jit
 def _multiply(left_slot, right_slot, left, right, acc, RIGHT_K_MAJOR: gl.constexpr):
     """acc + one step's product, which is under way, and no other: the slots of the steps before are free."""
-    right_block = _block(right_slot, right)
+    right_block = block(right_slot, right)
     if RIGHT_K_MAJOR:
         right_block = right_block.permute((1, 0))
-    acc = warpgroup_mma(_block(left_slot, left), right_block, acc, is_async=True)
+    acc = warpgroup_mma(block(left_slot, left), right_block, acc, is_async=True)
     return warpgroup_mma_init(warpgroup_mma_wait(1, (acc,)))
 
 
@@ -72,11 +60,11 @@ def _copy(
 ):  # fmt: skip
     """Starts the copies of one step's blocks, of x and w or of s and b, into a slot of the ring; nothing unless `go`."""
     mbarrier.expect(bar, left.block_type.nbytes + right.block_type.nbytes, pred=go)
-    _load(left, [row, k], bar, _block(left_slot, left), pred=go)
+    _load(left, [row, k], bar, block(left_slot, left), pred=go)
     if RIGHT_K_MAJOR:
-        _load(right, [col, k], bar, _block(right_slot, right), pred=go)
+        _load(right, [col, k], bar, block(right_slot, right), pred=go)
     else:
-        _load(right, [k, col], bar, _block(right_slot, right), pred=go)
+        _load(right, [k, col], bar, block(right_slot, right), pred=go)
 
 
 @gluon.jit
@@ -196,7 +184,7 @@ def _persistent_kernel(
             s_block = warpgroup_mma_wait(0, (acc,)) * _scale_value(alpha, ALPHA_IS_PTR)
             _store_s(s_block, s_ptr, whole_ptr, state_ptr + 2 + taken, row, M, R, stride_sm)
             taken = gl.atomic_add(state_ptr + 1, 1, sem="relaxed")
-    block_m, block_n = _grouped_order(place, blocks_m, blocks_n, GROUP_M)
+    block_m, block_n = ordered(place, blocks_m, blocks_n, GROUP_M)
     row = block_m * BLOCK_M
     col = block_n * BLOCK_N
     for i in gl.static_range(AHEAD):
@@ -222,12 +210,12 @@ def _persistent_kernel(
         following = tile + gl.num_programs(0)
         if PDL:
             # s comes from the kernel launched just before, beside which the loop above has been running.
-            _gdc_wait()
+            gdc_wait()
         if SHRINKS:
             _wait_for_s(state_ptr + 2 + row // BLOCK_M)
         # Behind the last tile there is no block of rows to divide by.
         last = min(following, tiles - 1)
-        block_m, block_n = _grouped_order(last, blocks_m, blocks_n, GROUP_M)
+        block_m, block_n = ordered(last, blocks_m, blocks_n, GROUP_M)
         next_row = block_m * BLOCK_M
         next_col = block_n * BLOCK_N
         # The last steps of x·w and all of s·b. What is copied meanwhile: s and b, then the next tile's first steps.

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
 )
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from lora_kernels.backends.triton.persistent import _block, _gdc_wait, _grouped_order
+from lora_kernels.backends.triton.in_gluon import block, gdc_wait, ordered
 
 _ACCUMULATORS = gl.constexpr(2)
 _STORES = gl.constexpr(2)  # parts of a result in shared memory
@@ -89,7 +89,7 @@ class _Product:
         """(first row, first column) of a tile."""
         blocks_m = gl.cdiv(self.M, self.BLOCK_M)
         blocks_n = gl.cdiv(self.N, self.BLOCK_N)
-        block_m, block_n = _grouped_order(tile, blocks_m, blocks_n, self.GROUP_M)
+        block_m, block_n = ordered(tile, blocks_m, blocks_n, self.GROUP_M)
         return block_m * self.BLOCK_M, block_n * self.BLOCK_N
 
 
@@ -99,8 +99,8 @@ def _copy(p, left, right, row, col, k, at, RIGHT_K_MAJOR: gl.constexpr):
     mbarrier.wait(p.free.index(at.index), at.phase)
     bar = p.full.index(at.index)
     mbarrier.expect(bar, left.nbytes_per_cta + right.nbytes_per_cta)
-    tma.async_load(left, [row, k], bar, _block(p.lefts.index(at.index), left))
-    right_block = _block(p.rights.index(at.index), right)
+    tma.async_load(left, [row, k], bar, block(p.lefts.index(at.index), left))
+    right_block = block(p.rights.index(at.index), right)
     if RIGHT_K_MAJOR:
         tma.async_load(right, [col, k], bar, right_block)
     else:
@@ -118,7 +118,7 @@ def _copies(p):
             at = _copy(p, p.x, p.w, row, col, k, at, p.W_K_MAJOR)
         if p.PDL:
             # s comes from the kernel launched just before, beside which the loop above has been running.
-            _gdc_wait()
+            gdc_wait()
         for i in gl.static_range(p.RANK_STEPS):
             at = _copy(p, p.s, p.b, row, col, i * p.BLOCK_R, at, p.B_K_MAJOR)
 
@@ -127,8 +127,8 @@ def _copies(p):
 def _multiply(p, left, right, acc, use_acc, at, RIGHT_K_MAJOR: gl.constexpr):
     """acc + one step's product, or without acc; the stage `at` is free again when that is done."""
     mbarrier.wait(p.full.index(at.index), at.phase)
-    left_block = _block(p.lefts.index(at.index), left)
-    right_block = _block(p.rights.index(at.index), right)
+    left_block = block(p.lefts.index(at.index), left)
+    right_block = block(p.rights.index(at.index), right)
     if RIGHT_K_MAJOR:
         right_block = right_block.permute((1, 0))
     free = p.free.index(at.index)
