@@ -33,11 +33,11 @@ CUDA_DECODE_RANK = 32  # the most ranks whose x·a it computes in its pass over 
 FUSED_RANK = 64  # the largest rank of the kernels that keep a whole rank beside the main tile
 
 
-def one_reading_columns(R: int, halves: bool) -> int:
-    """Columns of dy in a block of the kernel that reads it once for q and dB; `halves`: dy and B are of half types."""
-    if R <= 32:
-        return 256 if halves else 64
-    return 32
+def one_reading_columns(problem: Problem) -> int:
+    """Columns of dy in a block of the kernel that reads it once for q and dB."""
+    if problem.R > 32:
+        return 32
+    return 64 if "float32" in (problem.dtype, problem.adapter_dtype) else 256
 
 
 def one_reading_moves_less(itemsize: int, R: int, columns: int) -> bool:

@@ -169,9 +169,7 @@ def predict_us(
 
 def _reads_dy_once(problem: Problem) -> bool:
     """Whether one kernel gets q and dB from one reading of dy, by its tile and the bytes that it moves."""
-    halves = problem.dtype != "float32" and problem.adapter_dtype != "float32"
-    columns = one_reading_columns(problem.R, halves)
-    return one_reading_moves_less(problem.itemsize, problem.R, columns)
+    return one_reading_moves_less(problem.itemsize, problem.R, one_reading_columns(problem))
 
 
 def predict_range(

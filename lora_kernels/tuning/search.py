@@ -12,20 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import LOWRANK_KERNELS, TileConfig, Tiles, fits
+from lora_kernels.tuning.config import KERNELS, LOWRANK_KERNELS, TileConfig, Tiles, fits
 from lora_kernels.tuning.tables import Entry, bucketed, lowrank
 from lora_kernels.tuning.targets import Target
 
 SPLITS = (1, 2, 4, 8, 16)
-PRODUCT_KERNELS = (
-    "shrink",
-    "expand",
-    "persistent",
-    "persistent_one_launch",
-    "one_launch",
-    "one_pass",
-    "decode",
-)
 
 
 @dataclass(frozen=True)
@@ -72,8 +63,8 @@ def search(
     `untiled`: the algorithms beside Triton's that can compute it. M is taken to its bucket.
     """
     problem = bucketed(problem)
-    kept = {kernel: tiles_of(kernel, problem, target) for kernel in PRODUCT_KERNELS}
-    before = tiles_of("dequantise", problem, target)  # none for a dense weight, else the only one
+    kept = {kernel: tiles_of(kernel, problem, target) for kernel in KERNELS}
+    before = kept["dequantise"]  # none for a dense weight, else the only one
     done: list[Timed] = []
     if kept["expand"] and kept["shrink"]:
         shrink = kept["shrink"][0]

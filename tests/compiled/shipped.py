@@ -29,12 +29,14 @@ class Shapes:
     """Meta tensors of a problem; `forward` says which way the weights and adapters lie in memory.
 
     `peft_b`: of a forward whose b lies along the rank, as PEFT stores it. `scaled`: with DoRA's column scale, and z.
+    `float32_s`: s and q are float32 also where x and the adapter are bfloat16.
     """
 
     problem: Problem
     forward: bool
     peft_b: bool = False
     scaled: bool = False
+    float32_s: bool = False
 
     def _empty(
         self, rows: int, cols: int, dtype: str, transposed: bool = False, count: int = 0
@@ -55,7 +57,7 @@ class Shapes:
         b = self._empty(p.R, p.N, adapter, self.peft_b or not self.forward, p.groups)
         s = self._empty(p.M, p.R, "float32")
         rounded = s
-        if base == adapter == "bfloat16" and (self.forward or not p.groups):
+        if base == adapter == "bfloat16" and not self.float32_s:
             rounded = rank_operand(p.M, p.R, x.dtype, x.device)
         dy = self._empty(p.M, p.N, base)
         bias = self._empty(max(weights, 1), p.N, base) if self.forward else None

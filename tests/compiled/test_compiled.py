@@ -275,3 +275,22 @@ def test_the_persistent_loop(target, size, forward):
         assert code.loop_matrix == matrix, code
         assert code.loop.total() <= instructions and code.local_bytes == 0, code
         assert code.smem_bytes <= smem_bytes and code.tmem_columns == columns, code
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_a_float32_q_beside_bfloat16_operands(target):
+    """As where A alone is trained, or DoRA: rounded on its way, with a mask or without, over groups or not; dA reads it."""
+    problem = Problem(4096, 4096, 4096, 64, "bfloat16", "bfloat16", device="cuda")
+    compiled, wrong = 0, []
+    for groups, dropout in ((0, False), (0, True), (8, False), (8, True)):
+        own = replace(problem, groups=groups, weights=groups or 1, dropout=dropout)
+        for kernel in ("expand", "wgrad"):
+            for config in tiles_of(kernel, own, TARGETS[target]):
+                with recording(target) as launches:
+                    shapes = Shapes(own, kernel == "wgrad", float32_s=True)
+                    shapes.launch(config, TARGETS[target])
+                code = inspect(launches[0].compiled, False)
+                compiled += 1
+                if code.local_bytes > LOCAL_BYTES:
+                    wrong.append(f"{config} for {own}: {code.local_bytes} bytes spilled")
+    assert compiled >= 6 and not wrong, "\n".join(wrong)

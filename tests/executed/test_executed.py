@@ -10,6 +10,7 @@ from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton.configs import shipped, tiles_for
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.targets import TARGETS
+from tests.executed.layer import train
 from tests.executed.shipped import execute
 from tests.oracle import assert_budget, reference
 from tests.ptx.launch import emulate
@@ -58,37 +59,12 @@ def on(monkeypatch):
     ids=["lockstep", "float32 adapters, dropout, random", "float16, dropout"],
 )
 @pytest.mark.parametrize("target", EXECUTED)
-def test_a_layers_forward_and_every_gradient(on, target, dtype, adapter_dtype, dropout, schedule):
+def test_a_layers_forward_and_every_gradient(target, dtype, adapter_dtype, dropout, schedule):
     """Through `lora_linear`: the launches, their order and the dependent one are those of a training step."""
-    on(target)
-    torch.manual_seed(3)
-    shapes = {"x": (70, 72), "weight": (88, 72), "A": (72, 12), "B": (12, 88), "bias": (88,)}
-    leaves = [
-        torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5 for shape in shapes.values()
-    ]
-    types = [adapter_dtype if name in "AB" else dtype for name in shapes]
-    leaves = [t.to(own).requires_grad_() for t, own in zip(leaves, types, strict=True)]
-    dy = torch.randn(70, 88).to(dtype)
-    mask = None
-    if dropout:
-        from lora_kernels.dropout import Dropout, scaled_mask
-
-        mask = scaled_mask(Dropout(dropout, torch.tensor(5)), 70, 72, torch.float64)
-    with emulate(target, schedule) as executed, use_backend("triton"):
-        y = lora_linear(*leaves[:4], 0.75, leaves[4], dropout_p=dropout, seed=5)
-        actual = [y, *torch.autograd.grad(y, leaves, dy)]
-
-    def plain(to):
-        cast = [t.detach().to(to or t.dtype).requires_grad_() for t in leaves]
-        out = reference(*cast[:4], 0.75, cast[4], mask=mask)
-        return [out, *torch.autograd.grad(out, cast, dy.to(to or dtype))]
-
-    names = ("y", *shapes)
-    for name, *triple in zip(names, actual, plain(None), plain(torch.float64), strict=True):
-        assert_budget(*triple, what=f"{name} on {target}")
-    kernels = [launch.name.strip("_").removesuffix("_kernel") for launch in executed]
-    assert kernels[:2] == ["shrink", "expand"] and "wgrad" in kernels
-    assert executed[1].dependent == TARGETS[target].tma
+    types = {"dtype": dtype, "adapter_dtype": adapter_dtype}
+    steps = train(target, "two_kernel", schedule, **types, dropout=dropout)
+    assert steps.kernels[:2] == ["shrink", "expand"] and "wgrad" in steps.kernels
+    assert steps.executed[1].dependent == TARGETS[target].tma
 
 
 @pytest.mark.parametrize("target", EXECUTED)

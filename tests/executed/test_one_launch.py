@@ -9,15 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import lora_linear, plan, use_backend
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton.configs import tiles_of
 from lora_kernels.backends.triton.expand import Shrink, expand
 from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.targets import TARGETS
+from tests.executed.layer import train
 from tests.executed.shipped import compare
-from tests.oracle import Case, Operands, assert_budget, reference
+from tests.oracle import Case, Operands
 from tests.ptx import launch
 from tests.ptx.launch import emulate
 from tests.ptx.parser import PtxError
@@ -130,38 +130,12 @@ def _changed(prepare, pattern, new, compiled, grid, bound):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_a_layers_forward_and_every_gradient(target, monkeypatch):
+def test_a_layers_forward_and_every_gradient(target):
     """One launch forward; the backward is that of two_kernel."""
-    monkeypatch.setattr(plan, "_target", lambda device: TARGETS[target])
-    monkeypatch.setattr(backend_module.TritonBackend, "devices", ("cpu",))
-    monkeypatch.setattr(backend_module, "predict_us", lambda name, *_: name != "one_launch")
-    slower = backend_module._slower
-    monkeypatch.setattr(backend_module, "_slower", lambda name, p, _: slower(name, p, True))
-    plan.forget()
-    torch.manual_seed(3)
-    shapes = {"x": (200, 72), "weight": (88, 72), "A": (72, 12), "B": (12, 88), "bias": (88,)}
-    leaves = [
-        (torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5).bfloat16().requires_grad_()
-        for shape in shapes.values()
-    ]
-    dy = torch.randn(200, 88).bfloat16()
-    with emulate(target, 5) as executed, use_backend("triton"):
-        y = lora_linear(*leaves[:4], 0.75, leaves[4])
-        actual = [y, *torch.autograd.grad(y, leaves, dy)]
-    plan.forget()
-
-    def plain(to):
-        cast = [t.detach().to(to).requires_grad_() for t in leaves]
-        out = reference(*cast[:4], 0.75, cast[4])
-        return [out, *torch.autograd.grad(out, cast, dy.to(to))]
-
-    results = actual, plain(torch.bfloat16), plain(torch.float64)
-    for name, *triple in zip(("y", *shapes), *results, strict=True):
-        assert_budget(*triple, what=name)
-    kernels = [launched.name.strip("_").removesuffix("_kernel") for launched in executed]
-    assert kernels[0] == "expand" and not executed[0].dependent
-    assert "shrink" not in kernels and "shrink_wgrad" in kernels
-    assert executed[0].counters.tensors["x"].bytes_loaded > 0
+    steps = train(target, "one_launch", 5, rows=200)
+    assert steps.forward == ["expand"] and not steps.executed[0].dependent
+    assert "shrink" not in steps.kernels and "shrink_wgrad" in steps.kernels
+    assert steps.executed[0].counters.tensors["x"].bytes_loaded > 0
 
 
 def test_bytes():

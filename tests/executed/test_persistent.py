@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from lora_kernels import lora_linear, plan, use_backend
-from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton import products as products_module
 from lora_kernels.backends.triton.configs import tiles_for, tiles_of, untried
 from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.backends.triton.shrink import shrink
-from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig, Tiles
 from lora_kernels.tuning.targets import TARGETS
+from tests.executed.layer import train
 from tests.executed.shipped import compare
-from tests.oracle import Case, Operands, assert_budget, reference
+from tests.oracle import Case, Operands
 from tests.ptx import launch
 from tests.ptx.launch import Executed, emulate
 
@@ -118,46 +115,12 @@ def test_what_it_does_not_take_is_refused():
         persistent(o.x, o.w, s, o.b, None, KINDS[0][1], 1)
 
 
-@pytest.fixture(params=TARGETS_OF_IT)
-def target(monkeypatch, request) -> Iterator[str]:
-    """CPU tensors are computed by the persistent product, which `tune` has timed as the fastest."""
-    monkeypatch.setattr(plan, "_target", lambda device: TARGETS[request.param])
-    monkeypatch.setattr(backend_module.TritonBackend, "devices", ("cpu",))
-    monkeypatch.setattr(backend_module, "predict_us", lambda name, *_: name != "persistent")
-    monkeypatch.setattr(backend_module, "_slower", lambda *_: None)
-    plan.forget()
-    yield request.param
-    plan.forget()
-
-
+@pytest.mark.parametrize("target", TARGETS_OF_IT)
 @pytest.mark.parametrize("dropout, schedule", [(0.0, 7), (0.25, None)], ids=["random", "dropout"])
 def test_a_layers_forward_and_every_gradient(target, dropout, schedule):
-    torch.manual_seed(3)
-    shapes = {"x": (70, 72), "weight": (88, 72), "A": (72, 12), "B": (12, 88), "bias": (88,)}
-    leaves = [
-        (torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5).bfloat16().requires_grad_()
-        for shape in shapes.values()
-    ]
-    dy = torch.randn(70, 88).bfloat16()
-    mask = None
-    if dropout:
-        mask = scaled_mask(Dropout(dropout, torch.tensor(5)), 70, 72, torch.float64)
-    with emulate(target, schedule) as executed, use_backend("triton"):
-        y = lora_linear(*leaves[:4], 0.75, leaves[4], dropout_p=dropout, seed=5)
-        actual = [y, *torch.autograd.grad(y, leaves, dy)]
-
-    def plain(to):
-        cast = [t.detach().to(to).requires_grad_() for t in leaves]
-        out = reference(*cast[:4], 0.75, cast[4], mask=mask)
-        return [out, *torch.autograd.grad(out, cast, dy.to(to))]
-
-    names = ("y", *shapes)
-    for name, *triple in zip(
-        names, actual, plain(torch.bfloat16), plain(torch.float64), strict=True
-    ):
-        assert_budget(*triple, what=name)
-    kernels = names_of(executed)
-    assert kernels[:2] == ["shrink", "persistent"] and executed[1].dependent
+    steps = train(target, "persistent", schedule, dropout=dropout)
+    kernels = steps.kernels
+    assert kernels[:2] == ["shrink", "persistent"] and steps.executed[1].dependent
     # With a mask dx has its rank tail apart.
     assert kernels.count("persistent") == (1 if dropout else 2)
     assert kernels.count("expand") == (1 if dropout else 0)

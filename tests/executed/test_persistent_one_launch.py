@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels import lora_linear, plan, use_backend
-from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton.configs import tiles_for, tiles_of, untried
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig, shrinking_programs
 from lora_kernels.tuning.targets import TARGETS
+from tests.executed.layer import train
 from tests.executed.shipped import compare, one_launch
-from tests.oracle import Case, assert_budget, reference
+from tests.oracle import Case
 from tests.ptx import launch
 from tests.ptx.launch import emulate
 
@@ -110,40 +109,10 @@ def test_bytes_and_flops(programs):
     assert counters.flops == 2 * M * N * (K + R) + 2 * M * K * R
 
 
-def test_a_layers_forward_and_every_gradient(monkeypatch):
+def test_a_layers_forward_and_every_gradient():
     """Forward by one launch where `tune` has timed it as the fastest; the backward is another algorithm's."""
-    slower = backend_module._slower
-    monkeypatch.setattr(plan, "_target", lambda device: SM_90)
-    monkeypatch.setattr(backend_module.TritonBackend, "devices", ("cpu",))
-    monkeypatch.setattr(
-        backend_module, "predict_us", lambda name, *_: name != "persistent_one_launch"
-    )
-    monkeypatch.setattr(
-        backend_module, "_slower", lambda name, problem, _: slower(name, problem, True)
-    )
-    plan.forget()
-    torch.manual_seed(3)
-    shapes = {"x": (140, 72), "weight": (88, 72), "A": (72, 12), "B": (12, 88), "bias": (88,)}
-    leaves = [
-        (torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5).bfloat16().requires_grad_()
-        for shape in shapes.values()
-    ]
-    dy = torch.randn(140, 88).bfloat16()
-    with emulate("sm_90", 7) as executed, use_backend("triton"):
-        y = lora_linear(*leaves[:4], 0.75, leaves[4])
-        forward = [each.name for each in executed]
-        actual = [y, *torch.autograd.grad(y, leaves, dy)]
-    plan.forget()
-    assert forward == ["_persistent_kernel"]
-
-    def plain(to):
-        cast = [t.detach().to(to).requires_grad_() for t in leaves]
-        out = reference(*cast[:4], 0.75, cast[4])
-        return [out, *torch.autograd.grad(out, cast, dy.to(to))]
-
-    every = zip(("y", *shapes), actual, plain(torch.bfloat16), plain(torch.float64), strict=True)
-    for name, *triple in every:
-        assert_budget(*triple, what=name)
+    steps = train("sm_90", "persistent_one_launch", 7, rows=140)
+    assert steps.forward == ["persistent"]
 
 
 def test_what_it_does_not_take_is_computed_by_two_kernels():

@@ -13,7 +13,7 @@ import math
 from dataclasses import replace
 
 from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
-from lora_kernels.tuning import tables
+from lora_kernels.tuning import cost, tables
 from lora_kernels.tuning.config import (
     DECODE_ROWS,
     FUSED_RANK,
@@ -40,14 +40,7 @@ MAIN_KERNEL = {
     "persistent": "persistent",
     "persistent_one_launch": "persistent_one_launch",
 }
-ALGORITHMS = (
-    "two_kernel",
-    "one_launch",
-    "one_pass",
-    "decode",
-    "persistent",
-    "persistent_one_launch",
-)
+ALGORITHMS = tuple(name for name in cost.ALGORITHMS if name in MAIN_KERNEL)
 # The versions of Triton with which products in Gluon, which Triton calls experimental, were compiled and executed. Others
 # have other names in it; 3.8 has no view of a block as a smaller one.
 _NEWEST = ("3.9.",)
@@ -317,8 +310,7 @@ def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
 
 def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     # Both accumulators stay in registers; the wider the block, the fewer partial results of q.
-    halves = _all_half(problem)
-    columns = one_reading_columns(problem.R, halves)
+    halves, columns = _all_half(problem), one_reading_columns(problem)
     rows, warps = (32, 8 if halves else 4) if problem.R <= 32 else (32 if halves else 16, 4)
     tiles = [(rows, columns, warps)]
     if problem.R <= 16 and halves:

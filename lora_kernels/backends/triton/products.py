@@ -140,14 +140,13 @@ class TritonProducts(Products):
         self, dy: Tensor, adapter: Adapter, s: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         config = self._one_reading(dy, s)
-        if config is None and dy.dtype == adapter.A.dtype == torch.bfloat16 and 0 not in dy.shape:
-            rounded = rank_operand(dy.shape[0], s.shape[1], dy.dtype, dy.device)
-            if 0 not in rounded.shape:
-                own = self._lowrank(dy.shape[1], adapter.dropout_in is not None).config("shrink")
-                self._shrink(dy, adapter, own, rounded=rounded)
-            return rounded, self.wgrad(s, dy, dtype)
         if config is None:
-            return super().shrink_wgrad(dy, adapter, s, dtype)
+            if not dy.dtype == adapter.A.dtype == torch.bfloat16 or 0 in (*dy.shape, s.shape[1]):
+                return super().shrink_wgrad(dy, adapter, s, dtype)
+            rounded = rank_operand(dy.shape[0], s.shape[1], dy.dtype, dy.device)
+            config = self._lowrank(dy.shape[1], adapter.dropout_in is not None).config("shrink")
+            self._shrink(dy, adapter, config, rounded=rounded)
+            return rounded, self.wgrad(s, dy, dtype)
         from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 
         return shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config)
@@ -252,8 +251,7 @@ class TritonProducts(Products):
             return self._persistent(x, w, s, adapter.B, bias, late_wait)
         from lora_kernels.backends.triton.expand import expand
 
-        b = adapter.B
-        config = self.tiles.config("expand")
+        b, config = adapter.B, self.tiles.config("expand")
         own: dict[str, Any] = {"offsets": self._offsets, "late_wait": late_wait}
         if self.algorithm == "tail_first":
             # As eager does it: s·b + bias of each group, then the vendor's product of all rows accumulated onto it.
