@@ -164,6 +164,9 @@ def backward(
     adjoint, apart = adapter.t(), dz is not None
     dz = dy if dz is None else dz
     dx = dW = dA = dB = None
+    if needs.x and needs.A and needs.B and ds is None and not apart:
+        dx, dA, dB = products.gradients(dy, weight, adjoint, x, s, adapter_dtype)
+        needs = needs._replace(x=False, A=False, B=False)
     if needs.B and (needs.x or needs.A):
         q, dB = products.shrink_wgrad(dy, adjoint, s, adapter_dtype)
     elif needs.B:

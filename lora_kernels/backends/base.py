@@ -65,6 +65,17 @@ class Products(ABC):
         """
         return self.shrink(dy, adapter), self.wgrad(s, dy, dtype)
 
+    def gradients(
+        self, dy: Tensor, w: Weight, adapter: Adapter, x: Tensor, s: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dx, dA, dB) of a frozen base, dA and dB in `dtype`; beside each other where the products have that.
+
+        dy [M, N], w [N, K], x [M, K], s [M, R]; `adapter` is the transposed one. As `shrink_wgrad`, `expand` and `wgrad` are.
+        """
+        q, dB = self.shrink_wgrad(dy, adapter, s, dtype)
+        dx = self.expand(dy, w, q, adapter)
+        return dx, self.wgrad(x, q, dtype, adapter.dropout_out), dB
+
     def scaled(self, s: Tensor, scale: Scale) -> Tensor:
         """scale·s: s [M, R]."""
         return scale * s

@@ -218,6 +218,18 @@ def _persistent_refuses(config: TileConfig, problem: Problem, target: Target) ->
     return None
 
 
+# Of shared memory, that a low-rank kernel and what the hardware adds to each block take beside a persistent product.
+BESIDE_BYTES = 34 * 1024
+
+
+def leaves_room(config: TileConfig, problem: Problem, target: Target) -> bool:
+    """Whether a low-rank kernel runs beside a persistent product on the same multiprocessors: by shared memory.
+
+    Registers suffice: tests count those of both.
+    """
+    return smem_bytes(config, problem) + BESIDE_BYTES <= target.smem_bytes
+
+
 def one_launch_ranks(masked: bool) -> int:
     """The largest rank whose s a product computes in its own launch: a mask of x takes registers."""
     return 32 if masked else FUSED_RANK

@@ -82,7 +82,8 @@ class Shapes:
             from lora_kernels.backends.triton.persistent import persistent
 
             rounded = rank_operand(p.M, p.R, x.dtype, x.device)
-            persistent(x, w, rounded, b, bias, config, target.multiprocessors, late_wait=True)
+            own = {"late_wait": True, "release": True}
+            persistent(x, w, rounded, b, bias, config, target.multiprocessors, **own)
         elif config.kernel == "persistent_one_launch":
             from lora_kernels.backends.triton.persistent import persistent
 
@@ -100,9 +101,8 @@ class Shapes:
         elif config.kernel == "wgrad" and self.scaled:
             scaled_gradient(dy, column, z, config)
         elif config.kernel == "wgrad":
-            wgrad(
-                *((x, rounded) if self.forward else (s, dy)), dtype, config, mask, offsets=offsets
-            )
+            own = {"offsets": offsets, "beside": target.tma}
+            wgrad(*((x, rounded) if self.forward else (s, dy)), dtype, config, mask, **own)
         elif self.scaled:
             scaled_shrink_wgrad(dy, b.t(), 0.5, s, dtype, config, column, z)
         else:

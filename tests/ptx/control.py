@@ -145,7 +145,7 @@ def bind_launch_dependents(instr: Instr, strand: Strand) -> Run:
     machine = strand.machine
 
     def run(where):
-        machine.launched[strand.cta[strand.indices(where)]] = True
+        machine.launched[strand.cta[strand.indices(where)]] = machine.lets_begin = True
 
     return run
 

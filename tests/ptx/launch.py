@@ -1,4 +1,4 @@
-"""Launches: PTX with its arguments, one kernel or two dependent ones, and Triton's own launches redirected here."""
+"""Launches: PTX with its arguments, one kernel or a chain of dependent ones, and Triton's own launches redirected here."""
 
 from __future__ import annotations
 
@@ -66,23 +66,34 @@ class Launch:
         return self.counters
 
 
-def run_dependent(primary: Launch, dependent: Launch, schedule: int | None) -> None:
-    """Both at once: the second may begin when the first has begun, and waits where its own code waits."""
+def run_chain(launches: Sequence[Launch], schedule: int | None) -> None:
+    """All at once: each may begin when every CTA of the one before has let it, and waits where its own code waits.
+
+    PtxError where the last one ends before another: what is launched after it would run too early.
+    """
     rng = np.random.default_rng(schedule or 0)
     own = None if schedule is None else rng
-    first = primary.machine(primary.ctas(own), own)
-    second = dependent.machine(dependent.ctas(own), own, first)
-    # In lockstep the dependent goes as far as it can first: what it reads too early, it reads wrong. In random order each
+    machines: list[Machine] = []
+    for launch in launches:
+        primary = machines[-1] if machines else None
+        machines.append(launch.machine(launch.ctas(own), own, primary))
+    # In lockstep the latest goes as far as it can first: what it reads too early, it reads wrong. In random order each
     # seed has its own odds, from nearly one after the other to nearly the reverse.
     odds = 0.0 if own is None else 10.0 ** own.uniform(-4, 0)
-    running = [first.steps(), second.steps()]
+    running = [(machine, machine.steps()) for machine in machines]
+    left: list[str] = []
     while running:
-        stuck = not any(cursor.ready() for cursor in second.cursors)
-        chosen = running[0] if stuck or rng.random() < odds else running[-1]
+        begun = [each for each in running if each[0].primary is None or each[0].primary.released]
+        able = [each for each in begun if any(cursor.ready() for cursor in each[0].cursors)]
+        chosen = next((e for e in able[:0:-1] if rng.random() >= odds), (able or begun)[0])
         try:
-            next(chosen)
+            next(chosen[1])
         except StopIteration:
             running.remove(chosen)
+            if chosen[0] is machines[-1]:
+                left = [machine.program.name for machine, _ in running]
+    if left:
+        raise PtxError(f"{machines[-1].program.name} ended before {', '.join(left)}")
 
 
 @functools.lru_cache(maxsize=512)
@@ -211,14 +222,18 @@ def emulate(target: str, schedule: int | None = None) -> Iterator[list[Executed]
     """Within the block Triton kernels launched on CPU tensors run here, as compiled for `target`.
 
     The kernel is specialised as Triton specialises it. A launch that lets dependents start is held back until the next one,
-    and runs together with it if that one is dependent; results are complete when the block ends.
+    and runs together with it if that one is dependent, as this one does with the next; results are complete when the block
+    ends.
     """
     executed: list[Executed] = []
     held: list[Launch] = []
 
     def flush() -> None:
-        while held:
-            held.pop().run(schedule)
+        if len(held) > 1:
+            run_chain(held, schedule)
+        elif held:
+            held[0].run(schedule)
+        held.clear()
 
     def run(kernel: jit.JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         dependent = bool(kwargs.get("launch_pdl", False))
@@ -227,14 +242,11 @@ def emulate(target: str, schedule: int | None = None) -> Iterator[list[Executed]
         compiled, bound = compile_call(kernel, GPU_TARGETS[target], args, kwargs)
         launch = prepare_triton(compiled, grid, bound)
         executed.append(Executed(kernel.fn.__name__, compiled, launch.counters, dependent))
-        if dependent and held:
-            run_dependent(held.pop(), launch, schedule)
-            return compiled
-        flush()
-        if "griddepcontrol.launch_dependents" in compiled.asm["ptx"]:
-            held.append(launch)
-        else:
-            launch.run(schedule)
+        if not dependent:
+            flush()
+        held.append(launch)
+        if "griddepcontrol.launch_dependents" not in compiled.asm["ptx"]:
+            flush()
         return compiled
 
     with pytest.MonkeyPatch.context() as patch:

@@ -60,9 +60,7 @@ class Machine:
         default_factory=dict
     )  # events at each lane's ld that polls
     polled_again: int = 0
-    released: bool = (
-        False  # griddepcontrol.launch_dependents was executed by every CTA, or all have ended
-    )
+    lets_begin: bool = False  # a CTA just let a dependent launch begin
 
     def __post_init__(self) -> None:
         threads = int(np.prod(self.block))
@@ -87,6 +85,11 @@ class Machine:
     @property
     def done(self) -> bool:
         return not self.live.any()
+
+    @property
+    def released(self) -> bool:
+        """Whether a dependent launch may begin: every CTA has let it, or has ended."""
+        return bool((self.launched | (self.live == 0)).all())
 
     @property
     def happened(self) -> int:
@@ -162,7 +165,8 @@ class Machine:
                     if not cursor.ready():
                         break
                     cursor.step()
-            if self.rng is not None or count % 64 == 0:
+            if self.rng is not None or count % 64 == 0 or self.lets_begin:
+                self.lets_begin = False
                 yield
         else:
             raise PtxError(f"{self.program.name} did not end in {MAX_STEPS} steps")

@@ -64,7 +64,7 @@ _MATMUL_HALF = {
 _PERSISTENT = {
     "sm_90": [((128, 256, 64, 8, 3), 0), ((128, 128, 64, 8, 4), 0)],
     "sm_100": [
-        ((256, 256, 64, 4, 6), 2),
+        ((256, 256, 64, 4, 5), 2),
         ((128, 256, 64, 4, 4), 1),
         ((128, 128, 64, 4, 6), 1),
     ],
@@ -283,6 +283,17 @@ def _decode(problem: Problem, target: Target) -> list[TileConfig]:
     return [TileConfig("decode", block_m, block_n, block_k, warps, stages, split=split)]
 
 
+def beside_tile(R: int, target: Target) -> TileConfig:
+    """The tile of a `wgrad` that runs beside a persistent product: one part of the rows, few registers, no tensor memory.
+
+    Rows come 64 columns wide, so that a layer of 4096 makes half as many programs as there are multiprocessors; each has 8
+    KB or more of them on their way.
+    """
+    if target.tmem_columns:  # the product takes all columns; two warps multiply by mma.sync
+        return TileConfig("wgrad", 32, 64, 16, 2, 4)
+    return TileConfig("wgrad", 64 if R <= 32 else 32, 64, 16, 4, 3)
+
+
 def _dequantise(problem: Problem, target: Target) -> list[TileConfig]:
     return [TileConfig("dequantise", 1, 64, 64, 4, 1)]
 
@@ -294,6 +305,9 @@ def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     wide = problem.R > 32 and target.name == "sm_120"
     if _all_half(problem) and not wide and target.name != "gfx1100":
         tiles.append((64, 128, 8, 3))
+    if _all_half(problem) and target.name in _PERSISTENT:
+        own = beside_tile(problem.R, target)
+        tiles.append((own.block_m, own.block_n, own.num_warps, own.num_stages))
     return [
         TileConfig(
             "wgrad",

@@ -1,4 +1,4 @@
-"""What the kernels in Gluon share: the order of tiles, the wait for a launch before, and a slot of a ring as a block."""
+"""What the kernels in Gluon share: the order of tiles, how dependent launches meet, and a slot of a ring as a block."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lora_kernels.backends.triton.tiles import grouped_order
 
 ordered = gluon.jit(grouped_order.fn)
 gdc_wait = tl.extra.cuda.gdc_wait
+gdc_launch_dependents = tl.extra.cuda.gdc_launch_dependents
 # Up to Triton 3.8 another view of shared memory has another name.
 _REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 

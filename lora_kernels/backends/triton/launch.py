@@ -13,6 +13,11 @@ from lora_kernels.operands import HALF, Scale
 from lora_kernels.tuning.config import TileConfig
 
 
+# Of a thread of a product in tensor memory: half of a multiprocessor's, for what runs beside it. Its warps that store get
+# what those that copy and multiply leave.
+TMEM_REGISTERS = 128
+
+
 def launch(
     kernel: Any,
     programs: int,
@@ -29,6 +34,8 @@ def launch(
     `contract`: a product and the sum that it goes into may be rounded once.
     """
     options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
+    if config.ctas:
+        options["maxnreg"] = TMEM_REGISTERS
     if config.ctas > 1:
         options["num_ctas"] = config.ctas
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lora_kernels.backends.triton.expand import Shrink, describable, tma_applies
-from lora_kernels.backends.triton.in_gluon import block, gdc_wait, ordered
+from lora_kernels.backends.triton.in_gluon import block, gdc_launch_dependents, gdc_wait, ordered
 from lora_kernels.backends.triton.launch import cdiv, launch, rank_operand, scale_argument
 from lora_kernels.backends.triton.tiles import scale_value
 from lora_kernels.tuning.config import FUSED_RANK, TileConfig, rank_block, shrinking_programs
@@ -122,6 +122,7 @@ def _persistent_kernel(
     B_K_MAJOR: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr,
+    RELEASE: gl.constexpr,
     SHRINKS: gl.constexpr,
     ALPHA_IS_PTR: gl.constexpr,
 ):
@@ -211,6 +212,9 @@ def _persistent_kernel(
         if PDL:
             # s comes from the kernel launched just before, beside which the loop above has been running.
             gdc_wait()
+        if RELEASE:
+            # What is launched next runs beside all tiles but the first: it needs s as well, and not y.
+            gdc_launch_dependents()
         if SHRINKS:
             _wait_for_s(state_ptr + 2 + row // BLOCK_M)
         # Behind the last tile there is no block of rows to divide by.
@@ -272,13 +276,15 @@ def persistent(
     programs: int,
     *,
     late_wait: bool = False,
+    release: bool = False,
     first: Shrink | None = None,
     shrinking: int | None = None,
 ) -> Tensor:
     """y = x·w + bias + s·b: x [M, K], w [K, N], s [M, R], b [R, N], bias [N], one half dtype -> y [M, N].
 
     `programs`: how many run at one time, the GPU's multiprocessors. ValueError for operands that `applies` does not take;
-    s comes from `rank_operand`, b from `fetchable`. `late_wait` as in `expand`. `first`: s is computed by the same launch,
+    s comes from `rank_operand`, b from `fetchable`. `late_wait` as in `expand`. `release` lets
+    a dependent launch that follows run beside this one, when s is there; it may read s but not y. `first`: s is computed by the same launch,
     of R up to FUSED_RANK, without a mask, `first.a`.t() from `fetchable`; by the first `shrinking` of its programs.
     Equal bits for any `programs` and `shrinking`.
     """
@@ -339,6 +345,7 @@ def persistent(
         B_K_MAJOR=b_k_major,
         HAS_BIAS=bias is not None,
         PDL=late_wait,
+        RELEASE=release,
     )
     return y
 

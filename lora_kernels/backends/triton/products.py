@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_kernels.backends.base import Products, left_is_wide
 from lora_kernels.backends.composite import GroupedCompositeProducts
-from lora_kernels.backends.triton.configs import lowrank_tiles
+from lora_kernels.backends.triton.configs import beside_tile, lowrank_tiles
 from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Adapter, Groups, QuantizedWeight, Scale, Weight
@@ -23,6 +23,7 @@ from lora_kernels.tuning.config import (
     FUSED_RANK,
     TileConfig,
     Tiles,
+    leaves_room,
     one_launch_ranks,
     one_reading_moves_less,
 )
@@ -151,6 +152,27 @@ class TritonProducts(Products):
 
         return shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config)
 
+    def gradients(
+        self, dy: Tensor, w: Weight, adapter: Adapter, x: Tensor, s: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._runs_beside(dy, w, adapter, x):
+            return super().gradients(dy, w, adapter, x, s, dtype)
+        from lora_kernels.backends.triton.persistent import fetchable
+        from lora_kernels.backends.triton.wgrad import wgrad
+
+        # Four launches run beside each other. All that they read or write is allocated before it is used by the first of
+        # them, and is held until the last one is launched.
+        config = self._lowrank(dy.shape[1]).config("shrink")
+        late, b = config.split == 1, fetchable(adapter.B)
+        rounded = rank_operand(dy.shape[0], b.shape[0], dy.dtype, dy.device)
+        q = self._shrink(dy, adapter, config, release=late, rounded=rounded)
+        dx = self._persistent(dy, w, rounded, b, None, late, release=True)
+        tile = beside_tile(b.shape[0], self.target)
+        dB = wgrad(s, dy, dtype, tile, beside=True)
+        dA = wgrad(x, rounded, dtype, tile, beside=True)
+        del q
+        return dx, dA, dB
+
     def scaled_shrink_wgrad(
         self,
         dy: Tensor,
@@ -276,6 +298,16 @@ class TritonProducts(Products):
 
         return applies(x, w)
 
+    def _runs_beside(self, dy: Tensor, w: Weight, adapter: Adapter, x: Tensor) -> bool:
+        """Whether dA and dB are computed beside dx: by the persistent product, which leaves room for them."""
+        if 0 in (*dy.shape, x.shape[1], adapter.A.shape[1]) or not isinstance(w, Tensor):
+            return False
+        return (
+            self._persistent_takes(dy, w, adapter)
+            and dy.dtype == adapter.A.dtype == torch.bfloat16
+            and leaves_room(self.tiles.config("persistent"), self.problem, self.target)
+        )
+
     def _persistent_one_launch_takes(self, x: Tensor, w: Tensor, adapter: Adapter) -> bool:
         """Whether a call is computed by the persistent product that computes s too: no mask or scale, one type."""
         masked = (adapter.dropout_in, adapter.dropout_out) != (None, None)
@@ -314,6 +346,7 @@ class TritonProducts(Products):
         B: Tensor,
         bias: Tensor | None,
         late_wait: bool,
+        release: bool = False,
     ) -> Tensor:
         """The persistent product; a float32 s is rounded first."""
         from lora_kernels.backends.triton.persistent import fetchable, persistent
@@ -322,7 +355,8 @@ class TritonProducts(Products):
             s = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device).copy_(s)
         config = self.tiles.config("persistent")
         b = fetchable(B)
-        return persistent(x, w, s, b, bias, config, self._programs(x), late_wait=late_wait)
+        own = {"late_wait": late_wait, "release": release}
+        return persistent(x, w, s, b, bias, config, self._programs(x), **own)
 
     def _decoded(self, w: QuantizedWeight) -> AbstractContextManager[Tensor]:
         """w as a dense tensor, for the products that are launched while it is entered."""

@@ -52,7 +52,11 @@ def _wgrad_kernel(
     DROPOUT: tl.constexpr,
     INT64: tl.constexpr,
     GROUPED: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
+    if BESIDE:
+        # The next launch may be one of these sums too: it reads nothing of this one.
+        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     blocks_r = tl.cdiv(R, BLOCK_R)
     part = pid // blocks_r % split
@@ -91,6 +95,9 @@ def _wgrad_kernel(
     part_start = part.to(tl.int64) * groups * C * R
     out_ptrs = out_ptr + part_start + col[:, None] * stride_oc + rank[None, :] * stride_or
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_r[None, :])
+    if BESIDE and pid == 0:
+        # One program that waits suffices: this launch does not end before the one that it runs beside.
+        tl.extra.cuda.gdc_wait()
 
 
 def wgrad(
@@ -101,12 +108,14 @@ def wgrad(
     dropout: Dropout | None = None,
     *,
     offsets: Tensor | None = None,
+    beside: bool = False,
 ) -> Tensor:
     """(mask∘left)ᵀ·right: left [M, C], right [M, D], any strides -> [C, D] in `dtype`. M may be zero, C and D may not.
 
     One operand is wide, in the base's dtype; the other has a rank's width and is float32, or the q of `shrink_wgrad`. A
     masked left is the wide one. Both may have the base's dtype and any width. With `offsets`, as in `expand`, the result
-    is [G, C, D].
+    is [G, C, D]. `beside`: this launch runs beside those before it that let it (`release`), and ends after them. No memory
+    that they use may be free before this call: what is allocated here is written at once.
     """
     M = left.shape[0]
     wide_first = left_is_wide(left, right, dropout)
@@ -145,5 +154,7 @@ def wgrad(
         DROPOUT=dropout is not None,
         INT64=needs_int64(wide, lowrank, out),
         GROUPED=offsets is not None,
+        BESIDE=beside,
+        dependent=beside,
     )
     return out if split == 1 else sum_partials(parts, out, config, keep_scale=mask.keep_scale)
