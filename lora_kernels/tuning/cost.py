@@ -4,7 +4,7 @@ With P the achievable rate, W the achievable bandwidth and e an element's bytes:
 
 frozen      max(2·M·N·K / P, bytes / 0.92·W)
 two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, overlapped in part on sm_90+
-persistent  product + shrink + gap, overlapped likewise
+persistent  product + shrink + gap, overlapped likewise; or beside each other, see `_beside_us`
 one_launch  product + a clearing of its flags + gap             its first programs compute s, see `_first_us`
 persistent_one_launch  the same of persistent
 lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, no overlap
@@ -49,6 +49,7 @@ from lora_kernels.tuning.config import (
     TileConfig,
     cuda_decode_blocks,
     cuda_decode_fuses,
+    leaves_room,
     one_reading_columns,
     one_reading_moves_less,
     row_blocks,
@@ -71,6 +72,7 @@ ALGORITHMS = (
 GROUPED = ("tail_first",)  # over groups, beside two_kernel and eager
 OTHERS = ("frozen", "addmm", "reference", "lorafusion")  # predicted for comparison
 MIN_KERNEL_US = 2.0
+LATENCY_US = 1.0  # of a read of memory beside others, assumed
 _STREAMED = 0.92  # of the copy bandwidth, by a product that is bound by reading W
 _LIBRARY_SPLITS = (1, 2, 4, 8)
 # (passes over x, passes over y, further launches) beside the library's product, forward and backward.
@@ -124,6 +126,10 @@ def predict_us(
     y_us = problem.M * problem.N * problem.itemsize / (target.bandwidth_gbs * 1e3)
     shrink = _lowrank_us(problem, target, x_us, problem.K)
     adapter_grads = 0.0
+    if algorithm == "persistent" and _runs_beside(problem, target, config):
+        main = product_us("persistent", problem, target, config)
+        beside = _beside_us(problem, target, config, main)
+        return _dequantise_us(problem, target) + main + beside
     if problem.backward:
         adapter_grads = _lowrank_us(problem, target, y_us, problem.N) + gap
         ours = algorithm in ("two_kernel", "persistent") and _reads_dy_once(problem)
@@ -205,6 +211,61 @@ def _first_us(kernel: str, problem: Problem, target: Target, config: TileConfig 
     read = problem.M * problem.K * problem.itemsize / 1e3
     alone = read / blocks / (0.5 * L2_BYTES * clock_ghz)
     return max(alone * math.ceil(blocks / places), read / (0.9 * target.bandwidth_gbs))
+
+
+def _runs_beside(problem: Problem, target: Target, config: TileConfig | None) -> bool:
+    """Whether the low-rank kernels run beside a persistent product: one type, and room on its multiprocessors."""
+    if problem.empty or problem.groups or not tiles("wgrad", problem, target.name):
+        return False
+    own = config or _best_tile("persistent", problem, target).config
+    plain = problem.dtype == problem.adapter_dtype and problem.R <= FUSED_RANK
+    return plain and not problem.dropout and leaves_room(own, problem, target)
+
+
+def _beside_us(
+    problem: Problem, target: Target, config: TileConfig | None, main_us: float
+) -> float:
+    """What is added to the time of a persistent product by shrink and, in a backward, the sums of dB and dA beside it.
+
+    What they occupy of the pipes of the busiest multiprocessor, counted as the product's own cycles are; the launch of
+    shrink; and what none of it hides: shrink runs beside the first tile of every multiprocessor, the sums beside the others,
+    each limited by the bandwidth, and a sum by what it has on its way.
+    """
+    own = Tile.of(config, problem, target.name) if config else None
+    own = own or _best_tile("persistent", problem, target)
+    tiles_ = row_blocks(problem, own.config.block_m) * math.ceil(problem.N / own.config.block_n)
+    each = math.ceil(tiles_ * max(1, own.config.ctas) / target.multiprocessors)
+    counted = cycles(own, problem.R)
+    steps = math.ceil(problem.K / own.config.block_k)
+    pipes = [each * (steps * s + r) for s, r in zip(counted.step, counted.rest, strict=True)]
+
+    (shrink,) = tiles("shrink", problem, target.name)
+    read = problem.M * problem.K
+    programs = math.ceil(problem.M / shrink.config.block_m)
+    small = [(shrink, programs, math.ceil(problem.K / shrink.config.block_k))]
+    sums_us = 0.0
+    if problem.backward:
+        (wgrad,) = tiles("wgrad", problem, target.name)
+        rows, columns = wgrad.config.block_m, wgrad.config.block_n
+        programs = math.ceil(problem.K / columns) + math.ceil(problem.N / columns)
+        small.append((wgrad, programs, math.ceil(problem.M / rows)))
+        turns = math.ceil(programs / target.multiprocessors)
+        sums_us = turns * problem.M / rows / (wgrad.config.num_stages - 1) * LATENCY_US
+        read += problem.M * (problem.K + problem.N)
+    loaded = list(pipes)
+    for tile, programs, tile_steps in small:
+        turns = math.ceil(programs / target.multiprocessors)
+        block = cycles(tile, problem.R)
+        for i, (step, rest) in enumerate(zip(block.step, block.rest, strict=True)):
+            loaded[i] += turns * (tile_steps * step + rest)
+    slower = main_us * max(loaded) / max(pipes)
+
+    first_us = main_us / each
+    shrink_us = problem.M * problem.K * problem.itemsize / (0.9 * target.bandwidth_gbs * 1e3)
+    exposed = max(0.0, shrink_us - first_us) + max(0.0, sums_us - (main_us - first_us))
+    moved = problem.frozen_bytes + problem.lowrank_bytes + read * problem.itemsize
+    stream_us = moved / (_STREAMED * target.bandwidth_gbs * 1e3)
+    return max(slower, stream_us) - main_us + exposed + target.gap_us
 
 
 def _best_tile(kernel: str, problem: Problem, target: Target) -> Tile:

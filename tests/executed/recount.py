@@ -8,10 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.triton.configs import tiles_of
+from lora_kernels.backends.triton.configs import beside_tile, tiles_of
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.one_pass import one_pass
+from lora_kernels.backends.triton.shrink import shrink
+from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.cycles import (
@@ -30,6 +32,7 @@ from tests.ptx.launch import emulate
 
 TYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
 PRODUCTS = ("expand", "persistent", "one_pass")
+HAS_PERSISTENT = ("sm_90", "sm_100")
 DEPTHS = 4, 8  # steps of block_k
 
 
@@ -44,6 +47,11 @@ def counted_tiles() -> dict[Tile, tuple[TileConfig, Problem]]:
                 pointers = (replace(config, tma=False),) if usual else ()
                 for way in (config, *pointers):
                     found.setdefault(Tile.of(way, problem, name), (way, problem))
+    for name in COUNTED:
+        forward = Problem(8192, 4096, 4096, 16, *TYPES[0], device="cuda")
+        for problem in (forward, forward.adjoint()) if name in HAS_PERSISTENT else ():
+            for config in (tiles_of("shrink", problem, TARGETS[name])[0], beside_tile(TARGETS[name])):
+                found.setdefault(Tile.of(config, problem, name), (config, problem))
     return found
 
 
@@ -60,7 +68,15 @@ def count(target: str, config: TileConfig, problem: Problem, steps: int, R: int)
     x, w = stored(M, K, problem.dtype, False), stored(K, N, problem.dtype, forward)
     a = stored(K, R, problem.adapter_dtype, not forward)
     b = stored(R, N, problem.adapter_dtype, not forward)
+    if config.kernel == "wgrad":
+        s, dy = torch.zeros(steps * M, R), stored(steps * M, N, problem.dtype, False)
+        with emulate(target) as executed:
+            wgrad(s, dy, dy.dtype, config, beside=True)
+        return executed[0].counters
     with emulate(target) as executed:
+        if config.kernel == "shrink":
+            shrink(x, a, 0.5, config)
+            return executed[0].counters
         if config.kernel == "one_pass":
             one_pass(x, w, a, b, 0.5, None, config)
             return executed[0].counters

@@ -246,6 +246,10 @@ def _rows_block(problem: Problem) -> int:
 
 def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
     block_m, block_k = (64, 64) if _all_half(problem) else (32, 32)
+    warps = 4
+    if target.tmem_columns and _all_half(problem):
+        # 64 rows would take tensor memory, of which a persistent product beside leaves none.
+        block_m, warps = 32, 2
     if target.name == "sm_120" and (problem.R > 16 or not _all_half(problem)):
         block_m //= 2  # its compiler keeps to 96 registers
         block_m //= 2 if _all_half(problem) and problem.R > 32 else 1
@@ -261,7 +265,7 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
         block_m = min(block_m, _rows_block(problem))
         programs = max(1, row_blocks(problem, block_m))
     split = _split(target.multiprocessors // programs, problem.K // (4 * block_k))
-    return [TileConfig("shrink", block_m, 1, block_k, 4, 3, split=split)]
+    return [TileConfig("shrink", block_m, 1, block_k, warps, 3, split=split)]
 
 
 def _decode(problem: Problem, target: Target) -> list[TileConfig]:
@@ -283,15 +287,14 @@ def _decode(problem: Problem, target: Target) -> list[TileConfig]:
     return [TileConfig("decode", block_m, block_n, block_k, warps, stages, split=split)]
 
 
-def beside_tile(R: int, target: Target) -> TileConfig:
+def beside_tile(target: Target) -> TileConfig:
     """The tile of a `wgrad` that runs beside a persistent product: one part of the rows, few registers, no tensor memory.
 
-    Rows come 64 columns wide, so that a layer of 4096 makes half as many programs as there are multiprocessors; each has 8
-    KB or more of them on their way.
+    Rows come 64 columns wide, so that a layer of 4096 makes half as many programs as there are multiprocessors.
     """
-    if target.tmem_columns:  # the product takes all columns; two warps multiply by mma.sync
+    if target.tmem_columns:  # the product takes them all; two warps multiply by mma.sync
         return TileConfig("wgrad", 32, 64, 16, 2, 4)
-    return TileConfig("wgrad", 64 if R <= 32 else 32, 64, 16, 4, 3)
+    return TileConfig("wgrad", 32, 64, 16, 4, 4)
 
 
 def _dequantise(problem: Problem, target: Target) -> list[TileConfig]:
@@ -306,7 +309,7 @@ def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     if _all_half(problem) and not wide and target.name != "gfx1100":
         tiles.append((64, 128, 8, 3))
     if _all_half(problem) and target.name in _PERSISTENT:
-        own = beside_tile(problem.R, target)
+        own = beside_tile(target)
         tiles.append((own.block_m, own.block_n, own.num_warps, own.num_stages))
     return [
         TileConfig(

@@ -167,7 +167,7 @@ class TritonProducts(Products):
         rounded = rank_operand(dy.shape[0], b.shape[0], dy.dtype, dy.device)
         q = self._shrink(dy, adapter, config, release=late, rounded=rounded)
         dx = self._persistent(dy, w, rounded, b, None, late, release=True)
-        tile = beside_tile(b.shape[0], self.target)
+        tile = beside_tile(self.target)
         dB = wgrad(s, dy, dtype, tile, beside=True)
         dA = wgrad(x, rounded, dtype, tile, beside=True)
         del q
@@ -305,6 +305,7 @@ class TritonProducts(Products):
         return (
             self._persistent_takes(dy, w, adapter)
             and dy.dtype == adapter.A.dtype == torch.bfloat16
+            and adapter.A.shape[1] <= FUSED_RANK
             and leaves_room(self.tiles.config("persistent"), self.problem, self.target)
         )
 
