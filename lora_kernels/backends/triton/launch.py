@@ -160,6 +160,17 @@ def rank_tail(x: torch.dtype, b: torch.dtype, tma: bool, masked: bool = False) -
     return mixed_precision(x, x)
 
 
+def lowrank_form(wide: torch.dtype, result: torch.dtype) -> str:
+    """How the sums over rows of a wide operand times s or q take the latter: as `wgrad` names it.
+
+    "rounded" to bfloat16, as eager rounds it, where both types are; "parts", three bfloat16 numbers which hold all of a
+    float32's bits, for a float32 result beside a bfloat16 operand. Others have an `input_precision`.
+    """
+    if wide == torch.bfloat16 and result in (torch.bfloat16, torch.float32):
+        return "rounded" if result == torch.bfloat16 else "parts"
+    return mixed_precision(wide, result)
+
+
 def shrink_precision(x: torch.dtype, a: torch.dtype) -> str:
     """`input_precision` of x·a, whose result stays float32."""
     return base_precision(x) if a == x else mixed_precision(x, a)
