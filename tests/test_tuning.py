@@ -286,6 +286,35 @@ class TestCost:
         )
         assert predict_us("decode", Problem(1, 16, 16, 1, "bfloat16", "bfloat16"), target) == 2.0
 
+    def test_what_runs_beside_the_persistent_product(self):
+        """The pipes of the busiest multiprocessor, a launch, and in a backward the rounding of s."""
+        target, config = TARGETS["sm_90"], TileConfig("persistent", 128, 256, 64, 8, 3, tma=True)
+        own = cycles(Tile.of(config, BIG, "sm_90"), 16)
+        (shrink,) = tiles("shrink", BIG, "sm_90")
+        # 1,024 tiles and 128 blocks of rows on 132 multiprocessors: the shared memory is the busiest.
+        product_cycles = 8 * (64 * own.step[1] + own.rest[1])
+        shared = 64 * cycles(shrink, 16).step[1] + cycles(shrink, 16).rest[1]
+        main = product_us("persistent", BIG, target, config)
+        assert predict_us("persistent", BIG, target, config) == pytest.approx(
+            main * (1 + shared / product_cycles) + target.gap_us
+        )
+        back, (sums,) = BIG.adjoint(), tiles("wgrad", BIG.adjoint(), "sm_90")
+        own, (shrink,) = cycles(Tile.of(config, back, "sm_90"), 16), tiles("shrink", back, "sm_90")
+        product_cycles = 8 * (64 * own.step[1] + own.rest[1])
+        shared = 64 * cycles(shrink, 16).step[1] + cycles(shrink, 16).rest[1]
+        shared += 256 * cycles(sums, 16).step[1] + cycles(sums, 16).rest[1]  # 64 blocks of each
+        main = product_us("persistent", back, target, config)
+        assert predict_us("persistent", back, target, config) == pytest.approx(
+            main * (1 + shared / product_cycles) + 2 * target.gap_us + cost.MIN_KERNEL_US
+        )
+        # Without room, for other types or beside a mask nothing of a backward is hidden.
+        apart = predict_us("persistent", back, target, replace(config, num_stages=4))
+        assert apart > predict_us("persistent", back, target, config) + 15
+        # What memory cannot deliver in that time is waited for.
+        slow = replace(target, bandwidth_gbs=500)
+        moved = (back.frozen_bytes + back.lowrank_bytes + 3 * 8192 * 4096 * 2) / (0.92 * 500e3)
+        assert predict_us("persistent", back, slow, config) > moved
+
     def test_a_range_has_the_prediction_in_its_middle(self):
         """It is what a loop reaches of the library: nothing for the library itself, or where bytes decide."""
         for name, target in TARGETS.items():

@@ -70,7 +70,7 @@ class Products(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dx, dA, dB) of a frozen base, dA and dB in `dtype`; beside each other where the products have that.
 
-        dy [M, N], w [N, K], x [M, K], s [M, R]; `adapter` is the transposed one. As `shrink_wgrad`, `expand` and `wgrad` are.
+        dy [M, N], w [N, K], x [M, K], s [M, R]; `adapter` is the transposed one.
         """
         q, dB = self.shrink_wgrad(dy, adapter, s, dtype)
         dx = self.expand(dy, w, q, adapter)

@@ -46,6 +46,7 @@ from dataclasses import replace
 from lora_kernels.problem import DENSE, ITEMSIZE, Problem
 from lora_kernels.tuning.config import (
     CUDA_DECODE_COLUMNS,
+    FUSED_RANK,
     TileConfig,
     cuda_decode_blocks,
     cuda_decode_fuses,
@@ -215,7 +216,8 @@ def _first_us(kernel: str, problem: Problem, target: Target, config: TileConfig 
 
 def _runs_beside(problem: Problem, target: Target, config: TileConfig | None) -> bool:
     """Whether the low-rank kernels run beside a persistent product: one type, and room on its multiprocessors."""
-    if problem.empty or problem.groups or not tiles("wgrad", problem, target.name):
+    kernel = "wgrad" if problem.backward else "shrink"
+    if problem.empty or problem.groups or not tiles(kernel, problem, target.name):
         return False
     own = config or _best_tile("persistent", problem, target).config
     plain = problem.dtype == problem.adapter_dtype and problem.R <= FUSED_RANK
@@ -262,10 +264,12 @@ def _beside_us(
 
     first_us = main_us / each
     shrink_us = problem.M * problem.K * problem.itemsize / (0.9 * target.bandwidth_gbs * 1e3)
+    shrink_us = max(shrink_us, small[0][2] / (shrink.config.num_stages - 1) * LATENCY_US)
     exposed = max(0.0, shrink_us - first_us) + max(0.0, sums_us - (main_us - first_us))
     moved = problem.frozen_bytes + problem.lowrank_bytes + read * problem.itemsize
     stream_us = moved / (_STREAMED * target.bandwidth_gbs * 1e3)
-    return max(slower, stream_us) - main_us + exposed + target.gap_us
+    rounding_us = (MIN_KERNEL_US + target.gap_us) * problem.backward  # of s, for the sum of dB
+    return max(slower, stream_us) - main_us + exposed + target.gap_us + rounding_us
 
 
 def _best_tile(kernel: str, problem: Problem, target: Target) -> Tile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -12,9 +13,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_kernels.backends.triton.configs import shipped, tiles_of, untried
+from lora_kernels.backends.triton.configs import BESIDE, shipped, tiles_of, untried
 from lora_kernels.problem import DENSE, Problem
-from lora_kernels.tuning.config import PERSISTENT, TileConfig
+from lora_kernels.tuning.config import PERSISTENT, TileConfig, leaves_room
 from lora_kernels.tuning.targets import TARGETS
 from tests.compiled.recorder import recording
 from tests.compiled.sass import Code, inspect
@@ -275,6 +276,32 @@ def test_the_persistent_loop(target, size, forward):
         assert code.loop_matrix == matrix, code
         assert code.loop.total() <= instructions and code.local_bytes == 0, code
         assert code.smem_bytes <= smem_bytes and code.tmem_columns == columns, code
+
+
+@pytest.mark.skipif(untried() is not None, reason=str(untried()))
+@pytest.mark.parametrize("R", [16, 64])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_low_rank_kernels_fit_beside_the_persistent_product(target, R):
+    """A multiprocessor has the registers, shared and tensor memory of both; a block has a KiB more of shared memory."""
+    problem = Problem(8192, 4096, 4096, R, "bfloat16", "bfloat16", device="cuda")
+    limits, beside = TARGETS[target], [tiles_of("shrink", problem, TARGETS[target])[0]]
+    beside += [BESIDE[target]] if target in BESIDE else []
+    large = next(
+        c for c in tiles_of("persistent", problem, limits) if leaves_room(c, problem, limits)
+    )
+    assert large.block_m * large.block_n >= 128 * 256
+
+    def taken(config: TileConfig, forward: bool) -> tuple[int, int, int]:
+        with recording(target) as launches:
+            Shapes(problem, forward).launch(config, limits)
+        code = inspect(launches[0].compiled, False)
+        (threads,) = re.findall(r"\.reqntid (\d+)", launches[0].compiled.asm["ptx"])
+        registers = -(-code.registers // 8) * 8 * int(threads)
+        return registers, code.smem_bytes + 1024, code.tmem_columns
+
+    for forward, small in product((True, False), beside):
+        both = [sum(pair) for pair in zip(taken(large, forward), taken(small, True), strict=True)]
+        assert both[0] <= 65536 and both[1] <= limits.smem_bytes + 1024 and both[2] <= 512, both
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.triton.configs import beside_tile, tiles_of
+from lora_kernels.backends.triton.configs import BESIDE, tiles_of
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.one_pass import one_pass
@@ -32,7 +32,6 @@ from tests.ptx.launch import emulate
 
 TYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
 PRODUCTS = ("expand", "persistent", "one_pass")
-HAS_PERSISTENT = ("sm_90", "sm_100")
 DEPTHS = 4, 8  # steps of block_k
 
 
@@ -47,10 +46,16 @@ def counted_tiles() -> dict[Tile, tuple[TileConfig, Problem]]:
                 pointers = (replace(config, tma=False),) if usual else ()
                 for way in (config, *pointers):
                     found.setdefault(Tile.of(way, problem, name), (way, problem))
-    for name in COUNTED:
+    for name in COUNTED:  # what runs beside persistent
         forward = Problem(8192, 4096, 4096, 16, *TYPES[0], device="cuda")
-        for problem in (forward, forward.adjoint()) if name in HAS_PERSISTENT else ():
-            for config in (tiles_of("shrink", problem, TARGETS[name])[0], beside_tile(TARGETS[name])):
+        for problem in (
+            (forward, forward.adjoint()) if tiles_of("persistent", forward, TARGETS[name]) else ()
+        ):
+            shrinks = tiles_of("shrink", problem, TARGETS[name])[:1]
+            for config in (
+                *shrinks,
+                *([BESIDE[name]] if name in BESIDE and problem.backward else []),
+            ):
                 found.setdefault(Tile.of(config, problem, name), (config, problem))
     return found
 
@@ -69,7 +74,11 @@ def count(target: str, config: TileConfig, problem: Problem, steps: int, R: int)
     a = stored(K, R, problem.adapter_dtype, not forward)
     b = stored(R, N, problem.adapter_dtype, not forward)
     if config.kernel == "wgrad":
-        s, dy = torch.zeros(steps * M, R), stored(steps * M, N, problem.dtype, False)
+        s, dy = (
+            rank_operand(steps * M, R, x.dtype, x.device),
+            stored(steps * M, N, problem.dtype, False),
+        )
+        s.zero_()
         with emulate(target) as executed:
             wgrad(s, dy, dy.dtype, config, beside=True)
         return executed[0].counters

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import re
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +25,7 @@ from tests.executed.shipped import compare
 from tests.oracle import Case, Operands
 from tests.ptx import launch
 from tests.ptx.launch import Executed, emulate
+from tests.ptx.parser import PtxError
 
 if (reason := untried()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -124,6 +128,84 @@ def test_a_layers_forward_and_every_gradient(target, dropout, schedule):
     # With a mask dx has its rank tail apart.
     assert kernels.count("persistent") == (1 if dropout else 2)
     assert kernels.count("expand") == (1 if dropout else 0)
+    if target == "sm_90" and not dropout:
+        assert kernels[2:] == ["shrink", "persistent", "wgrad", "wgrad"]
+        assert [each.dependent for each in steps.executed[2:]] == [False, True, True, True]
+
+
+def gradients_on_sm_90(case: Case, schedule: int | None) -> dict[str, torch.Tensor]:
+    """dx, dA and dB by four launches that run beside each other, of two programs' dx; compared with float64."""
+    o, sm_90 = case.operands(), TARGETS["sm_90"]
+    products = TritonProducts("persistent", PROBLEM, sm_90, tiles_for(PROBLEM, sm_90))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_programs", lambda x: 2)
+        # Not what an earlier call has left in the same memory.
+        unwritten = products_module.rank_operand
+        patch.setattr(products_module, "rank_operand", lambda *at: unwritten(*at).fill_(torch.nan))
+        with emulate("sm_90", schedule) as executed:
+            s = o.results(None)["s"].float()
+            given = o.dy, o.w.t(), o.adapter.t(), o.x, s, o.a.dtype
+            found = dict(zip(("dx", "dA", "dB"), products.gradients(*given), strict=True))
+    assert names_of(executed) == ["shrink", "persistent", "wgrad", "wgrad"]
+    compare(found, o, f"schedule {schedule}")
+    return found
+
+
+# More tiles than programs, more programs of the sums than of dx, every size ragged; K and N of the forward.
+BESIDE_CASE = Case(133, 264, 520, 13, dtype=torch.bfloat16, layout="peft", bias=False)
+
+
+@pytest.mark.parametrize("R, schedules", [(13, (None, 1, 2)), (64, (3,))], ids=["13", "64"])
+def test_dA_and_dB_run_beside_dx(R, schedules):
+    results = [gradients_on_sm_90(replace(BESIDE_CASE, R=R), each) for each in schedules]
+    assert all(torch.equal(each[name], results[0][name]) for each in results for name in each)
+
+
+@pytest.mark.parametrize(
+    "kernel, instead, what",
+    [
+        # One program that waits makes a sum end behind dx.
+        ("_wgrad_kernel", "", r"ended before _persistent_kernel"),
+        # dx lets the sums begin when q is there, not before its own wait for it.
+        ("_persistent_kernel", r"griddepcontrol.launch_dependents; \g<0>", r"^dA .*NaN"),
+    ],
+    ids=["at its end", "at the beginning"],
+)
+def test_what_is_beside_waits_where_it_must(kernel, instead, what, monkeypatch):
+    prepare = launch.prepare_triton
+
+    def damaged(compiled, grid, bound):
+        text = compiled.asm["ptx"]
+        if f".entry {kernel}" in text:
+            text, count = re.subn(r"griddepcontrol\.wait *;", instead, text)
+            assert count
+        return prepare(compiled, grid, bound, text)
+
+    monkeypatch.setattr(launch, "prepare_triton", damaged)
+    with pytest.raises((AssertionError, PtxError), match=what):
+        gradients_on_sm_90(BESIDE_CASE, None)
+
+
+def test_what_runs_beside_another_is_held_until_the_last_launch(monkeypatch):
+    """Memory that is free goes to the next tensor at once: a launch that still runs must not use it."""
+    used: list[weakref.ref] = []
+
+    def record(kernel, programs, config, device, *args, **constants):
+        assert all(each() is not None for each in used)
+        given = (getattr(each, "base", each) for each in (*args, *constants.values()))
+        used.extend(weakref.ref(each) for each in given if isinstance(each, torch.Tensor))
+
+    for name in ("shrink", "persistent", "wgrad"):
+        module = importlib.import_module(f"lora_kernels.backends.triton.{name}")
+        monkeypatch.setattr(module, "launch", record)
+    sm_90, o = TARGETS["sm_90"], BESIDE_CASE.operands()
+    products = TritonProducts("persistent", PROBLEM, sm_90, tiles_for(PROBLEM, sm_90))
+    s, unaligned = o.results(None)["s"].float(), torch.empty(264, 13).bfloat16()
+    for b in (o.b, unaligned.t()):  # the second is copied for tensor copies
+        adapter = o.adapter._replace(B=b).t()
+        products.gradients(o.dy, o.w.t(), adapter, o.x, s, o.a.dtype)
+        assert len(used) > 12
+        used.clear()
 
 
 def names_of(executed: list[Executed]) -> list[str]:

@@ -245,11 +245,10 @@ def _rows_block(problem: Problem) -> int:
 
 
 def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
-    block_m, block_k = (64, 64) if _all_half(problem) else (32, 32)
-    warps = 4
-    if target.tmem_columns and _all_half(problem):
-        # 64 rows would take tensor memory, of which a persistent product beside leaves none.
-        block_m, warps = 32, 2
+    block_m, block_k, warps, stages = (64, 64, 4, 3) if _all_half(problem) else (32, 32, 4, 3)
+    if target.tmem_columns and _all_half(problem) and not (problem.dropout or problem.groups):
+        # Four warps would take tensor memory, of which a persistent product beside leaves none.
+        block_k, warps, stages = 32, 2, 6 if problem.R <= 32 else 5
     if target.name == "sm_120" and (problem.R > 16 or not _all_half(problem)):
         block_m //= 2  # its compiler keeps to 96 registers
         block_m //= 2 if _all_half(problem) and problem.R > 32 else 1
@@ -265,7 +264,7 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
         block_m = min(block_m, _rows_block(problem))
         programs = max(1, row_blocks(problem, block_m))
     split = _split(target.multiprocessors // programs, problem.K // (4 * block_k))
-    return [TileConfig("shrink", block_m, 1, block_k, warps, 3, split=split)]
+    return [TileConfig("shrink", block_m, 1, block_k, warps, stages, split=split)]
 
 
 def _decode(problem: Problem, target: Target) -> list[TileConfig]:
@@ -287,14 +286,10 @@ def _decode(problem: Problem, target: Target) -> list[TileConfig]:
     return [TileConfig("decode", block_m, block_n, block_k, warps, stages, split=split)]
 
 
-def beside_tile(target: Target) -> TileConfig:
-    """The tile of a `wgrad` that runs beside a persistent product: one part of the rows, few registers, no tensor memory.
-
-    Rows come 64 columns wide, so that a layer of 4096 makes half as many programs as there are multiprocessors.
-    """
-    if target.tmem_columns:  # the product takes them all; two warps multiply by mma.sync
-        return TileConfig("wgrad", 32, 64, 16, 2, 4)
-    return TileConfig("wgrad", 32, 64, 16, 4, 4)
+# The tile of a `wgrad` that runs beside a persistent product: all rows in one part, in little shared memory. 64 columns: a
+# layer of 4096 makes half as many programs as there are multiprocessors. On sm_100 it does not pay: its shared memory and L2
+# are as busy as its matrix units, and bandwidth is cheap.
+BESIDE = {"sm_90": TileConfig("wgrad", 32, 64, 16, 4, 4)}
 
 
 def _dequantise(problem: Problem, target: Target) -> list[TileConfig]:
@@ -308,8 +303,8 @@ def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     wide = problem.R > 32 and target.name == "sm_120"
     if _all_half(problem) and not wide and target.name != "gfx1100":
         tiles.append((64, 128, 8, 3))
-    if _all_half(problem) and target.name in _PERSISTENT:
-        own = beside_tile(target)
+    if _all_half(problem) and target.name in BESIDE:
+        own = BESIDE[target.name]
         tiles.append((own.block_m, own.block_n, own.num_warps, own.num_stages))
     return [
         TileConfig(

@@ -12,7 +12,6 @@ from lora_kernels.dropout import Dropout, threshold
 from lora_kernels.operands import HALF, Scale
 from lora_kernels.tuning.config import TileConfig
 
-
 # Of a thread of a product in tensor memory: half of a multiprocessor's, for what runs beside it. Its warps that store get
 # what those that copy and multiply leave.
 TMEM_REGISTERS = 128
@@ -165,6 +164,17 @@ def rank_tail(x: torch.dtype, b: torch.dtype, tma: bool, masked: bool = False) -
     if x in HALF and (tma or (b not in HALF and not masked)):
         return "split"
     return mixed_precision(x, x)
+
+
+def lowrank_form(wide: torch.dtype, result: torch.dtype) -> str:
+    """How the sums over rows of a wide operand times s or q take the latter: as `wgrad` names it.
+
+    "rounded" to bfloat16, as eager rounds it, where both types are; "parts", three bfloat16 numbers which hold all of a
+    float32's bits, for a float32 result beside a bfloat16 operand. Others have an `input_precision`.
+    """
+    if wide == torch.bfloat16 and result in (torch.bfloat16, torch.float32):
+        return "rounded" if result == torch.bfloat16 else "parts"
+    return mixed_precision(wide, result)
 
 
 def shrink_precision(x: torch.dtype, a: torch.dtype) -> str:

@@ -283,10 +283,10 @@ def persistent(
     """y = x·w + bias + s·b: x [M, K], w [K, N], s [M, R], b [R, N], bias [N], one half dtype -> y [M, N].
 
     `programs`: how many run at one time, the GPU's multiprocessors. ValueError for operands that `applies` does not take;
-    s comes from `rank_operand`, b from `fetchable`. `late_wait` as in `expand`. `release` lets
-    a dependent launch that follows run beside this one, when s is there; it may read s but not y. `first`: s is computed by the same launch,
-    of R up to FUSED_RANK, without a mask, `first.a`.t() from `fetchable`; by the first `shrinking` of its programs.
-    Equal bits for any `programs` and `shrinking`.
+    s comes from `rank_operand`, b from `fetchable`. `late_wait` as in `expand`. `release` lets a
+    dependent launch that follows run beside this one, when s is there: it may read s, not y. `first`: s is computed by the
+    same launch, of R up to FUSED_RANK, without a mask, `first.a`.t() from `fetchable`; by the first `shrinking` of its
+    programs. Equal bits for any `programs` and `shrinking`.
     """
     M, K = x.shape
     N, R = b.shape[1], b.shape[0]

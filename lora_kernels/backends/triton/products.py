@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_kernels.backends.base import Products, left_is_wide
 from lora_kernels.backends.composite import GroupedCompositeProducts
-from lora_kernels.backends.triton.configs import beside_tile, lowrank_tiles
+from lora_kernels.backends.triton.configs import BESIDE, lowrank_tiles
 from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Adapter, Groups, QuantizedWeight, Scale, Weight
@@ -155,19 +155,21 @@ class TritonProducts(Products):
     def gradients(
         self, dy: Tensor, w: Weight, adapter: Adapter, x: Tensor, s: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if not self._runs_beside(dy, w, adapter, x):
+        if not isinstance(w, Tensor) or not self._runs_beside(dy, w, adapter, x):
             return super().gradients(dy, w, adapter, x, s, dtype)
         from lora_kernels.backends.triton.persistent import fetchable
         from lora_kernels.backends.triton.wgrad import wgrad
 
-        # Four launches run beside each other. All that they read or write is allocated before it is used by the first of
-        # them, and is held until the last one is launched.
+        # Four launches run beside each other. What one of them reads or writes is held until the last is launched: its
+        # memory must not be given to another.
+        (M, R), B = s.shape, fetchable(adapter.B)
+        s = rank_operand(M, R, dy.dtype, dy.device).copy_(s)
+        rounded = rank_operand(M, R, dy.dtype, dy.device)
         config = self._lowrank(dy.shape[1]).config("shrink")
-        late, b = config.split == 1, fetchable(adapter.B)
-        rounded = rank_operand(dy.shape[0], b.shape[0], dy.dtype, dy.device)
+        late = config.split == 1
         q = self._shrink(dy, adapter, config, release=late, rounded=rounded)
-        dx = self._persistent(dy, w, rounded, b, None, late, release=True)
-        tile = beside_tile(self.target)
+        dx = self._persistent(dy, w, rounded, B, None, late, release=True)
+        tile = BESIDE[self.target.name]
         dB = wgrad(s, dy, dtype, tile, beside=True)
         dA = wgrad(x, rounded, dtype, tile, beside=True)
         del q
@@ -298,9 +300,9 @@ class TritonProducts(Products):
 
         return applies(x, w)
 
-    def _runs_beside(self, dy: Tensor, w: Weight, adapter: Adapter, x: Tensor) -> bool:
+    def _runs_beside(self, dy: Tensor, w: Tensor, adapter: Adapter, x: Tensor) -> bool:
         """Whether dA and dB are computed beside dx: by the persistent product, which leaves room for them."""
-        if 0 in (*dy.shape, x.shape[1], adapter.A.shape[1]) or not isinstance(w, Tensor):
+        if 0 in (*dy.shape, x.shape[1], adapter.A.shape[1]) or self.target.name not in BESIDE:
             return False
         return (
             self._persistent_takes(dy, w, adapter)
@@ -356,8 +358,8 @@ class TritonProducts(Products):
             s = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device).copy_(s)
         config = self.tiles.config("persistent")
         b = fetchable(B)
-        own = {"late_wait": late_wait, "release": release}
-        return persistent(x, w, s, b, bias, config, self._programs(x), **own)
+        programs = self._programs(x)
+        return persistent(x, w, s, b, bias, config, programs, late_wait=late_wait, release=release)
 
     def _decoded(self, w: QuantizedWeight) -> AbstractContextManager[Tensor]:
         """w as a dense tensor, for the products that are launched while it is entered."""

@@ -94,6 +94,23 @@ def _split(values):
 
 
 @triton.jit
+def parts_product(left, right, acc):
+    """acc + left·right: left in bfloat16, right in float32, which is multiplied as the sum of three bfloat16 numbers.
+
+    Only the first of the three, and left beside it, has what is not finite.
+    """
+    high, finite_high, _ = _split(right)
+    rest = tl.where(tl.abs(right) < 3.3961775e38, right, 0.0) - finite_high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    bits = left.to(tl.int16, bitcast=True)
+    finite = tl.where((bits & 0x7F80) == 0x7F80, 0, bits).to(tl.bfloat16, bitcast=True)
+    acc = tl.dot(finite, low, acc)
+    acc = tl.dot(finite, middle, acc)
+    return tl.dot(left, high, acc)
+
+
+@triton.jit
 def nf4_scale(
     absmax_ptr,
     code2_ptr,

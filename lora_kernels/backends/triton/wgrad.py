@@ -15,11 +15,11 @@ from lora_kernels.backends.triton.launch import (
     Mask,
     cdiv,
     launch,
-    mixed_precision,
+    lowrank_form,
     needs_int64,
 )
 from lora_kernels.backends.triton.partials import sum_partials
-from lora_kernels.backends.triton.tiles import as_int64, keep_tile, rows_of
+from lora_kernels.backends.triton.tiles import as_int64, keep_tile, parts_product, rows_of
 from lora_kernels.dropout import Dropout
 from lora_kernels.tuning.config import TileConfig, rank_block
 
@@ -48,7 +48,7 @@ def _wgrad_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FORM: tl.constexpr,
     DROPOUT: tl.constexpr,
     INT64: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -88,7 +88,12 @@ def _wgrad_kernel(
             wide *= keep_tile(seed_ptr, threshold, offs_m, c_start, C, BLOCK_M, BLOCK_C).to(
                 wide.dtype
             )
-        acc = tl.dot(tl.trans(wide.to(lowrank.dtype)), lowrank, acc, input_precision=PRECISION)
+        if FORM == "rounded":
+            acc = tl.dot(tl.trans(wide), lowrank.to(wide.dtype), acc)
+        elif FORM == "parts":
+            acc = parts_product(tl.trans(wide), lowrank, acc)
+        else:
+            acc = tl.dot(tl.trans(wide.to(lowrank.dtype)), lowrank, acc, input_precision=FORM)
 
     if WHOLE:
         acc *= keep_scale
@@ -150,7 +155,7 @@ def wgrad(
         BLOCK_C=config.block_n,
         BLOCK_R=block_r,
         WHOLE=split == 1,
-        PRECISION=mixed_precision(wide.dtype, dtype),
+        FORM=lowrank_form(wide.dtype, dtype),
         DROPOUT=dropout is not None,
         INT64=needs_int64(wide, lowrank, out),
         GROUPED=offsets is not None,
