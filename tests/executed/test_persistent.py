@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_kernels.backends.triton import products as products_module
 from lora_kernels.backends.triton.configs import tiles_for, tiles_of, untried
@@ -188,21 +188,22 @@ def test_what_is_beside_waits_where_it_must(kernel, instead, what, monkeypatch):
 
 def test_what_runs_beside_another_is_held_until_the_last_launch(monkeypatch):
     """Memory that is free goes to the next tensor at once: a launch that still runs must not use it."""
-    used: list[weakref.ref] = []
+    used: list[StorageWeakRef] = []
 
     def record(kernel, programs, config, device, *args, **constants):
-        assert all(each() is not None for each in used)
+        assert not any(each.expired() for each in used)
         given = (getattr(each, "base", each) for each in (*args, *constants.values()))
-        used.extend(weakref.ref(each) for each in given if isinstance(each, torch.Tensor))
+        tensors = [each for each in given if isinstance(each, torch.Tensor)]
+        used.extend(StorageWeakRef(each.untyped_storage()) for each in tensors)
 
     for name in ("shrink", "persistent", "wgrad"):
         module = importlib.import_module(f"lora_kernels.backends.triton.{name}")
         monkeypatch.setattr(module, "launch", record)
     sm_90, o = TARGETS["sm_90"], BESIDE_CASE.operands()
     products = TritonProducts("persistent", PROBLEM, sm_90, tiles_for(PROBLEM, sm_90))
-    s, unaligned = o.results(None)["s"].float(), torch.empty(264, 13).bfloat16()
-    for b in (o.b, unaligned.t()):  # the second is copied for tensor copies
-        adapter = o.adapter._replace(B=b).t()
+    s, unaligned = o.results(None)["s"].float(), torch.empty(o.a.shape).bfloat16()
+    for a in (o.a, unaligned):  # tensor copies fetch a copy of the second
+        adapter = o.adapter._replace(A=a).t()
         products.gradients(o.dy, o.w.t(), adapter, o.x, s, o.a.dtype)
         assert len(used) > 12
         used.clear()
