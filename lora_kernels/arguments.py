@@ -14,9 +14,8 @@ from lora_kernels.declined import why_declined
 from lora_kernels.operands import DTYPES, QuantizedWeight, Weight
 
 # Other types (fake and distributed tensors) intercept operators, so they must see a registered one.
-EAGER_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
-
-
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+EAGER_TYPES = _TENSORS | {type(None)}
 _OPERANDS = ("x", "weight", "A", "B", "bias", "magnitude")
 
 
@@ -53,20 +52,13 @@ def check(a: Arguments, *, autocast: bool) -> None:
 
 
 def _check_operands(a: Arguments, autocast: bool) -> None:
-    x, weight, A, B, _, bias, *_, magnitude, offsets = a
+    x, weight, A, B, _, bias, _, _, _, magnitude, offsets = a
     device = x.device if isinstance(x, Tensor) else None
-    usual = type(weight) in EAGER_TYPES or isinstance(weight, QuantizedWeight)
-    if not usual and not torch.compiler.is_compiling():  # compilers cannot trace a search by name
-        _check_kind(weight)
-    for name, t in zip(_OPERANDS, (x, weight, A, B, bias, magnitude), strict=True):
-        if t is None and name in ("bias", "magnitude"):
-            continue
-        if not isinstance(t, Tensor) and not (name == "weight" and isinstance(t, QuantizedWeight)):
-            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-        if t.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
-        if t.device != device:
-            raise ValueError(f"{name} must be on x's device, {device}, got {t.device}")
+    given = (x, weight, A, B) if bias is None else (x, weight, A, B, bias)
+    for t in given if magnitude is None else (*given, magnitude):
+        if type(t) not in _TENSORS or t.dtype not in DTYPES or t.device != device:
+            _check_each(a, device)  # most calls have nothing to name
+            break
     if x.is_nested:
         raise TypeError("x must be a dense tensor, got a nested one: give its values or pad it")
     if not isinstance(weight, Tensor):
@@ -77,11 +69,12 @@ def _check_operands(a: Arguments, autocast: bool) -> None:
         raise ValueError(f"weight must be [N, K], 2-D, got {_shape(weight)}")
     else:
         N, K = weight.shape
-        if x.ndim < 1 or x.shape[-1] != K:
+        x_shape, A_shape = x.shape, A.shape
+        if not x_shape or x_shape[-1] != K:
             raise ValueError(f"x must be [..., K] with K = {K} as in weight, got {_shape(x)}")
-        if A.ndim != 2 or A.shape[0] != K:
+        if len(A_shape) != 2 or A_shape[0] != K:
             raise ValueError(f"A must be [K, R] with K = {K} as in weight, got {_shape(A)}")
-        R = A.shape[1]
+        R = A_shape[1]
         if B.shape != (R, N):
             raise ValueError(f"B must be [R, N] = [{R}, {N}], got {_shape(B)}")
         if bias is not None and bias.shape != (N,):
@@ -90,11 +83,31 @@ def _check_operands(a: Arguments, autocast: bool) -> None:
             raise ValueError(f"magnitude must be [N] = [{N}], got {_shape(magnitude)}")
     if A.dtype != B.dtype:
         raise TypeError(f"B must have A's dtype, {A.dtype}, got {B.dtype}")
-    if not autocast:
-        dtype = x.dtype
-        for name, t in (("weight", weight), ("bias", bias)):
-            if t is not None and t.dtype != dtype:
-                raise TypeError(f"{name} must have x's dtype, {x.dtype}, got {t.dtype}")
+    if autocast:
+        return
+    dtype = x.dtype
+    if weight.dtype != dtype:
+        raise TypeError(f"weight must have x's dtype, {dtype}, got {weight.dtype}")
+    if bias is not None and bias.dtype != dtype:
+        raise TypeError(f"bias must have x's dtype, {dtype}, got {bias.dtype}")
+
+
+def _check_each(a: Arguments, device: torch.device | None) -> None:
+    """TypeError or ValueError for the first operand that is none, has no dtype of `DTYPES` or lies on another device."""
+    weight = a.weight
+    usual = type(weight) in EAGER_TYPES or isinstance(weight, QuantizedWeight)
+    if not usual and not torch.compiler.is_compiling():  # compilers cannot trace a search by name
+        _check_kind(weight)
+    operands = (a.x, weight, a.A, a.B, a.bias, a.magnitude)
+    for name, t in zip(_OPERANDS, operands, strict=True):
+        if t is None and name in ("bias", "magnitude"):
+            continue
+        if not isinstance(t, Tensor) and not (name == "weight" and isinstance(t, QuantizedWeight)):
+            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"{name} must be on x's device, {device}, got {t.device}")
 
 
 def _check_scale(alpha: Any, name: str) -> None:

@@ -23,6 +23,7 @@ from lora_kernels.formulas import Gradients, Needs, Saved
 from lora_kernels.operands import Adapter, Groups, Scale, Weight, groups_of
 from lora_kernels.plan import Plan, plan_call
 
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # looked up once: that takes longer than to ask for it
 ALPHA_IS_NO_PARAMETER = "alpha must not require grad: it is a run-time value, no parameter"
 
 
@@ -180,7 +181,7 @@ def modes_are_active() -> bool:
     """Whether a mode counts, records or traces operators, as FlopCounterMode and make_fx do."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+        or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
     )
 
 

@@ -129,9 +129,10 @@ def alpha_tensor(alpha: float, dtype: torch.dtype, device: torch.device | str) -
 
 def _autocast_to(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast casts x to now, or None; float64 it leaves alone."""
-    if not isinstance(x, Tensor) or x.dtype == torch.float64:
+    if not isinstance(x, Tensor):
         return None
-    return autocast_dtype(x.device.type)
+    half = autocast_dtype("cpu" if x.is_cpu else x.device.type)  # the string takes longer
+    return None if half is None or x.dtype == torch.float64 else half
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -19,7 +19,7 @@ from lora_kernels.dropout import Dropout
 from lora_kernels.problem import DENSE, Problem
 
 HALF = (torch.float16, torch.bfloat16)
-DTYPES = (*HALF, torch.float32, torch.float64)  # of x, A and B
+DTYPES = frozenset({*HALF, torch.float32, torch.float64})  # of x, A and B
 # A number, or a tensor on the operands' device or the CPU, read when the product is computed: 0-d, or [G] over groups.
 Scale = float | Tensor
 

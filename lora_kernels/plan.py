@@ -143,7 +143,8 @@ def plan_call(
 
     RuntimeError where an explicit or strict choice cannot compute it.
     """
-    (N, K), R = weight.shape[-2:], A.shape[-1]
+    N, K = weight.shape if groups is None else weight.shape[-2:]
+    R = A.shape[-1]
     stacks = (0, 1) if groups is None else (groups.count, groups.weights)
     M = x.numel() // K if K else x.shape[:-1].numel()
     w_k_major, weight_format = layout_of(weight)
