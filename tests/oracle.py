@@ -193,6 +193,15 @@ def check_products(products: Products, case: Case, adjoint: Products | None = No
     check("dB", back.wgrad(s, o.dy, o.b.dtype), o.b.dtype)
 
 
+def check_gradients(products: Products, case: Case) -> None:
+    """dx, dA and dB of `gradients`, which may compute them beside each other, are within budget."""
+    o = case.operands()
+    eager, exact = o.results(None), o.results(torch.float64)
+    given = o.dy, o.w.t(), o.adapter.t(), o.x, products.shrink(o.x, o.adapter), o.a.dtype
+    for name, actual in zip(("dx", "dA", "dB"), products.gradients(*given), strict=True):
+        assert_budget(actual, eager[name], exact[name], f"{name} of {case}, beside the others")
+
+
 @contextmanager
 def made_inside() -> Iterator[Callable[[], list[tuple[int, ...]]]]:
     """Gives a function that lists the shapes of the tensors made inside and still held by somebody."""

@@ -35,6 +35,10 @@ class Planned(Products):
     def shrink_wgrad(self, dy, adapter, s, dtype):
         return self._of(dy, dtype, s.shape[1]).shrink_wgrad(dy, adapter, s, dtype)
 
+    def gradients(self, dy, w, adapter, x, s, dtype):
+        products = self._of(dy, adapter.A.dtype, s.shape[1], adapter, w)
+        return products.gradients(dy, w, adapter, x, s, dtype)
+
     def _of(
         self,
         x: Tensor,

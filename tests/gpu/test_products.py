@@ -17,7 +17,7 @@ from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import KERNELS, LOWRANK_KERNELS
 from lora_kernels.tuning.search import Choice
 from tests.gpu.conftest import DEVICE, declined
-from tests.oracle import AWKWARD, Case, assert_budget, check_products
+from tests.oracle import AWKWARD, Case, assert_budget, check_gradients, check_products
 from tests.planned import Planned
 
 LARGE = [  # many tiles, splits, a second wave; sizes that no tile divides
@@ -114,7 +114,10 @@ def test_the_persistent_product(case, algorithm, triton_backend):
     refusal = next(c.refusal for c in offered if c.name == algorithm)
     if refusal is not None:
         pytest.skip(refusal)
-    check_products(products, replace(case, device=DEVICE))
+    case = replace(case, device=DEVICE)
+    check_products(products, case)
+    for _ in range(20):  # launches run beside each other, in another order each time
+        check_gradients(products, case)
 
 
 def test_one_launch_in_a_graph(triton_backend):
