@@ -231,7 +231,8 @@ def _beside_us(
 
     What they occupy of the pipes of the busiest multiprocessor, counted as the product's own cycles are; the launch of
     shrink; and what none of it hides: shrink runs beside the first tile of every multiprocessor, the sums beside the others,
-    each limited by the bandwidth, and a sum by what it has on its way.
+    each limited by the bandwidth and by what it has on its way. Assumed: blocks of both run on a multiprocessor at one time,
+    as its registers and its shared memory allow.
     """
     own = Tile.of(config, problem, target.name) if config else None
     own = own or _best_tile("persistent", problem, target)
