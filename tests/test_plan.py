@@ -355,12 +355,19 @@ class TestTritonOrCUDA:
         assert explain(large).candidate.name == "two_kernel"
         for change, reason in (
             ({"N": 4100}, "persistent takes N and K that are multiples of 8, got 4100 and 4096"),
-            ({"dtype": "float16", "adapter_dtype": "float16"}, "must be bfloat16, got float16"),
-            ({"adapter_dtype": "float32"}, "adapters of x's type, bfloat16, got float32"),
+            (
+                {"dtype": "float32", "adapter_dtype": "float32"},
+                "persistent takes an x of bfloat16 or float16, got float32",
+            ),
         ):
-            assert reason in explain(replace(large, **change)).passed_over["persistent"]
+            told = plan.explain(replace(large, **change), "triton")
+            assert reason in told.passed_over["persistent"]
             with pytest.raises(RuntimeError, match=re.escape(reason)):
                 plan.explain(replace(large, **change), "triton", "persistent")
+        for types in ("bfloat16", "float32"), ("float16", "float32"), ("float16", "float16"):
+            able = dict(zip(("dtype", "adapter_dtype"), types, strict=True))
+            told = explain(replace(large, **able))
+            assert "persistent 1" in told.plan and never_timed in str(told).splitlines()
         masked = explain(replace(large, dropout=True, backward=True, w_k_major=False))
         assert masked.passed_over["persistent"].startswith(
             "the mask of dx is on its rank tail alone"
@@ -402,7 +409,10 @@ class TestTritonOrCUDA:
             ({"dropout": True}, "persistent_one_launch has no dropout"),
             ({"R": 65}, "takes a rank of at most 64, got 65"),
             ({"N": 4100}, "multiples of 8, got 4100 and 4096"),
-            ({"adapter_dtype": "float32"}, "adapters of x's type, bfloat16, got float32"),
+            (
+                {"adapter_dtype": "float32"},
+                "the type that x and the adapters must have, got bfloat16 and float32",
+            ),
         ):
             assert reason in explain(replace(large, **change)).passed_over[name]
         for target, reason in (

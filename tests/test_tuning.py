@@ -19,7 +19,7 @@ from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost, tables
 from lora_kernels.tuning.config import TileConfig, fits, rank_block, row_blocks, smem_bytes
 from lora_kernels.tuning.cost import frozen_us, full_rate, predict_us, product_us, rate
-from lora_kernels.tuning.cycles import Cycles, Tile, cycles, tiles
+from lora_kernels.tuning.cycles import Cycles, Tile, cycles, flops_per_clock, tiles
 from lora_kernels.tuning.tables import Entry, bucket
 from lora_kernels.tuning.targets import TARGETS, target_of
 
@@ -252,6 +252,24 @@ class TestCost:
             replace(config, block_n=128), problem, "sm_100"
         )  # not counted: scaled from its like
         assert cycles(half, 16).step[0] == matrix / 2
+
+    @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+    def test_a_rank_tail_in_parts(self, target):
+        """Three times the rank, in blocks of 64, on the matrix pipe; and a launch that makes parts of b."""
+        own = TARGETS[target]
+        wide = replace(BIG, adapter_dtype="float32")
+        for R, blocks in ((16, 1), (64, 3)):
+            for tile in tiles("persistent", wide, target):
+                whole, config = tile._replace(types="bfloat16"), tile.config
+                assert cycles(tile, R).step[0] == cycles(whole, R).step[0]
+                block = 2 * config.block_m * config.block_n * 64 / max(1, config.ctas)
+                per_clock = flops_per_clock(target, "bfloat16")
+                assert cycles(tile, R).rest[0] == blocks * block / per_clock
+        half = replace(wide, dtype="float16", adapter_dtype="float16")
+        for problem in (wide, half, wide.adjoint()):
+            two, one = (predict_us(name, problem, own) for name in ("two_kernel", "persistent"))
+            before, after = (product_us(name, problem, own) for name in ("expand", "persistent"))
+            assert one - two == pytest.approx(after - before + cost.MIN_KERNEL_US + own.gap_us)
 
     def test_what_x_a_adds_to_the_persistent_product_that_computes_it(self):
         """A clearing and a gap; and a block of rows by each program, unless those with a tile less do them all."""

@@ -30,6 +30,7 @@ DECODE_ROWS = 64  # the most rows that `decode` holds in one tile
 CUDA_DECODE_ROWS = 32  # the most rows of the CUDA C++ kernel
 CUDA_DECODE_COLUMNS = 64  # of a half w that one of its tiles takes
 CUDA_DECODE_RANK = 32  # the most ranks whose x·a it computes in its pass over w
+_BFLOAT16 = "bfloat16", "bfloat16"
 FUSED_RANK = 64  # the largest rank of the kernels that keep a whole rank beside the main tile
 
 
@@ -196,7 +197,7 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
 
 
 def _persistent_refuses(config: TileConfig, problem: Problem, target: Target) -> str | None:
-    """The rule of the persistent product that is broken: tensor copies fetch each operand, s in x's type."""
+    """The rule of the persistent product that is broken: tensor copies fetch each operand, s and b in a half type."""
     if not config.tma:
         return "persistent fetches by tensor descriptors"
     if config.ctas and (
@@ -206,13 +207,8 @@ def _persistent_refuses(config: TileConfig, problem: Problem, target: Target) ->
             f"tensor memory of {target.name} holds two accumulators of 128 rows a CTA, "
             f"got {config.block_m}x{config.block_n} by {config.ctas}"
         )
-    if problem.dtype != "bfloat16":
-        # float16 does not hold every s = alpha·x·A.
-        return f"persistent rounds s to x's type, which must be bfloat16, got {problem.dtype}"
-    if problem.adapter_dtype != problem.dtype:
-        return (
-            f"persistent takes adapters of x's type, {problem.dtype}, got {problem.adapter_dtype}"
-        )
+    if ITEMSIZE[problem.dtype] != 2:
+        return f"persistent takes an x of bfloat16 or float16, got {problem.dtype}"
     if problem.N % 8 or problem.K % 8:
         return f"persistent takes N and K that are multiples of 8, got {problem.N} and {problem.K}"
     return None
@@ -258,6 +254,11 @@ def _one_launch_refuses(config: TileConfig, problem: Problem, target: Target) ->
             f"a rank of {problem.R} does not fit {config.block_n} columns of persistent_one_launch"
         )
     return None
+
+
+def tail_in_parts(problem: Problem) -> bool:
+    """Whether a product beside a half x multiplies s by b in parts, as they are no bfloat16 numbers."""
+    return ITEMSIZE[problem.dtype] == 2 and (problem.dtype, problem.adapter_dtype) != _BFLOAT16
 
 
 def rank_block(R: int, rank_chunk: int) -> int:

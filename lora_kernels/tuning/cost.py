@@ -4,7 +4,8 @@ With P the achievable rate, W the achievable bandwidth and e an element's bytes:
 
 frozen      max(2·M·N·K / P, bytes / 0.92·W)
 two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, overlapped in part on sm_90+
-persistent  product + shrink + gap, overlapped likewise; or beside each other, see `_beside_us`
+persistent  product + shrink + gap, overlapped likewise         or beside each other, see `_beside_us`; + a launch and gap for
+                                                                the parts of b, where s·b is in parts
 one_launch  product + a clearing of its flags + gap             its first programs compute s, see `_first_us`
 persistent_one_launch  the same of persistent
 lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, no overlap
@@ -56,6 +57,7 @@ from lora_kernels.tuning.config import (
     row_blocks,
     shrinking_programs,
     smem_bytes,
+    tail_in_parts,
 )
 from lora_kernels.tuning.cycles import INSTRUCTIONS, L2_BYTES, Tile, cycles, flops_per_clock, tiles
 from lora_kernels.tuning.targets import Target
@@ -170,6 +172,8 @@ def predict_us(
         # In a backward q comes with dB, and nothing runs beside the product.
         overlaps = not (pointers or problem.backward)
         hidden = overlaps * _HIDDEN.get(target.name, 0.0) * min(shrink + gap, main)
+        if algorithm == "persistent" and tail_in_parts(problem):
+            main += MIN_KERNEL_US + gap
         return _dequantise_us(problem, target) + main + shrink + gap - hidden + adapter_grads
     raise ValueError(f"algorithm must be one of {ALGORITHMS + GROUPED + OTHERS}, got {algorithm!r}")
 
@@ -220,7 +224,7 @@ def _runs_beside(problem: Problem, target: Target, config: TileConfig | None) ->
     if problem.empty or problem.groups or not tiles(kernel, problem, target.name):
         return False
     own = config or _best_tile("persistent", problem, target).config
-    plain = problem.dtype == problem.adapter_dtype and problem.R <= FUSED_RANK
+    plain = problem.dtype == problem.adapter_dtype == "bfloat16" and problem.R <= FUSED_RANK
     return plain and not problem.dropout and leaves_room(own, problem, target)
 
 

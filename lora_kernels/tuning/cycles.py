@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.config import TileConfig, tail_in_parts
 
 PIPES = ("matrix", "shared", "issue", "l2")
 COUNTED = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -130,8 +130,8 @@ def _kind(kernel: str, problem: Problem, target: str) -> tuple[str, str, bool]:
     """(target, types, forward): the first fields of a Tile."""
     half, adapter_half = (t in _HALF for t in (problem.dtype, problem.adapter_dtype))
     wide_adapters = half and kernel == "one_pass" and not adapter_half
-    if kernel == "expand":  # its rank tail is one of bfloat16 or of wider numbers
-        wide_adapters = half and not problem.dtype == problem.adapter_dtype == "bfloat16"
+    if kernel in ("expand", "persistent"):
+        wide_adapters = tail_in_parts(problem)
     types = "bfloat16, float32" if wide_adapters else "bfloat16" if half else "float32"
     return _LIKE.get(target, target), types, problem.w_k_major
 

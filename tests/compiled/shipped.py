@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_kernels.backends.triton.decode import decode
 from lora_kernels.backends.triton.dequantise import dequantise
 from lora_kernels.backends.triton.expand import Shrink, expand
-from lora_kernels.backends.triton.launch import rank_operand
+from lora_kernels.backends.triton.launch import PARTS, rank_operand
 from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.backends.triton.scale import scaled_gradient
 from lora_kernels.backends.triton.shrink import shrink, shrink_squares
@@ -20,7 +20,7 @@ from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.samples import sample
-from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.config import TileConfig, tail_in_parts
 from lora_kernels.tuning.targets import Target
 
 
@@ -45,6 +45,15 @@ class Shapes:
         stack = (count,) if count else ()
         made = torch.empty((*stack, *shape), dtype=getattr(torch, dtype), device="meta")
         return made.mT if transposed else made
+
+    def _tail(self, target: Target) -> Tensor | None:
+        """What a product reads of s or q: as one that `shrink` stores beside; None where that is float32."""
+        p, device = self.problem, torch.device("meta")
+        if p.dtype == p.adapter_dtype == "bfloat16":
+            return rank_operand(p.M, p.R, torch.bfloat16, device)
+        if tail_in_parts(p) and target.name in ("sm_90", "sm_100"):  # the persistent one
+            return rank_operand(p.M, PARTS * p.R, torch.bfloat16, device)
+        return None
 
     def launch(self, config: TileConfig, target: Target) -> None:
         """One launch of `config`'s kernel."""
@@ -71,7 +80,8 @@ class Shapes:
         if config.kernel == "shrink" and self.scaled:
             shrink_squares(x, a, config)
         elif config.kernel == "shrink":
-            shrink(x, a, 0.5, config, mask, offsets=offsets, release=target.tma)
+            tail = None if offsets is not None else self._tail(target)
+            shrink(x, a, 0.5, config, mask, offsets=offsets, release=target.tma, rounded=tail)
         elif config.kernel == "expand":
             own |= {"offsets": offsets, "late_wait": target.tma}
             expand(x, w, rounded, b, bias, config, mask, **own)
@@ -81,9 +91,12 @@ class Shapes:
         elif config.kernel == "persistent":
             from lora_kernels.backends.triton.persistent import persistent
 
-            rounded = rank_operand(p.M, p.R, x.dtype, x.device)
+            if tail_in_parts(p):
+                made = rank_operand(p.N, PARTS * p.R, torch.bfloat16, x.device)
+                b = made.t() if b.stride(1) != 1 else made.new_empty((PARTS * p.R, p.N))
+            tail = self._tail(target)
             own = {"late_wait": True, "release": True}
-            persistent(x, w, rounded, b, bias, config, target.multiprocessors, **own)
+            persistent(x, w, tail, b, bias, config, target.multiprocessors, **own)
         elif config.kernel == "persistent_one_launch":
             from lora_kernels.backends.triton.persistent import persistent
 

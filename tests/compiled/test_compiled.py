@@ -265,12 +265,15 @@ PERSISTENT_LOOPS = {
 
 @pytest.mark.skipif(untried() is not None, reason=str(untried()))
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "backward"])
+@pytest.mark.parametrize("types", [*TYPES[:2], ("float16", "float16")], ids=str)
 @pytest.mark.parametrize(("target", "size"), PERSISTENT_LOOPS)
-def test_the_persistent_loop(target, size, forward):
+def test_the_persistent_loop(target, size, types, forward):
     """At rank 16 and 64 the loop over K is the same: four matrix instructions, and few of any other kind."""
-    problem = Problem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
+    problem = Problem(4096, 4096, 4096, 16, *types, device="cuda")
     configs = [c for k in PERSISTENT for c in tiles_of(k, problem, TARGETS[target])]
     matrix, instructions, smem_bytes, columns = PERSISTENT_LOOPS[target, size]
+    if types[0] == "float16":
+        matrix = [op.removesuffix(".BF16") for op in matrix]
     for R, config in product((16, 64), (c for c in configs if size in str(c))):
         code = compile_job((target, replace(problem, R=R), config, forward, False))
         assert code.loop_matrix == matrix, code

@@ -12,10 +12,11 @@ from lora_kernels.backends.triton.configs import BESIDE, tiles_of
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.one_pass import one_pass
+from lora_kernels.backends.triton.parts import parts
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import TileConfig
+from lora_kernels.tuning.config import TileConfig, tail_in_parts
 from lora_kernels.tuning.cycles import (
     COUNTED,
     INSTRUCTIONS,
@@ -90,15 +91,17 @@ def count(target: str, config: TileConfig, problem: Problem, steps: int, R: int)
             one_pass(x, w, a, b, 0.5, None, config)
             return executed[0].counters
         s = torch.zeros(M, R)
-        if problem.dtype == problem.adapter_dtype == "bfloat16":
+        if not tail_in_parts(problem) and problem.dtype == "bfloat16":
             s = rank_operand(M, R, x.dtype, x.device).zero_()
         if config.kernel == "expand":
             expand(x, w, s, b, None, config)
         else:
             from lora_kernels.backends.triton.persistent import persistent
 
+            if tail_in_parts(problem):
+                s, b = parts(s, b, config)
             persistent(x, w, s, b, None, config, 1)
-    return executed[0].counters
+    return executed[-1].counters
 
 
 def pipe_cycles(target: str, counters: Counters, ctas: int) -> tuple[float, ...]:

@@ -10,8 +10,9 @@ from torch import Tensor
 from lora_kernels.backends.triton.decode import decode
 from lora_kernels.backends.triton.dequantise import dequantise
 from lora_kernels.backends.triton.expand import Shrink, expand
-from lora_kernels.backends.triton.launch import rank_operand
+from lora_kernels.backends.triton.launch import rank_operand, rank_tail
 from lora_kernels.backends.triton.one_pass import one_pass
+from lora_kernels.backends.triton.parts import parts
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 from lora_kernels.backends.triton.wgrad import wgrad
@@ -94,6 +95,15 @@ def compare(actual: dict[str, Tensor], o: Operands, what: str) -> None:
         assert_budget(value, expected, exact[name], f"{name} by {what}")
 
 
+def tail(s: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """s and b as a persistent product of an x of `dtype` copies them."""
+    from lora_kernels.backends.triton.persistent import fetchable
+
+    if rank_tail(dtype, b.dtype, tma=True) == "split":
+        return parts(s.float(), b, TileConfig("shrink", 64, 1, 64, 4, 3))
+    return rank_operand(*s.shape, dtype, s.device).copy_(s), fetchable(b)
+
+
 def one_launch(
     config: TileConfig, o: Operands, programs: int = 2, shrinking: int | None = None
 ) -> dict[str, Tensor]:
@@ -127,11 +137,10 @@ def launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
         first = Shrink(o.a, alpha, s, o.dropout)
         return {"y": expand(o.x, o.w, tail, o.b, o.bias, config, first=first), "s": s}
     if config.kernel == "persistent":
-        from lora_kernels.backends.triton.persistent import fetchable, persistent
+        from lora_kernels.backends.triton.persistent import persistent
 
-        s = rank_operand(*o.results(None)["s"].shape, o.x.dtype, o.x.device)
-        s.copy_(o.results(None)["s"])
-        return {"y": persistent(o.x, o.w, s, fetchable(o.b), o.bias, config, programs=1)}
+        s, b = tail(o.results(None)["s"], o.b, o.x.dtype)
+        return {"y": persistent(o.x, o.w, s, b, o.bias, config, programs=1)}
     if config.kernel == "persistent_one_launch":
         return one_launch(config, o)
     if config.kernel == "one_pass":

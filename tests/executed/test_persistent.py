@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from lora_kernels.backends.triton import parts as parts_module
 from lora_kernels.backends.triton import products as products_module
 from lora_kernels.backends.triton.configs import tiles_for, tiles_of, untried
 from lora_kernels.backends.triton.launch import rank_operand
+from lora_kernels.backends.triton.parts import parts
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig, Tiles
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.layer import train
-from tests.executed.shipped import compare
+from tests.executed.shipped import compare, tail
 from tests.oracle import Case, Operands
 from tests.ptx import launch
 from tests.ptx.launch import Executed, emulate
@@ -30,7 +32,7 @@ from tests.ptx.parser import PtxError
 if (reason := untried()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from lora_kernels.backends.triton.persistent import applies, fetchable, persistent
+from lora_kernels.backends.triton.persistent import applies, persistent
 
 pytestmark = pytest.mark.slow
 TARGETS_OF_IT = ("sm_90", "sm_100")
@@ -44,6 +46,7 @@ KINDS = list(
     }.values()
 )
 every_kind = pytest.mark.parametrize("target, tile", KINDS, ids=str)
+FLOAT32_BESIDE = {"dtype": torch.float16, "adapter_dtype": torch.float32}
 # Two tiles each way, none full; a program computes several of them. K: less than a step, two steps, five.
 CASES = [
     (Case(133, 264, 264, 13, dtype=torch.bfloat16), True, None),
@@ -53,15 +56,26 @@ CASES = [
     (Case(1, 264, 8, 1, dtype=torch.bfloat16), True, None),
     (Case(70, 264, 200, 130, dtype=torch.bfloat16, layout="peft", bias=False), True, 4),
     (Case(70, 264, 136, 72, dtype=torch.float16, layout="transposed"), False, 5),
+    # s and b in parts: of a rank that three times is no multiple of 16, of two steps and a rest, beyond 128.
+    (Case(133, 264, 264, 13, dtype=torch.bfloat16, adapter_dtype=torch.float32), True, None),
+    (Case(133, 520, 72, 47, dtype=torch.float16, layout="peft"), True, 6),
+    (Case(70, 264, 200, 130, **FLOAT32_BESIDE, layout="peft", bias=False), False, 7),
 ]
+# Types of x and of the adapters whose tail is in parts.
+IN_PARTS = [
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
+]
+every_type_in_parts = pytest.mark.parametrize("dtype, adapter_dtype", IN_PARTS, ids=str)
 
 
 def product(o: Operands, tile: TileConfig, forward: bool, programs: int) -> dict[str, torch.Tensor]:
     """y of the operands, or dx, by what eager has for s or q."""
     x, w, b, bias = (o.x, o.w, o.b, o.bias) if forward else (o.dy, o.w.t(), o.a.t(), None)
     given = o.results(None)["s" if forward else "q"]
-    s = rank_operand(*given.shape, x.dtype, x.device).copy_(given)
-    y = persistent(x, w, s, fetchable(b), bias, tile, programs)
+    s, b = tail(given, b, x.dtype)
+    y = persistent(x, w, s, b, bias, tile, programs)
     return {"y" if forward else "dx": y}
 
 
@@ -99,15 +113,36 @@ def test_s_leaves_shrink_in_a_half_type_beside(split):
     assert torch.equal(whole[:, :13], s.bfloat16()) and whole[:, 13:].isnan().all()
 
 
+@pytest.mark.parametrize("split", [1, 2])
+@every_type_in_parts
+def test_s_leaves_shrink_in_parts_beside(dtype, adapter_dtype, split):
+    """The bits that `parts` makes of the float32 result, of any sign and size; what lies behind a row is not touched."""
+    o = Case(70, 8, 136, 13, dtype=dtype, adapter_dtype=adapter_dtype, dropout=0.25).operands()
+    o.x[2, 3] = torch.inf
+    config = TileConfig("shrink", 64, 1, 64, 4, 3, split=split)
+    whole = torch.full((70, 48), torch.nan, dtype=torch.bfloat16)
+    with emulate("sm_90"), np.errstate(invalid="ignore"):
+        s = shrink(o.x, o.a, o.case.alpha, config, o.dropout, rounded=whole[:, :39])
+        expected, _ = parts(s, o.b, config)
+    compare({"s": s}, o, "shrink")
+    assert torch.equal(whole[:, :39], expected) and whole[:, 39:].isnan().all()
+
+
 @every_kind
-def test_an_infinity_stays_where_it_is(target, tile):
-    """Padded columns of s and b, and of x and w behind K, are zeros in both."""
-    o = Case(133, 264, 72, 5, dtype=torch.bfloat16).operands()
+@pytest.mark.parametrize("dtype, adapter_dtype", [(torch.bfloat16, torch.bfloat16), *IN_PARTS])
+def test_an_infinity_stays_where_it_is(target, tile, dtype, adapter_dtype):
+    """Padded columns of s and b, and of x and w behind K, are zeros in both; so is the low part of what is infinite."""
+    o = Case(133, 264, 72, 5, dtype=dtype, adapter_dtype=adapter_dtype).operands()
     o.x[3, 7] = torch.inf
+    if adapter_dtype == torch.float32:
+        o.b[2, 5] = -torch.inf
     with emulate(target), np.errstate(invalid="ignore"):
         found = product(o, tile, True, 2)
     compare(found, o, "an infinite x")
-    assert found["y"][:3].isfinite().all() and found["y"][4:].isfinite().all()
+    others = torch.ones_like(found["y"], dtype=torch.bool)
+    others[3] = False
+    others[:, 5] &= adapter_dtype != torch.float32
+    assert found["y"][others].isfinite().all()
 
 
 def test_what_it_does_not_take_is_refused():
@@ -121,16 +156,24 @@ def test_what_it_does_not_take_is_refused():
 
 @pytest.mark.parametrize("target", TARGETS_OF_IT)
 @pytest.mark.parametrize("dropout, schedule", [(0.0, 7), (0.25, None)], ids=["random", "dropout"])
-def test_a_layers_forward_and_every_gradient(target, dropout, schedule):
-    steps = train(target, "persistent", schedule, dropout=dropout)
-    kernels = steps.kernels
-    assert kernels[:2] == ["shrink", "persistent"] and steps.executed[1].dependent
+@pytest.mark.parametrize(
+    "dtype, adapter_dtype", [(torch.bfloat16, torch.bfloat16), *IN_PARTS], ids=str
+)
+def test_a_layers_forward_and_every_gradient(target, dtype, adapter_dtype, dropout, schedule):
+    types = {"dtype": dtype, "adapter_dtype": adapter_dtype}
+    steps = train(target, "persistent", schedule, dropout=dropout, **types)
+    kernels = [name for name in steps.kernels if name != "parts"]
+    assert kernels[:2] == ["shrink", "persistent"] and "wgrad" in kernels
     # With a mask dx has its rank tail apart.
     assert kernels.count("persistent") == (1 if dropout else 2)
     assert kernels.count("expand") == (1 if dropout else 0)
-    if target == "sm_90" and not dropout:
-        assert kernels[2:] == ["shrink", "persistent", "wgrad", "wgrad"]
-        assert [each.dependent for each in steps.executed[2:]] == [False, True, True, True]
+    # What is launched just before one that starts early: parts of q and of A are one launch, those of B were made before.
+    before = [steps.kernels[i - 1] for i, each in enumerate(steps.executed) if each.dependent]
+    in_parts = (dtype, adapter_dtype) in IN_PARTS
+    beside = target == "sm_90" and not (in_parts or dropout)
+    last = ["shrink", "persistent", "wgrad"] if beside else ["parts"] * (in_parts and not dropout)
+    assert before == ["shrink", *last]
+    assert steps.forward == [*["parts"] * in_parts, "shrink", "persistent"]
 
 
 def gradients_on_sm_90(case: Case, schedule: int | None) -> dict[str, torch.Tensor]:
@@ -237,6 +280,33 @@ def test_s_is_waited_for_where_the_product_starts_early(target, tile, monkeypatc
         y, _ = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
     with pytest.raises(AssertionError):
         compare({"y": y}, o, "without a wait")
+
+
+@every_kind
+def test_parts_of_q_are_waited_for(target, tile, monkeypatch):
+    """Those of q and of A are made by one launch, beside which the product's loop runs."""
+    case = Case(133, 136, 264, 13, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    o = case.operands()
+    unwritten = parts_module.rank_operand
+    monkeypatch.setattr(
+        parts_module, "rank_operand", lambda *a, **own: unwritten(*a, **own).fill_(torch.nan)
+    )
+    others = [c for c in tiles_for(PROBLEM, TARGETS[target]).configs if c.kernel != "persistent"]
+    products = TritonProducts("persistent", PROBLEM, TARGETS[target], Tiles((*others, tile)))
+    q = o.results(None)["q"]
+    for schedule in (None, 1):
+        with emulate(target, schedule) as executed:
+            dx = products.expand(o.dy, o.w.t(), q, o.adapter.t())
+        compare({"dx": dx}, o, f"schedule {schedule}")
+        assert names_of(executed) == ["parts", "persistent"] and executed[1].dependent
+
+    monkeypatch.setattr(
+        launch, "prepare_triton", functools.partial(_without_wait, launch.prepare_triton)
+    )
+    with emulate(target):
+        dx = products.expand(o.dy, o.w.t(), q, o.adapter.t())
+    with pytest.raises(AssertionError):
+        compare({"dx": dx}, o, "without a wait")
 
 
 def _without_wait(prepare, compiled, grid, bound):

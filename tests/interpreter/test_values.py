@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.base import fastest
-from lora_kernels.backends.triton import configs, decode, one_pass, partials, shrink
+from lora_kernels.backends.triton import configs, decode, one_pass, partials, parts, shrink
+from lora_kernels.backends.triton.expand import describable
 from lora_kernels.dropout import Dropout, _philox, keep_mask, scaled_mask
 from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
@@ -111,6 +112,25 @@ def test_infinity_stays_an_infinity_beside_padded_ranks(
     assert y[3].isinf().all() and s[3].isinf().all()
     others = torch.arange(9) != 3
     assert y[others].isfinite().all() and s[others].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("M, N, R", [(1, 8, 1), (70, 24, 13), (37, 136, 64), (9, 40, 130)])
+def test_a_rank_tail_in_parts(M, N, R, dtype):
+    """Their product is s·b to 16 bits, and what of it is infinite, whatever lies beside; tensor copies can fetch both."""
+    config = TileConfig("shrink", 16, 1, 16, 4, 2)
+    s, whole = torch.randn(M, 2 * R)[:, ::2], torch.randn(R, N).to(dtype)
+    for b in (whole, whole.t().contiguous().t(), torch.randn(R, 2 * N).to(dtype)[:, ::2]):
+        left, right = parts.parts(s, b, config)
+        assert left.shape == (M, 3 * R) and right.shape == (3 * R, N)
+        assert left.dtype == right.dtype == torch.bfloat16
+        assert describable(left) and (describable(right) or describable(right.t()))
+        exact, bound = s.double() @ b.double(), s.double().abs() @ b.double().abs()
+        assert ((left.double() @ right.double() - exact).abs() <= 2.0**-15 * bound).all()
+        assert torch.equal(parts.parts(None, b, config)[1], right)
+    s[0, 0], b[-1, 2] = torch.inf, torch.inf if dtype == torch.float32 else 1.0
+    left, right = (t.float() for t in parts.parts(s, b, config))
+    assert torch.equal((left @ right).isnan(), (s @ b.float()).isnan())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

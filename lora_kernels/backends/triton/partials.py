@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.backends.triton.launch import cdiv, launch, scale_argument
-from lora_kernels.backends.triton.tiles import scale_value
+from lora_kernels.backends.triton.tiles import scale_value, store_rounded
 from lora_kernels.operands import Scale
 from lora_kernels.tuning.config import TileConfig
 
@@ -18,7 +18,7 @@ _BLOCK = 1024
 def _sum_partials_kernel(
     partials_ptr,  # [split, count] float32
     out_ptr,  # [count], or rows of `columns` elements, stride_out apart, where IN_ROWS
-    rounded_ptr,  # the same in rows, in another type, where ROUNDED
+    rounded_ptr,  # the same in rows of ROUNDED·columns, in another type, where ROUNDED
     alpha,
     keep_scale,
     split,
@@ -45,7 +45,7 @@ def _sum_partials_kernel(
     tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
     if ROUNDED:
         rounded_ptrs = rounded_ptr + offs // columns * stride_rounded + offs % columns
-        tl.store(rounded_ptrs, total.to(rounded_ptr.dtype.element_ty), mask=mask)
+        store_rounded(rounded_ptrs, total, mask, columns, ROUNDED)
 
 
 def sum_partials(
@@ -59,7 +59,8 @@ def sum_partials(
 ) -> Tensor:
     """out = alpha·keep_scale·Σ_i partials[i]: partials [split, ...] float32, out in any dtype; returns out.
 
-    out is contiguous, or a matrix with unit stride in a row; `rounded`, such a matrix too, gets the same in its own type.
+    out is contiguous, or a matrix with unit stride in a row; `rounded`, such a matrix too, gets the same in its own type, or
+    in parts where it has three times the columns.
     """
     alpha, alpha_is_ptr = scale_argument(alpha)
     launch(
@@ -80,6 +81,6 @@ def sum_partials(
         BLOCK=_BLOCK,
         ALPHA_IS_PTR=alpha_is_ptr,
         IN_ROWS=not out.is_contiguous(),
-        ROUNDED=rounded is not None,
+        ROUNDED=0 if rounded is None else rounded.shape[1] // out.shape[1],
     )
     return out

@@ -1,10 +1,10 @@
 """The product y = x·w + bias + s·b in Gluon, persistent: the rank tail is one more step of the sum over K.
 
 One program on each multiprocessor computes tile after tile. Tensor copies fill a ring of stages with blocks of x and w; the
-last steps of a tile's sum are blocks of s and b, in x's own half type, on the same accumulator; the first steps of the
-next tile are copied meanwhile. What lies outside of an operand is copied as zeros, so that no size needs a mask. Forward
-and dx are one kernel, with w and b described as they lie in memory. The kernel here is that of sm_90; the one of sm_100,
-in `persistent_tcgen05.py`, takes the same arguments.
+last steps of a tile's sum are blocks of s and b on the same accumulator, in bfloat16 as x is, or in bfloat16 parts beside
+any half x (parts.py); the first steps of the next tile are copied meanwhile. What lies outside of an operand is copied as
+zeros, so that no size needs a mask. Forward and dx are one kernel, with w and b described as they lie in memory. The kernel
+here is that of sm_90; the one of sm_100, in `persistent_tcgen05.py`, takes the same arguments.
 
 The launch may compute s = alpha·x·a as well. The programs that start first take block of rows after block of rows from a
 counter, and store and release each one's s; they go on to their tiles when there is no block left. Any program waits for
@@ -93,7 +93,7 @@ def _wait_for_s(flag_ptr):
 def _persistent_kernel(
     x,  # describes [M, K] in blocks [BLOCK_M, BLOCK_K]
     w,  # describes [K, N] in blocks [BLOCK_K, BLOCK_N], or wᵀ where W_K_MAJOR
-    s,  # describes [M, R], as all operands in one half type, in blocks [BLOCK_M, BLOCK_R]
+    s,  # describes [M, R], of b's half type, in blocks [BLOCK_M, BLOCK_R]
     b,  # describes [R, N] in blocks [BLOCK_R, BLOCK_N], or bᵀ where B_K_MAJOR
     y,  # describes [M, N], contiguous, in blocks of half a tile's columns
     bias_ptr,  # [N]
@@ -280,13 +280,13 @@ def persistent(
     first: Shrink | None = None,
     shrinking: int | None = None,
 ) -> Tensor:
-    """y = x·w + bias + s·b: x [M, K], w [K, N], s [M, R], b [R, N], bias [N], one half dtype -> y [M, N].
+    """y = x·w + bias + s·b: x [M, K], w [K, N], s [M, R], b [R, N], bias [N], half dtypes -> y [M, N].
 
     `programs`: how many run at one time, the GPU's multiprocessors. ValueError for operands that `applies` does not take;
-    s comes from `rank_operand`, b from `fetchable`. `late_wait` as in `expand`. `release` lets a
-    dependent launch that follows run beside this one, when s is there: it may read s, not y. `first`: s is computed by the
-    same launch, of R up to FUSED_RANK, without a mask, `first.a`.t() from `fetchable`; by the first `shrinking` of its
-    programs. Equal bits for any `programs` and `shrinking`.
+    of x's dtype s comes from `rank_operand` and b from `fetchable`, else both from `parts`. `late_wait` as in `expand`.
+    `release` lets a dependent launch that follows run beside this one, when s is there: it may read s, not y. `first`: s is
+    computed by the same launch, of R up to FUSED_RANK, without a mask, `first.a`.t() from `fetchable`; by the first
+    `shrinking` of its programs. Equal bits for any `programs` and `shrinking`.
     """
     M, K = x.shape
     N, R = b.shape[1], b.shape[0]

@@ -193,7 +193,7 @@ def _stores(p, bias_ptr, stride_bias):
 def _persistent_kernel(
     x,  # describes [M, K] in blocks [BLOCK_M, BLOCK_K]
     w,  # describes [K, N] in blocks [BLOCK_K, BLOCK_N], or wᵀ where W_K_MAJOR
-    s,  # describes [M, R], as all operands in one half type, in blocks [BLOCK_M, BLOCK_R]
+    s,  # describes [M, R], of b's half type, in blocks [BLOCK_M, BLOCK_R]
     b,  # describes [R, N] in blocks [BLOCK_R, BLOCK_N], or bᵀ where B_K_MAJOR
     y,  # describes [M, N], contiguous, in blocks of a part of a tile's columns, of which there is an even number
     bias_ptr,  # [N]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_kernels.backends.base import Products, left_is_wide
 from lora_kernels.backends.composite import GroupedCompositeProducts
 from lora_kernels.backends.triton.configs import BESIDE, lowrank_tiles
-from lora_kernels.backends.triton.launch import rank_operand
+from lora_kernels.backends.triton.launch import rank_operand, rank_tail
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Adapter, Groups, QuantizedWeight, Scale, Weight
 from lora_kernels.problem import Problem
@@ -115,9 +115,10 @@ class TritonProducts(Products):
         config = self.tiles.config("shrink")
         overlap = self.target.tma and config.split == 1
         if self._persistent_takes(x, w, adapter):
-            from lora_kernels.backends.triton.persistent import fetchable
-
-            adapter = adapter._replace(B=fetchable(B))  # a copy is launched before, not between
+            _, b = self._tail(x, None, B)  # what is made of B is launched before, not between
+            rounded = rank_operand(x.shape[0], b.shape[0], b.dtype, x.device)
+            s = self._shrink(x, adapter, config, release=overlap, rounded=rounded)
+            return self._persistent(x, w, rounded, b, bias, overlap), s
         if not x.dtype == B.dtype == torch.bfloat16:
             s = self._shrink(x, adapter, config, release=overlap)
             return self._expand(x, w, s, adapter, bias, z, late_wait=overlap), s
@@ -272,7 +273,9 @@ class TritonProducts(Products):
             with self._decoded(w) as dense:
                 return self._expand(x, dense, s, adapter, bias, z)
         if s.shape[1] and self._persistent_takes(x, w, adapter):
-            return self._persistent(x, w, s, adapter.B, bias, late_wait)
+            tail, b = self._tail(x, s, adapter.B)
+            # Parts of s and B are made by one launch, just before.
+            return self._persistent(x, w, cast(Tensor, tail), b, bias, b.shape[0] > s.shape[1])
         from lora_kernels.backends.triton.expand import expand
 
         b, config = adapter.B, self.tiles.config("expand")
@@ -341,23 +344,32 @@ class TritonProducts(Products):
             return torch.cuda.get_device_properties(x.device).multi_processor_count
         return self.target.multiprocessors
 
+    def _tail(self, x: Tensor, s: Tensor | None, B: Tensor) -> tuple[Tensor | None, Tensor]:
+        """s, where it is given, and B as the persistent product copies them: in x's type, or in parts, released."""
+        if rank_tail(x.dtype, B.dtype, tma=True) == "split":
+            from lora_kernels.backends.triton.parts import parts
+
+            return parts(s, B, self.tiles.config("shrink"), release=s is not None)
+        from lora_kernels.backends.triton.persistent import fetchable
+
+        if s is not None and s.dtype != x.dtype:
+            s = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device).copy_(s)
+        return s, fetchable(B)
+
     def _persistent(
         self,
         x: Tensor,
         w: Tensor,
         s: Tensor,
-        B: Tensor,
+        b: Tensor,
         bias: Tensor | None,
         late_wait: bool,
         release: bool = False,
     ) -> Tensor:
-        """The persistent product; a float32 s is rounded first."""
-        from lora_kernels.backends.triton.persistent import fetchable, persistent
+        """The persistent product; s and b come from `_tail`."""
+        from lora_kernels.backends.triton.persistent import persistent
 
-        if s.dtype != x.dtype:
-            s = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device).copy_(s)
         config = self.tiles.config("persistent")
-        b = fetchable(B)
         programs = self._programs(x)
         return persistent(x, w, s, b, bias, config, programs, late_wait=late_wait, release=release)
 

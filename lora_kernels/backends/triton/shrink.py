@@ -22,7 +22,13 @@ from lora_kernels.backends.triton.launch import (
     strides,
 )
 from lora_kernels.backends.triton.partials import sum_partials
-from lora_kernels.backends.triton.tiles import as_int64, keep_tile, row_block, scale_value
+from lora_kernels.backends.triton.tiles import (
+    as_int64,
+    keep_tile,
+    row_block,
+    scale_value,
+    store_rounded,
+)
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Scale
 from lora_kernels.tuning.config import TileConfig, rank_block
@@ -34,7 +40,7 @@ def _shrink_kernel(
     a_ptr,  # [K, R]; where GROUPED, each group's lies stride_ag behind the last one's
     out_ptr,  # [split, M, R] float32
     squares_ptr,  # [split, M] float32: the sums of x² over its columns
-    rounded_ptr,  # [M, R] in a half type where ROUNDED
+    rounded_ptr,  # [M, ROUNDED·R] in a half type where ROUNDED
     alpha,
     seed_ptr,
     threshold,
@@ -122,7 +128,7 @@ def _shrink_kernel(
     tl.store(out_ptr + out_row[:, None] * R + offs_r[None, :], acc, mask=mask)
     if ROUNDED:
         rounded_ptrs = rounded_ptr + out_row[:, None] * stride_rounded + offs_r[None, :]
-        tl.store(rounded_ptrs, acc.to(rounded_ptr.dtype.element_ty), mask=mask)
+        store_rounded(rounded_ptrs, acc, mask, R, ROUNDED)
     if SQUARES:  # noqa: SIM102, a constant decides which branch is compiled
         if pid % blocks_r == 0:  # every block of the rank has them
             tl.store(squares_ptr + out_row, squares, mask=mask_m)
@@ -152,7 +158,7 @@ def shrink(
     `a` may be several matrices [K, R_i] of one dtype, of layers that share x: s is then [M, ΣR_i], in their order, and x is
     read once for each `config.rank_chunk` columns. With `offsets`, as in `expand`, a is [G, K, R] and alpha may be [G].
     `release` lets a dependent launch that follows start early (sm_90 and newer). `rounded` [M, R], rows of unit stride, gets
-    s in its own type beside.
+    s in its own type beside; [M, 3·R] bfloat16 gets it in parts, see `parts`.
     """
     if not isinstance(a, Tensor):
         a = _side_by_side(a)
@@ -230,7 +236,7 @@ def _shrink(
         DROPOUT=dropout is not None,
         INT64=needs_int64(x, a),
         GROUPED=offsets is not None,
-        ROUNDED=rounded is not None and split == 1,
+        ROUNDED=rounded.shape[1] // R if rounded is not None and split == 1 else 0,
         PDL=release and split == 1,
     )
     if split == 1:

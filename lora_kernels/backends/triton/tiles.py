@@ -111,6 +111,31 @@ def parts_product(left, right, acc):
 
 
 @triton.jit
+def store_rounded(ptrs, values, mask, R, PARTS: tl.constexpr):
+    """Stores float32 values of s [.., R] for the tail of a product that copies it: rounded, or the PARTS R columns apart."""
+    if PARTS == 1:
+        tl.store(ptrs, values.to(ptrs.dtype.element_ty), mask=mask)
+    else:
+        store_parts(ptrs, values, mask, R, True)
+
+
+@triton.jit
+def store_parts(ptrs, values, mask, step, LEFT: tl.constexpr):
+    """Stores the three parts of values of a tail's left operand or its right one, `step` elements apart.
+
+    The sum over the parts of left·right is what "split" of `rank_product` adds, in its order.
+    """
+    high, finite, low = _split(values)
+    if LEFT:
+        first, second = low, finite
+    else:
+        first, second = finite, low
+    tl.store(ptrs, first, mask=mask)
+    tl.store(ptrs + step, second, mask=mask)
+    tl.store(ptrs + 2 * step, high, mask=mask)
+
+
+@triton.jit
 def nf4_scale(
     absmax_ptr,
     code2_ptr,
