@@ -4,8 +4,8 @@ With P the achievable rate, W the achievable bandwidth and e an element's bytes:
 
 frozen      max(2·M·N·K / P, bytes / 0.92·W)
 two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, overlapped in part on sm_90+
-persistent  product + shrink + gap, overlapped likewise         or beside each other, see `_beside_us`; + a launch and gap for
-                                                                the parts of b, where s·b is in parts
+persistent  product + shrink + gap, overlapped likewise         or beside each other, see `_beside_us`; + a launch and a gap
+                                                                where s·b is in parts, which b is made into
 one_launch  product + a clearing of its flags + gap             its first programs compute s, see `_first_us`
 persistent_one_launch  the same of persistent
 lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, no overlap
