@@ -368,16 +368,21 @@ class TestTritonOrCUDA:
             able = dict(zip(("dtype", "adapter_dtype"), types, strict=True))
             told = explain(replace(large, **able))
             assert "persistent 1" in told.plan and never_timed in str(told).splitlines()
-        masked = explain(replace(large, dropout=True, backward=True, w_k_major=False))
-        assert masked.passed_over["persistent"].startswith(
-            "the mask of dx is on its rank tail alone"
-        )
+        back = replace(large, dropout=True, backward=True, w_k_major=False)
+        assert explain(back).passed_over["persistent"] == never_timed.partition(": ")[2]
+        several = "the mask of dx is on one step of s·b, of at most 64 ranks, got"
+        for change, ranks in (({"R": 65}, 65), ({"adapter_dtype": "float32", "R": 22}, 66)):
+            reason = f"{several} {ranks}"
+            assert explain(replace(back, **change)).passed_over["persistent"] == reason
         for name, reason in (
             ("sm_100", "it is taken where `tune` has timed it: Gluon is experimental"),
             ("sm_120", "sm_120 has no tensor descriptors"),
         ):
             monkeypatch.setattr(plan, "current_target", lambda *device, name=name: TARGETS[name])
             assert plan.explain(large, "triton").passed_over["persistent"] == reason
+        monkeypatch.setattr(plan, "current_target", lambda *_: TARGETS["sm_100"])
+        told = plan.explain(back, "triton")
+        assert told.passed_over["persistent"].startswith("tensor memory has no columns")
 
     def test_one_launch_where_tune_has_timed_it(self):
         large = replace(self.problem, M=4096)

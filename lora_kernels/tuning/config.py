@@ -31,6 +31,7 @@ CUDA_DECODE_ROWS = 32  # the most rows of the CUDA C++ kernel
 CUDA_DECODE_COLUMNS = 64  # of a half w that one of its tiles takes
 CUDA_DECODE_RANK = 32  # the most ranks whose x·a it computes in its pass over w
 _BFLOAT16 = "bfloat16", "bfloat16"
+TAIL_PARTS = 3  # of s, and of b, in a rank tail "in parts": one sum over three times the rank
 FUSED_RANK = 64  # the largest rank of the kernels that keep a whole rank beside the main tile
 
 
@@ -259,6 +260,26 @@ def _one_launch_refuses(config: TileConfig, problem: Problem, target: Target) ->
 def tail_in_parts(problem: Problem) -> bool:
     """Whether a product beside a half x multiplies s by b in parts, as they are no bfloat16 numbers."""
     return ITEMSIZE[problem.dtype] == 2 and (problem.dtype, problem.adapter_dtype) != _BFLOAT16
+
+
+def tail_ranks(problem: Problem) -> int:
+    """Columns of s and rows of b that the persistent product multiplies."""
+    return (TAIL_PARTS if tail_in_parts(problem) else 1) * problem.R
+
+
+def masks_no_tail(config: TileConfig, ranks: int) -> str | None:
+    """Why the persistent product has no mask of its rank tail, of so many `tail_ranks`, or None where it has one."""
+    if config.ctas:
+        return (
+            "tensor memory has no columns for the rank tail apart, which alone the mask of dx is on"
+        )
+    if ranks > config.block_k:
+        # Two steps at a time spill 80 bytes of a thread; one by one, each with a mask, a block of 128x256 ends with 16784
+        # cycles of instructions at rank 128, where that of `expand` has 10456.
+        return (
+            f"the mask of dx is on one step of s·b, of at most {config.block_k} ranks, got {ranks}"
+        )
+    return None
 
 
 def rank_block(R: int, rank_chunk: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_kernels.backends.triton.decode import decode
 from lora_kernels.backends.triton.dequantise import dequantise
 from lora_kernels.backends.triton.expand import Shrink, expand
-from lora_kernels.backends.triton.launch import PARTS, rank_operand
+from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.backends.triton.scale import scaled_gradient
 from lora_kernels.backends.triton.shrink import shrink, shrink_squares
@@ -20,7 +20,7 @@ from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.samples import sample
-from lora_kernels.tuning.config import TileConfig, tail_in_parts
+from lora_kernels.tuning.config import TAIL_PARTS, TileConfig, tail_in_parts
 from lora_kernels.tuning.targets import Target
 
 
@@ -28,8 +28,8 @@ from lora_kernels.tuning.targets import Target
 class Shapes:
     """Meta tensors of a problem; `forward` says which way the weights and adapters lie in memory.
 
-    `peft_b`: of a forward whose b lies along the rank, as PEFT stores it. `scaled`: with DoRA's column scale, and z.
-    `float32_s`: s and q are float32 also where x and the adapter are bfloat16.
+    `peft_b`: b lies as PEFT stores it, of a forward along the rank, of dx along N. `scaled`: with DoRA's column scale, and
+    z. `float32_s`: s and q are float32 also where x and the adapter are bfloat16.
     """
 
     problem: Problem
@@ -52,7 +52,7 @@ class Shapes:
         if p.dtype == p.adapter_dtype == "bfloat16":
             return rank_operand(p.M, p.R, torch.bfloat16, device)
         if tail_in_parts(p) and target.name in ("sm_90", "sm_100"):  # the persistent one
-            return rank_operand(p.M, PARTS * p.R, torch.bfloat16, device)
+            return rank_operand(p.M, TAIL_PARTS * p.R, torch.bfloat16, device)
         return None
 
     def launch(self, config: TileConfig, target: Target) -> None:
@@ -63,7 +63,7 @@ class Shapes:
         weights = p.groups if p.weights > 1 else 0
         w = self._empty(p.K, p.N, base, self.forward, weights)
         a = self._empty(p.K, p.R, adapter, not self.forward, p.groups)
-        b = self._empty(p.R, p.N, adapter, self.peft_b or not self.forward, p.groups)
+        b = self._empty(p.R, p.N, adapter, self.peft_b == self.forward, p.groups)
         s = self._empty(p.M, p.R, "float32")
         rounded = s
         if base == adapter == "bfloat16" and not self.float32_s:
@@ -92,10 +92,10 @@ class Shapes:
             from lora_kernels.backends.triton.persistent import persistent
 
             if tail_in_parts(p):
-                made = rank_operand(p.N, PARTS * p.R, torch.bfloat16, x.device)
-                b = made.t() if b.stride(1) != 1 else made.new_empty((PARTS * p.R, p.N))
+                made = rank_operand(p.N, TAIL_PARTS * p.R, torch.bfloat16, x.device)
+                b = made.t() if b.stride(1) != 1 else made.new_empty((TAIL_PARTS * p.R, p.N))
             tail = self._tail(target)
-            own = {"late_wait": True, "release": True}
+            own = {"late_wait": True, "release": True, "dropout": mask}
             persistent(x, w, tail, b, bias, config, target.multiprocessors, **own)
         elif config.kernel == "persistent_one_launch":
             from lora_kernels.backends.triton.persistent import persistent

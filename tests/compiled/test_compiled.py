@@ -15,7 +15,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends.triton.configs import BESIDE, shipped, tiles_of, untried
 from lora_kernels.problem import DENSE, Problem
-from lora_kernels.tuning.config import PERSISTENT, TileConfig, leaves_room
+from lora_kernels.tuning.config import (
+    PERSISTENT,
+    TileConfig,
+    leaves_room,
+    masks_no_tail,
+    tail_ranks,
+)
 from lora_kernels.tuning.targets import TARGETS
 from tests.compiled.recorder import recording
 from tests.compiled.sass import Code, inspect
@@ -68,6 +74,11 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
         for kernel in ("shrink", "expand", "one_launch", "one_pass", "wgrad"):
             for config in tiles_of(kernel, masked, TARGETS[target]):
                 yield masked, config, kernel != "expand", False
+        sizes = tiles_of("persistent", masked, TARGETS[target]), (16, 64), (False, True)
+        for config, R, peft_b in product(*sizes):
+            own = replace(masked, R=R)
+            if masks_no_tail(config, tail_ranks(own)) is None:
+                yield own, config, False, peft_b
 
 
 def _types(problem: Problem) -> tuple[str, str, str]:
@@ -268,14 +279,19 @@ PERSISTENT_LOOPS = {
 @pytest.mark.parametrize("types", [*TYPES[:2], ("float16", "float16")], ids=str)
 @pytest.mark.parametrize(("target", "size"), PERSISTENT_LOOPS)
 def test_the_persistent_loop(target, size, types, forward):
-    """At rank 16 and 64 the loop over K is the same: four matrix instructions, and few of any other kind."""
+    """At rank 16 and 64, with a mask or without, the loop over K is the same: four matrix instructions, few others."""
     problem = Problem(4096, 4096, 4096, 16, *types, device="cuda")
     configs = [c for k in PERSISTENT for c in tiles_of(k, problem, TARGETS[target])]
     matrix, instructions, smem_bytes, columns = PERSISTENT_LOOPS[target, size]
     if types[0] == "float16":
         matrix = [op.removesuffix(".BF16") for op in matrix]
-    for R, config in product((16, 64), (c for c in configs if size in str(c))):
-        code = compile_job((target, replace(problem, R=R), config, forward, False))
+    sizes = [c for c in configs if size in str(c)]
+    for R, config, dropout in product((16, 64), sizes, (False, True)):
+        own = replace(problem, R=R, dropout=dropout)
+        masks = config.kernel == "persistent" and masks_no_tail(config, tail_ranks(own)) is None
+        if dropout and (forward or not masks):
+            continue
+        code = compile_job((target, own, config, forward, False))
         assert code.loop_matrix == matrix, code
         assert code.loop.total() <= instructions and code.local_bytes == 0, code
         assert code.smem_bytes <= smem_bytes and code.tmem_columns == columns, code

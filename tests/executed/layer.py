@@ -30,7 +30,8 @@ def take(patch: pytest.MonkeyPatch, target: str, algorithm: str) -> None:
     patch.setattr(plan, "_target", lambda device: TARGETS[target])
     patch.setattr(backend_module.TritonBackend, "devices", ("cpu",))
     patch.setattr(backend_module, "predict_us", lambda name, *_: name != algorithm)
-    patch.setattr(backend_module, "_slower", lambda name, p, _: slower(name, p, name == algorithm))
+    timed = lambda name, p, _, config: slower(name, p, name == algorithm, config)  # noqa: E731
+    patch.setattr(backend_module, "_slower", timed)
 
 
 def train(

@@ -120,7 +120,7 @@ def one_launch(
 
 
 def launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
-    """What the kernel of `config` computes of `o`, by name; the tiled product with dropout is that of dx."""
+    """What the kernel of `config` computes of `o`, by name; a product with dropout is that of dx."""
     alpha = o.case.alpha
     if config.kernel == "shrink":
         return {"s": shrink(o.x, o.a, alpha, config, o.dropout)}
@@ -139,6 +139,10 @@ def launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
     if config.kernel == "persistent":
         from lora_kernels.backends.triton.persistent import persistent
 
+        if o.dropout is not None:
+            q, a_t = tail(o.results(None)["q"], o.a.t(), o.x.dtype)
+            own = {"programs": 1, "dropout": o.dropout}
+            return {"dx": persistent(o.dy, o.w.t(), q, a_t, None, config, **own)}
         s, b = tail(o.results(None)["s"], o.b, o.x.dtype)
         return {"y": persistent(o.x, o.w, s, b, o.bias, config, programs=1)}
     if config.kernel == "persistent_one_launch":

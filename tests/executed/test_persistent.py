@@ -19,6 +19,7 @@ from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.parts import parts
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.backends.triton.shrink import shrink
+from lora_kernels.dropout import Dropout, keep_mask
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig, Tiles
 from lora_kernels.tuning.targets import TARGETS
@@ -36,6 +37,7 @@ from lora_kernels.backends.triton.persistent import applies, persistent
 
 pytestmark = pytest.mark.slow
 TARGETS_OF_IT = ("sm_90", "sm_100")
+SM_90 = TARGETS["sm_90"]
 PROBLEM = Problem(8192, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
 # The largest tile by each number of CTAs.
 KINDS = list(
@@ -154,6 +156,58 @@ def test_what_it_does_not_take_is_refused():
         persistent(o.x, o.w, s, o.b, None, KINDS[0][1], 1)
 
 
+def masked(o: Operands, tile: TileConfig, programs: int) -> torch.Tensor:
+    """dx with a mask of q·aᵀ, by what eager has for q."""
+    q, a_t = tail(o.results(None)["q"], o.a.t(), o.dy.dtype)
+    return persistent(o.dy, o.w.t(), q, a_t, None, tile, programs, dropout=o.dropout)
+
+
+MASKED_CASES = [
+    (Case(133, 264, 264, 13, dtype=torch.bfloat16, dropout=0.25), None),
+    (Case(133, 264, 264, 64, dtype=torch.bfloat16, dropout=0.25, layout="peft"), 1),
+    (Case(70, 136, 520, 16, **FLOAT32_BESIDE, dropout=0.5), 2),
+    (Case(133, 8, 72, 21, dtype=torch.float16, dropout=0.75, layout="peft"), 3),
+]
+
+
+@pytest.mark.parametrize("case, schedule", MASKED_CASES, ids=str)
+@pytest.mark.parametrize("tile", tiles_of("persistent", PROBLEM, SM_90), ids=str)
+def test_a_mask_of_dx(tile, case, schedule):
+    o = case.operands()
+    with emulate("sm_90", schedule):
+        compare({"dx": masked(o, tile, programs=2)}, o, f"schedule {schedule}")
+
+
+@pytest.mark.parametrize("tile", tiles_of("persistent", PROBLEM, SM_90), ids=str)
+def test_the_mask_of_dx_bit_for_bit(tile):
+    M, N, K = 133, 264, 16
+    dropout = Dropout(0.25, torch.tensor(0x1234_5678_9ABC_DEF0))
+    zeros = torch.zeros(M + N, K, dtype=torch.bfloat16)
+    tail = torch.ones(M + N, 16, dtype=torch.bfloat16) / 4
+    operands = zeros[:M], zeros[M:].t(), tail[:M], tail[M:].t()
+    with emulate("sm_90"):
+        dx = persistent(*operands, None, tile, 2, dropout=dropout)
+    kept = keep_mask(dropout, M, N)
+    assert torch.equal(dx != 0, kept) and (dx[kept] == torch.tensor(1 / 0.75).bfloat16()).all()
+
+
+def test_a_mask_that_it_has_not_is_refused():
+    o = Case(16, 24, 24, 65, dtype=torch.bfloat16, dropout=0.25).operands()
+    (_, wide), (_, pair) = KINDS[0], KINDS[-1]
+    with pytest.raises(ValueError, match=r"^the mask of dx is on one step .* 64 ranks, got 65$"):
+        masked(o, wide, 1)
+    with pytest.raises(ValueError, match=r"^tensor memory has no columns for the rank tail apart"):
+        masked(o, pair, 1)
+    with pytest.raises(ValueError, match=r"^dropout is that of dx, which has no bias"):
+        s = rank_operand(16, 16, torch.bfloat16, o.x.device)
+        persistent(o.x, o.w, s, o.b[:16], o.bias, wide, 1, dropout=o.dropout)
+    products = TritonProducts("persistent", PROBLEM, SM_90, tiles_for(PROBLEM, SM_90))
+    assert products._persistent_takes(o.dy, o.w.t(), o.adapter.t(), None)
+    assert not products._persistent_takes(o.dy, o.w.t(), o.adapter.t(), o.bias)
+    products.problem = replace(PROBLEM, R=65)
+    assert not products._persistent_takes(o.dy, o.w.t(), o.adapter.t(), None)
+
+
 @pytest.mark.parametrize("target", TARGETS_OF_IT)
 @pytest.mark.parametrize("dropout, schedule", [(0.0, 7), (0.25, None)], ids=["random", "dropout"])
 @pytest.mark.parametrize(
@@ -164,14 +218,13 @@ def test_a_layers_forward_and_every_gradient(target, dtype, adapter_dtype, dropo
     steps = train(target, "persistent", schedule, dropout=dropout, **types)
     kernels = [name for name in steps.kernels if name != "parts"]
     assert kernels[:2] == ["shrink", "persistent"] and "wgrad" in kernels
-    # With a mask dx has its rank tail apart.
-    assert kernels.count("persistent") == (1 if dropout else 2)
-    assert kernels.count("expand") == (1 if dropout else 0)
+    apart = int(dropout > 0 and target == "sm_100")  # the rank tail of dx
+    assert (kernels.count("persistent"), kernels.count("expand")) == (2 - apart, apart)
     # What is launched just before one that starts early: parts of q and of A are one launch, those of B were made before.
     before = [steps.kernels[i - 1] for i, each in enumerate(steps.executed) if each.dependent]
     in_parts = (dtype, adapter_dtype) in IN_PARTS
     beside = target == "sm_90" and not (in_parts or dropout)
-    last = ["shrink", "persistent", "wgrad"] if beside else ["parts"] * (in_parts and not dropout)
+    last = ["shrink", "persistent", "wgrad"] if beside else ["parts"] * (in_parts and not apart)
     assert before == ["shrink", *last]
     assert steps.forward == [*["parts"] * in_parts, "shrink", "persistent"]
 
@@ -316,14 +369,13 @@ def _without_wait(prepare, compiled, grid, bound):
 def test_operands_that_copies_cannot_fetch_take_the_other_product():
     """An odd stride of x or w is no fault of the plan, which sees sizes only."""
     o = Case(70, 264, 72, 16, dtype=torch.bfloat16).operands()
-    sm_90 = TARGETS["sm_90"]
-    products = TritonProducts("persistent", PROBLEM, sm_90, tiles_for(PROBLEM, sm_90))
-    assert products._persistent_takes(o.x, o.w, o.adapter)
+    products = TritonProducts("persistent", PROBLEM, SM_90, tiles_for(PROBLEM, SM_90))
+    assert products._persistent_takes(o.x, o.w, o.adapter, None)
     for layout in ("sliced", "broadcast"):
         other = replace(o.case, layout=layout).operands()
-        assert not products._persistent_takes(other.x, other.w, o.adapter)
+        assert not products._persistent_takes(other.x, other.w, o.adapter, None)
     odd = Case(70, 261, 72, 16, dtype=torch.bfloat16).operands()  # rows of y
-    assert not products._persistent_takes(odd.x, odd.w, odd.adapter)
+    assert not products._persistent_takes(odd.x, odd.w, odd.adapter, None)
 
 
 @every_kind

@@ -108,7 +108,9 @@ def on_target(monkeypatch: pytest.MonkeyPatch, target: str, algorithm: str | Non
     if algorithm is not None:
         monkeypatch.setattr(backend_module, "predict_us", lambda name, *_: name != algorithm)
         slower = backend_module._slower  # but for what only `tune` has not timed
-        monkeypatch.setattr(backend_module, "_slower", lambda name, p, _: slower(name, p, True))
+        monkeypatch.setattr(
+            backend_module, "_slower", lambda name, p, _, config: slower(name, p, True, config)
+        )
     monkeypatch.setattr(configs, "untried", lambda *_: "the interpreter does not run Gluon")
     # A question of bytes, not of results, which small tiles always answer with no.
     monkeypatch.setattr(products, "one_reading_pays", lambda itemsize, R, *rest: R <= 40)

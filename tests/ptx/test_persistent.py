@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -28,10 +29,12 @@ from lora_kernels.backends.triton.persistent import fetchable, persistent
 
 # It computes s too: four tiles by two programs, one of which computes s of both blocks of rows before.
 ONE_LAUNCH = "sm_90, s in one launch"
+MASKED = "sm_90, a mask of dx"
 # Small tiles have the instructions of the shipped ones. Two tiles by one program, or three where two accumulators take
 # turns: what one leaves, the next one finds.
 SMALL = {
     "sm_90": TileConfig("persistent", 64, 32, 32, 4, 3, tma=True),
+    MASKED: TileConfig("persistent", 64, 32, 32, 4, 3, tma=True),
     ONE_LAUNCH: TileConfig("persistent_one_launch", 64, 32, 32, 4, 3, tma=True),
     "sm_100": TileConfig("persistent", 128, 32, 32, 4, 2, tma=True, ctas=1),
     "sm_100, a pair": TileConfig("persistent", 256, 64, 32, 4, 2, tma=True, ctas=2),
@@ -54,6 +57,16 @@ SPARE = {
         ),
         # After a wait that every warp has made itself, and before a second copy.
         bars(6, 9, 10, 13, 14, 17, 22, 25, 26) | {"cp.async.bulk 2"},
+    ),
+    MASKED: Spare(
+        (
+            bars(0, 1, 2, 3, 4, 5),  # as above
+            bars(7, 8),
+            bars(11, 12),
+            bars(14, 15),  # before the mask
+            bars(23, 24),
+        ),
+        bars(6, 9, 10, 13, 16, 17, 22, 25, 26) | {"cp.async.bulk 2"},
     ),
     ONE_LAUNCH: Spare(
         (
@@ -103,16 +116,23 @@ def small(kind: str) -> tuple[Compiled, Callable[[Compiled], bool]]:
     columns = (3 if tile.ctas else 2) * tile.block_n
     rows = (2 if kind == ONE_LAUNCH else 1) * tile.block_m
     case = Case(rows, columns, 136, 16, dtype=torch.bfloat16, layout="peft")
+    if kind == MASKED:
+        case = replace(case, N=136, K=columns, dropout=0.25)
     o = case.operands()
-    s = rank_operand(case.M, case.R, case.dtype, o.x.device).copy_(o.results(None)["s"])
-    exact = o.results(torch.float64)["y"]
+    direction = ("dx", "q") if kind == MASKED else ("y", "s")
+    exact, _ = (o.results(torch.float64)[name] for name in direction)
+    s = rank_operand(case.M, case.R, case.dtype, o.x.device).copy_(o.results(None)[direction[1]])
+    operands = (o.x, o.w, s, fetchable(o.b), o.bias)
     own: dict[str, Any] = {}
     programs = 1
+    if kind == MASKED:
+        operands = (o.dy, o.w.t(), s, fetchable(o.a.t()), None)
+        own = {"dropout": o.dropout}
     if kind == ONE_LAUNCH:
         own = {"first": Shrink(o.a, case.alpha, torch.empty(rows, 16), None), "shrinking": 1}
         programs = 2
     with recording(kind.partition(",")[0]) as launches:
-        y = persistent(o.x, o.w, s, fetchable(o.b), o.bias, tile, programs, **own)
+        y = persistent(*operands, tile, programs, **own)
     (launch,) = launches
     state = launch.arguments.get("state_ptr")
 

@@ -11,7 +11,7 @@ from lora_kernels.backends.triton.configs import MAIN_KERNEL
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
 from lora_kernels.tuning import tables
-from lora_kernels.tuning.config import PERSISTENT, Tiles
+from lora_kernels.tuning.config import PERSISTENT, TileConfig, Tiles, masks_no_tail, tail_ranks
 from lora_kernels.tuning.cost import predict_range, predict_us
 from lora_kernels.tuning.targets import Target
 
@@ -53,7 +53,7 @@ class TritonBackend(Backend):
                 Candidate(
                     name,
                     TritonProducts(name, problem, target, tiles),
-                    slower=_slower(name, problem, name in measured),
+                    slower=_slower(name, problem, name in measured, config),
                     measured_us=measured.get(name),
                     predicted_us=predict_us(name, same, target, config),
                     predicted_range=predict_range(name, same, target, config),
@@ -63,12 +63,14 @@ class TritonBackend(Backend):
         return made
 
 
-def _slower(algorithm: str, problem: Problem, measured: bool) -> str | None:
+def _slower(algorithm: str, problem: Problem, measured: bool, config: TileConfig) -> str | None:
     """Why `algorithm` is not to be taken for `problem` by itself, or None."""
     if algorithm not in ("two_kernel", "tail_first", "persistent") and problem.backward:
         return "in a backward q comes with dB from one reading of dy"
     if algorithm == "persistent" and problem.backward and problem.dropout:
-        return "the mask of dx is on its rank tail alone, which is a step of the sum"
+        reason = masks_no_tail(config, tail_ranks(problem))
+        if reason is not None:
+            return reason
     if algorithm in PERSISTENT and not measured:
         return "it is taken where `tune` has timed it: Gluon is experimental"
     if algorithm == "one_launch" and not measured:

@@ -116,9 +116,6 @@ def rank_operand(M: int, R: int, dtype: torch.dtype, device: torch.device) -> Te
     return torch.empty((M, cdiv(R, 16) * 16), dtype=dtype, device=device)[:, :R]
 
 
-PARTS = 3  # of s, and of b: "split" of `rank_tail` as one sum over three times the rank
-
-
 def needs_int64(*operands: Tensor | None) -> bool:
     """Whether some element lies 2³¹ or more elements behind its matrix's first, so that a 32-bit offset would wrap.
 

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.backends.triton.launch import PARTS, cdiv, launch, rank_operand
+from lora_kernels.backends.triton.launch import cdiv, launch, rank_operand
 from lora_kernels.backends.triton.tiles import store_parts
-from lora_kernels.tuning.config import TileConfig, rank_block
+from lora_kernels.tuning.config import TAIL_PARTS, TileConfig, rank_block
 
 _BLOCK = 1024  # elements
 
@@ -94,11 +94,11 @@ def parts(
     R, N = b.shape
     ranks = rank_block(R, 64)
     M = 0 if s is None else s.shape[0]
-    s_out = None if s is None else rank_operand(M, PARTS * R, torch.bfloat16, b.device)
+    s_out = None if s is None else rank_operand(M, TAIL_PARTS * R, torch.bfloat16, b.device)
     if b.stride(1) == 1:  # as it lies in memory
-        b_out = b.new_empty((PARTS * R, N), dtype=torch.bfloat16)
+        b_out = b.new_empty((TAIL_PARTS * R, N), dtype=torch.bfloat16)
     else:
-        b_out = rank_operand(N, PARTS * R, torch.bfloat16, b.device).t()
+        b_out = rank_operand(N, TAIL_PARTS * R, torch.bfloat16, b.device).t()
     blocks = [cdiv(rows, _BLOCK // ranks) * cdiv(R, ranks) for rows in (M, N)]
     launch(
         _parts_kernel,

@@ -3,7 +3,8 @@
 One program on each multiprocessor computes tile after tile. Tensor copies fill a ring of stages with blocks of x and w; the
 last steps of a tile's sum are blocks of s and b on the same accumulator, in bfloat16 as x is, or in bfloat16 parts beside
 any half x (parts.py); the first steps of the next tile are copied meanwhile. What lies outside of an operand is copied as
-zeros, so that no size needs a mask. Forward and dx are one kernel, with w and b described as they lie in memory. The kernel
+zeros, so that no size needs a mask. Dropout of dx, which is on s·b alone, takes that step apart: a product of 64 columns
+after the other is masked and added. Forward and dx are one kernel, with w and b described as they lie in memory. The kernel
 here is that of sm_90; the one of sm_100, in `persistent_tcgen05.py`, takes the same arguments.
 
 The launch may compute s = alpha·x·a as well. The programs that start first take block of rows after block of rows from a
@@ -33,10 +34,18 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lora_kernels.backends.triton.expand import Shrink, describable, tma_applies
 from lora_kernels.backends.triton.in_gluon import block, gdc_launch_dependents, gdc_wait, ordered
-from lora_kernels.backends.triton.launch import cdiv, launch, rank_operand, scale_argument
-from lora_kernels.backends.triton.tiles import scale_value
-from lora_kernels.tuning.config import FUSED_RANK, TileConfig, rank_block, shrinking_programs
+from lora_kernels.backends.triton.launch import Mask, cdiv, launch, rank_operand, scale_argument
+from lora_kernels.backends.triton.tiles import keep_groups, scale_value
+from lora_kernels.dropout import Dropout
+from lora_kernels.tuning.config import (
+    FUSED_RANK,
+    TileConfig,
+    masks_no_tail,
+    rank_block,
+    shrinking_programs,
+)
 
+_keep_groups = gluon.jit(keep_groups.fn)
 _scale_value = gluon.jit(scale_value.fn)
 # Gluon's other names of copies, up to Triton 3.7, and of a barrier, in 3.6.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -68,6 +77,88 @@ def _copy(
 
 
 @gluon.jit
+def _copy_ahead(
+    x, w, s, b, lefts, rights, bars, copied, row, col, next_row, next_col, more,
+    NUMBER: gl.constexpr, RANK_STEPS: gl.constexpr, STAGES: gl.constexpr, BLOCK_K: gl.constexpr,
+    BLOCK_R: gl.constexpr, W_K_MAJOR: gl.constexpr, B_K_MAJOR: gl.constexpr,
+):  # fmt: skip
+    """`_copy` of the step that is NUMBER steps behind a tile's sum over K: of s and b, then of the next tile."""
+    slot = copied % STAGES
+    if NUMBER < RANK_STEPS:
+        _copy(
+            lefts.index(slot), rights.index(slot), s, b, row, col, NUMBER * BLOCK_R,
+            bars.index(slot), True, B_K_MAJOR,
+        )  # fmt: skip
+    else:
+        _copy(
+            lefts.index(slot), rights.index(slot), x, w, next_row, next_col,
+            (NUMBER - RANK_STEPS) * BLOCK_K, bars.index(slot), more, W_K_MAJOR,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _halves(acc):
+    """acc's left and right columns."""
+    return acc.reshape((acc.shape[0], 2, acc.shape[1] // 2)).permute((0, 2, 1)).split()
+
+
+@gluon.constexpr_function
+def _groups_layout(block_m, columns, warps):
+    """Of the groups of four columns in a block of a mask, each of which one call of Philox makes.
+
+    A thread has half of a group in a multiply's result, of two rows 8 apart, and its neighbour the other halves: here each
+    of the two has all of one row's group, so that they exchange a half, and no memory is needed.
+    """
+    registers = [[0, 2 << i] for i in range((columns // 8).bit_length() - 1)]
+    lanes = [[8, 0], [0, 1], [1, 0], [2, 0], [4, 0]]
+    rows = [[16 << i, 0] for i in range((block_m // 16).bit_length() - 1)]
+    each = warps.bit_length() - 1
+    shape = [block_m, columns // 4]
+    return gl.DistributedLinearLayout(registers + rows[each:], lanes, rows[:each], [], shape)
+
+
+@gluon.jit
+def _masked_tail(
+    acc, left_slot, right_slot, s, b, row, col, N, seed_ptr, threshold, keep_scale,
+    FIRST: gl.constexpr, B_K_MAJOR: gl.constexpr,
+):  # fmt: skip
+    """acc + mask∘(s·b)·keep_scale of one step, for the columns of a tile from FIRST on.
+
+    Of 64 columns at a time: more beside acc would not stay in registers.
+    """
+    BLOCK_M: gl.constexpr = acc.shape[0]
+    COLUMNS: gl.constexpr = acc.shape[1]
+    if COLUMNS > 64:
+        left, right = _halves(acc)
+        left = _masked_tail(
+            left, left_slot, right_slot, s, b, row, col, N, seed_ptr, threshold, keep_scale, FIRST,
+            B_K_MAJOR,
+        )  # fmt: skip
+        right = _masked_tail(
+            right, left_slot, right_slot, s, b, row, col, N, seed_ptr, threshold, keep_scale,
+            FIRST + COLUMNS // 2, B_K_MAJOR,
+        )  # fmt: skip
+        return gl.join(left, right).permute((0, 2, 1)).reshape((BLOCK_M, COLUMNS))
+    else:
+        warps: gl.constexpr = gl.num_warps()
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, COLUMNS, 16])
+        right = block(right_slot, b)
+        if B_K_MAJOR:  # noqa: SIM108, a constant decides which branch is compiled
+            right = right.slice(FIRST, COLUMNS, 0).permute((1, 0))
+        else:
+            right = right.slice(FIRST, COLUMNS, 1)
+        tail = warpgroup_mma_init(gl.zeros((BLOCK_M, COLUMNS), gl.float32, layout))
+        tail = warpgroup_mma(block(left_slot, s), right, tail, is_async=True)
+        groups: gl.constexpr = _groups_layout(BLOCK_M, COLUMNS, warps)
+        offs_m = row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, groups))
+        offs_g = (col + FIRST) // 4 + gl.arange(0, COLUMNS // 4, gl.SliceLayout(0, groups))
+        keep = _keep_groups(seed_ptr, threshold, offs_m, offs_g, N)
+        keep = gl.convert_layout(keep, layout).to(gl.float32) * keep_scale
+        tail = warpgroup_mma_wait(0, (tail,)) * keep
+        return acc + gl.convert_layout(tail, acc.type.layout, assert_trivial=True)
+
+
+@gluon.jit
 def _store_s(acc, s_ptr, whole_ptr, flag_ptr, row, M, R, stride_sm):
     """Stores the s of a block of rows in both types and releases it to the programs that compute tiles of these rows."""
     layout: gl.constexpr = acc.type.layout
@@ -89,7 +180,7 @@ def _wait_for_s(flag_ptr):
     gl.inline_asm("fence.proxy.async.global;")
 
 
-@gluon.jit(do_not_specialize=["M", "shrinking"])
+@gluon.jit(do_not_specialize=["M", "shrinking", "threshold"])
 def _persistent_kernel(
     x,  # describes [M, K] in blocks [BLOCK_M, BLOCK_K]
     w,  # describes [K, N] in blocks [BLOCK_K, BLOCK_N], or wᵀ where W_K_MAJOR
@@ -109,6 +200,9 @@ def _persistent_kernel(
     shrinking,  # programs that compute s first
     R,
     stride_sm,
+    seed_ptr,
+    threshold,
+    keep_scale,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -125,6 +219,7 @@ def _persistent_kernel(
     RELEASE: gl.constexpr,
     SHRINKS: gl.constexpr,
     ALPHA_IS_PTR: gl.constexpr,
+    MASKED: gl.constexpr,
 ):
     AHEAD: gl.constexpr = STAGES - 1  # steps that are under way while one is multiplied
     HALF: gl.constexpr = BLOCK_N // 2
@@ -223,7 +318,7 @@ def _persistent_kernel(
         next_row = block_m * BLOCK_M
         next_col = block_n * BLOCK_N
         # The last steps of x·w and all of s·b. What is copied meanwhile: s and b, then the next tile's first steps.
-        for i in gl.static_range(AHEAD + RANK_STEPS):
+        for i in gl.static_range(AHEAD if MASKED else AHEAD + RANK_STEPS):
             slot = done % STAGES
             mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
             if i < AHEAD:
@@ -231,20 +326,27 @@ def _persistent_kernel(
             else:
                 acc = _multiply(lefts.index(slot), rights.index(slot), s, b, acc, B_K_MAJOR)
             done += 1
-            slot = copied % STAGES
-            if i < RANK_STEPS:
-                _copy(
-                    lefts.index(slot), rights.index(slot), s, b, row, col, i * BLOCK_R,
-                    bars.index(slot), True, B_K_MAJOR,
-                )  # fmt: skip
-            else:
-                _copy(
-                    lefts.index(slot), rights.index(slot), x, w, next_row, next_col,
-                    (i - RANK_STEPS) * BLOCK_K, bars.index(slot), following < tiles, W_K_MAJOR,
-                )  # fmt: skip
+            _copy_ahead(
+                x, w, s, b, lefts, rights, bars, copied, row, col, next_row, next_col,
+                following < tiles, i, RANK_STEPS, STAGES, BLOCK_K, BLOCK_R, W_K_MAJOR, B_K_MAJOR,
+            )  # fmt: skip
             copied += 1
         total = warpgroup_mma_wait(0, (acc,))
-        halves = total.reshape((BLOCK_M, 2, HALF)).permute((0, 2, 1)).split()
+        if MASKED:
+            # What x·w has left free is filled first: a mask takes as long as several steps.
+            _copy_ahead(
+                x, w, s, b, lefts, rights, bars, copied, row, col, next_row, next_col,
+                following < tiles, AHEAD, 1, STAGES, BLOCK_K, BLOCK_R, W_K_MAJOR, B_K_MAJOR,
+            )  # fmt: skip
+            copied += 1
+            slot = done % STAGES
+            mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
+            total = _masked_tail(
+                total, lefts.index(slot), rights.index(slot), s, b, row, col, N, seed_ptr,
+                threshold, keep_scale, 0, B_K_MAJOR,
+            )  # fmt: skip
+            done += 1
+        halves = _halves(total)
         for i in gl.static_range(2):
             part = halves[i]
             start = col + i * HALF
@@ -279,14 +381,16 @@ def persistent(
     release: bool = False,
     first: Shrink | None = None,
     shrinking: int | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
-    """y = x·w + bias + s·b: x [M, K], w [K, N], s [M, R], b [R, N], bias [N], half dtypes -> y [M, N].
+    """y = x·w + bias + mask∘(s·b): x [M, K], w [K, N], s [M, R], b [R, N], bias [N], in half dtypes -> y [M, N].
 
     `programs`: how many run at one time, the GPU's multiprocessors. ValueError for operands that `applies` does not take;
     of x's dtype s comes from `rank_operand` and b from `fetchable`, else both from `parts`. `late_wait` as in `expand`.
     `release` lets a dependent launch that follows run beside this one, when s is there: it may read s, not y. `first`: s is
     computed by the same launch, of R up to FUSED_RANK, without a mask, `first.a`.t() from `fetchable`; by the first
-    `shrinking` of its programs. Equal bits for any `programs` and `shrinking`.
+    `shrinking` of its programs. Equal bits for any `programs` and `shrinking`. `dropout`: where `masks_no_tail` has nothing
+    against it, beside no bias, which spills 40 bytes, and no `first`.
     """
     M, K = x.shape
     N, R = b.shape[1], b.shape[0]
@@ -307,16 +411,25 @@ def persistent(
         programs = max(1, programs // config.ctas)
     blocks = cdiv(M, config.block_m)
     most = tiles = blocks * cdiv(N, config.block_n)
+    if dropout is not None and (reason := masks_no_tail(config, R)):
+        raise ValueError(reason)
+    if dropout is not None and bias is not None:
+        raise ValueError("dropout is that of dx, which has no bias, got both")
     own: dict[str, Any] = {} if config.ctas else _NOT_SHRINKING
     if first is not None:
-        if config.ctas or first.dropout is not None or R > FUSED_RANK:
+        masks = first.dropout, dropout
+        if config.ctas or masks != (None, None) or R > FUSED_RANK:
             raise ValueError(
                 f"s is computed without a mask, up to rank {FUSED_RANK} and by one CTA of sm_90, "
-                f"got {first.dropout}, rank {R} and {config}"
+                f"got {masks}, rank {R} and {config}"
             )
         most = tiles + blocks  # a program without a tile may compute s
         shrinking = shrinking or shrinking_programs(blocks, tiles, programs, config.block_n)
         own = _shrinking(first, s, shrinking, blocks, config)
+    if not config.ctas:
+        seed, threshold, keep_scale = Mask.of(dropout)
+        own = own | {"seed_ptr": seed, "threshold": threshold, "keep_scale": keep_scale}
+        own["MASKED"] = dropout is not None
     launch(
         kernel,
         min(programs, most),

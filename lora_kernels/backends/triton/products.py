@@ -24,8 +24,10 @@ from lora_kernels.tuning.config import (
     TileConfig,
     Tiles,
     leaves_room,
+    masks_no_tail,
     one_launch_ranks,
     one_reading_moves_less,
+    tail_ranks,
 )
 from lora_kernels.tuning.targets import Target
 
@@ -114,11 +116,11 @@ class TritonProducts(Products):
         # Between the two kernels the second waits by itself, where the hardware lets it start early.
         config = self.tiles.config("shrink")
         overlap = self.target.tma and config.split == 1
-        if self._persistent_takes(x, w, adapter):
+        if self._persistent_takes(x, w, adapter, bias):
             _, b = self._tail(x, None, B)  # what is made of B is launched before, not between
             rounded = rank_operand(x.shape[0], b.shape[0], b.dtype, x.device)
             s = self._shrink(x, adapter, config, release=overlap, rounded=rounded)
-            return self._persistent(x, w, rounded, b, bias, overlap), s
+            return self._persistent(x, w, rounded, b, bias, overlap, dropout_out), s
         if not x.dtype == B.dtype == torch.bfloat16:
             s = self._shrink(x, adapter, config, release=overlap)
             return self._expand(x, w, s, adapter, bias, z, late_wait=overlap), s
@@ -169,7 +171,7 @@ class TritonProducts(Products):
         config = self._lowrank(dy.shape[1]).config("shrink")
         late = config.split == 1
         q = self._shrink(dy, adapter, config, release=late, rounded=rounded)
-        dx = self._persistent(dy, w, rounded, B, None, late, release=True)
+        dx = self._persistent(dy, w, rounded, B, None, late, None, release=True)
         tile = BESIDE[self.target.name]
         dB = wgrad(s, dy, dtype, tile, beside=True)
         dA = wgrad(x, rounded, dtype, tile, beside=True)
@@ -272,10 +274,12 @@ class TritonProducts(Products):
         if not isinstance(w, Tensor):
             with self._decoded(w) as dense:
                 return self._expand(x, dense, s, adapter, bias, z)
-        if s.shape[1] and self._persistent_takes(x, w, adapter):
+        if s.shape[1] and self._persistent_takes(x, w, adapter, bias):
             tail, b = self._tail(x, s, adapter.B)
             # Parts of s and B are made by one launch, just before.
-            return self._persistent(x, w, cast(Tensor, tail), b, bias, b.shape[0] > s.shape[1])
+            early = b.shape[0] > s.shape[1]
+            s = cast(Tensor, tail)
+            return self._persistent(x, w, s, b, bias, early, adapter.dropout_out)
         from lora_kernels.backends.triton.expand import expand
 
         b, config = adapter.B, self.tiles.config("expand")
@@ -294,21 +298,27 @@ class TritonProducts(Products):
         fits = adapter.A.shape[1] <= one_launch_ranks(adapter.dropout_in is not None)
         return fits and x.dtype == adapter.A.dtype == adapter.B.dtype == torch.bfloat16
 
-    def _persistent_takes(self, x: Tensor, w: Tensor, adapter: Adapter) -> bool:
-        """Whether a call is the persistent product's: no mask or scale of results, x and w as tensor copies take them."""
-        plain = adapter.dropout_out is None and adapter.column_scale is None
-        if self.algorithm != "persistent" or not plain:
+    def _persistent_takes(
+        self, x: Tensor, w: Tensor, adapter: Adapter, bias: Tensor | None
+    ) -> bool:
+        """Whether a call is the persistent product's: no scale of results, a mask that it has, x and w that copies take."""
+        if self.algorithm != "persistent" or adapter.column_scale is not None:
             return False
+        if adapter.dropout_out is not None:
+            config, ranks = self.tiles.config("persistent"), tail_ranks(self.problem)
+            if bias is not None or masks_no_tail(config, ranks) is not None:
+                return False
         from lora_kernels.backends.triton.persistent import applies
 
         return applies(x, w)
 
     def _runs_beside(self, dy: Tensor, w: Tensor, adapter: Adapter, x: Tensor) -> bool:
-        """Whether dA and dB are computed beside dx: by the persistent product, which leaves room for them."""
+        """Whether dA and dB are computed beside dx: by the persistent product without a mask, which leaves room for them."""
         if 0 in (*dy.shape, x.shape[1], adapter.A.shape[1]) or self.target.name not in BESIDE:
             return False
         return (
-            self._persistent_takes(dy, w, adapter)
+            self._persistent_takes(dy, w, adapter, None)
+            and adapter.dropout_out is None
             and dy.dtype == adapter.A.dtype == torch.bfloat16
             and adapter.A.shape[1] <= FUSED_RANK
             and leaves_room(self.tiles.config("persistent"), self.problem, self.target)
@@ -364,14 +374,15 @@ class TritonProducts(Products):
         b: Tensor,
         bias: Tensor | None,
         late_wait: bool,
+        dropout: Dropout | None,
         release: bool = False,
     ) -> Tensor:
         """The persistent product; s and b come from `_tail`."""
         from lora_kernels.backends.triton.persistent import persistent
 
-        config = self.tiles.config("persistent")
-        programs = self._programs(x)
-        return persistent(x, w, s, b, bias, config, programs, late_wait=late_wait, release=release)
+        config, programs = self.tiles.config("persistent"), self._programs(x)
+        how: dict[str, Any] = {"late_wait": late_wait, "release": release, "dropout": dropout}
+        return persistent(x, w, s, b, bias, config, programs, **how)
 
     def _decoded(self, w: QuantizedWeight) -> AbstractContextManager[Tensor]:
         """w as a dense tensor, for the products that are launched while it is entered."""

@@ -211,11 +211,19 @@ def keep_tile(
     bool [BLOCK_M, BLOCK_COLS] of an input with `cols` columns; `threshold` holds a uint32's bits. One Philox call makes
     the words of four neighbouring columns.
     """
-    offs_g = col_start // 4 + tl.arange(0, BLOCK_COLS // 4)
+    return keep_groups(
+        seed_ptr, threshold, offs_m, col_start // 4 + tl.arange(0, BLOCK_COLS // 4), cols
+    )
+
+
+@triton.jit
+def keep_groups(seed_ptr, threshold, offs_m, offs_g, cols):
+    """`keep_tile` of the groups offs_g of four columns; here without a range, which Gluon makes otherwise."""
     counter = offs_m.to(tl.int64)[:, None] * tl.cdiv(cols, 4) + offs_g[None, :]
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = (counter >> 32).to(tl.uint32)
-    zero = tl.zeros((BLOCK_M, BLOCK_COLS // 4), tl.uint32)
+    zero = (counter & 0).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), low, high, zero, zero)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # word 2p + q stands at [..., p, q]
-    return tl.reshape(words, (BLOCK_M, BLOCK_COLS)) >= threshold.to(tl.uint32, bitcast=True)
+    words = tl.reshape(words, (offs_m.shape[0], 4 * offs_g.shape[0]))
+    return words >= threshold.to(tl.uint32, bitcast=True)
