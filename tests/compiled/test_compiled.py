@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lora_kernels.backends.triton.configs import BESIDE, shipped, tiles_of, untried
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.config import (
+    LOWRANK_KERNELS,
     PERSISTENT,
     TileConfig,
     leaves_room,
@@ -58,7 +59,8 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
     for problem, config in pairs:
         types = _types(problem)
         usual = types == USUAL
-        if target in NEAR_DUPLICATES and (problem.R != 64 or not usual):
+        parts = types == MIXED and config.kernel in LOWRANK_KERNELS  # in tiles of their own
+        if target in NEAR_DUPLICATES and (problem.R != 64 or not (usual or parts)):
             continue
         last = widest[(config, *types)] is problem
         if not usual and not (last and config.split == splits[(replace(config, split=0), *types)]):
@@ -89,7 +91,9 @@ def grouped_jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]
     """Over groups, at the widest rank: each configuration as it is, and the product of dx, with a mask."""
     for problem, config in shipped(TARGETS[target], groups=8):
         types = _types(problem)
-        if problem.R != 64 or types == MIXED or (target in NEAR_DUPLICATES and types != USUAL):
+        if types == MIXED and config.kernel not in LOWRANK_KERNELS:
+            continue
+        if problem.R != 64 or (target in NEAR_DUPLICATES and types != USUAL):
             continue
         yield problem, config, True, False
         if config.kernel == "expand":
@@ -103,10 +107,13 @@ def scaled_jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]
     """
     pairs = shipped(TARGETS[target])
     kept = [
-        (p, c) for p, c in pairs if _types(p) in (USUAL, FLOAT32) and c.kernel not in PERSISTENT
+        (p, c)
+        for p, c in pairs
+        if _types(p) in (USUAL, FLOAT32) or (_types(p) == MIXED and c.kernel in LOWRANK_KERNELS)
     ]
-    widest = {(replace(c, split=1), p.dtype): p for p, c in kept}
-    for (config, _), problem in widest.items():
+    kept = [(p, c) for p, c in kept if c.kernel not in PERSISTENT]
+    widest = {(replace(c, split=1), p.dtype, p.adapter_dtype): p for p, c in kept}
+    for (config, *_), problem in widest.items():
         yield problem, config, True, False
 
 

@@ -7,8 +7,10 @@ import torch
 
 from lora_kernels import lora_linear, plan, use_backend
 from lora_kernels.backends import triton as backend_module
-from lora_kernels.backends.triton.configs import shipped, tiles_for
+from lora_kernels.backends.triton.configs import shipped, tiles_for, tiles_of
+from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import LOWRANK_KERNELS, TileConfig
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.layer import train
 from tests.executed.shipped import execute
@@ -25,7 +27,7 @@ PARTS = 7  # of a target's configurations, for test processes beside each other;
 def test_every_shipped_configuration(target, part):
     """Lockstep for one half of the configurations, a seeded random schedule for the other."""
     pairs = reversed(shipped(TARGETS[target]))
-    once = {(config, problem.weight_format): problem for problem, config in pairs}
+    once = {(config, _form(problem, config)): problem for problem, config in pairs}
     wrong = []
     for number, ((config, _), problem) in list(enumerate(once.items()))[part::PARTS]:
         try:
@@ -33,6 +35,30 @@ def test_every_shipped_configuration(target, part):
         except Exception as error:
             wrong.append(f"{config} for {problem}: {type(error).__name__}: {str(error)[:400]}")
     assert len(once) > 15 and not wrong, "\n".join(wrong)
+
+
+def _form(problem: Problem, config: TileConfig) -> tuple[str, ...]:
+    """What makes other code of a tile: how a weight is packed, or of which types s, q or an adapter is multiplied."""
+    if config.kernel in LOWRANK_KERNELS:
+        return problem.dtype, problem.adapter_dtype
+    return (problem.weight_format,)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("target", EXECUTED)
+def test_parts_are_float32(target, value):
+    """x·a for a float32 a: a's bits beside ones of x, and what is not finite in x or a where eager has it."""
+    problem = Problem(256, 64, 64, 16, "bfloat16", "float32", device="cuda")
+    x, a = torch.eye(64).bfloat16(), torch.randn(64, 16)
+    with emulate(target):
+        assert torch.equal(shrink(x, a, 1.0, tiles_of("shrink", problem, TARGETS[target])[0]), a)
+    x, a = torch.randn(64, 64).bfloat16(), torch.randn(64, 16).bfloat16().float()
+    x[5, 3], a[7, 11] = value, value
+    with emulate(target):
+        s = shrink(x, a, 1.0, tiles_of("shrink", problem, TARGETS[target])[0])
+    eager = x.float() @ a
+    assert torch.equal(s.isnan(), eager.isnan()) and torch.equal(s.isposinf(), eager.isposinf())
+    assert torch.equal(s.isneginf(), eager.isneginf())
 
 
 @pytest.fixture

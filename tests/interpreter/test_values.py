@@ -133,6 +133,51 @@ def test_a_rank_tail_in_parts(M, N, R, dtype):
     assert torch.equal((left @ right).isnan(), (s @ b.float()).isnan())
 
 
+def _float32_products(products, wide, lowrank):
+    """(name, result, left, right) of every low-rank product of a bfloat16 [M, C] and a float32 one, [M, R] or [C, R]."""
+    M, C = wide.shape
+    s, b_t = lowrank[:M], lowrank[:C]
+    adapter = Adapter(b_t, b_t.t(), 1.0)
+    q, dB = products.shrink_wgrad(wide, adapter, s, torch.float32)
+    yield "s", products.shrink(wide, adapter), wide, b_t
+    yield "dA", products.wgrad(wide, s, torch.float32), wide.t(), s
+    yield "dB", products.wgrad(s, wide, torch.float32), s.t(), wide
+    yield "q, dB beside it", q, wide, b_t
+    yield "dB, q beside it", dB, s.t(), wide
+
+
+def test_a_float32_operand_beside_bfloat16_keeps_its_bits(triton_products):
+    """Its three parts are the whole number: a product with ones gives it back, and a long sum is as exact as eager's."""
+    lowrank = torch.randn(150, 12)
+    products = triton_products("two_kernel")
+    for name, result, left, right in _float32_products(
+        products, torch.eye(41).bfloat16(), lowrank[:41]
+    ):
+        expected = right if right.dtype == torch.float32 else left
+        assert torch.equal(result, expected), name
+    for name, result, left, right in _float32_products(
+        products, torch.randn(150, 140).bfloat16(), lowrank
+    ):
+        assert_budget(result, left.float() @ right.float(), left.double() @ right.double(), name)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("where", ["wide", "lowrank"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_not_finite_is_where_eager_has_it(value, where, exact, triton_products):
+    """Also where the smaller parts of a number are zero, as in those that bfloat16 holds."""
+    wide, lowrank = torch.randn(41, 37).bfloat16(), torch.randn(41, 12)
+    lowrank = lowrank.bfloat16().float() if exact else lowrank
+    (wide if where == "wide" else lowrank)[5, 3] = value
+    for name, result, left, right in _float32_products(
+        triton_products("two_kernel"), wide, lowrank
+    ):
+        eager = left.float() @ right.float()
+        assert not eager.isfinite().all() and eager.isfinite().any(), name
+        for test in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(test(result), test(eager)), f"{test.__name__} of {name}"
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_nan_in_x_reaches_its_row_only(variant, triton_products):
     x, w, a, b = torch.ones(9, 40), torch.ones(40, 24), torch.ones(40, 5), torch.ones(5, 24)

@@ -177,6 +177,11 @@ def lowrank_form(wide: torch.dtype, result: torch.dtype) -> str:
     return mixed_precision(wide, result)
 
 
+def shrink_form(x: torch.dtype, a: torch.dtype) -> str:
+    """How `shrink` takes a of x·a, whose result stays float32: "parts" as in `lowrank_form`, or an `input_precision`."""
+    return "parts" if (x, a) == (torch.bfloat16, torch.float32) else shrink_precision(x, a)
+
+
 def shrink_precision(x: torch.dtype, a: torch.dtype) -> str:
     """`input_precision` of x·a, whose result stays float32."""
     return base_precision(x) if a == x else mixed_precision(x, a)

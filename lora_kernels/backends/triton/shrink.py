@@ -18,13 +18,15 @@ from lora_kernels.backends.triton.launch import (
     launch,
     needs_int64,
     scale_argument,
-    shrink_precision,
+    shrink_form,
     strides,
 )
 from lora_kernels.backends.triton.partials import sum_partials
 from lora_kernels.backends.triton.tiles import (
     as_int64,
     keep_tile,
+    lowrank_product,
+    lowrank_sum,
     row_block,
     scale_value,
     store_rounded,
@@ -65,7 +67,7 @@ def _shrink_kernel(
     SCALED: tl.constexpr,
     SQUARES: tl.constexpr,
     EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FORM: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
     DROPOUT: tl.constexpr,
     INT64: tl.constexpr,
@@ -103,6 +105,7 @@ def _shrink_kernel(
     step = as_int64(tl.full((), BLOCK_K, tl.int32), INT64)
 
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    small = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if SQUARES:
         squares = tl.zeros((BLOCK_M,), tl.float32)
     for k in range(k_start, k_end, BLOCK_K):
@@ -117,10 +120,11 @@ def _shrink_kernel(
             x *= keep_tile(seed_ptr, threshold, offs_m, k, K, BLOCK_M, BLOCK_K).to(x.dtype)
         if SQUARES:
             squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
-        acc = tl.dot(x.to(a.dtype), a, acc, input_precision=PRECISION)
+        acc, small = lowrank_product(x, a, acc, small, FORM)
         x_ptrs += step * stride_xk
         a_ptrs += step * stride_ak
 
+    acc = lowrank_sum(acc, small, FORM)
     if SCALED:
         acc = acc * scale_value(alpha, ALPHA_IS_PTR) * keep_scale
     out_row = part.to(tl.int64) * M + offs_m
@@ -231,7 +235,7 @@ def _shrink(
         SCALED=scaled,
         SQUARES=squares is not None,
         EVEN_K=K % config.block_k == 0,
-        PRECISION=shrink_precision(x.dtype, a.dtype),
+        FORM=shrink_form(x.dtype, a.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
         DROPOUT=dropout is not None,
         INT64=needs_int64(x, a),

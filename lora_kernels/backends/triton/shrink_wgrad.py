@@ -13,15 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.backends.triton.launch import (
-    base_precision,
     cdiv,
     launch,
-    mixed_precision,
+    lowrank_form,
     needs_int64,
     rank_operand,
+    shrink_form,
 )
 from lora_kernels.backends.triton.partials import sum_partials
-from lora_kernels.backends.triton.tiles import as_int64, scaled_tile
+from lora_kernels.backends.triton.tiles import as_int64, lowrank_product, lowrank_sum, scaled_tile
 from lora_kernels.operands import Scale
 from lora_kernels.tuning.config import TileConfig, rank_block
 
@@ -50,8 +50,8 @@ def _shrink_wgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    Q_PRECISION: tl.constexpr,
-    DB_PRECISION: tl.constexpr,
+    Q_FORM: tl.constexpr,
+    DB_FORM: tl.constexpr,
     SCALED: tl.constexpr,
     HAS_Z: tl.constexpr,
     INT64: tl.constexpr,
@@ -73,7 +73,9 @@ def _shrink_wgrad_kernel(
         dc = tl.zeros((BLOCK_N,), tl.float32)
 
     per_part = tl.cdiv(tl.cdiv(M, BLOCK_M), split) * BLOCK_M
+    nothing = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    small = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for m in range(part * per_part, min((part + 1) * per_part, M), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
@@ -82,8 +84,9 @@ def _shrink_wgrad_kernel(
         s_ptrs = s_ptr + row[:, None] * stride_sm + rank[None, :] * stride_sr
         dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         s = tl.load(s_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        q = tl.dot(dy.to(b.dtype), b, input_precision=Q_PRECISION)  # [BLOCK_M, BLOCK_R]
-        db = tl.dot(tl.trans(dy.to(tl.float32)), s, db, input_precision=DB_PRECISION)
+        q, q_small = lowrank_product(dy, b, nothing, nothing, Q_FORM)
+        q = lowrank_sum(q, q_small, Q_FORM)
+        db, small = lowrank_product(tl.trans(dy), s, db, small, DB_FORM)
         q_row = pid_n.to(tl.int64) * M + offs_m
         tl.store(
             q_ptr + q_row[:, None] * R + offs_r[None, :], q, mask=mask_m[:, None] & mask_r[None, :]
@@ -94,6 +97,7 @@ def _shrink_wgrad_kernel(
             if HAS_Z:
                 dc += tl.sum(product, 0)
 
+    db = lowrank_sum(db, small, DB_FORM)
     if SCALED:
         db *= c[:, None]
     db_ptrs = db_ptr + part.to(tl.int64) * R * N + col[:, None] + rank[None, :] * N
@@ -175,10 +179,8 @@ def _launch(
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=rank_block(R, config.rank_chunk),
-        Q_PRECISION=base_precision(dy.dtype)
-        if b_t.dtype == dy.dtype
-        else mixed_precision(dy.dtype, b_t.dtype),
-        DB_PRECISION=mixed_precision(dy.dtype, dtype),
+        Q_FORM=shrink_form(dy.dtype, b_t.dtype),
+        DB_FORM=lowrank_form(dy.dtype, dtype),
         SCALED=c is not None,
         HAS_Z=z is not None,
         INT64=needs_int64(dy, b_t, s, db_parts, dz),

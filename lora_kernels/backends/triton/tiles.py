@@ -94,20 +94,33 @@ def _split(values):
 
 
 @triton.jit
-def parts_product(left, right, acc):
-    """acc + left·right: left in bfloat16, right in float32, which is multiplied as the sum of three bfloat16 numbers.
+def lowrank_product(wide, lowrank, acc, small, FORM: tl.constexpr):
+    """(acc, small) + wide·lowrank, FORM as `lowrank_form` and `shrink_form` name it; `lowrank_sum` is their sum.
 
-    Only the first of the three, and left beside it, has what is not finite.
+    "parts" are three bfloat16 numbers that hold all of a float32's 24 bits. acc sums the products of the first, small
+    those of the others.
     """
-    high, finite_high, _ = _split(right)
-    rest = tl.where(tl.abs(right) < 3.3961775e38, right, 0.0) - finite_high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-    bits = left.to(tl.int16, bitcast=True)
-    finite = tl.where((bits & 0x7F80) == 0x7F80, 0, bits).to(tl.bfloat16, bitcast=True)
-    acc = tl.dot(finite, low, acc)
-    acc = tl.dot(finite, middle, acc)
-    return tl.dot(left, high, acc)
+    if FORM == "parts":
+        high = lowrank.to(tl.bfloat16)
+        rest = lowrank.to(tl.float32) - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        small = tl.dot(wide, low, small)
+        small = tl.dot(wide, middle, small)
+        acc = tl.dot(wide, high, acc)
+    elif FORM == "rounded":
+        acc = tl.dot(wide, lowrank.to(tl.bfloat16), acc)
+    else:
+        acc = tl.dot(wide.to(lowrank.dtype), lowrank, acc, input_precision=FORM)
+    return acc, small
+
+
+@triton.jit
+def lowrank_sum(acc, small, FORM: tl.constexpr):
+    """What `lowrank_product` summed. Where an operand is not finite small says nothing, and acc has what eager has."""
+    if FORM == "parts":
+        acc += tl.where(tl.abs(small) < float("inf"), small, 0.0)
+    return acc
 
 
 @triton.jit

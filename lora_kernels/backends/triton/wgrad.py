@@ -19,7 +19,13 @@ from lora_kernels.backends.triton.launch import (
     needs_int64,
 )
 from lora_kernels.backends.triton.partials import sum_partials
-from lora_kernels.backends.triton.tiles import as_int64, keep_tile, parts_product, rows_of
+from lora_kernels.backends.triton.tiles import (
+    as_int64,
+    keep_tile,
+    lowrank_product,
+    lowrank_sum,
+    rows_of,
+)
 from lora_kernels.dropout import Dropout
 from lora_kernels.tuning.config import TileConfig, rank_block
 
@@ -76,6 +82,7 @@ def _wgrad_kernel(
     per_part = tl.cdiv(tl.cdiv(end_m - start_m, BLOCK_M), split) * BLOCK_M
     start_m += part * per_part
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
+    small = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     for m in range(start_m, min(start_m + per_part, end_m), BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < end_m
@@ -88,13 +95,9 @@ def _wgrad_kernel(
             wide *= keep_tile(seed_ptr, threshold, offs_m, c_start, C, BLOCK_M, BLOCK_C).to(
                 wide.dtype
             )
-        if FORM == "rounded":
-            acc = tl.dot(tl.trans(wide), lowrank.to(wide.dtype), acc)
-        elif FORM == "parts":
-            acc = parts_product(tl.trans(wide), lowrank, acc)
-        else:
-            acc = tl.dot(tl.trans(wide.to(lowrank.dtype)), lowrank, acc, input_precision=FORM)
+        acc, small = lowrank_product(tl.trans(wide), lowrank, acc, small, FORM)
 
+    acc = lowrank_sum(acc, small, FORM)
     if WHOLE:
         acc *= keep_scale
     part_start = part.to(tl.int64) * groups * C * R
