@@ -329,7 +329,7 @@ def test_s_is_waited_for_where_the_product_starts_early(target, tile, monkeypatc
     monkeypatch.setattr(
         launch, "prepare_triton", functools.partial(_without_wait, launch.prepare_triton)
     )
-    with emulate(target):
+    with pytest.raises(PtxError, match="ended before"), emulate(target):
         y, _ = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
     with pytest.raises(AssertionError):
         compare({"y": y}, o, "without a wait")
@@ -356,7 +356,7 @@ def test_parts_of_q_are_waited_for(target, tile, monkeypatch):
     monkeypatch.setattr(
         launch, "prepare_triton", functools.partial(_without_wait, launch.prepare_triton)
     )
-    with emulate(target):
+    with pytest.raises(PtxError, match="ended before"), emulate(target):
         dx = products.expand(o.dy, o.w.t(), q, o.adapter.t())
     with pytest.raises(AssertionError):
         compare({"dx": dx}, o, "without a wait")
