@@ -440,6 +440,9 @@ class TestTritonOrCUDA:
         assert told.candidate.name == ("two_kernel" if sm_90_too else "persistent")
         reason = f"it was tried with Triton 3.9.x only, got {version}"
         assert told.passed_over["persistent_one_launch"] == reason
+        if not sm_90_too:  # whose mask spills with it
+            back = explain(replace(large, dropout=True, backward=True, w_k_major=False))
+            assert back.passed_over["persistent"] == reason
         assert tiles_of("persistent_one_launch", large, TARGETS["sm_90"]) == []
         assert (tiles_of("persistent", large, TARGETS["sm_90"]) == []) == sm_90_too
         if sm_90_too:

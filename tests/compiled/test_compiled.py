@@ -13,16 +13,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_kernels.backends.triton.configs import BESIDE, shipped, tiles_of, untried
+from lora_kernels.backends.triton.configs import BESIDE, shipped, tiles_of, unmasked, untried
 from lora_kernels.problem import DENSE, Problem
-from lora_kernels.tuning.config import (
-    LOWRANK_KERNELS,
-    PERSISTENT,
-    TileConfig,
-    leaves_room,
-    masks_no_tail,
-    tail_ranks,
-)
+from lora_kernels.tuning.config import LOWRANK_KERNELS, PERSISTENT, TileConfig, leaves_room
 from lora_kernels.tuning.targets import TARGETS
 from tests.compiled.recorder import recording
 from tests.compiled.sass import Code, inspect
@@ -79,7 +72,7 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
         sizes = tiles_of("persistent", masked, TARGETS[target]), (16, 64), (False, True)
         for config, R, peft_b in product(*sizes):
             own = replace(masked, R=R)
-            if masks_no_tail(config, tail_ranks(own)) is None:
+            if unmasked(config, own) is None:
                 yield own, config, False, peft_b
 
 
@@ -295,7 +288,7 @@ def test_the_persistent_loop(target, size, types, forward):
     sizes = [c for c in configs if size in str(c)]
     for R, config, dropout in product((16, 64), sizes, (False, True)):
         own = replace(problem, R=R, dropout=dropout)
-        masks = config.kernel == "persistent" and masks_no_tail(config, tail_ranks(own)) is None
+        masks = config.kernel == "persistent" and unmasked(config, own) is None
         if dropout and (forward or not masks):
             continue
         code = compile_job((target, own, config, forward, False))

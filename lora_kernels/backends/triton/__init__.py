@@ -11,7 +11,7 @@ from lora_kernels.backends.triton.configs import MAIN_KERNEL
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
 from lora_kernels.tuning import tables
-from lora_kernels.tuning.config import PERSISTENT, TileConfig, Tiles, masks_no_tail, tail_ranks
+from lora_kernels.tuning.config import PERSISTENT, TileConfig, Tiles
 from lora_kernels.tuning.cost import predict_range, predict_us
 from lora_kernels.tuning.targets import Target
 
@@ -68,7 +68,7 @@ def _slower(algorithm: str, problem: Problem, measured: bool, config: TileConfig
     if algorithm not in ("two_kernel", "tail_first", "persistent") and problem.backward:
         return "in a backward q comes with dB from one reading of dy"
     if algorithm == "persistent" and problem.backward and problem.dropout:
-        reason = masks_no_tail(config, tail_ranks(problem))
+        reason = configs.unmasked(config, problem)
         if reason is not None:
             return reason
     if algorithm in PERSISTENT and not measured:

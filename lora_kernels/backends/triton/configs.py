@@ -23,9 +23,11 @@ from lora_kernels.tuning.config import (
     TileConfig,
     Tiles,
     fits,
+    masks_no_tail,
     one_reading_columns,
     rank_block,
     row_blocks,
+    tail_ranks,
 )
 from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.targets import Target
@@ -123,6 +125,11 @@ def untried(kernel: str = "", target: str = "") -> str | None:
     *others, last = (f"{each}x" for each in versions)
     tried = f"{', '.join(others)} and {last}" if others else last
     return f"it was tried with Triton {tried} only, got {version}"
+
+
+def unmasked(config: TileConfig, problem: Problem) -> str | None:
+    """Why the persistent product is not taken for a dx with a mask: its rule, or a Triton that spills 80 bytes there."""
+    return masks_no_tail(config, tail_ranks(problem)) or untried()
 
 
 def lowrank_tiles(problem: Problem, target: Target) -> Tiles:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_kernels.backends.base import Products, left_is_wide
 from lora_kernels.backends.composite import GroupedCompositeProducts
-from lora_kernels.backends.triton.configs import BESIDE, lowrank_tiles
+from lora_kernels.backends.triton.configs import BESIDE, lowrank_tiles, unmasked
 from lora_kernels.backends.triton.launch import rank_operand, rank_tail
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Adapter, Groups, QuantizedWeight, Scale, Weight
@@ -24,10 +24,8 @@ from lora_kernels.tuning.config import (
     TileConfig,
     Tiles,
     leaves_room,
-    masks_no_tail,
     one_launch_ranks,
     one_reading_moves_less,
-    tail_ranks,
 )
 from lora_kernels.tuning.targets import Target
 
@@ -305,8 +303,8 @@ class TritonProducts(Products):
         if self.algorithm != "persistent" or adapter.column_scale is not None:
             return False
         if adapter.dropout_out is not None:
-            config, ranks = self.tiles.config("persistent"), tail_ranks(self.problem)
-            if bias is not None or masks_no_tail(config, ranks) is not None:
+            reason = unmasked(self.tiles.config("persistent"), self.problem)
+            if bias is not None or reason is not None:
                 return False
         from lora_kernels.backends.triton.persistent import applies
 
