@@ -17,7 +17,14 @@ from lora_kernels.backends.triton import TritonBackend
 from lora_kernels.backends.triton.configs import shipped, tiles_for
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost, tables
-from lora_kernels.tuning.config import TileConfig, fits, rank_block, row_blocks, smem_bytes
+from lora_kernels.tuning.config import (
+    LOWRANK_KERNELS,
+    TileConfig,
+    fits,
+    rank_block,
+    row_blocks,
+    smem_bytes,
+)
 from lora_kernels.tuning.cost import frozen_us, full_rate, predict_us, product_us, rate
 from lora_kernels.tuning.cycles import Cycles, Tile, cycles, tiles
 from lora_kernels.tuning.tables import Entry, bucket
@@ -411,14 +418,18 @@ class TestSelect:
         """So the lanes that compile and execute what is shipped see every code that a call can reach."""
 
         def code(problem, config):
-            return replace(config, split=min(config.split, 2)), problem.dtype, problem.adapter_dtype
+            types = problem.dtype, problem.adapter_dtype
+            if config.kernel not in LOWRANK_KERNELS[types == ("float16", "float16") :]:
+                types = tuple({"float16": "bfloat16"}.get(name, name) for name in types)
+            return replace(config, split=min(config.split, 2)), *types
 
         known = {}
         for problem, config in shipped(target, 8 if groups else 0):
             ranks = rank_block(problem.R, config.rank_chunk)
             known.setdefault(code(problem, config), set()).add(ranks)
         random = Random(0)
-        types = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+        half = (("bfloat16", "bfloat16"), ("float16", "float16"))
+        types = (*half, *((name, "float32") for name in ("bfloat16", "float16", "float32")))
         for _ in range(500):
             M, N, K = (int(2 ** random.uniform(0, 16)) for _ in range(3))
             R = random.choice((1, 8, 16, 17, 32, 48, 64, 65, 512))

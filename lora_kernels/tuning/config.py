@@ -37,7 +37,9 @@ def one_reading_columns(problem: Problem) -> int:
     """Columns of dy in a block of the kernel that reads it once for q and dB."""
     if problem.R > 32:
         return 32
-    return 64 if "float32" in (problem.dtype, problem.adapter_dtype) else 256
+    if "float32" not in (problem.dtype, problem.adapter_dtype):
+        return 256
+    return 128 if problem.dtype == "bfloat16" and problem.R <= 16 else 64
 
 
 def one_reading_moves_less(itemsize: int, R: int, columns: int) -> bool:

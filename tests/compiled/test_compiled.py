@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends.triton.configs import shipped, tiles_of, untried
 from lora_kernels.problem import DENSE, Problem
-from lora_kernels.tuning.config import PERSISTENT, TileConfig
+from lora_kernels.tuning.config import LOWRANK_KERNELS, PERSISTENT, TileConfig
 from lora_kernels.tuning.targets import TARGETS
 from tests.compiled.recorder import recording
 from tests.compiled.sass import Code, inspect
@@ -51,7 +51,8 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
     for problem, config in pairs:
         types = _types(problem)
         usual = types == USUAL
-        if target in NEAR_DUPLICATES and (problem.R != 64 or not usual):
+        parts = types == MIXED and config.kernel in LOWRANK_KERNELS  # in tiles of their own
+        if target in NEAR_DUPLICATES and (problem.R != 64 or not (usual or parts)):
             continue
         last = widest[(config, *types)] is problem
         if not usual and not (last and config.split == splits[(replace(config, split=0), *types)]):
@@ -77,7 +78,9 @@ def grouped_jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]
     """Over groups, at the widest rank: each configuration as it is, and the product of dx, with a mask."""
     for problem, config in shipped(TARGETS[target], groups=8):
         types = _types(problem)
-        if problem.R != 64 or types == MIXED or (target in NEAR_DUPLICATES and types != USUAL):
+        if types == MIXED and config.kernel not in LOWRANK_KERNELS:
+            continue
+        if problem.R != 64 or (target in NEAR_DUPLICATES and types != USUAL):
             continue
         yield problem, config, True, False
         if config.kernel == "expand":
@@ -91,10 +94,13 @@ def scaled_jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]
     """
     pairs = shipped(TARGETS[target])
     kept = [
-        (p, c) for p, c in pairs if _types(p) in (USUAL, FLOAT32) and c.kernel not in PERSISTENT
+        (p, c)
+        for p, c in pairs
+        if _types(p) in (USUAL, FLOAT32) or (_types(p) == MIXED and c.kernel in LOWRANK_KERNELS)
     ]
-    widest = {(replace(c, split=1), p.dtype): p for p, c in kept}
-    for (config, _), problem in widest.items():
+    kept = [(p, c) for p, c in kept if c.kernel not in PERSISTENT]
+    widest = {(replace(c, split=1), p.dtype, p.adapter_dtype): p for p, c in kept}
+    for (config, *_), problem in widest.items():
         yield problem, config, True, False
 
 

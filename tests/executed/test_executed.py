@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lora_kernels import lora_linear, plan, use_backend
 from lora_kernels.backends import triton as backend_module
-from lora_kernels.backends.triton.configs import shipped, tiles_for
+from lora_kernels.backends.triton.configs import shipped, tiles_for, tiles_of
+from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.problem import Problem
+from lora_kernels.tuning.config import LOWRANK_KERNELS, TileConfig
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.layer import train
-from tests.executed.shipped import execute
-from tests.oracle import assert_budget, reference
+from tests.executed.shipped import compare, execute, launch
+from tests.oracle import Case, assert_budget, reference
 from tests.ptx.launch import emulate
 
 pytestmark = pytest.mark.slow
@@ -25,7 +29,7 @@ PARTS = 7  # of a target's configurations, for test processes beside each other;
 def test_every_shipped_configuration(target, part):
     """Lockstep for one half of the configurations, a seeded random schedule for the other."""
     pairs = reversed(shipped(TARGETS[target]))
-    once = {(config, problem.weight_format): problem for problem, config in pairs}
+    once = {(config, _form(problem, config)): problem for problem, config in pairs}
     wrong = []
     for number, ((config, _), problem) in list(enumerate(once.items()))[part::PARTS]:
         try:
@@ -33,6 +37,45 @@ def test_every_shipped_configuration(target, part):
         except Exception as error:
             wrong.append(f"{config} for {problem}: {type(error).__name__}: {str(error)[:400]}")
     assert len(once) > 15 and not wrong, "\n".join(wrong)
+
+
+def _form(problem: Problem, config: TileConfig) -> tuple[str, ...]:
+    """What makes other code of a tile: how a weight is packed, or of which types s, q or an adapter is multiplied."""
+    if config.kernel in LOWRANK_KERNELS:
+        return problem.dtype, problem.adapter_dtype
+    return (problem.weight_format,)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("target", EXECUTED)
+def test_parts_are_float32(target, value):
+    """x·a for a float32 a: a's bits beside ones of x, and what is not finite in x or a where eager has it."""
+    problem = Problem(256, 64, 64, 16, "bfloat16", "float32", device="cuda")
+    x, a = torch.eye(64).bfloat16(), torch.randn(64, 16)
+    with emulate(target):
+        assert torch.equal(shrink(x, a, 1.0, tiles_of("shrink", problem, TARGETS[target])[0]), a)
+    x, a = torch.randn(64, 64).bfloat16(), torch.randn(64, 16).bfloat16().float()
+    x[5, 3], a[7, 11] = value, value
+    with emulate(target):
+        s = shrink(x, a, 1.0, tiles_of("shrink", problem, TARGETS[target])[0])
+    eager = x.float() @ a
+    assert torch.equal(s.isnan(), eager.isnan()) and torch.equal(s.isposinf(), eager.isposinf())
+    assert torch.equal(s.isneginf(), eager.isneginf())
+
+
+@pytest.mark.parametrize("R", [16, 64])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_parts_over_many_steps(target, R):
+    """Where matrix instructions run on while the next step's parts are stored: a race that takes more than two steps."""
+    problem = Problem(4096, 4096, 4096, R, "bfloat16", "float32", device="cuda")
+    for kernel in LOWRANK_KERNELS:
+        config = replace(tiles_of(kernel, problem, TARGETS[target])[0], split=1)
+        steps = 4 * (config.block_k if kernel == "shrink" else config.block_m)
+        sizes = (19, 16, steps + 8) if kernel == "shrink" else (steps + 3, 40, 16)
+        o = Case(*sizes, R - 3, dtype=torch.bfloat16, adapter_dtype=torch.float32).operands()
+        with emulate(target):
+            actual = launch(config, o)
+        compare(actual, o, f"{config} on {target}")
 
 
 @pytest.fixture
@@ -74,8 +117,6 @@ def test_a_result_does_not_depend_on_the_order_of_warps_and_blocks(target):
     x, w = torch.randn(20, 264).bfloat16(), torch.randn(72, 264).bfloat16().t()
     a, b = torch.randn(264, 8).bfloat16(), torch.randn(8, 72).bfloat16()
     problem = Problem(20, 72, 264, 8, "bfloat16", "bfloat16", device="cuda")
-    from dataclasses import replace
-
     from lora_kernels.backends.triton.decode import decode
 
     config = replace(tiles_for(problem, TARGETS[target]).config("decode"), split=4)
@@ -95,4 +136,4 @@ def test_small_batches_take_one_launch(on, target, monkeypatch):
         y = lora_linear(x, w, a, b, 0.5)
     exact = reference(x.double(), w.double(), a.double(), b.double(), 0.5)
     assert_budget(y, reference(x, w, a, b, 0.5), exact)
-    assert [launch.name for launch in executed] == ["_decode_kernel"]
+    assert [each.name for each in executed] == ["_decode_kernel"]

@@ -18,6 +18,7 @@ from lora_kernels.tuning.config import (
     DECODE_ROWS,
     FUSED_RANK,
     KERNELS,
+    LOWRANK_KERNELS,
     PERSISTENT,
     TileConfig,
     Tiles,
@@ -87,6 +88,9 @@ _ONE_PASS_HALF = {
 }
 _ONE_PASS_OTHER = [(64, 64, 32, 4, 2)]
 _ONE_PASS_FLOAT32 = [(32, 32, 32, 4, 2)]
+# Where 64 rows are multiplied as parts on sm_100: two warps take mma.sync. By four, which take tcgen05, Triton 3.9 stores a
+# step's parts over those that the step before still multiplies: the emulator finds the race.
+_SYNCHRONOUS_WARPS = 2
 
 
 def tiles_for(problem: Problem, target: Target) -> Tiles:
@@ -150,16 +154,18 @@ def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]
     """Every tile that a plan and `tune` can take on `target`, with a problem of so many groups that may get it.
 
     Configurations that compile to the same code count once: the split is a run-time number but for being 1, and float16
-    takes bfloat16's code with another instruction. Ranks take the code of their block, of which each configuration has its
-    narrowest and its widest here.
+    takes bfloat16's code with another instruction, but in kernels that multiply s or q, or float32 adapters, which they do
+    in another form. Ranks take the code of their block, of which each configuration has its narrowest and its widest here.
     """
     found: dict[tuple[TileConfig, str, str, str], dict[int, tuple[Problem, TileConfig]]] = {}
     for dtype, adapter_dtype in (
         ("bfloat16", "bfloat16"),
         ("bfloat16", "float32"),
         ("float32", "float32"),
+        ("float16", "float16"),
+        ("float16", "float32"),
     ):
-        formats = (DENSE,) if groups else (DENSE, *PACKED_BYTES)
+        formats = (DENSE,) if groups or dtype == "float16" else (DENSE, *PACKED_BYTES)
         stacks = ((groups, weights) for weights in sorted({groups or 1, 1}, reverse=True))
         sizes = itertools.product(formats, stacks, (16, 32, 64), tables.BUCKETS, _SHIPPED_SHAPES)
         for dropout, (weight_format, stack, R, M, (N, K)) in itertools.product(
@@ -178,7 +184,9 @@ def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]
                 dropout=dropout,
                 **own,  # type: ignore[arg-type]
             )
-            kernels = KERNELS if weight_format == DENSE else _READS_PACKED
+            kernels: tuple[str, ...] = KERNELS if weight_format == DENSE else _READS_PACKED
+            if dtype == "float16":  # whose shrink by an adapter of its type is bfloat16's
+                kernels = LOWRANK_KERNELS[adapter_dtype == "float16" :]
             tiles = (tiles_of(kernel, problem, target) for kernel in kernels)
             for config in itertools.chain(*tiles):
                 same = replace(config, split=min(config.split, 2))
@@ -245,13 +253,17 @@ def _rows_block(problem: Problem) -> int:
 
 
 def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
-    block_m, block_k = (64, 64) if _all_half(problem) else (32, 32)
+    block_m, block_k, warps = (64, 64, 4) if _all_half(problem) else (32, 32, 4)
     if target.name == "sm_120" and (problem.R > 16 or not _all_half(problem)):
         block_m //= 2  # its compiler keeps to 96 registers
         block_m //= 2 if _all_half(problem) and problem.R > 32 else 1
     if problem.dropout and problem.R > 32:  # the mask takes registers of its own
         block_m //= 1 if _all_half(problem) else 2
         block_k //= 2 if _all_half(problem) and target.name in ("sm_100", "gfx1100") else 1
+    if _in_parts(problem) and target.name != "gfx1100":
+        block_m, warps = _parts_rows(problem, target)
+    elif target.name == "gfx1100" and problem.R > 32 and not _all_half(problem):
+        block_m = 16
     programs = max(1, problem.M // block_m)
     if problem.groups:
         if problem.dtype == "float32" and problem.R > 32:  # a group's addresses take registers
@@ -260,8 +272,26 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
             block_m = 32
         block_m = min(block_m, _rows_block(problem))
         programs = max(1, row_blocks(problem, block_m))
+    warps = min(warps, 8 if block_m > 64 else 4)
     split = _split(target.multiprocessors // programs, problem.K // (4 * block_k))
-    return [TileConfig("shrink", block_m, 1, block_k, 4, 3, split=split)]
+    return [TileConfig("shrink", block_m, 1, block_k, warps, 3, split=split)]
+
+
+def _parts_rows(problem: Problem, target: Target) -> tuple[int, int]:
+    """(block_m, num_warps) where each block reads a and takes it apart: the more rows, the fewer times.
+
+    The most cycles of issue or shared memory for 2048 elements of x at rank 64, which memory takes 283 (sm_90) and 315
+    (sm_80) for: by 32 rows 544 and 544, with four times as much of a from L2, by 128 rows and eight warps 336 and 635. On
+    sm_80 each warp takes all of a apart: four count 384, but have no registers left for a mask, a group or an edge of K.
+    """
+    if target.name == "sm_120":
+        return (32 if problem.dropout and problem.R > 32 else 64), 4
+    if target.name == "sm_100":
+        return (64, _SYNCHRONOUS_WARPS) if problem.R <= 32 else (16 if problem.dropout else 32, 4)
+    if problem.R <= 16:
+        return 64, 4
+    plain = not (problem.dropout or problem.groups or problem.K % 32)
+    return 128, 4 if target.name == "sm_80" and plain else 8
 
 
 def _decode(problem: Problem, target: Target) -> list[TileConfig]:
@@ -290,6 +320,12 @@ def _dequantise(problem: Problem, target: Target) -> list[TileConfig]:
 def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     low = problem.groups and problem.dtype == "float32" and problem.R > 32  # as in _shrink
     tiles = [(16 if low else 32, 64, 4, 2)]
+    if problem.dtype == "bfloat16" and problem.R > 32:
+        # For 2048 elements of x shared memory takes 176 cycles in place of 384 on sm_90, and 256 of 480 on sm_80, beside
+        # a float32 result 336 of 576 and 352 of 704, where three parts of more than 16 rows spill.
+        tiles = [(32 if _all_half(problem) else 16, 128, 4, 2)]
+    if _in_parts(problem) and target.name == "sm_100":
+        tiles = [(32 if problem.R <= 32 else 16, 64, _SYNCHRONOUS_WARPS, 2)]
     # The larger one has no registers for a float32 result, on sm_120 for more than 32 ranks, and on gfx1100 for none.
     wide = problem.R > 32 and target.name == "sm_120"
     if _all_half(problem) and not wide and target.name != "gfx1100":
@@ -312,9 +348,18 @@ def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     # Both accumulators stay in registers; the wider the block, the fewer partial results of q.
     halves, columns = _all_half(problem), one_reading_columns(problem)
     rows, warps = (32, 8 if halves else 4) if problem.R <= 32 else (32 if halves else 16, 4)
+    rows = 16 if problem.R > 32 and target.name == "gfx942" else rows  # 32 spill 16 bytes
     tiles = [(rows, columns, warps)]
-    if problem.R <= 16 and halves:
-        tiles.append((64, 256, 8))
+    # As many rows as there are warps for in q, which repeat each other's work otherwise.
+    most = 16 if target.name == "sm_120" else 32  # ranks, beyond which it has no registers
+    if halves and problem.dtype == "bfloat16" and most >= problem.R:
+        tiles.insert(0, (64, columns, 8))
+    elif halves and problem.R <= 16 and target.name != "sm_100":  # 8 bytes spill there
+        tiles.append((64, columns, 8))
+    elif _in_parts(problem) and problem.R <= 16:
+        tiles = [(64, columns, 4)]
+    if _in_parts(problem) and target.name == "sm_100" and problem.R <= 32:
+        tiles = [(32, columns, _SYNCHRONOUS_WARPS)]
     return [
         TileConfig(
             "shrink_wgrad",
@@ -339,6 +384,11 @@ def _row_split(problem: Problem, target: Target, block_n: int) -> int:
 
 def _all_half(problem: Problem) -> bool:
     return problem.dtype in _HALF and problem.adapter_dtype in _HALF
+
+
+def _in_parts(problem: Problem) -> bool:
+    """Whether float32 adapters are multiplied as parts in x's type."""
+    return problem.dtype == "bfloat16" and problem.adapter_dtype == "float32"
 
 
 def _split(wanted: int, most: int) -> int:
