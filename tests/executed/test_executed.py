@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,8 +15,8 @@ from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import LOWRANK_KERNELS, TileConfig
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.layer import train
-from tests.executed.shipped import execute
-from tests.oracle import assert_budget, reference
+from tests.executed.shipped import compare, execute, launch
+from tests.oracle import Case, assert_budget, reference
 from tests.ptx.launch import emulate
 
 pytestmark = pytest.mark.slow
@@ -61,6 +63,21 @@ def test_parts_are_float32(target, value):
     assert torch.equal(s.isneginf(), eager.isneginf())
 
 
+@pytest.mark.parametrize("R", [16, 64])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_parts_over_many_steps(target, R):
+    """Where matrix instructions run on while the next step's parts are stored: a race that takes more than two steps."""
+    problem = Problem(4096, 4096, 4096, R, "bfloat16", "float32", device="cuda")
+    for kernel in LOWRANK_KERNELS:
+        config = replace(tiles_of(kernel, problem, TARGETS[target])[0], split=1)
+        steps = 4 * (config.block_k if kernel == "shrink" else config.block_m)
+        sizes = (19, 16, steps + 8) if kernel == "shrink" else (steps + 3, 40, 16)
+        o = Case(*sizes, R - 3, dtype=torch.bfloat16, adapter_dtype=torch.float32).operands()
+        with emulate(target):
+            actual = launch(config, o)
+        compare(actual, o, f"{config} on {target}")
+
+
 @pytest.fixture
 def on(monkeypatch):
     """on(target): CPU tensors may ask for the Triton backend, which takes `algorithm` as if they were on that GPU."""
@@ -100,8 +117,6 @@ def test_a_result_does_not_depend_on_the_order_of_warps_and_blocks(target):
     x, w = torch.randn(20, 264).bfloat16(), torch.randn(72, 264).bfloat16().t()
     a, b = torch.randn(264, 8).bfloat16(), torch.randn(8, 72).bfloat16()
     problem = Problem(20, 72, 264, 8, "bfloat16", "bfloat16", device="cuda")
-    from dataclasses import replace
-
     from lora_kernels.backends.triton.decode import decode
 
     config = replace(tiles_for(problem, TARGETS[target]).config("decode"), split=4)
@@ -121,4 +136,4 @@ def test_small_batches_take_one_launch(on, target, monkeypatch):
         y = lora_linear(x, w, a, b, 0.5)
     exact = reference(x.double(), w.double(), a.double(), b.double(), 0.5)
     assert_budget(y, reference(x, w, a, b, 0.5), exact)
-    assert [launch.name for launch in executed] == ["_decode_kernel"]
+    assert [each.name for each in executed] == ["_decode_kernel"]

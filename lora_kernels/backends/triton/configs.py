@@ -90,6 +90,9 @@ _ONE_PASS_HALF = {
 }
 _ONE_PASS_OTHER = [(64, 64, 32, 4, 2)]
 _ONE_PASS_FLOAT32 = [(32, 32, 32, 4, 2)]
+# Where 64 rows are multiplied as parts on sm_100: two warps take mma.sync. By four, which take tcgen05, Triton 3.9 stores a
+# step's parts over those that the step before still multiplies: the emulator finds the race.
+_SYNCHRONOUS_WARPS = 2
 
 
 def tiles_for(problem: Problem, target: Target) -> Tiles:
@@ -260,7 +263,7 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
     block_m, block_k, warps, stages = (64, 64, 4, 3) if _all_half(problem) else (32, 32, 4, 3)
     if target.tmem_columns and _all_half(problem) and not (problem.dropout or problem.groups):
         # Four warps would take tensor memory, of which a persistent product beside leaves none.
-        block_k, warps, stages = 32, 2, 6 if problem.R <= 32 else 5
+        block_k, warps, stages = 32, _SYNCHRONOUS_WARPS, 6 if problem.R <= 32 else 5
     if target.name == "sm_120" and (problem.R > 16 or not _all_half(problem)):
         block_m //= 2  # its compiler keeps to 96 registers
         block_m //= 2 if _all_half(problem) and problem.R > 32 else 1
@@ -269,6 +272,8 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
         block_k //= 2 if _all_half(problem) and target.name in ("sm_100", "gfx1100") else 1
     if _in_parts(problem) and target.name != "gfx1100":
         block_m, warps = _parts_rows(problem, target)
+    elif target.name == "gfx1100" and problem.R > 32 and not _all_half(problem):
+        block_m = 16
     programs = max(1, problem.M // block_m)
     if problem.groups:
         if problem.dtype == "float32" and problem.R > 32:  # a group's addresses take registers
@@ -277,8 +282,7 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
             block_m = 32
         block_m = min(block_m, _rows_block(problem))
         programs = max(1, row_blocks(problem, block_m))
-    if _in_parts(problem) and block_m <= 64:
-        warps = 4
+    warps = min(warps, 8 if block_m > 64 else 4)
     split = _split(target.multiprocessors // programs, problem.K // (4 * block_k))
     return [TileConfig("shrink", block_m, 1, block_k, warps, stages, split=split)]
 
@@ -292,10 +296,12 @@ def _parts_rows(problem: Problem, target: Target) -> tuple[int, int]:
     """
     if target.name == "sm_120":
         return (32 if problem.dropout and problem.R > 32 else 64), 4
+    if target.name == "sm_100":
+        return (64, _SYNCHRONOUS_WARPS) if problem.R <= 32 else (16 if problem.dropout else 32, 4)
     if problem.R <= 16:
         return 64, 4
     plain = not (problem.dropout or problem.groups or problem.K % 32)
-    return 128, 4 if target.name == "sm_100" or (target.name == "sm_80" and plain) else 8
+    return 128, 4 if target.name == "sm_80" and plain else 8
 
 
 def _decode(problem: Problem, target: Target) -> list[TileConfig]:
@@ -334,6 +340,8 @@ def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
         # For 2048 elements of x shared memory takes 176 cycles in place of 384 on sm_90, and 256 of 480 on sm_80, beside
         # a float32 result 336 of 576 and 352 of 704, where three parts of more than 16 rows spill.
         tiles = [(32 if _all_half(problem) else 16, 128, 4, 2)]
+    if _in_parts(problem) and target.name == "sm_100":
+        tiles = [(32 if problem.R <= 32 else 16, 64, _SYNCHRONOUS_WARPS, 2)]
     # The larger one has no registers for a float32 result, on sm_120 for more than 32 ranks, and on gfx1100 for none.
     wide = problem.R > 32 and target.name == "sm_120"
     if _all_half(problem) and not wide and target.name != "gfx1100":
@@ -359,6 +367,7 @@ def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     # Both accumulators stay in registers; the wider the block, the fewer partial results of q.
     halves, columns = _all_half(problem), one_reading_columns(problem)
     rows, warps = (32, 8 if halves else 4) if problem.R <= 32 else (32 if halves else 16, 4)
+    rows = 16 if problem.R > 32 and target.name == "gfx942" else rows  # 32 spill 16 bytes
     tiles = [(rows, columns, warps)]
     # As many rows as there are warps for in q, which repeat each other's work otherwise.
     most = 16 if target.name == "sm_120" else 32  # ranks, beyond which it has no registers
@@ -368,6 +377,8 @@ def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
         tiles.append((64, columns, 8))
     elif _in_parts(problem) and problem.R <= 16:
         tiles = [(64, columns, 4)]
+    if _in_parts(problem) and target.name == "sm_100" and problem.R <= 32:
+        tiles = [(32, columns, _SYNCHRONOUS_WARPS)]
     return [
         TileConfig(
             "shrink_wgrad",
