@@ -192,7 +192,7 @@ class Strand:
         if where is True or where is known:
             return self.every if where is True else lanes
         lanes = np.flatnonzero(where)
-        if not where.flags.writeable:  # a group of lanes, which comes again with the next instruction
+        if not where.flags.writeable:  # a group's, which comes again with the next instruction
             lanes.flags.writeable = False
             self.found = where, lanes
         return lanes
