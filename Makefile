@@ -1,7 +1,7 @@
 # Set-up, demo, tests, linters and benchmarks. Needs Python >= 3.10, make and a shell; compilers are used where they are.
 #   make demo            train a real model with the reference layer and with ours
 #   make test            every test that needs no GPU; WORKERS=4 in four processes
-#   make quick           the tests to run while editing, in two minutes
+#   make quick           the tests to run while editing, in a minute and a half
 #   make lint            ruff, mypy, clang-format
 #   make docs            pages of the public names, out of their docstrings, into build/docs
 #   make bench           benchmarks, tables and plots

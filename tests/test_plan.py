@@ -780,7 +780,9 @@ class TestAFormatFromOutside:
         assert torch.autograd.gradcheck(ours, wide, check_forward_ad=True)
         assert torch.autograd.gradgradcheck(ours, wide)
 
-    @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+    @pytest.mark.parametrize(
+        "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+    )
     def test_compiled(self, given, compiler):
         x, weight, A, B, bias = given
 

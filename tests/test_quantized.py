@@ -222,7 +222,9 @@ class TestTheProduct:
         told = explain(x, weight, A, B, 0.75, bias, backend=backend)
         assert "nf4 weight on cpu" in str(told)
 
-    @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+    @pytest.mark.parametrize(
+        "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+    )
     def test_compiled_from_the_parameter(self, given, compiler):
         x, _, A, B, bias = given
         packed = params(40, 96)

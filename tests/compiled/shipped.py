@@ -83,7 +83,7 @@ class Shapes:
             tail = None if offsets is not None else self._tail(target)
             shrink(x, a, 0.5, config, mask, offsets=offsets, release=target.tma, rounded=tail)
         elif config.kernel == "expand":
-            own |= {"offsets": offsets, "late_wait": target.tma}
+            own |= {"offsets": offsets, "late_wait": target.tma and self.forward}  # dx never waits
             expand(x, w, rounded, b, bias, config, mask, **own)
         elif config.kernel == "one_launch":
             first = Shrink(a, 0.5, s, mask)

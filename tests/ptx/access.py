@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from tests.ptx.clocks import CP_ASYNC
@@ -80,8 +82,13 @@ def shared_access(
 
 def space_of(instr: Instr) -> str | None:
     """The state space an access names; None for a generic address."""
+    return _space_of(instr.opcode)
+
+
+@functools.cache
+def _space_of(opcode: str) -> str | None:
     spaces = ("global", "shared", "local", "param", "const")
-    named = (m.partition("::")[0] for m in instr.mods)
+    named = (m.partition("::")[0] for m in opcode.split("."))
     return next((m for m in named if m in spaces), None)
 
 

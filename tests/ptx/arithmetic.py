@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from tests.ptx.parser import Imm, Instr, Not, PtxError, Reg
@@ -197,7 +199,7 @@ def bind_permute(instr: Instr, strand: Strand) -> Run:
 @opcode("lop3")
 def bind_lop3(instr: Instr, strand: Strand) -> Run:
     table = int(instr.operands[4].text, 0)
-    instr = Instr(**{**vars(instr), "operands": instr.operands[:4]})
+    instr = replace(instr, operands=instr.operands[:4])
 
     def lookup(a, b, c):
         result = np.zeros_like(a | b | c)

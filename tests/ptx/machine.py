@@ -76,7 +76,9 @@ class Machine:
         self.races = Races(self)
         if any("tcgen05" in instr.opcode for instr in self.program.code):
             self.tensor_memory = np.full((n_ctas, LANES, COLUMNS), 0xFFFFFFFF, np.uint32)
-        self.live = np.full(n_ctas, threads)
+        self.live = np.full(n_ctas, threads)  # by CTA, and of all
+        self.alive = threads * n_ctas
+        self.issued = [0] * len(self.program.code)  # by instruction: the warps that executed it
         self.launched = np.zeros(n_ctas, bool)
         groups = [warps] if self.rng is None else [[warp] for warp in warps]
         self.strands = [Strand(self, list(range(n_ctas)), group) for group in groups]
@@ -84,7 +86,7 @@ class Machine:
 
     @property
     def done(self) -> bool:
-        return not self.live.any()
+        return not self.alive
 
     @property
     def released(self) -> bool:
@@ -172,6 +174,9 @@ class Machine:
             raise PtxError(f"{self.program.name} did not end in {MAX_STEPS} steps")
         for strand in self.strands:
             finish_bulk_stores(strand, True, strand.bulk_commits + 1)
+        for instr, warps in zip(self.program.code, self.issued, strict=True):
+            if warps:
+                self.counters.executed(instr.opcode, warps)
 
     def _poll_again(self) -> bool:
         """Lets those that wait at an ld that polls load once more: another word there is news to them without an event."""
@@ -180,12 +185,13 @@ class Machine:
         self.polled_again += 1
         self.polls.clear()
         for cursor in self.cursors:
-            cursor.waiting[:] = False
+            cursor.go_on()
         return True
 
     def deadlock(self) -> str:
         stuck = {}
         for cursor in self.cursors:
+            cursor.disband()
             for lane in np.flatnonzero(~cursor.ended):
                 instr = self.program.code[int(cursor.pcs[lane])]
                 where = f"CTA {self.ctas[int(cursor.strand.cta[lane])]} warp {int(cursor.strand.warp[lane])}"
@@ -195,38 +201,58 @@ class Machine:
 
 
 class Cursor:
-    """The program counters of a strand's lanes, and which of them are parked or have ended."""
+    """The program counters of a strand's lanes, and which of them are parked or have ended.
+
+    The lanes at the lowest counter are a group, which goes on as one until it jumps, waits or comes to where others stand.
+    """
 
     def __init__(self, machine: Machine, strand: Strand) -> None:
         self.machine, self.strand = machine, strand
-        self.pcs = np.zeros(strand.lanes, np.int64)
+        self.pcs = np.zeros(strand.lanes, np.int64)  # but for the group, which is at `at`
         self.parked = np.zeros(strand.lanes, bool)  # at a CTA barrier, until it releases them
         self.waiting = np.zeros(strand.lanes, bool)  # at a try_wait, until something happens
         self.ended = np.zeros(strand.lanes, bool)
+        self.any_waiting = False
         self.seen_events = -1
-        self.together = True  # all lanes stand at self.pcs[0] and may run
+        self.group: object = None  # True: every lane; None: to be found
+        self.at = self.next = self.warps = 0  # `next`: the lowest counter of the others
         strand.cursor = self
 
     def ready(self) -> bool:
-        if self.together:
-            return True
-        if np.count_nonzero(self.waiting) and self.seen_events != self.machine.happened:
-            self.waiting[:] = False
-        return np.count_nonzero(self.parked | self.waiting | self.ended) < self.strand.lanes
+        if self.any_waiting and self.seen_events != self.machine.happened:
+            self.go_on()
+        return self.group is not None or self._gather()
+
+    def go_on(self) -> None:
+        """Nobody waits any more."""
+        self.disband()
+        self.waiting[:] = self.any_waiting = False
+
+    def disband(self) -> None:
+        if self.group is not None:
+            self._set(self.group, self.at)
+            self.group = None
+
+    def _gather(self) -> bool:
+        """Makes those that can run and stand at the lowest counter the group; False where none can."""
+        able = ~(self.parked | self.waiting | self.ended)
+        counters = self.pcs if able.all() else self.pcs[able]
+        if not len(counters):
+            return False
+        self.at = int(counters.min())
+        where = able & (self.pcs == self.at)
+        count = np.count_nonzero(where)
+        others = counters[counters != self.at] if count < len(counters) else ()
+        self.next = int(others.min()) if len(others) else len(self.machine.program.code) + 1
+        self.warps = len(self.strand.active_warps(where))
+        where.flags.writeable = False
+        self.group = True if count == self.strand.lanes else where
+        return True
 
     def step(self) -> None:
-        """One instruction of the lanes at the lowest counter."""
-        machine, strand = self.machine, self.strand
-        if self.together:
-            at, where, warps = int(self.pcs[0]), True, strand.lanes // 32
-        else:
-            able = ~(self.parked | self.waiting | self.ended)
-            at = int(self.pcs[able].min())
-            where = able & (self.pcs == at)
-            if np.count_nonzero(where) == strand.lanes:
-                where = True
-            warps = 1 if strand.lanes == 32 else len(strand.active_warps(where))
-        instr = machine.program.code[at]
+        """One instruction of the group, which `ready` has found."""
+        at, where, strand = self.at, self.group, self.strand
+        instr = self.machine.program.code[at]
         run = strand.bound[at] or strand.bind(at)
         guard = None
         if instr.guard is not None and instr.base in (
@@ -246,45 +272,45 @@ class Cursor:
             raise PtxError(
                 f"line {instr.line}: {instr.text}: {type(error).__name__}: {error}"
             ) from error
-        machine.counters.executed(instr.opcode, warps)
-        self._advance(at, where, answer, instr.target, guard)
+        self.machine.issued[at] += self.warps
+        if isinstance(answer, tuple):
+            self._advance(at, where, answer, instr.target, guard)
+        elif self.group is None:  # what it did has moved others
+            self._set(where, at + 1)
+        else:
+            self.at = at + 1
+            if self.at == self.next:
+                self.disband()
 
-    def _advance(self, at: int, where, answer, target: int, guard) -> None:
+    def _advance(self, at: int, where, answer: tuple, target: int, guard) -> None:
         """Move the lanes of `where` on, by what the instruction answered."""
-        kind, lanes = answer if isinstance(answer, tuple) else (None, None)
-        if kind is None:
-            self._set(where, at + 1)
-            if where is True:  # all of them could run, and all go on
-                self.together = True
-                return
-        elif kind == JUMP:
-            self._set(where, at + 1)
+        kind, lanes = answer
+        if kind == JUMP and where is True and (lanes is True or not lanes.any()):
+            self.at = target if lanes is True else at + 1
+            return
+        self.group = None
+        self._set(where, at + 1)
+        if kind == JUMP:
             self._set(lanes, target)
         elif kind == SWITCH:
-            self._set(where, at + 1)
             jumping, places = lanes
             self.pcs[jumping] = places[jumping]
         elif kind == STOP:
-            self._set(where, at + 1)
             self._end(lanes)
         elif kind == PARK:
-            self._set(where, at + 1)
             held = np.broadcast_to(lanes, self.strand.lanes)
             if held.any():
                 self.pcs[held] = at
                 self.parked |= held
         elif kind == self.machine.wait:
-            self._set(where, at + 1)
             held = np.broadcast_to(where, self.strand.lanes) & ~lanes
             if guard is not None:
                 held = held & guard
             if held.any():
                 self.pcs[held] = at
                 self.waiting |= held
+                self.any_waiting = True
                 self.seen_events = self.machine.happened
-        held = self.parked | self.waiting | self.ended
-        apart = np.count_nonzero(held) or np.count_nonzero(self.pcs != self.pcs[0])
-        self.together = not apart
 
     def _set(self, lanes, at: int) -> None:
         if lanes is True:
@@ -296,6 +322,7 @@ class Cursor:
         ending = np.broadcast_to(lanes, self.strand.lanes) & ~self.ended
         self.ended |= ending
         np.subtract.at(self.machine.live, self.strand.cta[ending], 1)
+        self.machine.alive = int(self.machine.live.sum())
         for cta in np.unique(self.strand.cta[ending]) if self.machine.cluster > 1 else ():
             if not self.machine.live[cta]:
                 self.machine.races.ended(int(cta))
@@ -306,5 +333,6 @@ class Cursor:
 
     def release(self, lanes: np.ndarray) -> None:
         """Lets parked lanes pass the barrier they stand at."""
+        self.disband()
         self.parked[lanes] = False
         self.pcs[lanes] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -89,14 +90,11 @@ class Instr:
     target: int = -1
     targets: list[int] = field(default_factory=list)  # of an indexed branch
     at: int = -1  # its number in the program
+    base: str = field(init=False)
+    mods: list[str] = field(init=False)
 
-    @property
-    def base(self) -> str:
-        return self.opcode.partition(".")[0]
-
-    @property
-    def mods(self) -> list[str]:
-        return self.opcode.split(".")[1:]
+    def __post_init__(self) -> None:
+        self.base, *self.mods = self.opcode.split(".")
 
 
 @dataclass
@@ -289,24 +287,31 @@ def entry_names(text: str) -> list[str]:
     return [m[1] for m in ENTRY.finditer(text)]
 
 
-def parse(text: str, entry: str | None = None) -> Program:
-    """The kernel named `entry` (or the only one) of a PTX module."""
+@functools.lru_cache(maxsize=2)
+def _module(text: str) -> tuple[str, list[int], list[re.Match[str]], list[str]]:
+    """The text without comments, where its lines end, its kernels' heads, and the dynamic shared arrays."""
     text = re.sub(r"//[^\n]*", "", text)
     newlines = [m.start() for m in re.finditer("\n", text)]
-    names = entry_names(text)
+    return text, newlines, list(ENTRY.finditer(text)), EXTERN_SHARED.findall(text)
+
+
+def parse(text: str, entry: str | None = None) -> Program:
+    """The kernel named `entry` (or the only one) of a PTX module."""
+    text, newlines, heads, dynamic = _module(text)
+    names = [m[1] for m in heads]
     if entry is None:
         if len(names) != 1:
             raise PtxError(f"name one of the kernels {names}")
         entry = names[0]
-    found = [m for m in ENTRY.finditer(text) if m[1] == entry]
-    if not found:
+    if entry not in names:
         raise PtxError(f"no kernel {entry} among {names}")
-    match = found[0]
+    number = names.index(entry)
+    match = heads[number]
     program = Program(entry)
-    following = ENTRY.search(text, match.end())
-    body = text[match.end() : following.start() if following else None]
-    static = SHARED.findall(text[: ENTRY.search(text).start()]) + SHARED.findall(body)
-    for declared in static + EXTERN_SHARED.findall(text):  # the dynamic part comes last
+    following = heads[number + 1].start() if number + 1 < len(heads) else None
+    body = text[match.end() : following]
+    static = SHARED.findall(text[: heads[0].start()]) + SHARED.findall(body)
+    for declared in static + dynamic:  # the dynamic part comes last
         declare_array(program, declared)
     offset = 0
     for param in PARAM.finditer(match[2] or ""):

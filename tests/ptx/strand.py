@@ -6,6 +6,7 @@ instruction on the lanes of `where` (True: all of them). Binding once makes a st
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ def opcode(*names: str):
     return register
 
 
+@functools.cache
 def find_binder(name: str) -> Callable[[Instr, Strand], Run] | None:
     parts = name.split(".")
     for n in range(len(parts), 0, -1):
@@ -61,8 +63,15 @@ def f32_to_bf16(value: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(value), np.uint16(0x7FFF), rounded)
 
 
+@functools.cache
 def literal(text: str, kind: str) -> np.ndarray:
-    """A one-element array of an immediate operand."""
+    """A one-element array of an immediate operand, which nobody writes to."""
+    value = _literal(text, kind)
+    value.flags.writeable = False
+    return value
+
+
+def _literal(text: str, kind: str) -> np.ndarray:
     dtype = DTYPES[kind]
     if match := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", text):
         bits = np.array([int(match[2], 16)], np.uint32 if match[1] in "fF" else np.uint64)
@@ -84,6 +93,8 @@ def low_part(row: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The row seen as dtype; of a wider register, a live view of its low bits."""
     if dtype.itemsize > row.itemsize:
         raise PtxError(f"a {8 * row.itemsize}-bit register used as {dtype}")
+    if dtype.itemsize == row.itemsize:
+        return row.view(dtype)
     return row.view(dtype)[:: row.itemsize // dtype.itemsize]
 
 
@@ -102,7 +113,7 @@ class Strand:
         self.shared_base = self.cta * machine.shared_bytes
         self.rank = self.cta % machine.cluster  # within the cluster
         self.files = {
-            width: np.full((rows, self.lanes), -1).astype(DTYPES[FILES[width]])
+            width: np.full((rows, self.lanes), np.array(-1).astype(DTYPES[FILES[width]]))
             for width, rows in machine.program.registers.items()
         }
         self.local = np.full((self.lanes, machine.program.local_bytes), 0xFF, np.uint8)
@@ -117,6 +128,9 @@ class Strand:
             self.lanes, -1
         )  # of the barrier, where arrived and not waited
         self.fragments: list = []
+        self.every = np.arange(self.lanes)
+        self.every.flags.writeable = False
+        self.found: tuple[object, np.ndarray] = True, self.every  # the last `where` and its lanes
 
     def rows(self, operands: list[Reg]) -> np.ndarray:
         """Row numbers of several registers of one width, to index that width's file."""
@@ -174,7 +188,14 @@ class Strand:
         return write
 
     def indices(self, where) -> np.ndarray:
-        return np.arange(self.lanes) if where is True else np.flatnonzero(where)
+        known, lanes = self.found
+        if where is True or where is known:
+            return self.every if where is True else lanes
+        lanes = np.flatnonzero(where)
+        if not where.flags.writeable:  # a group's, which comes again with the next instruction
+            lanes.flags.writeable = False
+            self.found = where, lanes
+        return lanes
 
     def active_warps(self, where) -> np.ndarray:
         """Numbers, within the strand, of the warps with an active lane."""

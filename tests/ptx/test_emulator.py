@@ -303,3 +303,18 @@ def kernel_text(body: str, shared: int = 4096) -> str:
         {body}
         ret;
     }}"""
+
+
+@pytest.mark.parametrize("schedule", [None, 1])
+def test_lanes_that_part_meet_again(schedule):
+    """A third jump over what a third do twice; who is ahead waits where the others come to, and all of them vote."""
+    body = (
+        "mov.u32 %r1, %tid.x; rem.u32 %r3, %r1, 3; mov.u32 %r4, 0; setp.eq.u32 %p1, %r3, 0; @%p1 bra THERE;"
+        "AGAIN: add.u32 %r4, %r4, 1; setp.lt.u32 %p2, %r4, %r3; @%p2 bra AGAIN; add.u32 %r4, %r4, 1;"
+        f"THERE: setp.gt.u32 %p3, %r4, 0; vote.sync.ballot.b32 %r2, %p3, -1; {STORE}"
+    )
+    out = np.zeros(64, np.uint32)
+    args = [("out", "*", out), ("source", "*", np.zeros(4, np.uint32))]
+    prepare(kernel_text(body), (1,), 64, args).run(schedule)
+    wanted = np.arange(64).reshape(2, 32) % 3 > 0
+    assert (out.reshape(2, 32) == (wanted << np.arange(32)).sum(1)[:, None]).all()
