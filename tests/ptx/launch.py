@@ -66,10 +66,10 @@ class Launch:
         return self.counters
 
 
-def run_chain(launches: Sequence[Launch], schedule: int | None) -> None:
+def run_chain(launches: Sequence[Launch], schedule: int | None) -> str:
     """All at once: each may begin when every CTA of the one before has let it, and waits where its own code waits.
 
-    PtxError where the last one ends before another: what is launched after it would run too early.
+    Gives which ones the last one ended before, as what is launched after it would run too early; "" where it was the last.
     """
     rng = np.random.default_rng(schedule or 0)
     own = None if schedule is None else rng
@@ -92,8 +92,7 @@ def run_chain(launches: Sequence[Launch], schedule: int | None) -> None:
             running.remove(chosen)
             if chosen[0] is machines[-1]:
                 left = [machine.program.name for machine, _ in running]
-    if left:
-        raise PtxError(f"{machines[-1].program.name} ended before {', '.join(left)}")
+    return f"{machines[-1].program.name} ended before {', '.join(left)}" if left else ""
 
 
 @functools.lru_cache(maxsize=512)
@@ -223,14 +222,15 @@ def emulate(target: str, schedule: int | None = None) -> Iterator[list[Executed]
 
     The kernel is specialised as Triton specialises it. A launch that lets dependents start is held back until the next one,
     and runs together with it if that one is dependent, as this one does with the next; results are complete when the block
-    ends.
+    ends, with a PtxError where the last of such launches ended before another.
     """
     executed: list[Executed] = []
     held: list[Launch] = []
+    early: list[str] = []
 
     def flush() -> None:
         if len(held) > 1:
-            run_chain(held, schedule)
+            early.append(run_chain(held, schedule))
         elif held:
             held[0].run(schedule)
         held.clear()
@@ -253,3 +253,5 @@ def emulate(target: str, schedule: int | None = None) -> Iterator[list[Executed]
         patch.setattr(jit.JITFunction, "run", run)
         yield executed
         flush()
+    if any(early):
+        raise PtxError("; ".join(filter(None, early)))
