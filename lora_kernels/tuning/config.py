@@ -221,12 +221,13 @@ def _persistent_refuses(config: TileConfig, problem: Problem, target: Target) ->
 BESIDE_BYTES = 34 * 1024
 
 
-def leaves_room(config: TileConfig, problem: Problem, target: Target) -> bool:
-    """Whether a low-rank kernel runs beside a persistent product on the same multiprocessors: by shared memory.
+def hides_lowrank(config: TileConfig, problem: Problem, target: Target) -> bool:
+    """Whether low-rank kernels run beside a persistent product on the same multiprocessors.
 
-    Registers suffice: tests count those of both.
+    By shared memory, and where a tile takes longer than a program of shrink, of all of K, which waits for memory. Registers
+    suffice: tests count those of both.
     """
-    return smem_bytes(config, problem) + BESIDE_BYTES <= target.smem_bytes
+    return config.block_n >= 256 and smem_bytes(config, problem) + BESIDE_BYTES <= target.smem_bytes
 
 
 def one_launch_ranks(masked: bool) -> int:

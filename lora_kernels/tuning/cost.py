@@ -51,7 +51,7 @@ from lora_kernels.tuning.config import (
     TileConfig,
     cuda_decode_blocks,
     cuda_decode_fuses,
-    leaves_room,
+    hides_lowrank,
     one_reading_columns,
     one_reading_moves_less,
     row_blocks,
@@ -169,8 +169,8 @@ def predict_us(
         pointers = algorithm == "lorafusion"
         kernel = "persistent" if algorithm == "persistent" else "expand"
         main = product_us(kernel, problem, target, config, pointers)
-        # In a backward q comes with dB, and nothing runs beside the product.
-        overlaps = not (pointers or problem.backward)
+        # In a backward q comes with dB, and nothing runs beside the product; nor does a shrink whose parts are summed.
+        overlaps = not (pointers or problem.backward or _splits_shrink(problem, target))
         hidden = overlaps * _HIDDEN.get(target.name, 0.0) * min(shrink + gap, main)
         if algorithm == "persistent" and tail_in_parts(problem):
             main += MIN_KERNEL_US + gap
@@ -220,12 +220,22 @@ def _first_us(kernel: str, problem: Problem, target: Target, config: TileConfig 
 
 def _runs_beside(problem: Problem, target: Target, config: TileConfig | None) -> bool:
     """Whether the low-rank kernels run beside a persistent product: one type, and room on its multiprocessors."""
-    kernel = "wgrad" if problem.backward else "shrink"
-    if problem.empty or problem.groups or not tiles(kernel, problem, target.name):
+    if problem.empty or problem.groups or not tiles("shrink", problem, target.name):
+        return False
+    back = problem if problem.backward else problem.adjoint()
+    sums = bool(
+        tiles("wgrad", back, target.name)
+    )  # of dA and dB: where these are beside, shrink takes all of K at once
+    if not sums and (problem.backward or _splits_shrink(problem, target)):
         return False
     own = config or _best_tile("persistent", problem, target).config
     plain = problem.dtype == problem.adapter_dtype == "bfloat16" and problem.R <= FUSED_RANK
-    return plain and not problem.dropout and leaves_room(own, problem, target)
+    return plain and not problem.dropout and hides_lowrank(own, problem, target)
+
+
+def _splits_shrink(problem: Problem, target: Target) -> bool:
+    """Whether shrink has so few blocks of rows that it sums K in parts, of which the last launch before a product is one."""
+    return 2 * row_blocks(problem, 64) <= target.multiprocessors
 
 
 def _beside_us(

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends.triton.configs import BESIDE, shipped, tiles_of, unmasked, untried
 from lora_kernels.problem import DENSE, Problem
-from lora_kernels.tuning.config import LOWRANK_KERNELS, PERSISTENT, TileConfig, leaves_room
+from lora_kernels.tuning.config import LOWRANK_KERNELS, PERSISTENT, TileConfig, hides_lowrank
 from lora_kernels.tuning.targets import TARGETS
 from tests.compiled.recorder import recording
 from tests.compiled.sass import Code, inspect
@@ -306,7 +306,7 @@ def test_low_rank_kernels_fit_beside_the_persistent_product(target, R):
     limits, beside = TARGETS[target], [tiles_of("shrink", problem, TARGETS[target])[0]]
     beside += [BESIDE[target]] if target in BESIDE else []
     large = next(
-        c for c in tiles_of("persistent", problem, limits) if leaves_room(c, problem, limits)
+        c for c in tiles_of("persistent", problem, limits) if hides_lowrank(c, problem, limits)
     )
     assert large.block_m * large.block_n >= 128 * 256
 

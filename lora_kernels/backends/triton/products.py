@@ -23,7 +23,7 @@ from lora_kernels.tuning.config import (
     FUSED_RANK,
     TileConfig,
     Tiles,
-    leaves_room,
+    hides_lowrank,
     one_launch_ranks,
     one_reading_moves_less,
 )
@@ -115,6 +115,9 @@ class TritonProducts(Products):
         config = self.tiles.config("shrink")
         overlap = self.target.tma and config.split == 1
         if self._persistent_takes(x, w, adapter, bias):
+            half = x.dtype == A.dtype == torch.bfloat16
+            if half and self._hides_lowrank and self.target.name in BESIDE:
+                config, overlap = replace(config, split=1), True
             _, b = self._tail(x, None, B)  # what is made of B is launched before, not between
             rounded = rank_operand(x.shape[0], b.shape[0], b.dtype, x.device)
             s = self._shrink(x, adapter, config, release=overlap, rounded=rounded)
@@ -166,10 +169,9 @@ class TritonProducts(Products):
         (M, R), B = s.shape, fetchable(adapter.B)
         s = rank_operand(M, R, dy.dtype, dy.device).copy_(s)
         rounded = rank_operand(M, R, dy.dtype, dy.device)
-        config = self._lowrank(dy.shape[1]).config("shrink")
-        late = config.split == 1
-        q = self._shrink(dy, adapter, config, release=late, rounded=rounded)
-        dx = self._persistent(dy, w, rounded, B, None, late, None, release=True)
+        config = replace(self._lowrank(dy.shape[1]).config("shrink"), split=1)
+        q = self._shrink(dy, adapter, config, release=True, rounded=rounded)
+        dx = self._persistent(dy, w, rounded, B, None, True, None, release=True)
         tile = BESIDE[self.target.name]
         dB = wgrad(s, dy, dtype, tile, beside=True)
         dA = wgrad(x, rounded, dtype, tile, beside=True)
@@ -319,8 +321,13 @@ class TritonProducts(Products):
             and adapter.dropout_out is None
             and dy.dtype == adapter.A.dtype == torch.bfloat16
             and adapter.A.shape[1] <= FUSED_RANK
-            and leaves_room(self.tiles.config("persistent"), self.problem, self.target)
+            and self._hides_lowrank
         )
+
+    @property
+    def _hides_lowrank(self) -> bool:
+        """Whether low-rank kernels run beside the persistent product."""
+        return hides_lowrank(self.tiles.config("persistent"), self.problem, self.target)
 
     def _persistent_one_launch_takes(self, x: Tensor, w: Tensor, adapter: Adapter) -> bool:
         """Whether a call is computed by the persistent product that computes s too: no mask or scale, one type."""
