@@ -23,9 +23,8 @@ from lora_kernels.formulas import Gradients, Needs, Saved
 from lora_kernels.operands import Adapter, Groups, Scale, Weight, groups_of
 from lora_kernels.plan import Plan, plan_call
 
-_PRE_DISPATCH = (
-    torch._C.DispatchKey.PreDispatch
-)  # looked up once: that takes longer than to ask for it
+# Looked up once: to find the key takes longer than to ask for it.
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 ALPHA_IS_NO_PARAMETER = "alpha must not require grad: it is a run-time value, no parameter"
 
 

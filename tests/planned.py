@@ -36,7 +36,7 @@ class Planned(Products):
         return self._of(dy, dtype, s.shape[1]).shrink_wgrad(dy, adapter, s, dtype)
 
     def gradients(self, dy, w, adapter, x, s, dtype):
-        products = self._of(dy, adapter.A.dtype, s.shape[1], adapter, w)
+        products = self._of(dy, adapter.A.dtype, s.shape[1], adapter, w, backward=True)
         return products.gradients(dy, w, adapter, x, s, dtype)
 
     def _of(
@@ -46,6 +46,7 @@ class Planned(Products):
         R: int,
         adapter: Adapter | None = None,
         w: Weight | None = None,
+        backward: bool = False,
     ) -> Products:
         masks = () if adapter is None else (adapter.dropout_in, adapter.dropout_out)
         w_k_major, weight_format = True, DENSE
@@ -63,6 +64,7 @@ class Planned(Products):
             dropout=any(mask is not None for mask in masks),
             w_k_major=w_k_major,
             weight_format=weight_format,
+            backward=backward,
         )
         able = [c for c in self.backend.candidates(problem, self.target) if c.refusal is None]
         named = [c for c in able if c.name == self.algorithm]

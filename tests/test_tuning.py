@@ -23,6 +23,7 @@ from lora_kernels.tuning.config import (
     fits,
     rank_block,
     row_blocks,
+    runs_beside,
     smem_bytes,
 )
 from lora_kernels.tuning.cost import frozen_us, full_rate, predict_us, product_us, rate
@@ -96,6 +97,19 @@ class TestFits:
     def test_a_broken_rule_is_named(self, change, rule):
         assert fits(TILE, BIG, TARGETS["sm_80"]) is None
         assert rule in fits(replace(TILE, **change), BIG, TARGETS["sm_80"])
+
+    def test_products_in_parts_keep_out_of_tensor_memory(self):
+        """An older table may hold such a tile: the compiler lets the next step's parts overwrite what is still read."""
+        mixed, sm_100 = replace(BIG, adapter_dtype="float32"), TARGETS["sm_100"]
+        for kernel, sizes in (
+            ("shrink", (64, 1, 32)),
+            ("wgrad", (32, 64, 16)),
+            ("shrink_wgrad", (32, 64, 16)),
+        ):
+            four, two = (TileConfig(kernel, *sizes, warps, 2) for warps in (4, 2))
+            assert "has a race in tensor memory of sm_100" in fits(four, mixed, sm_100)
+            assert fits(two, mixed, sm_100) is None
+            assert fits(four, BIG, sm_100) is None and fits(four, mixed, TARGETS["sm_90"]) is None
 
     @pytest.mark.parametrize(
         "change, rule",
@@ -339,6 +353,25 @@ class TestCost:
         slow = replace(target, bandwidth_gbs=500)
         moved = (back.frozen_bytes + back.lowrank_bytes + 3 * 8192 * 4096 * 2) / (0.92 * 500e3)
         assert predict_us("persistent", back, slow, config) > moved
+
+    def test_where_low_rank_kernels_run_beside_the_persistent_product(self):
+        """In one type, without a mask, by a wide tile; in a backward where dx takes longer than the sums of dB and dA."""
+        wide, narrow = (
+            TileConfig("persistent", 128, n, 64, 8, stages, tma=True)
+            for n, stages in ((256, 3), (128, 4))
+        )
+        sm_90, sm_100 = TARGETS["sm_90"], TARGETS["sm_100"]
+        pair = TileConfig("persistent", 256, 256, 64, 4, 5, tma=True, ctas=2)
+        few, back = replace(BIG, M=2048), BIG.adjoint()
+        assert runs_beside(wide, BIG, sm_90) and runs_beside(wide, few, sm_90)
+        assert runs_beside(pair, BIG, sm_100) and not runs_beside(pair, few, sm_100)
+        assert runs_beside(wide, back, sm_90) and not runs_beside(pair, back, sm_100)
+        small, packed = replace(back, N=2048, K=2048), replace(back, weight_format="nf4")
+        assert not runs_beside(wide, small, sm_90) and not runs_beside(wide, packed, sm_90)
+        for other in ({"dropout": True}, {"R": 65}, {"adapter_dtype": "float32"}, {"M": 0}):
+            assert not runs_beside(wide, replace(BIG, **other), sm_90)
+        assert not runs_beside(narrow, BIG, sm_90)
+        assert not runs_beside(replace(wide, num_stages=4), BIG, sm_90)
 
     def test_a_range_has_the_prediction_in_its_middle(self):
         """It is what a loop reaches of the library: nothing for the library itself, or where bytes decide."""

@@ -46,7 +46,7 @@ class Products(ABC):
         """(mask∘left)ᵀ·right: left [M, C], right [M, D] -> [C, D] in `dtype`; one of C, D is a rank.
 
         The operand of that rank is float32, or q of a fused `shrink_wgrad`; the other one has the base's dtype. `dropout`
-        masks left. Sums run in an order that sizes alone decide.
+        masks left. Sums run in an order that the plan and sizes alone decide.
         """
 
     def shrink_expand(
@@ -68,7 +68,7 @@ class Products(ABC):
     def gradients(
         self, dy: Tensor, w: Weight, adapter: Adapter, x: Tensor, s: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dx, dA, dB) of a frozen base, dA and dB in `dtype`; beside each other where the products have that.
+        """(dx, dA, dB) where all three are needed, dA and dB in `dtype`; beside each other where the products have that.
 
         dy [M, N], w [N, K], x [M, K], s [M, R]; `adapter` is the transposed one.
         """

@@ -24,6 +24,7 @@ from lora_kernels.bench.results import summary
 from lora_kernels.operands import Adapter, Weight
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.samples import sample
+from lora_kernels.tuning.config import runs_beside
 from lora_kernels.tuning.search import Choice
 from lora_kernels.tuning.tables import lowrank
 
@@ -47,10 +48,14 @@ class Measured(ABC):
 
     def wrong(self, choice: Choice) -> str | None:
         """Why `choice` must not be used, or None: it raises, or it is off by more than the plain one may be."""
+        return self._compared(self.call(choice), self.expected(choice.algorithm))
+
+    def _compared(
+        self, call: Callable[[], Results], expected: tuple[Results, Results]
+    ) -> str | None:
         longest = max(self.problem.M, self.problem.N, self.problem.K)
         try:
-            found = self.call(choice)()
-            for actual, exact, plain in zip(found, *self.expected(choice.algorithm), strict=True):
+            for actual, exact, plain in zip(call(), *expected, strict=True):
                 relative_error("the result", actual, exact, plain, longest)
         except Wrong as wrong:
             return str(wrong)
@@ -95,6 +100,23 @@ class Product(Measured):
         if isinstance(w, Tensor) or choice.algorithm in ALGORITHMS:
             return lambda: _y(products, x, w, a, b)
         return lambda: _y(products, x, w.dense(), a, b)  # as the plan does it, in each call
+
+    def wrong(self, choice: Choice) -> str | None:
+        """Also whether dx, dA and dB of a backward that runs beside this product are right."""
+        reason, back = super().wrong(choice), replace(self.problem, backward=True)
+        if reason is not None or choice.algorithm != "persistent":
+            return reason
+        if not runs_beside(choice.tiles.config("persistent"), back, current_target()):
+            return None
+        dy, w, a, b = self.operands
+        other = torch.randn_like(dy[:, :1].expand(-1, w.shape[1]))
+        s = COMPOSITE.shrink(other, Adapter(b.t(), a.t(), ALPHA))
+        given = dy, w, Adapter(a, b, ALPHA), other, s
+        products = TritonProducts("persistent", back, current_target(), choice.tiles)
+        wide = dy.double(), w.double(), Adapter(a.double(), b.double(), ALPHA), other.double()
+        exact = COMPOSITE.gradients(*wide, s.double(), torch.float64)
+        plain = EAGER.gradients(*given, a.dtype)
+        return self._compared(lambda: products.gradients(*given, a.dtype), (exact, plain))
 
     def _products(self, choice: Choice) -> Products:
         """The products that `choice` asks for: Triton's with its tiles, or those of a backend without tiles."""

@@ -188,6 +188,8 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
         )
     if config.kernel == "dequantise" and problem.weight_format == DENSE:
         return "a dense weight is not decoded"
+    if reason := _parts_race(config, problem, target):
+        return reason
     if config.kernel in PERSISTENT and (reason := _persistent_refuses(config, problem, target)):
         return reason
     one_launch = config.kernel in ("one_launch", "persistent_one_launch")
@@ -196,6 +198,22 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
     needed = smem_bytes(config, problem)
     if needed > target.smem_bytes:
         return f"needs {needed} bytes of shared memory, {target.name} has {target.smem_bytes}"
+    return None
+
+
+def _parts_race(config: TileConfig, problem: Problem, target: Target) -> str | None:
+    """The rule for low-rank kernels whose products in parts would go through tensor memory.
+
+    Triton 3.9 stores a step's parts before it waits for the products that still read the last one's.
+    """
+    rows = {
+        "shrink": config.block_m,
+        "wgrad": config.block_n,
+        "shrink_wgrad": max(config.block_m, config.block_n),
+    }.get(config.kernel, 0)
+    parts = (problem.dtype, problem.adapter_dtype) == ("bfloat16", "float32")
+    if target.tmem_columns and parts and rows >= 64 and config.num_warps > 2:
+        return f"{config.kernel} in parts has a race in tensor memory of {target.name} with more than 2 warps"
     return None
 
 
@@ -217,17 +235,48 @@ def _persistent_refuses(config: TileConfig, problem: Problem, target: Target) ->
     return None
 
 
-# Of shared memory, that a low-rank kernel and what the hardware adds to each block take beside a persistent product.
-BESIDE_BYTES = 34 * 1024
+# The wgrad that runs beside a persistent product: all rows in one part, in little shared memory. 64 columns: a layer of 4096
+# makes half as many programs as there are multiprocessors. On sm_100 it does not pay: shared memory and L2 are as busy there
+# as the matrix units, and bandwidth is cheap.
+WGRAD_BESIDE = {"sm_90": TileConfig("wgrad", 32, 64, 16, 4, 4)}
+BESIDE_BYTES = (
+    34 * 1024
+)  # of shared memory, of a low-rank kernel and of what the hardware adds to each block
+LATENCY_US = 1.0  # of a read of memory beside others, assumed
 
 
-def hides_lowrank(config: TileConfig, problem: Problem, target: Target) -> bool:
-    """Whether low-rank kernels run beside a persistent product on the same multiprocessors.
+def wgrad_beside_us(problem: Problem, target: Target) -> float:
+    """The time of the sums of dB and dA beside dx, each program of which waits for one part of its rows after the other."""
+    tile = WGRAD_BESIDE[target.name]
+    programs = math.ceil(problem.K / tile.block_n) + math.ceil(problem.N / tile.block_n)
+    turns = math.ceil(programs / target.multiprocessors)
+    return turns * problem.M / (tile.block_m * (tile.num_stages - 1)) * LATENCY_US
 
-    By shared memory, and where a tile takes longer than a program of shrink, of all of K, which waits for memory. Registers
-    suffice: tests count those of both.
+
+def runs_beside(config: TileConfig, problem: Problem, target: Target) -> bool:
+    """Whether low-rank kernels run beside the persistent product of this tile, on the same multiprocessors.
+
+    In a forward shrink; in a backward shrink and the sums of dB and dA, where there are such and dx takes longer. In one
+    type, without a mask. By shared memory: registers suffice, tests count those of both. A tile of 256 columns takes longer
+    than a program of shrink over all of K, which waits for memory; a narrower one has the shrink of all other products.
     """
-    return config.block_n >= 256 and smem_bytes(config, problem) + BESIDE_BYTES <= target.smem_bytes
+    if problem.groups or problem.empty or problem.dropout or problem.R > FUSED_RANK:
+        return False
+    if not problem.dtype == problem.adapter_dtype == "bfloat16":
+        return False
+    if config.block_n < 256 or smem_bytes(config, problem) + BESIDE_BYTES > target.smem_bytes:
+        return False
+    if not problem.backward:
+        return target.name in WGRAD_BESIDE or not splits_shrink(problem, target)
+    if target.name not in WGRAD_BESIDE or problem.weight_format != DENSE:
+        return False
+    # dx after the first of some eight tiles of each multiprocessor.
+    return wgrad_beside_us(problem, target) < 0.8 * problem.flops / (target.half_tflops * 1e6)
+
+
+def splits_shrink(problem: Problem, target: Target) -> bool:
+    """Whether shrink has so few blocks of rows that it sums K in parts: the launch before a product adds them then."""
+    return 2 * max(1, row_blocks(problem, 64)) <= target.multiprocessors
 
 
 def one_launch_ranks(masked: bool) -> int:

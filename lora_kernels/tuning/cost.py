@@ -23,9 +23,9 @@ library's product only the matrix pipe counts. A last wave that is not full slow
 tiles; it may split its sum, these kernels do not.
 
 A backward's problem (x is dy, y is dx) adds dA, one reading of its other side, to every algorithm, and dB, a second reading
-of dy, to all but lorafusion, and two_kernel and persistent up to rank 32 of half types, which get q and dB from one. addmm
-computes x·a again, another reading of the other side. reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is
-summed, 4 passes over dx.
+of dy, to all but lorafusion, and two_kernel and persistent up to rank 32 of half types, which get q and dB from one. Where
+all of them run beside persistent, `_beside_us` has their time. addmm computes x·a again, another reading of the other side.
+reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 4 passes over dx.
 
 A quantised weight costs all but decode a launch before, which reads it and writes a dense copy, and a gap. The
 others are predicted for a dense weight: `plan` adds the copy that they are given.
@@ -47,17 +47,19 @@ from dataclasses import replace
 from lora_kernels.problem import DENSE, ITEMSIZE, Problem
 from lora_kernels.tuning.config import (
     CUDA_DECODE_COLUMNS,
-    FUSED_RANK,
+    LATENCY_US,
     TileConfig,
     cuda_decode_blocks,
     cuda_decode_fuses,
-    hides_lowrank,
     one_reading_columns,
     one_reading_moves_less,
     row_blocks,
+    runs_beside,
     shrinking_programs,
     smem_bytes,
+    splits_shrink,
     tail_in_parts,
+    wgrad_beside_us,
 )
 from lora_kernels.tuning.cycles import INSTRUCTIONS, L2_BYTES, Tile, cycles, flops_per_clock, tiles
 from lora_kernels.tuning.targets import Target
@@ -75,7 +77,6 @@ ALGORITHMS = (
 GROUPED = ("tail_first",)  # over groups, beside two_kernel and eager
 OTHERS = ("frozen", "addmm", "reference", "lorafusion")  # predicted for comparison
 MIN_KERNEL_US = 2.0
-LATENCY_US = 1.0  # of a read of memory beside others, assumed
 _STREAMED = 0.92  # of the copy bandwidth, by a product that is bound by reading W
 _LIBRARY_SPLITS = (1, 2, 4, 8)
 # (passes over x, passes over y, further launches) beside the library's product, forward and backward.
@@ -129,10 +130,12 @@ def predict_us(
     y_us = problem.M * problem.N * problem.itemsize / (target.bandwidth_gbs * 1e3)
     shrink = _lowrank_us(problem, target, x_us, problem.K)
     adapter_grads = 0.0
-    if algorithm == "persistent" and _runs_beside(problem, target, config):
-        main = product_us("persistent", problem, target, config)
-        beside = _beside_us(problem, target, config, main)
-        return _dequantise_us(problem, target) + main + beside
+    if algorithm == "persistent" and not problem.empty:
+        config = config or _best_tile("persistent", problem, target).config
+        if runs_beside(config, problem, target):
+            main = product_us("persistent", problem, target, config)
+            beside = _beside_us(problem, target, config, main)
+            return _dequantise_us(problem, target) + main + beside
     if problem.backward:
         adapter_grads = _lowrank_us(problem, target, y_us, problem.N) + gap
         ours = algorithm in ("two_kernel", "persistent") and _reads_dy_once(problem)
@@ -170,7 +173,7 @@ def predict_us(
         kernel = "persistent" if algorithm == "persistent" else "expand"
         main = product_us(kernel, problem, target, config, pointers)
         # In a backward q comes with dB, and nothing runs beside the product; nor does a shrink whose parts are summed.
-        overlaps = not (pointers or problem.backward or _splits_shrink(problem, target))
+        overlaps = not (pointers or problem.backward or splits_shrink(problem, target))
         hidden = overlaps * _HIDDEN.get(target.name, 0.0) * min(shrink + gap, main)
         if algorithm == "persistent" and tail_in_parts(problem):
             main += MIN_KERNEL_US + gap
@@ -218,29 +221,7 @@ def _first_us(kernel: str, problem: Problem, target: Target, config: TileConfig 
     return max(alone * math.ceil(blocks / places), read / (0.9 * target.bandwidth_gbs))
 
 
-def _runs_beside(problem: Problem, target: Target, config: TileConfig | None) -> bool:
-    """Whether the low-rank kernels run beside a persistent product: one type, and room on its multiprocessors."""
-    if problem.empty or problem.groups or not tiles("shrink", problem, target.name):
-        return False
-    back = problem if problem.backward else problem.adjoint()
-    sums = bool(
-        tiles("wgrad", back, target.name)
-    )  # of dA and dB: where these are beside, shrink takes all of K at once
-    if not sums and (problem.backward or _splits_shrink(problem, target)):
-        return False
-    own = config or _best_tile("persistent", problem, target).config
-    plain = problem.dtype == problem.adapter_dtype == "bfloat16" and problem.R <= FUSED_RANK
-    return plain and not problem.dropout and hides_lowrank(own, problem, target)
-
-
-def _splits_shrink(problem: Problem, target: Target) -> bool:
-    """Whether shrink has so few blocks of rows that it sums K in parts, of which the last launch before a product is one."""
-    return 2 * row_blocks(problem, 64) <= target.multiprocessors
-
-
-def _beside_us(
-    problem: Problem, target: Target, config: TileConfig | None, main_us: float
-) -> float:
+def _beside_us(problem: Problem, target: Target, config: TileConfig, main_us: float) -> float:
     """What is added to the time of a persistent product by shrink and, in a backward, the sums of dB and dA beside it.
 
     What they occupy of the pipes of the busiest multiprocessor, counted as the product's own cycles are; the launch of
@@ -248,8 +229,7 @@ def _beside_us(
     each limited by the bandwidth and by what it has on its way. Assumed: blocks of both run on a multiprocessor at one time,
     as its registers and its shared memory allow.
     """
-    own = Tile.of(config, problem, target.name) if config else None
-    own = own or _best_tile("persistent", problem, target)
+    own = Tile.of(config, problem, target.name)
     tiles_ = row_blocks(problem, own.config.block_m) * math.ceil(problem.N / own.config.block_n)
     each = math.ceil(tiles_ * max(1, own.config.ctas) / target.multiprocessors)
     counted = cycles(own, problem.R)
@@ -262,12 +242,12 @@ def _beside_us(
     small = [(shrink, programs, math.ceil(problem.K / shrink.config.block_k))]
     sums_us = 0.0
     if problem.backward:
-        (wgrad,) = tiles("wgrad", problem, target.name)
+        # Counted once: its code does not depend on how the weight lies.
+        (wgrad,) = tiles("wgrad", replace(problem, w_k_major=False), target.name)
         rows, columns = wgrad.config.block_m, wgrad.config.block_n
         programs = math.ceil(problem.K / columns) + math.ceil(problem.N / columns)
         small.append((wgrad, programs, math.ceil(problem.M / rows)))
-        turns = math.ceil(programs / target.multiprocessors)
-        sums_us = turns * problem.M / rows / (wgrad.config.num_stages - 1) * LATENCY_US
+        sums_us = wgrad_beside_us(problem, target)
         read += problem.M * (problem.K + problem.N)
     loaded = list(pipes)
     for tile, programs, tile_steps in small:

@@ -20,7 +20,7 @@ from lora_kernels.tuning.config import LOWRANK_KERNELS, TileConfig, fits
 from lora_kernels.tuning.cost import ALGORITHMS, predict_us
 from lora_kernels.tuning.targets import Target
 
-VERSION = 4
+VERSION = 5
 BUCKETS = (
     16,
     32,

@@ -95,7 +95,7 @@ class Shapes:
                 made = rank_operand(p.N, TAIL_PARTS * p.R, torch.bfloat16, x.device)
                 b = made.t() if b.stride(1) != 1 else made.new_empty((TAIL_PARTS * p.R, p.N))
             tail = self._tail(target)
-            own = {"late_wait": True, "release": True, "dropout": mask}
+            own = {"late_wait": True, "release": not config.ctas, "dropout": mask}
             persistent(x, w, tail, b, bias, config, target.multiprocessors, **own)
         elif config.kernel == "persistent_one_launch":
             from lora_kernels.backends.triton.persistent import persistent

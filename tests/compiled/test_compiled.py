@@ -13,9 +13,15 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_kernels.backends.triton.configs import BESIDE, shipped, tiles_of, unmasked, untried
+from lora_kernels.backends.triton.configs import shipped, tiles_of, unmasked, untried
 from lora_kernels.problem import DENSE, Problem
-from lora_kernels.tuning.config import LOWRANK_KERNELS, PERSISTENT, TileConfig, hides_lowrank
+from lora_kernels.tuning.config import (
+    LOWRANK_KERNELS,
+    PERSISTENT,
+    WGRAD_BESIDE,
+    TileConfig,
+    runs_beside,
+)
 from lora_kernels.tuning.targets import TARGETS
 from tests.compiled.recorder import recording
 from tests.compiled.sass import Code, inspect
@@ -304,9 +310,9 @@ def test_low_rank_kernels_fit_beside_the_persistent_product(target, R):
     """A multiprocessor has the registers, shared and tensor memory of both; a block has a KiB more of shared memory."""
     problem = Problem(8192, 4096, 4096, R, "bfloat16", "bfloat16", device="cuda")
     limits, beside = TARGETS[target], [tiles_of("shrink", problem, TARGETS[target])[0]]
-    beside += [BESIDE[target]] if target in BESIDE else []
+    beside += [WGRAD_BESIDE[target]] if target in WGRAD_BESIDE else []
     large = next(
-        c for c in tiles_of("persistent", problem, limits) if hides_lowrank(c, problem, limits)
+        c for c in tiles_of("persistent", problem, limits) if runs_beside(c, problem, limits)
     )
     assert large.block_m * large.block_n >= 128 * 256
 

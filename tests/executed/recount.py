@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_kernels.backends.triton.configs import BESIDE, tiles_of
+from lora_kernels.backends.triton.configs import tiles_of
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.one_pass import one_pass
@@ -16,7 +16,7 @@ from lora_kernels.backends.triton.parts import parts
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import TileConfig, tail_in_parts
+from lora_kernels.tuning.config import WGRAD_BESIDE, TileConfig, tail_in_parts
 from lora_kernels.tuning.cycles import (
     COUNTED,
     INSTRUCTIONS,
@@ -55,7 +55,7 @@ def counted_tiles() -> dict[Tile, tuple[TileConfig, Problem]]:
             shrinks = tiles_of("shrink", problem, TARGETS[name])[:1]
             for config in (
                 *shrinks,
-                *([BESIDE[name]] if name in BESIDE and problem.backward else []),
+                *([WGRAD_BESIDE[name]] if name in WGRAD_BESIDE and problem.backward else []),
             ):
                 found.setdefault(Tile.of(config, problem, name), (config, problem))
     return found

@@ -14,14 +14,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_kernels.backends.triton import parts as parts_module
 from lora_kernels.backends.triton import products as products_module
+from lora_kernels.backends.triton import wgrad as wgrad_module
 from lora_kernels.backends.triton.configs import tiles_for, tiles_of, untried
 from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.parts import parts
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.backends.triton.shrink import shrink
+from lora_kernels.bench import tiles as tiles_module
 from lora_kernels.dropout import Dropout, keep_mask
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig, Tiles
+from lora_kernels.tuning.search import Choice
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.layer import train
 from tests.executed.shipped import compare, tail
@@ -223,16 +226,15 @@ def test_a_layers_forward_and_every_gradient(target, dtype, adapter_dtype, dropo
     # What is launched just before one that starts early: parts of q and of A are one launch, those of B were made before.
     before = [steps.kernels[i - 1] for i, each in enumerate(steps.executed) if each.dependent]
     in_parts = (dtype, adapter_dtype) in IN_PARTS
-    beside = target == "sm_90" and not (in_parts or dropout)
-    last = ["shrink", "persistent", "wgrad"] if beside else ["parts"] * (in_parts and not apart)
-    assert before == ["shrink", *last]
+    assert before == ["shrink", *["parts"] * (in_parts and not apart)]
     assert steps.forward == [*["parts"] * in_parts, "shrink", "persistent"]
 
 
 def gradients_on_sm_90(case: Case, schedule: int | None) -> dict[str, torch.Tensor]:
     """dx, dA and dB by four launches that run beside each other, of two programs' dx; compared with float64."""
     o, sm_90 = case.operands(), TARGETS["sm_90"]
-    products = TritonProducts("persistent", PROBLEM, sm_90, tiles_for(PROBLEM, sm_90))
+    back = PROBLEM.adjoint()
+    products = TritonProducts("persistent", back, sm_90, tiles_for(back, sm_90))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "_programs", lambda x: 2)
         # Not what an earlier call has left in the same memory.
@@ -296,13 +298,40 @@ def test_what_runs_beside_another_is_held_until_the_last_launch(monkeypatch):
         module = importlib.import_module(f"lora_kernels.backends.triton.{name}")
         monkeypatch.setattr(module, "launch", record)
     sm_90, o = TARGETS["sm_90"], BESIDE_CASE.operands()
-    products = TritonProducts("persistent", PROBLEM, sm_90, tiles_for(PROBLEM, sm_90))
+    back = PROBLEM.adjoint()
+    products = TritonProducts("persistent", back, sm_90, tiles_for(back, sm_90))
     s, unaligned = o.results(None)["s"].float(), torch.empty(o.a.shape).bfloat16()
     for a in (o.a, unaligned):  # tensor copies fetch a copy of the second
         adapter = o.adapter._replace(A=a).t()
         products.gradients(o.dy, o.w.t(), adapter, o.x, s, o.a.dtype)
         assert len(used) > 12
         used.clear()
+
+
+def test_tune_takes_no_product_whose_gradients_are_wrong(monkeypatch):
+    """What runs beside it is computed and compared too, before it is timed."""
+    problem = Problem(70, 264, 136, 13, "bfloat16", "bfloat16", device="cpu")
+    for module in (products_module, tiles_module):
+        monkeypatch.setattr(module, "runs_beside", lambda *_: True)
+    monkeypatch.setattr(tiles_module, "current_target", lambda: TARGETS["sm_90"])
+    (tile, *_), (shrink, *_) = (
+        tiles_of(kernel, PROBLEM, TARGETS["sm_90"]) for kernel in ("persistent", "shrink")
+    )
+    choice, launched = Choice.of("persistent", shrink, tile), []
+    compared = tiles_module.Measured._compared
+
+    def emulated(self, call, expected):
+        with emulate("sm_90") as executed:  # results are there when it ends
+            found = call()
+        launched.append(names_of(executed))
+        return compared(self, lambda: found, expected)
+
+    monkeypatch.setattr(tiles_module.Measured, "_compared", emulated)
+    assert tiles_module.Product(problem, "cpu").wrong(choice) is None
+    assert launched[-1] == ["shrink", "persistent", "wgrad", "wgrad"]
+    wgrad = wgrad_module.wgrad
+    monkeypatch.setattr(wgrad_module, "wgrad", lambda left, *a, **own: wgrad(-left, *a, **own))
+    assert "the result" in tiles_module.Product(problem, "cpu").wrong(choice)
 
 
 def names_of(executed: list[Executed]) -> list[str]:

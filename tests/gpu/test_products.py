@@ -36,6 +36,7 @@ PERSISTENT = [
     Case(4096, 3000, 1000, 64, dtype=torch.bfloat16, layout="peft"),
     Case(2000, 4096, 8, 5, dtype=torch.bfloat16, dropout=0.1),
     Case(300, 72, 4096, 130, dtype=torch.bfloat16, bias=False),
+    Case(1000, 2304, 2560, 16, dtype=torch.bfloat16),  # large enough for a backward beside it
 ]
 
 

@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
@@ -20,6 +21,7 @@ from lora_kernels.tuning.config import (
     KERNELS,
     LOWRANK_KERNELS,
     PERSISTENT,
+    WGRAD_BESIDE,
     TileConfig,
     Tiles,
     fits,
@@ -132,7 +134,10 @@ def untried(kernel: str = "", target: str = "") -> str | None:
 
 def unmasked(config: TileConfig, problem: Problem) -> str | None:
     """Why the persistent product is not taken for a dx with a mask: its rule, or a Triton that spills 80 bytes there."""
-    return masks_no_tail(config, tail_ranks(problem)) or untried()
+    reason = masks_no_tail(config, tail_ranks(problem))
+    if reason is None and untried() is not None:
+        return f"a mask of dx spills registers before Triton {_NEWEST[0]}x"
+    return reason
 
 
 def lowrank_tiles(problem: Problem, target: Target) -> Tiles:
@@ -191,9 +196,9 @@ def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]
                 dropout=dropout,
                 **own,  # type: ignore[arg-type]
             )
-            kernels: tuple[str, ...] = KERNELS if weight_format == DENSE else _READS_PACKED
+            kernels: Iterable[str] = KERNELS if weight_format == DENSE else _READS_PACKED
             if dtype == "float16":  # whose shrink by an adapter of its type is bfloat16's
-                kernels = LOWRANK_KERNELS[adapter_dtype == "float16" :]
+                kernels = [k for k in LOWRANK_KERNELS if (k, adapter_dtype) != ("shrink", dtype)]
             tiles = (tiles_of(kernel, problem, target) for kernel in kernels)
             for config in itertools.chain(*tiles):
                 same = replace(config, split=min(config.split, 2))
@@ -323,12 +328,6 @@ def _decode(problem: Problem, target: Target) -> list[TileConfig]:
     return [TileConfig("decode", block_m, block_n, block_k, warps, stages, split=split)]
 
 
-# The tile of a `wgrad` that runs beside a persistent product: all rows in one part, in little shared memory. 64 columns: a
-# layer of 4096 makes half as many programs as there are multiprocessors. On sm_100 it does not pay: its shared memory and L2
-# are as busy as its matrix units, and bandwidth is cheap.
-BESIDE = {"sm_90": TileConfig("wgrad", 32, 64, 16, 4, 4)}
-
-
 def _dequantise(problem: Problem, target: Target) -> list[TileConfig]:
     return [TileConfig("dequantise", 1, 64, 64, 4, 1)]
 
@@ -346,8 +345,8 @@ def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     wide = problem.R > 32 and target.name == "sm_120"
     if _all_half(problem) and not wide and target.name != "gfx1100":
         tiles.append((64, 128, 8, 3))
-    if _all_half(problem) and target.name in BESIDE:
-        own = BESIDE[target.name]
+    if _all_half(problem) and target.name in WGRAD_BESIDE:
+        own = WGRAD_BESIDE[target.name]
         tiles.append((own.block_m, own.block_n, own.num_warps, own.num_stages))
     return [
         TileConfig(

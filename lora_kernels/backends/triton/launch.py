@@ -167,7 +167,7 @@ def rank_tail(x: torch.dtype, b: torch.dtype, tma: bool, masked: bool = False) -
 
 
 def lowrank_form(wide: torch.dtype, result: torch.dtype) -> str:
-    """How the sums over rows of a wide operand times s or q take the latter: as `wgrad` names it.
+    """How the sums over rows of a wide operand times s or q take the latter, as `tiles.lowrank_product` names it.
 
     "rounded" to bfloat16, as eager rounds it, where both types are; "parts", three bfloat16 numbers which hold all of a
     float32's bits, for a float32 result beside a bfloat16 operand. Others have an `input_precision`.

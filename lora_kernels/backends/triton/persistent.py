@@ -426,10 +426,12 @@ def persistent(
         most = tiles + blocks  # a program without a tile may compute s
         shrinking = shrinking or shrinking_programs(blocks, tiles, programs, config.block_n)
         own = _shrinking(first, s, shrinking, blocks, config)
+    if config.ctas and release:
+        raise ValueError(f"release is made for sm_90, not for tensor memory, got {config}")
     if not config.ctas:
         seed, threshold, keep_scale = Mask.of(dropout)
         own = own | {"seed_ptr": seed, "threshold": threshold, "keep_scale": keep_scale}
-        own["MASKED"] = dropout is not None
+        own |= {"MASKED": dropout is not None, "RELEASE": release}
     launch(
         kernel,
         min(programs, most),
@@ -458,7 +460,6 @@ def persistent(
         B_K_MAJOR=b_k_major,
         HAS_BIAS=bias is not None,
         PDL=late_wait,
-        RELEASE=release,
     )
     return y
 

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
 )
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from lora_kernels.backends.triton.in_gluon import block, gdc_launch_dependents, gdc_wait, ordered
+from lora_kernels.backends.triton.in_gluon import block, gdc_wait, ordered
 
 _ACCUMULATORS = gl.constexpr(2)
 _STORES = gl.constexpr(2)  # parts of a result in shared memory
@@ -79,7 +79,6 @@ class _Product:
     B_K_MAJOR: gl.constexpr
     HAS_BIAS: gl.constexpr
     PDL: gl.constexpr
-    RELEASE: gl.constexpr
 
     @gluon.jit
     def tiles(self):
@@ -120,8 +119,6 @@ def _copies(p):
         if p.PDL:
             # s comes from the kernel launched just before, beside which the loop above has been running.
             gdc_wait()
-        if p.RELEASE:
-            gdc_launch_dependents()
         for i in gl.static_range(p.RANK_STEPS):
             at = _copy(p, p.s, p.b, row, col, i * p.BLOCK_R, at, p.B_K_MAJOR)
 
@@ -212,7 +209,6 @@ def _persistent_kernel(
     B_K_MAJOR: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr,
-    RELEASE: gl.constexpr,
 ):
     lefts = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, BLOCK_K], x.layout)
     rights = gl.allocate_shared_memory(
@@ -241,7 +237,7 @@ def _persistent_kernel(
         x, w, s, b, y, gl.to_tensor(M), gl.to_tensor(N), gl.to_tensor(K),
         lefts, rights, full, free, accs, acc_full, acc_free,
         BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_STEPS, STAGES, GROUP_M, W_K_MAJOR, B_K_MAJOR,
-        HAS_BIAS, PDL, RELEASE,
+        HAS_BIAS, PDL,
     )  # fmt: skip
     gl.warp_specialize(
         [(_stores, (p, bias_ptr, gl.to_tensor(stride_bias))), (_copies, (p,)), (_multiplies, (p,))],

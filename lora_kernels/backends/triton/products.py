@@ -14,18 +14,19 @@ from torch import Tensor
 
 from lora_kernels.backends.base import Products, left_is_wide
 from lora_kernels.backends.composite import GroupedCompositeProducts
-from lora_kernels.backends.triton.configs import BESIDE, lowrank_tiles, unmasked
+from lora_kernels.backends.triton.configs import lowrank_tiles, unmasked
 from lora_kernels.backends.triton.launch import rank_operand, rank_tail
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Adapter, Groups, QuantizedWeight, Scale, Weight
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import (
     FUSED_RANK,
+    WGRAD_BESIDE,
     TileConfig,
     Tiles,
-    hides_lowrank,
     one_launch_ranks,
     one_reading_moves_less,
+    runs_beside,
 )
 from lora_kernels.tuning.targets import Target
 
@@ -115,8 +116,7 @@ class TritonProducts(Products):
         config = self.tiles.config("shrink")
         overlap = self.target.tma and config.split == 1
         if self._persistent_takes(x, w, adapter, bias):
-            half = x.dtype == A.dtype == torch.bfloat16
-            if half and self._hides_lowrank and self.target.name in BESIDE:
+            if self._runs_beside:
                 config, overlap = replace(config, split=1), True
             _, b = self._tail(x, None, B)  # what is made of B is launched before, not between
             rounded = rank_operand(x.shape[0], b.shape[0], b.dtype, x.device)
@@ -159,7 +159,10 @@ class TritonProducts(Products):
     def gradients(
         self, dy: Tensor, w: Weight, adapter: Adapter, x: Tensor, s: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if not isinstance(w, Tensor) or not self._runs_beside(dy, w, adapter, x):
+        empty = 0 in (*dy.shape, x.shape[1], s.shape[1])
+        dense = w if isinstance(w, Tensor) and not empty else None
+        takes = dense is not None and self._persistent_takes(dy, dense, adapter, None)
+        if dense is None or not takes or not self._runs_beside:
             return super().gradients(dy, w, adapter, x, s, dtype)
         from lora_kernels.backends.triton.persistent import fetchable
         from lora_kernels.backends.triton.wgrad import wgrad
@@ -171,8 +174,8 @@ class TritonProducts(Products):
         rounded = rank_operand(M, R, dy.dtype, dy.device)
         config = replace(self._lowrank(dy.shape[1]).config("shrink"), split=1)
         q = self._shrink(dy, adapter, config, release=True, rounded=rounded)
-        dx = self._persistent(dy, w, rounded, B, None, True, None, release=True)
-        tile = BESIDE[self.target.name]
+        dx = self._persistent(dy, dense, rounded, B, None, True, None, release=True)
+        tile = WGRAD_BESIDE[self.target.name]
         dB = wgrad(s, dy, dtype, tile, beside=True)
         dA = wgrad(x, rounded, dtype, tile, beside=True)
         del q
@@ -312,22 +315,10 @@ class TritonProducts(Products):
 
         return applies(x, w)
 
-    def _runs_beside(self, dy: Tensor, w: Tensor, adapter: Adapter, x: Tensor) -> bool:
-        """Whether dA and dB are computed beside dx: by the persistent product without a mask, which leaves room for them."""
-        if 0 in (*dy.shape, x.shape[1], adapter.A.shape[1]) or self.target.name not in BESIDE:
-            return False
-        return (
-            self._persistent_takes(dy, w, adapter, None)
-            and adapter.dropout_out is None
-            and dy.dtype == adapter.A.dtype == torch.bfloat16
-            and adapter.A.shape[1] <= FUSED_RANK
-            and self._hides_lowrank
-        )
-
     @property
-    def _hides_lowrank(self) -> bool:
-        """Whether low-rank kernels run beside the persistent product."""
-        return hides_lowrank(self.tiles.config("persistent"), self.problem, self.target)
+    def _runs_beside(self) -> bool:
+        """Whether low-rank kernels run beside this persistent product."""
+        return runs_beside(self.tiles.config("persistent"), self.problem, self.target)
 
     def _persistent_one_launch_takes(self, x: Tensor, w: Tensor, adapter: Adapter) -> bool:
         """Whether a call is computed by the persistent product that computes s too: no mask or scale, one type."""

@@ -117,7 +117,10 @@ def lowrank_product(wide, lowrank, acc, small, FORM: tl.constexpr):
 
 @triton.jit
 def lowrank_sum(acc, small, FORM: tl.constexpr):
-    """What `lowrank_product` summed. Where an operand is not finite small says nothing, and acc has what eager has."""
+    """What `lowrank_product` summed. Where an operand is not finite small says nothing, and acc has what eager has.
+
+    Beyond 3.396e38, where bfloat16 has infinity, a float32 counts as not finite.
+    """
     if FORM == "parts":
         acc += tl.where(tl.abs(small) < float("inf"), small, 0.0)
     return acc

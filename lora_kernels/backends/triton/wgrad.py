@@ -122,8 +122,9 @@ def wgrad(
 
     One operand is wide, in the base's dtype; the other has a rank's width and is float32, or the q of `shrink_wgrad`. A
     masked left is the wide one. Both may have the base's dtype and any width. With `offsets`, as in `expand`, the result
-    is [G, C, D]. `beside`: this launch runs beside those before it that let it (`release`), and ends after them. No memory
-    that they use may be free before this call: what is allocated here is written at once.
+    is [G, C, D]. `beside`: this launch runs beside those before it that let it (`release`), and ends after them. What it
+    reads is written before these let it. No memory that they use may be free before this call: what is allocated here is
+    written at once.
     """
     M = left.shape[0]
     wide_first = left_is_wide(left, right, dropout)
