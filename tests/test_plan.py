@@ -442,7 +442,8 @@ class TestTritonOrCUDA:
         assert told.passed_over["persistent_one_launch"] == reason
         if not sm_90_too:  # whose mask spills with it
             back = explain(replace(large, dropout=True, backward=True, w_k_major=False))
-            assert back.passed_over["persistent"] == reason
+            spills = "a mask of dx spills registers before Triton 3.9.x"
+            assert back.passed_over["persistent"] == spills
         assert tiles_of("persistent_one_launch", large, TARGETS["sm_90"]) == []
         assert (tiles_of("persistent", large, TARGETS["sm_90"]) == []) == sm_90_too
         if sm_90_too:
