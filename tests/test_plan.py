@@ -353,6 +353,12 @@ class TestTritonOrCUDA:
         )
         self.tuned(M=4096, two_kernel=20.0, eager=21.0)  # it was wrong there
         assert explain(large).candidate.name == "two_kernel"
+        masked = replace(large, dropout=True)
+        assert explain(masked).passed_over["persistent"] == never_timed.partition("persistent: ")[2]
+        self.tuned(M=4096, two_kernel=20.0, persistent=19.0, one_launch=18.0, eager=21.0)
+        told = explain(masked)  # `tune` computes it with a mask, and times it without
+        assert "persistent" not in told.passed_over and "measured" not in told.plan
+        assert "its programs wait" in told.passed_over["one_launch"]
         for change, reason in (
             ({"N": 4100}, "persistent takes N and K that are multiples of 8, got 4100 and 4096"),
             (

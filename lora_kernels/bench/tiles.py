@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,13 +15,14 @@ from lora_kernels.backends.base import Products, fastest
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.backends.device import current_target
 from lora_kernels.backends.eager import PRODUCTS as EAGER
-from lora_kernels.backends.triton.configs import ALGORITHMS
+from lora_kernels.backends.triton.configs import ALGORITHMS, unmasked
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.bench import contenders
 from lora_kernels.bench.check import Wrong, relative_error
 from lora_kernels.bench.clock import Call, Clock, clock_for, interleaved
 from lora_kernels.bench.linear import Effort, first_line
 from lora_kernels.bench.results import summary
+from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Adapter, Weight
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.samples import sample
@@ -102,21 +104,39 @@ class Product(Measured):
         return lambda: _y(products, x, w.dense(), a, b)  # as the plan does it, in each call
 
     def wrong(self, choice: Choice) -> str | None:
-        """Also whether dx, dA and dB of a backward that runs beside this product are right."""
-        reason, back = super().wrong(choice), replace(self.problem, backward=True)
-        if reason is not None or choice.algorithm != "persistent":
-            return reason
-        if not runs_beside(choice.tiles.config("persistent"), back, current_target()):
-            return None
+        reason = super().wrong(choice)
+        if reason is None and choice.algorithm == "persistent":
+            reason = self._backward_wrong(choice)
+        return reason
+
+    def _backward_wrong(self, choice: Choice) -> str | None:
+        """Why what only a backward runs must not be used: dA and dB beside dx, and a mask of dx."""
+        config, target = choice.tiles.config("persistent"), current_target()
+        back = replace(self.problem, backward=True)
+        masked = replace(back, dropout=True)
         dy, w, a, b = self.operands
-        other = torch.randn_like(dy[:, :1].expand(-1, w.shape[1]))
-        s = COMPOSITE.shrink(other, Adapter(b.t(), a.t(), ALPHA))
-        given = dy, w, Adapter(a, b, ALPHA), other, s
-        products = TritonProducts("persistent", back, current_target(), choice.tiles)
-        wide = dy.double(), w.double(), Adapter(a.double(), b.double(), ALPHA), other.double()
-        exact = COMPOSITE.gradients(*wide, s.double(), torch.float64)
-        plain = EAGER.gradients(*given, a.dtype)
-        return self._compared(lambda: products.gradients(*given, a.dtype), (exact, plain))
+        adapter, wide = Adapter(a, b, ALPHA), Adapter(a.double(), b.double(), ALPHA)
+        reason = None
+        if runs_beside(config, back, target):
+            x = torch.randn_like(dy[:, :1].expand(-1, w.shape[1]))
+            s = COMPOSITE.shrink(x, adapter.t())
+            products = TritonProducts("persistent", back, target, choice.tiles)
+            doubles = dy.double(), w.double(), wide, x.double(), s.double(), torch.float64
+            exact = COMPOSITE.gradients(*doubles)
+            plain = EAGER.gradients(dy, w, adapter, x, s, a.dtype)
+            call = partial(products.gradients, dy, w, adapter, x, s, a.dtype)
+            reason = self._compared(call, (exact, plain))
+        if reason is None and unmasked(config, masked) is None:
+            mask = Dropout(0.25, torch.tensor(7, device=dy.device))
+            adapter, wide = (each._replace(dropout_out=mask) for each in (adapter, wide))
+            q = COMPOSITE.shrink(dy, adapter)
+            products = TritonProducts("persistent", masked, target, choice.tiles)
+            expected = (
+                (COMPOSITE.expand(dy.double(), w.double(), q.double(), wide),),
+                (EAGER.expand(dy, w, q, adapter),),
+            )
+            reason = self._compared(lambda: (products.expand(dy, w, q, adapter),), expected)
+        return reason
 
     def _products(self, choice: Choice) -> Products:
         """The products that `choice` asks for: Triton's with its tiles, or those of a backend without tiles."""

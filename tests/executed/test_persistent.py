@@ -16,7 +16,7 @@ from lora_kernels.backends.triton import parts as parts_module
 from lora_kernels.backends.triton import products as products_module
 from lora_kernels.backends.triton import wgrad as wgrad_module
 from lora_kernels.backends.triton.configs import tiles_for, tiles_of, untried
-from lora_kernels.backends.triton.launch import rank_operand
+from lora_kernels.backends.triton.launch import Mask, rank_operand
 from lora_kernels.backends.triton.parts import parts
 from lora_kernels.backends.triton.products import TritonProducts
 from lora_kernels.backends.triton.shrink import shrink
@@ -328,9 +328,14 @@ def test_tune_takes_no_product_whose_gradients_are_wrong(monkeypatch):
 
     monkeypatch.setattr(tiles_module.Measured, "_compared", emulated)
     assert tiles_module.Product(problem, "cpu").wrong(choice) is None
-    assert launched[-1] == ["shrink", "persistent", "wgrad", "wgrad"]
+    beside = ["shrink", "persistent", "wgrad", "wgrad"]
+    assert launched == [["shrink", "persistent"], beside, ["persistent"]]  # the last with a mask
     wgrad = wgrad_module.wgrad
     monkeypatch.setattr(wgrad_module, "wgrad", lambda left, *a, **own: wgrad(-left, *a, **own))
+    assert "the result" in tiles_module.Product(problem, "cpu").wrong(choice)
+    monkeypatch.setattr(wgrad_module, "wgrad", wgrad)
+    of = Mask.of  # another mask than the seed's
+    monkeypatch.setattr(Mask, "of", lambda d: of(d and Dropout(d.p, d.seed + 1)))
     assert "the result" in tiles_module.Product(problem, "cpu").wrong(choice)
 
 

@@ -37,6 +37,10 @@ class TritonBackend(Backend):
             return [Candidate("two_kernel", refusal="float64 is computed by ATen")]
         entry = tables.lookup(problem, target)
         measured = {} if entry is None else entry.times
+        proven = set(measured)
+        if problem.dropout:  # `tune` times no masks, but it computes this product's with one
+            plain = tables.lookup(replace(problem, dropout=False), target)
+            proven |= {"persistent"} & (plain.times.keys() if plain else set())
         if problem.weight_format not in self.formats:  # the products get a dense copy
             problem = replace(problem, weight_format=DENSE)
         tiles = configs.tiles_for(problem, target)
@@ -53,7 +57,7 @@ class TritonBackend(Backend):
                 Candidate(
                     name,
                     TritonProducts(name, problem, target, tiles),
-                    slower=_slower(name, problem, name in measured, config),
+                    slower=_slower(name, problem, name in proven, config),
                     measured_us=measured.get(name),
                     predicted_us=predict_us(name, same, target, config),
                     predicted_range=predict_range(name, same, target, config),
@@ -63,7 +67,7 @@ class TritonBackend(Backend):
         return made
 
 
-def _slower(algorithm: str, problem: Problem, measured: bool, config: TileConfig) -> str | None:
+def _slower(algorithm: str, problem: Problem, proven: bool, config: TileConfig) -> str | None:
     """Why `algorithm` is not to be taken for `problem` by itself, or None."""
     if algorithm not in ("two_kernel", "tail_first", "persistent") and problem.backward:
         return "in a backward q comes with dB from one reading of dy"
@@ -71,9 +75,9 @@ def _slower(algorithm: str, problem: Problem, measured: bool, config: TileConfig
         reason = configs.unmasked(config, problem)
         if reason is not None:
             return reason
-    if algorithm in PERSISTENT and not measured:
+    if algorithm in PERSISTENT and not proven:
         return "it is taken where `tune` has timed it: Gluon is experimental"
-    if algorithm == "one_launch" and not measured:
+    if algorithm == "one_launch" and not proven:
         return "it is taken where `tune` has timed it: its programs wait for each other"
     return None
 
