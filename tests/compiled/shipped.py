@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.samples import sample
-from lora_kernels.tuning.config import TAIL_PARTS, TileConfig, tail_in_parts
+from lora_kernels.tuning.config import TAIL_PARTS, WGRAD_BESIDE, TileConfig, tail_in_parts
 from lora_kernels.tuning.targets import Target
 
 
@@ -114,7 +114,8 @@ class Shapes:
         elif config.kernel == "wgrad" and self.scaled:
             scaled_gradient(dy, column, z, config)
         elif config.kernel == "wgrad":
-            own = {"offsets": offsets, "beside": target.tma}
+            alone = WGRAD_BESIDE.get(target.name) != replace(config, split=1)
+            own = {"offsets": offsets, "beside": not alone and not p.groups}
             wgrad(*((x, rounded) if self.forward else (s, dy)), dtype, config, mask, **own)
         elif self.scaled:
             scaled_shrink_wgrad(dy, b.t(), 0.5, s, dtype, config, column, z)

@@ -272,6 +272,7 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
     if target.name == "sm_120" and (problem.R > 16 or not _all_half(problem)):
         block_m //= 2  # its compiler keeps to 96 registers
         block_m //= 2 if _all_half(problem) and problem.R > 32 else 1
+        stages = 2 if _all_half(problem) and problem.R <= 32 else stages  # a third spills 8 bytes
     if problem.dropout and problem.R > 32:  # the mask takes registers of its own
         block_m //= 1 if _all_half(problem) else 2
         block_k //= 2 if _all_half(problem) and target.name in ("sm_100", "gfx1100") else 1
