@@ -342,8 +342,8 @@ def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
         tiles = [(32 if _all_half(problem) else 16, 128, 4, 2)]
     if _in_parts(problem) and target.name == "sm_100":
         tiles = [(32 if problem.R <= 32 else 16, 64, _SYNCHRONOUS_WARPS, 2)]
-    # The larger one has no registers for a float32 result, on sm_120 for more than 32 ranks, and on gfx1100 for none.
-    wide = problem.R > 32 and target.name == "sm_120"
+    # The larger one has no registers for a float32 result, on sm_120 and gfx942 for more than 32 ranks, on gfx1100 for none.
+    wide = problem.R > 32 and target.name in ("sm_120", "gfx942")
     if _all_half(problem) and not wide and target.name != "gfx1100":
         tiles.append((64, 128, 8, 3))
     if _all_half(problem) and target.name in WGRAD_BESIDE:
