@@ -133,9 +133,9 @@ def launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
         return {"dx": expand(o.dy, o.w.t(), q, o.a.t(), None, config, o.dropout)}
     if config.kernel == "one_launch":
         s = torch.full((o.case.M, o.case.R), torch.nan)
-        tail = rank_operand(o.case.M, o.case.R, o.x.dtype, o.x.device).fill_(torch.nan)
+        rounded = rank_operand(o.case.M, o.case.R, o.x.dtype, o.x.device).fill_(torch.nan)
         first = Shrink(o.a, alpha, s, o.dropout)
-        return {"y": expand(o.x, o.w, tail, o.b, o.bias, config, first=first), "s": s}
+        return {"y": expand(o.x, o.w, rounded, o.b, o.bias, config, first=first), "s": s}
     if config.kernel == "persistent":
         from lora_kernels.backends.triton.persistent import persistent
 
