@@ -213,7 +213,10 @@ def _parts_race(config: TileConfig, problem: Problem, target: Target) -> str | N
     }.get(config.kernel, 0)
     parts = (problem.dtype, problem.adapter_dtype) == ("bfloat16", "float32")
     if target.tmem_columns and parts and rows >= 64 and config.num_warps > 2:
-        return f"{config.kernel} in parts has a race in tensor memory of {target.name} with more than 2 warps"
+        return (
+            f"{config.kernel} in parts has a race in tensor memory of {target.name} with more than 2 warps, "
+            f"got {config.num_warps}"
+        )
     return None
 
 

@@ -164,17 +164,16 @@ class TritonProducts(Products):
         takes = dense is not None and self._persistent_takes(dy, dense, adapter, None)
         if dense is None or not takes or not self._runs_beside:
             return super().gradients(dy, w, adapter, x, s, dtype)
-        from lora_kernels.backends.triton.persistent import fetchable
         from lora_kernels.backends.triton.wgrad import wgrad
 
         # Four launches run beside each other. What one of them reads or writes is held until the last is launched: its
         # memory must not be given to another.
-        (M, R), B = s.shape, fetchable(adapter.B)
+        (M, R), (_, b) = s.shape, self._tail(dy, None, adapter.B)
         s = rank_operand(M, R, dy.dtype, dy.device).copy_(s)
         rounded = rank_operand(M, R, dy.dtype, dy.device)
         config = replace(self._lowrank(dy.shape[1]).config("shrink"), split=1)
         q = self._shrink(dy, adapter, config, release=True, rounded=rounded)
-        dx = self._persistent(dy, dense, rounded, B, None, True, None, release=True)
+        dx = self._persistent(dy, dense, rounded, b, None, True, None, release=True)
         tile = WGRAD_BESIDE[self.target.name]
         dB = wgrad(s, dy, dtype, tile, beside=True)
         dA = wgrad(x, rounded, dtype, tile, beside=True)
