@@ -46,14 +46,12 @@ MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "mfma", "gfx1100": "
 def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
     """Every configuration at its widest rank, which takes the most registers, with all stride forms and dropout.
 
-    A bfloat16 layer with a dense weight has more: the narrowest rank, and the forms that split no sum beside those that do.
+    A bfloat16 layer with a dense weight has more: the narrowest rank, and the form that splits no sum beside the one that
+    does. Sums differ in how they end, so that one rank and one stride form show that.
     """
     pairs = shipped(TARGETS[target])
     widest = {(config, *_types(p)): p for p, config in pairs}
-    splits: dict[tuple, int] = {}
-    for p, config in pairs:
-        code = (replace(config, split=0), *_types(p))
-        splits[code] = max(config.split, splits.get(code, 1))
+    most = most_split(pairs)
     once = target in (*NEAR_DUPLICATES, "gfx942", "gfx1100")
     for problem, config in pairs:
         types = _types(problem)
@@ -62,11 +60,12 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
         if target in NEAR_DUPLICATES and (problem.R != 64 or not (usual or parts)):
             continue
         last = widest[(config, *types)] is problem
-        if not usual and not (last and config.split == splits[(replace(config, split=0), *types)]):
+        split = config.split == most[(replace(config, split=0), *types)]
+        if not (last and split) and not (usual and (last or split)):
             continue
         yield problem, config, True, False
         both = config.kernel != "shrink_wgrad" and problem.weight_format == DENSE
-        if last and not once and both:
+        if last and split and both and not once:
             yield problem, config, False, False
         if last and config.kernel in ("expand", "one_launch", *PERSISTENT) and config.tma:
             yield problem, config, True, True
@@ -86,13 +85,26 @@ def _types(problem: Problem) -> tuple[str, str, str]:
     return problem.dtype, problem.adapter_dtype, problem.weight_format
 
 
+def most_split(pairs: list[tuple[Problem, TileConfig]]) -> dict[tuple, int]:
+    """The largest split of each tile, by the tile with a split of 0 and the types it is shipped for."""
+    most: dict[tuple, int] = {}
+    for problem, config in pairs:
+        code = (replace(config, split=0), *_types(problem))
+        most[code] = max(config.split, most.get(code, 1))
+    return most
+
+
 def grouped_jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
-    """Over groups, at the widest rank: each configuration as it is, and the product of dx, with a mask."""
-    for problem, config in shipped(TARGETS[target], groups=8):
+    """Over groups, at the widest rank: each configuration as it splits its sums, and the product of dx, with a mask."""
+    pairs = [pair for pair in shipped(TARGETS[target], groups=8) if pair[0].R == 64]
+    most = most_split(pairs)
+    for problem, config in pairs:
         types = _types(problem)
         if types == MIXED and config.kernel not in LOWRANK_KERNELS:
             continue
-        if problem.R != 64 or (target in NEAR_DUPLICATES and types != USUAL):
+        if target in NEAR_DUPLICATES and types != USUAL:
+            continue
+        if config.split != most[(replace(config, split=0), *types)]:
             continue
         yield problem, config, True, False
         if config.kernel == "expand":
