@@ -263,8 +263,7 @@ def _traced(
         return autograd.transparent(x, weight, *adapter)
     if isinstance(weight, Tensor):
         return ops.lora_linear(x, weight, *adapter)
-    packed = list(weight.tensors), weight.format, list(weight.sizes)
-    return ops.lora_linear_quantized(x, *packed, *adapter)
+    return ops.lora_linear_quantized(x, *weight.flat, *adapter)
 
 
 def is_differentiated_elsewhere() -> bool:

@@ -72,6 +72,11 @@ class QuantizedWeight(ABC):
     def dense(self) -> Tensor:
         """The matrix as a new tensor of `shape` and `dtype`."""
 
+    @property
+    def flat(self) -> tuple[list[Tensor], str, list[int]]:
+        """(packed, format, sizes), as registered operators take a weight; see `restored`."""
+        return list(self.tensors), self.format, list(self.sizes)
+
     def with_tensors(self, tensors: Sequence[Tensor]) -> QuantizedWeight:
         """The same weight over these tensors, which stand in the order of `tensors`."""
         return self.restored(tensors, self.sizes, self.dtype)

@@ -61,9 +61,9 @@ class Plan:
         """The plan of the backward: of dx, and of dA and dB beside it."""
         return make_plan(self.problem.adjoint(), self.device, self.asked, self.algorithm)
 
-    def readable(self, weight: Weight) -> Weight:
-        """`weight` as the products read it: itself, or a dense copy of a format that they do not read."""
-        return weight.dense() if self.dequantises else weight  # type: ignore[union-attr]
+    def readable(self, weight: Any) -> Any:
+        """A weight, or None, as the products read it: itself, or a dense copy of a format that they do not read."""
+        return weight.dense() if self.dequantises and weight is not None else weight
 
     @property
     def plan(self) -> str:
