@@ -41,9 +41,8 @@ def check(a: Arguments, *, autocast: bool) -> None:
     `autocast`: x, weight and bias will be cast to one dtype.
     """
     _check_operands(a, autocast)
-    if (
-        type(a.alpha) is not float
-    ):  # the usual arguments, of which there is nothing to check, cost no call
+    # The usual arguments, of which there is nothing to check, cost no call.
+    if type(a.alpha) is not float:
         _check_scale(a.alpha, "alpha" if a.offsets is None else "scale")
     if a.dropout_p != 0.0 or type(a.dropout_p) is not float:
         check_dropout("dropout_p", a.dropout_p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
@@ -62,17 +63,17 @@ def mixed_lora_linear(
         A, B, scale, *_ = parts[0]
         return lora_linear(x, weight, A, B, scale, bias, dropout_p=dropout_p)
     A, B, scales = _stacked(parts, x)
-    each = x[0].numel() // K if S and K else reduce(lambda a, b: a * b, lead, 1)  # rows of a sample
+    each = math.prod(lead)  # rows of a sample
     if in_order:
         counts = [ids.count(g) * each for g in range(len(parts))]
         offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=x.device)
         rows = x.reshape(S * each, K)
-        y = grouped_lora_linear(rows, weight, A, B, offsets, scales, bias, dropout_p=dropout_p)
     else:
         routing = sorted_by_group(torch.as_tensor(ids, device=x.device), len(parts))
         rows = routing.spread(x.reshape(S, each * K)).reshape(S * each, K)
         offsets = routing.offsets * each
-        y = grouped_lora_linear(rows, weight, A, B, offsets, scales, bias, dropout_p=dropout_p)
+    y = grouped_lora_linear(rows, weight, A, B, offsets, scales, bias, dropout_p=dropout_p)
+    if not in_order:
         y = routing.gather(y.reshape(S, each * y.shape[1]))
     return y.reshape(S, *lead, weight.shape[0])
 

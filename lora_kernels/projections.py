@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -108,7 +107,7 @@ def together(
                 strict=True,
             ),
         )
-    rows = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = functional.rows_of(x)
     operands = weights, As, Bs, biases
     trains = torch.is_grad_enabled() and torch._C._any_requires_grad(
         rows, *weights, *As, *Bs, *biases
@@ -126,9 +125,7 @@ def together(
         ys = LoRAProjections.apply(call, rows, *weights, *As, *Bs, *biases, *seeds)[:-1]
     else:
         ys, _ = call.forward(rows, *operands, seeds)
-    if x.ndim == 2:
-        return tuple(ys)
-    return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in ys)
+    return tuple(functional.like(y, x) for y in ys)
 
 
 class Call(NamedTuple):

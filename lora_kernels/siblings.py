@@ -95,9 +95,8 @@ class _Round:
         self.siblings: list[Any] = [parent._modules.get(name) for name in group.names]
         self.results: dict[nn.Module, tuple[Tensor, tuple]] = {}
         self.x: Tensor | None = None
-        self.parts: list[
-            Projection
-        ] = []  # whose tensors stay alive, so that their addresses are theirs
+        # Whose tensors stay alive, so that their addresses are theirs.
+        self.parts: list[Projection] = []
         self.apart = False  # whether each sibling computes for itself until the forward ends
 
     def take(self, layer: Any, x: Tensor) -> Tensor | None:
@@ -382,10 +381,8 @@ def _why_not(layer: Any) -> str | None:
         return "it is compiled by itself"
     if is_quantized(linear):
         return f"its base is quantised, a {type(linear).__name__}"
-    named = {"weight", "bias"} <= linear._parameters.keys() and {
-        "A",
-        "B",
-    } <= lora._parameters.keys()
+    in_lora = {"A", "B"} <= lora._parameters.keys()
+    named = in_lora and {"weight", "bias"} <= linear._parameters.keys()
     if type(lora) is not LoRALayer or not is_plain(linear, lora) or not named:
         return "its linear or lora has hooks or a forward of its own, or is parametrized or sharded"
     if lora._parameters["magnitude"] is not None:

@@ -179,9 +179,7 @@ def _sums_in_float32(x: Tensor) -> bool:
     """Whether ATen multiplies half matrices like x into a float32 one: on NVIDIA GPUs, unless float16 sums are allowed."""
     if not x.is_cuda or torch.version.hip is not None:
         return False
-    return x.dtype != torch.float16 or not getattr(
-        torch.backends.cuda.matmul, "allow_fp16_accumulation", False
-    )
+    return x.dtype != torch.float16 or not torch.backends.cuda.matmul.allow_fp16_accumulation
 
 
 def _bits(dtype: torch.dtype) -> int:
