@@ -14,7 +14,7 @@ from lora_kernels import autograd, dora, formulas, ops, plan
 from lora_kernels.arguments import EAGER_TYPES, Arguments, check, number
 from lora_kernels.autograd import Call, as_dropout
 from lora_kernels.backends.composite import with_column_scale
-from lora_kernels.dropout import Dropout, scaled_mask
+from lora_kernels.dropout import Dropout, masked
 from lora_kernels.operands import (
     Adapter,
     Weight,
@@ -212,9 +212,8 @@ def _apply_dora_dropped(a: Arguments) -> Tensor:
     if a.seed is None:
         v = torch.nn.functional.dropout(x, a.dropout_p)
     else:
-        rows = rows_of(x)
         dropout = Dropout(a.dropout_p, seed_on(a.seed, x.device))
-        v = (rows * scaled_mask(dropout, rows.shape[0], rows.shape[1], x.dtype)).view(x.shape)
+        v = masked(rows_of(x), dropout).view(x.shape)
     a = a._replace(dropout_p=0.0, seed=None)
     left = apply(a._replace(x=x - v, A=a.A[:, :0], B=a.B[:0]))
     return left + _apply_dora(a._replace(x=v, bias=None))

@@ -91,27 +91,18 @@ def together(
     if len(parts) < 2 or functional.is_differentiated_elsewhere():
         return None
     weights, As, Bs, scales, biases, ps, seeds = map(list, zip(*parts, strict=True))
-    if functional.is_traced(
-        x, *weights, *As, *Bs, *biases
-    ) or any(  # a quantised weight is no such type
-        isinstance(scale, Tensor) for scale in scales
+    if functional.is_traced(x, *weights, *As, *Bs, *biases):  # as with a quantised weight
+        return None
+    if any(isinstance(scale, Tensor) for scale in scales) or any(
+        A.dtype != As[0].dtype for A in As
     ):
         return None
-    if any(A.dtype != As[0].dtype for A in As):
-        return None
-    if any(A.dtype != x.dtype for A in As):
-        As, Bs = map(
-            list,
-            zip(
-                *(adapters_as_used(*each, x.dtype) for each in zip(As, Bs, strict=True)),
-                strict=True,
-            ),
-        )
+    if As[0].dtype != x.dtype:
+        cast = [adapters_as_used(*each, x.dtype) for each in zip(As, Bs, strict=True)]
+        As, Bs = map(list, zip(*cast, strict=True))
     rows = functional.rows_of(x)
-    operands = weights, As, Bs, biases
-    trains = torch.is_grad_enabled() and torch._C._any_requires_grad(
-        rows, *weights, *As, *Bs, *biases
-    )
+    operands = *weights, *As, *Bs, *biases
+    trains = torch.is_grad_enabled() and torch._C._any_requires_grad(rows, *operands)
     # With dropout a forward that is to be computed again, with gradients, draws its seeds in the same order.
     drops = any(ps)
     plan = plan_projections(
@@ -122,9 +113,9 @@ def together(
     seeds = [functional.seed_on(s, x.device) if p else None for s, p in zip(seeds, ps, strict=True)]
     call = Call(plan, [number(scale) for scale in scales], ps)
     if trains:
-        ys = LoRAProjections.apply(call, rows, *weights, *As, *Bs, *biases, *seeds)[:-1]
+        ys = LoRAProjections.apply(call, rows, *operands, *seeds)[:-1]
     else:
-        ys, _ = call.forward(rows, *operands, seeds)
+        ys, _ = call.forward(rows, weights, As, Bs, biases, seeds)
     return tuple(functional.like(y, x) for y in ys)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_kernels.backends.base import Backend, Candidate, Products, row_blocks
 from lora_kernels.backends.composite import GroupedCompositeProducts
-from lora_kernels.dropout import Dropout, scaled_mask
+from lora_kernels.dropout import Dropout, masked
 from lora_kernels.operands import Adapter, Groups, Weight, accumulated, bounds_of
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.tables import times_of
@@ -41,7 +41,7 @@ class EagerProducts(Products):
         scale, dropout, sums = adapter.scale, adapter.dropout_in, s.dtype
         a = adapter.A.to(sums)
         for rows in _row_blocks(x, convert=dropout is not None or x.dtype != sums):
-            torch.mm(_masked(x[rows].to(sums), dropout, rows), a, out=s[rows])
+            torch.mm(masked(x[rows].to(sums), _from_row(dropout, rows)), a, out=s[rows])
         s.mul_(scale)
 
     def expand(
@@ -62,7 +62,7 @@ class EagerProducts(Products):
             _product(s.to(tail_dtype), b, bias, out=y)
         else:
             for rows in _row_blocks(y, convert=True):
-                tail = _masked(torch.mm(s[rows].to(tail_dtype), b), dropout, rows)
+                tail = masked(torch.mm(s[rows].to(tail_dtype), b), _from_row(dropout, rows))
                 y[rows] = tail if bias is None else tail.add_(bias)
 
     def wgrad(
@@ -74,7 +74,8 @@ class EagerProducts(Products):
         total = left.new_zeros((left.shape[1], right.shape[1]), dtype=sums)
         convert = dropout is not None or left.dtype != sums or right.dtype != sums
         for rows in _row_blocks(left if left.shape[1] >= right.shape[1] else right, convert):
-            total.addmm_(_masked(left[rows].to(sums), dropout, rows).t(), right[rows].to(sums))
+            block = masked(left[rows].to(sums), _from_row(dropout, rows))
+            total.addmm_(block.t(), right[rows].to(sums))
         return total.to(dtype)
 
     def grouped(self, groups: Groups) -> Products:
@@ -150,7 +151,8 @@ def _of_group(adapter: Adapter, g: int, rows: slice) -> Adapter:
 
 
 def _from_row(dropout: Dropout | None, rows: slice) -> Dropout | None:
-    return None if dropout is None else dropout._replace(row=rows.start)
+    """The mask of these rows."""
+    return None if dropout is None else dropout._replace(row=dropout.row + rows.start)
 
 
 class EagerBackend(Backend):
@@ -184,13 +186,6 @@ def _sums_in_float32(x: Tensor) -> bool:
 
 def _bits(dtype: torch.dtype) -> int:
     return torch.finfo(dtype).bits
-
-
-def _masked(block: Tensor, dropout: Dropout | None, rows: slice) -> Tensor:
-    if dropout is None:
-        return block
-    height, width = block.shape
-    return block * scaled_mask(dropout, height, width, block.dtype, row_start=rows.start)
 
 
 def _row_blocks(t: Tensor, convert: bool) -> Iterable[slice]:
