@@ -27,7 +27,7 @@ from lora_kernels.tuning.targets import Target
 _MOST_PLANS = 4096
 # Moved for each element by `QuantizedWeight.dense`, whose operations read and write float32: 22 of nf4, 19 of int8.
 _DENSE_BYTES = 20
-_requested: tuple[str, bool] | None = None  # (name, strict) of the innermost use_backend
+_requested = "auto", False  # (name, strict) of the innermost use_backend
 
 
 @dataclass(frozen=True)
@@ -414,7 +414,7 @@ def _asked(name: str) -> tuple[str, bool]:
     """(name, strict) that a call's backend argument means now: its own, else use_backend's, else the environment's."""
     if name != "auto":
         return name, False
-    if _requested is not None and _requested != ("auto", False):
+    if _requested != ("auto", False):
         return _requested
     name = env.backend()
     check_name(name, "LORA_KERNELS_BACKEND")
