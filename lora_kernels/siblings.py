@@ -54,12 +54,6 @@ class Group:
             parent.register_forward_hook(self.end, always_call=True),
         )
 
-    def refuse(self, kind: tuple) -> None:
-        """Do not ask again for such an x."""
-        if len(self.refused) >= _MOST_REFUSED:
-            self.refused.clear()
-        self.refused.add(kind)
-
     def begin(self, parent: nn.Module, _: Any) -> None:
         """Let the siblings exchange results from now on."""
         if torch.compiler.is_compiling():
@@ -103,22 +97,17 @@ class _Round:
         """The layer's result for x, or None where it must compute for itself."""
         if self.apart:
             return None
-        if _context() != self.context:
-            # As within a checkpoint: what is saved for its backward must be computed within it.
+        y = None
+        # In another context, as within a checkpoint, what is saved for its backward must be computed within it.
+        if _context() == self.context:
+            if not self.results:
+                y = self._compute(layer, x)
+            elif x is self.x and self.results.get(layer, (None, None))[1] == _state(layer, x):
+                y, _ = self.results.pop(layer)
+        if y is None:
             self.drop(warns=True)
             self.apart = True
-            return None
-        if not self.results:
-            y = self._compute(layer, x)
-            self.apart = y is None
-            return y
-        y, state = self.results.get(layer, (None, None))
-        if y is None or x is not self.x or state != _state(layer, x):
-            self.drop(warns=True)
-            self.apart = True
-            return None
-        del self.results[layer]
-        if not self.results:
+        elif not self.results:
             self.drop()
         return y
 
@@ -132,7 +121,8 @@ class _Round:
         ):
             return None
         kind = x.shape, x.dtype, x.device, torch.is_grad_enabled(), x.requires_grad
-        if kind in self.group.refused:
+        refused = self.group.refused
+        if kind in refused:
             return None
         if _has_any_global_hook() or is_traced() or is_differentiated_elsewhere():
             return None
@@ -146,7 +136,9 @@ class _Round:
         else:
             ys = together(x, parts)
         if ys is None:
-            self.group.refuse(kind)
+            if len(refused) >= _MOST_REFUSED:
+                refused.clear()
+            refused.add(kind)
             return None
         self.parts, self.x = parts, x
         for sibling, y in zip(self.siblings, ys, strict=True):
