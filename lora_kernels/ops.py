@@ -35,35 +35,25 @@ from lora_kernels.operands import (
 from lora_kernels.plan import plan_backward, plan_call
 from lora_kernels.problem import DENSE
 
+_PACKED = "Tensor[] packed, str format, SymInt[] sizes"  # a `QuantizedWeight`
+_FORWARD = (
+    "(Tensor x, {weight}, Tensor A, Tensor B, Tensor? bias, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
+    " Tensor? offsets=None) -> (Tensor, Tensor)"
+)
+_BACKWARD = (
+    "(Tensor dy, ScalarType adapter_dtype, bool[] needs, SymInt K, SymInt R, Tensor? x, {weight}, Tensor? A, Tensor? B,"
+    " Tensor? s, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
+    " Tensor? offsets=None, bool own_weight=False, bool own_bias=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 # `torch.library.custom_op` would infer these schemas, and take about 10 microseconds more in every call.
-torch.library.define(
-    "lora_kernels::lora_linear",
-    "(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
-    " Tensor? offsets=None) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "lora_kernels::lora_linear_backward",
-    "(Tensor dy, ScalarType adapter_dtype, bool[] needs, SymInt K, SymInt R, Tensor? x, Tensor? weight, Tensor? A,"
-    " Tensor? B, Tensor? s, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
-    " Tensor? offsets=None, bool own_weight=False, bool own_bias=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-# The same over a `QuantizedWeight`: `packed` are its tensors.
-torch.library.define(
-    "lora_kernels::lora_linear_quantized",
-    "(Tensor x, Tensor[] packed, str format, SymInt[] sizes, Tensor A, Tensor B, Tensor? bias, Tensor alpha,"
-    " float dropout_p, Tensor? seed, str backend, Tensor? offsets=None) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "lora_kernels::lora_linear_quantized_backward",
-    "(Tensor dy, ScalarType adapter_dtype, bool[] needs, SymInt K, SymInt R, Tensor? x, Tensor[] packed, str format,"
-    " SymInt[] sizes, Tensor? A, Tensor? B, Tensor? s, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
-    " Tensor? offsets=None, bool own_weight=False, bool own_bias=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+_LIBRARY = torch.library.Library("lora_kernels", "FRAGMENT")
+_LIBRARY.define("lora_linear" + _FORWARD.format(weight="Tensor weight"))
+_LIBRARY.define("lora_linear_backward" + _BACKWARD.format(weight="Tensor? weight"))
+_LIBRARY.define("lora_linear_quantized" + _FORWARD.format(weight=_PACKED))
+_LIBRARY.define("lora_linear_quantized_backward" + _BACKWARD.format(weight=_PACKED))
 # n of DoRA, which has no derivative; `packed` are a quantised weight's tensors, or the weight itself.
-torch.library.define(
-    "lora_kernels::row_norms",
-    "(Tensor[] packed, str format, SymInt[] sizes, ScalarType dtype, Tensor A, Tensor B, Tensor alpha, str backend)"
-    " -> Tensor",
+_LIBRARY.define(
+    f"row_norms({_PACKED}, ScalarType dtype, Tensor A, Tensor B, Tensor alpha, str backend) -> Tensor"
 )
 lora_linear = torch.ops.lora_kernels.lora_linear.default
 lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.default
@@ -301,7 +291,6 @@ def _register(
     _LIBRARY.impl(op, differentiable, "Autograd", with_keyset=True)
 
 
-_LIBRARY = torch.library.Library("lora_kernels", "FRAGMENT")
 _LIBRARY.impl(row_norms, _row_norms, "CompositeExplicitAutograd")
 _register(lora_linear, _lora_linear, transparent, _lora_linear_autograd)
 _register(
