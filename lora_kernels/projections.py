@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -164,19 +165,13 @@ class LoRAProjections(torch.autograd.Function):
         needs_x, *given = ctx.needs_input_grad[1:]
         ctx.needs = [Needs(needs_x, *each) for each in zip(*_lists(given)[:4], strict=True)]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(
-            *(y for y, need in zip(ys, ctx.needs, strict=True) if not any(need))
-        )
-        kept = [
-            formulas.keep(need, x, weight, A, B, s)
-            for need, weight, A, B in zip(ctx.needs, weights, As, Bs, strict=True)
-        ]
-        shared = [
-            next((t for t in ts if t is not None), None)
-            for ts in ((k.x for k in kept), (k.s for k in kept))
-        ]
-        own = [t for name in ("weight", "A", "B") for t in (getattr(k, name) for k in kept)]
-        ctx.save_for_backward(*shared, *own, *seeds)
+        fixed = [y for y, need in zip(ys, ctx.needs, strict=True) if not any(need)]
+        ctx.mark_non_differentiable(*fixed)
+        operands = zip(ctx.needs, weights, As, Bs, strict=True)
+        kept = [formulas.keep(need, x, weight, A, B, s) for need, weight, A, B in operands]
+        xs, *each, of_all = zip(*kept, strict=True)
+        shared = [next((t for t in ts if t is not None), None) for ts in (xs, of_all)]
+        ctx.save_for_backward(*shared, *chain(*each), *seeds)
         return (*ys, s)
 
     @staticmethod
@@ -200,12 +195,7 @@ class LoRAProjections(torch.autograd.Function):
             dx, each = _gradients_apart(ctx, dys, ds, saved, adapters, again)
         else:
             dx, each = _gradients_together(ctx, products, dys, saved, adapters)  # type: ignore[arg-type]
-        return (
-            None,
-            dx,
-            *(t for of_all in zip(*each, strict=True) for t in of_all),
-            *(None for _ in dys),
-        )
+        return (None, dx, *chain(*zip(*each, strict=True)), *[None] * len(dys))
 
 
 def _lists(flat: Sequence[Any], count: int = 5) -> list[Sequence[Any]]:
