@@ -280,27 +280,26 @@ def _plan(
         raise RuntimeError(
             f"backend {name!r} was asked for and cannot compute {problem}: {refused[name]}"
         )
-    elsewhere = {each for each in refused if not _runs_on(backends.get(each), device)}
-    if strict and name == "auto" and offered.keys() == {"eager"} and refused.keys() - elsewhere:
+    if strict and name == "auto" and offered.keys() == {"eager"}:
         reasons = [
             f"{each} cannot compute {problem}: {why}"
             for each, why in refused.items()
-            if each not in elsewhere
+            if _runs_on(backends.get(each), device)
         ]
-        raise RuntimeError(f"strict: {'; '.join(reasons)}")
+        if reasons:
+            raise RuntimeError(f"strict: {'; '.join(reasons)}")
     compared = [candidate for candidates in offered.values() for candidate in candidates]
     chosen = fastest(compared)
     assert chosen is not None  # each list of `offered` has one that can
     backend = next(each for each, candidates in offered.items() if chosen in candidates)
-    rejected = refused | {
-        each: _why_not(candidates, chosen, backend)
-        for each, candidates in offered.items()
-        if each != backend
-    }
+    rejected = {}
+    for each in backends.BACKENDS:
+        if name not in ("auto", each):
+            rejected[each] = f"{name} was asked for"
+        elif each != backend:
+            rejected[each] = refused.get(each) or _why_not(offered[each], chosen, backend)
     own = [candidate for candidate in offered[backend] if candidate is not chosen]
     why = {candidate.name: candidate.refusal or candidate.slower for candidate in own}
-    if name != "auto":
-        rejected = {each: f"{name} was asked for" for each in backends.BACKENDS if each != name}
     return Plan(
         problem,
         device,
@@ -308,7 +307,7 @@ def _plan(
         backend,
         chosen,
         tuple(candidate for candidate in compared if candidate.refusal is None),
-        {each: rejected[each] for each in backends.BACKENDS if each in rejected},
+        rejected,
         {each: reason for each, reason in why.items() if reason is not None},
         algorithm=algorithm,
         dequantises=problem.weight_format not in backends.get(backend).formats,
