@@ -14,8 +14,8 @@ from lora_kernels.declined import why_declined
 from lora_kernels.operands import DTYPES, QuantizedWeight, Weight
 
 # Other types (fake and distributed tensors) intercept operators, so they must see a registered one.
-PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter})
-EAGER_TYPES = PLAIN_TENSORS | {type(None)}
+TENSORS = frozenset({Tensor, torch.nn.Parameter})
+EAGER_TYPES = TENSORS | {type(None)}
 
 
 class Arguments(NamedTuple):
@@ -54,7 +54,7 @@ def _check_operands(a: Arguments, autocast: bool) -> None:
     device = x.device if isinstance(x, Tensor) else None
     given = (x, weight, A, B) if bias is None else (x, weight, A, B, bias)
     for t in given if magnitude is None else (*given, magnitude):
-        if type(t) not in PLAIN_TENSORS or t.dtype not in DTYPES or t.device != device:
+        if type(t) not in TENSORS or t.dtype not in DTYPES or t.device != device:
             _check_each(a, device)  # most calls have nothing to name
             break
     if x.is_nested:

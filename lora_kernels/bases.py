@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels import dora
-from lora_kernels.arguments import PLAIN_TENSORS
+from lora_kernels.arguments import TENSORS
 from lora_kernels.declined import why_declined
 from lora_kernels.functional import autocast_dtype, lora_linear
 from lora_kernels.operands import DTYPES, QuantizedWeight, Weight, adapters_as_used
@@ -143,7 +143,7 @@ def adapter_dtype(linear: Any) -> torch.dtype | None:
 
 def is_plain_tensor(t: Tensor) -> bool:
     """Whether t is a dense tensor, or one that stands for it while torch.export traces."""
-    return type(t) in PLAIN_TENSORS or type(t).__module__ in _TRACED
+    return type(t) in TENSORS or type(t).__module__ in _TRACED
 
 
 def is_plain(linear: Any) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from lora_kernels.arguments import PLAIN_TENSORS
+from lora_kernels.arguments import TENSORS
 from lora_kernels.bases import features, has_hooks, is_quantized
 from lora_kernels.functional import autocast_dtype, is_differentiated_elsewhere, is_traced
 from lora_kernels.modules import LinearWithLoRA, LoRALayer, check_model, is_plain
@@ -113,12 +113,7 @@ class _Round:
 
     def _compute(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's result for x, with those of its siblings kept for them; None where each computes for itself."""
-        if (
-            type(x) not in PLAIN_TENSORS
-            or x.is_inference()
-            or x.layout != torch.strided
-            or x.is_nested
-        ):
+        if type(x) not in TENSORS or x.is_inference() or x.layout != torch.strided or x.is_nested:
             return None
         kind = x.shape, x.dtype, x.device, torch.is_grad_enabled(), x.requires_grad
         refused = self.group.refused
@@ -180,7 +175,7 @@ def _projection(layer: Any) -> Projection | None:
     linear, lora = inner["linear"], inner["lora"]
     (weight, bias), (A, B) = _parameters(linear, lora)
     for t in (weight, A, B, bias):
-        if t is not None and (type(t) not in PLAIN_TENSORS or t.is_inference()):
+        if t is not None and (type(t) not in TENSORS or t.is_inference()):
             return None
     if not isinstance(linear, nn.Linear):
         weight = weight.t()
