@@ -29,7 +29,6 @@ from lora_kernels.operands import (
     QuantizedWeight,
     Weight,
     accumulated,
-    layout_of,
     restored,
 )
 from lora_kernels.plan import plan_backward, plan_call
@@ -142,9 +141,8 @@ def _lora_linear_backward(
     if products is None:
         wide = weight if weight is not None else x  # under DTensor a shard, of which K is the whole
         N = K if wide is None else wide.shape[-1]
-        k_major, weight_format = (True, DENSE) if weight is None else layout_of(weight)
-        layout = seed is not None, not k_major, weight_format, groups
-        plan = plan_backward(backend, dy, N, R, adapter_dtype, *layout)
+        dropout = seed is not None
+        plan = plan_backward(backend, dy, weight, N, R, adapter_dtype, dropout, groups)
         weight, products = plan.readable(weight), plan.products
     adapter = Adapter(A, B, alpha, as_dropout(dropout_p, seed))  # type: ignore[arg-type]
     rest = Saved(x, weight, A, B, s), Needs(*needs), adapter, adapter_dtype

@@ -148,18 +148,18 @@ def plan_call(
 def plan_backward(
     backend: str,
     dy: Tensor,
+    weight: Weight | None,
     N: int,
     R: int,
     adapter_dtype: torch.dtype,
     dropout: bool,
-    w_k_major: bool,
-    weight_format: str,
-    groups: Groups | None = None,
+    groups: Groups | None,
 ) -> Plan:
-    """The plan of a registered operator's backward, which has no plan of its forward: dy [M, K] -> dx [M, N]."""
+    """The plan of a registered operator's backward, which has no plan of its forward; of dx [M, N] for dy [M, K]."""
     M, K = dy.shape
+    n_major, weight_format = (True, DENSE) if weight is None else layout_of(weight)
     stacks = (0, 1) if groups is None else (groups.count, groups.weights)
-    traits = False, dropout, w_k_major, True, weight_format, *stacks
+    traits = False, dropout, not n_major, True, weight_format, *stacks
     return _planned(_asked(backend), dy.device, dy.dtype, adapter_dtype, (M, N, K, R), traits)
 
 
