@@ -89,6 +89,11 @@ class QuantizedWeight(ABC):
     def device(self) -> torch.device:
         return self.tensors[0].device
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed tensors take."""
+        return sum(t.numel() * t.itemsize for t in self.tensors)
+
 
 Weight = Tensor | QuantizedWeight
 _FORMATS: dict[str, type[QuantizedWeight]] = {}  # by name
