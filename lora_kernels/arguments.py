@@ -14,9 +14,8 @@ from lora_kernels.declined import why_declined
 from lora_kernels.operands import DTYPES, QuantizedWeight, Weight
 
 # Other types (fake and distributed tensors) intercept operators, so they must see a registered one.
-_TENSORS = frozenset({Tensor, torch.nn.Parameter})
-EAGER_TYPES = _TENSORS | {type(None)}
-_OPERANDS = ("x", "weight", "A", "B", "bias", "magnitude")
+TENSORS = frozenset({Tensor, torch.nn.Parameter})
+EAGER_TYPES = TENSORS | {type(None)}
 
 
 class Arguments(NamedTuple):
@@ -41,9 +40,8 @@ def check(a: Arguments, *, autocast: bool) -> None:
     `autocast`: x, weight and bias will be cast to one dtype.
     """
     _check_operands(a, autocast)
-    if (
-        type(a.alpha) is not float
-    ):  # the usual arguments, of which there is nothing to check, cost no call
+    # The usual arguments, of which there is nothing to check, cost no call.
+    if type(a.alpha) is not float:
         _check_scale(a.alpha, "alpha" if a.offsets is None else "scale")
     if a.dropout_p != 0.0 or type(a.dropout_p) is not float:
         check_dropout("dropout_p", a.dropout_p)
@@ -56,7 +54,7 @@ def _check_operands(a: Arguments, autocast: bool) -> None:
     device = x.device if isinstance(x, Tensor) else None
     given = (x, weight, A, B) if bias is None else (x, weight, A, B, bias)
     for t in given if magnitude is None else (*given, magnitude):
-        if type(t) not in _TENSORS or t.dtype not in DTYPES or t.device != device:
+        if type(t) not in TENSORS or t.dtype not in DTYPES or t.device != device:
             _check_each(a, device)  # most calls have nothing to name
             break
     if x.is_nested:
@@ -98,8 +96,8 @@ def _check_each(a: Arguments, device: torch.device | None) -> None:
     usual = type(weight) in EAGER_TYPES or isinstance(weight, QuantizedWeight)
     if not usual and not torch.compiler.is_compiling():  # compilers cannot trace a search by name
         _check_kind(weight)
-    operands = (a.x, weight, a.A, a.B, a.bias, a.magnitude)
-    for name, t in zip(_OPERANDS, operands, strict=True):
+    for name in ("x", "weight", "A", "B", "bias", "magnitude"):
+        t = getattr(a, name)
         if t is None and name in ("bias", "magnitude"):
             continue
         if not isinstance(t, Tensor) and not (name == "weight" and isinstance(t, QuantizedWeight)):

@@ -65,25 +65,12 @@ class LoRALinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         x, weight, A, B, bias, scale, ctx.dropout_p, seed, ctx.call, *given = inputs
         offsets = given[0] if given else None
-        if ctx.needs_input_grad[5]:  # `arguments.check` cannot see it in a transform's wrapper
-            raise ValueError(ALPHA_IS_NO_PARAMETER)
-        ctx.needs = Needs(*ctx.needs_input_grad[:5])
-        ctx.dtype, ctx.adapter_dtype, (ctx.K, ctx.R) = x.dtype, A.dtype, A.shape[-2:]
+        ctx.K, ctx.R = A.shape[-2:]
         groups = groups_of(offsets, weight, bias)
         ctx.owned = None if groups is None else (groups.own_weight, groups.own_bias)
-        ctx.scale = None if isinstance(scale, Tensor) else scale
-        scale_tensor = scale if isinstance(scale, Tensor) else None
-        ctx.set_materialize_grads(False)
-        kept = formulas.keep(ctx.needs, x, weight, A, B, output[1])
-        packed: tuple[Tensor, ...] = ()
-        ctx.weight = None
-        if not isinstance(weight, Tensor):
-            ctx.weight, packed = weight, weight.tensors
-            kept = kept._replace(weight=None)
-            weight = None
-        packed = packed if ctx.needs.x else ()
-        ctx.save_for_backward(*kept, scale_tensor, seed, offsets, *packed)
-        ctx.save_for_forward(x, weight, A, B, scale_tensor, seed)
+        save(ctx, inputs, output[1], seed, offsets)
+        weight, scale = (t if isinstance(t, Tensor) else None for t in (weight, scale))
+        ctx.save_for_forward(x, weight, A, B, scale, seed)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -92,12 +79,41 @@ class LoRALinear(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
         x, weight, A, B, scale, seed = ctx.saved_tensors
-        adapter = _adapter(ctx, A, B, scale, seed)
+        scale = ctx.scale if scale is None else scale
+        adapter = Adapter(A, B, scale, as_dropout(ctx.dropout_p, seed))
         return formulas.jvp(COMPOSITE, x, weight, adapter, tangents[:6])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple[Tensor, Tensor], tuple]:
         return torch.vmap(transparent, in_dims=in_dims)(*args), (0, 0)
+
+
+def save(ctx: Any, inputs: tuple, s: Tensor, *others: Tensor | None) -> None:
+    """Keep for `saved` what the gradients of (x, weight, A, B, bias, scale, ...) read, and two other tensors."""
+    x, weight, A, B, _, scale, *_ = inputs
+    if ctx.needs_input_grad[5]:  # `arguments.check` cannot see it in a transform's wrapper
+        raise ValueError(ALPHA_IS_NO_PARAMETER)
+    ctx.needs = Needs(*ctx.needs_input_grad[:5])
+    ctx.dtype, ctx.adapter_dtype = x.dtype, A.dtype
+    ctx.set_materialize_grads(False)
+    kept = formulas.keep(ctx.needs, x, weight, A, B, s)
+    packed: tuple[Tensor, ...] = ()
+    ctx.weight = None
+    if not isinstance(weight, Tensor):
+        ctx.weight, kept = weight, kept._replace(weight=None)
+        packed = weight.tensors if ctx.needs.x else ()
+    ctx.scale, scale = (None, scale) if isinstance(scale, Tensor) else (scale, None)
+    ctx.save_for_backward(*kept, scale, *others, *packed)
+
+
+def saved(ctx: Any) -> tuple[Saved, Scale, Any, Any]:
+    """What `save` kept: the operands, the scale and the two other tensors."""
+    tensors = ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
+    *operands, scale, first, second = tensors[:8]
+    kept = Saved(*operands)
+    if ctx.weight is not None and ctx.needs.x:
+        kept = kept._replace(weight=ctx.weight.with_tensors(tensors[8:]))
+    return kept, ctx.scale if scale is None else scale, first, second
 
 
 def apply(*args: Any) -> tuple[Tensor, Tensor]:
@@ -130,18 +146,14 @@ def gradients(
     ctx: Any, dy: Tensor | None, ds: Tensor | None, fused: Callable[..., Gradients]
 ) -> Gradients:
     """(dx, dW, dA, dB, dbias) of what `LoRALinear.setup_context` kept: by `fused`, or by ATen, to be differentiated."""
-    tensors = ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
-    *saved, scale, seed, offsets = tensors[:8]
-    kept = Saved(*saved)
-    if ctx.weight is not None and ctx.needs.x:
-        kept = kept._replace(weight=ctx.weight.with_tensors(tensors[8:]))
+    kept, scale, seed, offsets = saved(ctx)
     if dy is None:
         if ds is None or kept.B is None:  # without x's or A's gradient nothing depends on s
             return (None,) * 5
         dy = ds.new_zeros((ds.shape[0], kept.B.shape[-1]), dtype=ctx.dtype)
-    adapter = _adapter(ctx, kept.A, kept.B, scale, seed)
+    adapter = Adapter(kept.A, kept.B, scale, as_dropout(ctx.dropout_p, seed))  # type: ignore[arg-type]
     groups = None if offsets is None else Groups(offsets, *ctx.owned)
-    if torch.is_grad_enabled() or ds is not None or under_transform(dy) or any_dual(dy, *saved):
+    if torch.is_grad_enabled() or ds is not None or under_transform(dy) or any_dual(dy, *kept):
         products = COMPOSITE.bound(groups)
         return formulas.backward(products, dy, kept, ctx.needs, adapter, ctx.adapter_dtype, ds)
     return fused(ctx, dy, kept, adapter, groups)
@@ -152,8 +164,7 @@ def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter, groups: Groups |
     plan = ctx.call.plan
     if plan is not None and not modes_are_active():
         products = plan.adjoint.products
-        if kept.weight is not None:
-            kept = kept._replace(weight=plan.adjoint.readable(kept.weight))
+        kept = kept._replace(weight=plan.adjoint.readable(kept.weight))
     products = products.bound(groups)
     return formulas.backward(products, dy, kept, ctx.needs, adapter, ctx.adapter_dtype)
 
@@ -163,18 +174,10 @@ def as_dropout(p: float, seed: Tensor | None) -> Dropout | None:
     return None if seed is None or p == 0.0 else Dropout(p, seed)
 
 
-def _adapter(
-    ctx: Any, A: Tensor | None, B: Tensor | None, scale: Tensor | None, seed: Tensor | None
-) -> Adapter:
-    """The forward's adapter over what was saved of it."""
-    dropout = as_dropout(ctx.dropout_p, seed)
-    return Adapter(A, B, ctx.scale if scale is None else scale, dropout)  # type: ignore[arg-type]
-
-
-def any_dual(*tensors: Tensor | None) -> bool:
-    """Whether one of them carries a tangent of forward mode."""
+def any_dual(*values: Any) -> bool:
+    """Whether one of them is a tensor that carries a tangent of forward mode."""
     return forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in values
     )
 
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels import dora
+from lora_kernels.arguments import TENSORS
 from lora_kernels.declined import why_declined
 from lora_kernels.functional import autocast_dtype, lora_linear
 from lora_kernels.operands import DTYPES, QuantizedWeight, Weight, adapters_as_used
 from lora_kernels.quantized import NotFrozen, from_bitsandbytes, from_fp8_linear
 
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
 _TRACED = ("torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor")
 # By name, so that torch.distributed is not imported; the operators have sharding rules for it, see `distributed`.
 _SHARDED = "torch.distributed.tensor"
@@ -143,7 +143,7 @@ def adapter_dtype(linear: Any) -> torch.dtype | None:
 
 def is_plain_tensor(t: Tensor) -> bool:
     """Whether t is a dense tensor, or one that stands for it while torch.export traces."""
-    return type(t) in _PLAIN_TENSORS or type(t).__module__ in _TRACED
+    return type(t) in TENSORS or type(t).__module__ in _TRACED
 
 
 def is_plain(linear: Any) -> bool:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels import formulas, ops
-from lora_kernels.autograd import ALPHA_IS_NO_PARAMETER, any_dual, under_transform
+from lora_kernels.autograd import any_dual, save, saved, under_transform
 from lora_kernels.backends.base import Products
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
-from lora_kernels.formulas import Needs, Saved
 from lora_kernels.operands import Adapter, Scale, Weight
 from lora_kernels.plan import Plan, plan_call
 from lora_kernels.problem import DENSE
@@ -36,15 +35,12 @@ def row_norms(
     ATen, which function transforms and other kinds of tensors see through.
     """
     A, B = A.detach(), B.detach()
+    weight = weight.detach() if isinstance(weight, Tensor) else weight
     with torch.no_grad():
         if how == "operator":
-            packed: tuple[Any, ...] = (
-                ([weight.detach()], DENSE, []) if isinstance(weight, Tensor) else ()
-            )
-            if not isinstance(weight, Tensor):
-                packed = list(weight.tensors), weight.format, list(weight.sizes)
+            packed = ([weight], DENSE, []) if isinstance(weight, Tensor) else weight.flat
             return ops.row_norms(*packed, weight.dtype, A, B, alpha, backend)
-        dense = weight.detach() if isinstance(weight, Tensor) else weight.dense()
+        dense = weight if isinstance(weight, Tensor) else weight.dense()
         products: Products = COMPOSITE
         if how == "eager":
             products = plan_call(backend, dense, dense, A, None, False).products
@@ -71,16 +67,15 @@ def dora_linear(
     layer = plan.products.layer
     if usual and layer is not None and not plan.dequantises:
         return layer(x, weight, adapter, bias)
-    operands = (x, weight, A, B, bias, c)
-    needs_grad = any(isinstance(t, Tensor) and t.requires_grad for t in operands)
-    if torch.is_grad_enabled() and needs_grad:
-        return DoRALinear.apply(*operands, alpha, plan)[0]
+    operands = (x, weight, A, B, bias, alpha, c)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
+        return DoRALinear.apply(*operands, plan)[0]
     weight = plan.readable(weight)
     return formulas.scaled_forward(plan.products, x, weight, adapter, bias, keeps_z=False)[0]
 
 
 class DoRALinear(torch.autograd.Function):
-    """(x, weight, A, B, bias, c, alpha, plan) -> (y, s, z), as `formulas.scaled_forward` on 2-D x.
+    """(x, weight, A, B, bias, alpha, c, plan) -> (y, s, z), as `formulas.scaled_forward` on 2-D x.
 
     s and z are results, so that what is saved of them is still connected to their operands. z [M, N] is kept for dc alone:
     y has not what it takes where c is 0, may be changed in place, and without z a third product with W would be needed.
@@ -93,8 +88,8 @@ class DoRALinear(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         bias: Tensor | None,
-        c: Tensor,
         alpha: Scale,
+        c: Tensor,
         plan: Plan,
     ) -> tuple[Tensor, ...]:
         adapter = Adapter(A, B, alpha, column_scale=c)
@@ -103,44 +98,26 @@ class DoRALinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        x, weight, A, B, _, c, alpha, ctx.plan = inputs
-        if ctx.needs_input_grad[6]:
-            raise ValueError(ALPHA_IS_NO_PARAMETER)
-        ctx.needs = Needs(*ctx.needs_input_grad[:5])
-        ctx.dtype, ctx.adapter_dtype = x.dtype, A.dtype
-        ctx.set_materialize_grads(False)
-        kept = formulas.keep(ctx.needs, x, weight, A, B, output[1])
-        ctx.weight, packed = None, ()
-        if not isinstance(weight, Tensor):
-            ctx.weight, kept = weight, kept._replace(weight=None)
-            packed = weight.tensors if ctx.needs.x else ()
-        ctx.alpha = None if isinstance(alpha, Tensor) else alpha
-        z = output[2] if ctx.needs_input_grad[5] else None
-        scale = alpha if isinstance(alpha, Tensor) else None
-        ctx.save_for_backward(*kept, c, z, scale, *packed)
+        c, ctx.plan = inputs[6:]
+        save(ctx, inputs, output[1], c, output[2] if ctx.needs_input_grad[6] else None)
 
     @staticmethod
     def backward(
         ctx: Any, dy: Tensor | None, ds: Tensor | None, dz: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors  # read once: a checkpoint unpacks each tensor only once
-        *saved, c, z, alpha = tensors[:8]
-        kept = Saved(*saved)
-        if ctx.weight is not None and ctx.needs.x:
-            kept = kept._replace(weight=ctx.weight.with_tensors(tensors[8:]))
+        kept, alpha, c, z = saved(ctx)
         if dy is None:
             if ds is None and dz is None:
                 return (None,) * 8
             rows = len(ds if ds is not None else dz)  # type: ignore[arg-type]
             dy = c.new_zeros((rows, len(c)), dtype=ctx.dtype)
-        adapter = Adapter(kept.A, kept.B, ctx.alpha if alpha is None else alpha, column_scale=c)  # type: ignore[arg-type]
+        adapter = Adapter(kept.A, kept.B, alpha, column_scale=c)  # type: ignore[arg-type]
         products: Products = COMPOSITE
         plan = ctx.plan.adjoint
         again = torch.is_grad_enabled() or ds is not None or dz is not None
-        if not (again or under_transform(dy) or any_dual(dy, *saved, c, z)):
+        if not (again or under_transform(dy) or any_dual(dy, *kept, c, z)):
             products = plan.products
-            if kept.weight is not None:
-                kept = kept._replace(weight=plan.readable(kept.weight))
+            kept = kept._replace(weight=plan.readable(kept.weight))
         rest = kept, ctx.needs, adapter, ctx.adapter_dtype, ds, dz
         *grads, dc = formulas.scaled_backward(products, dy, z, *rest)
-        return (*grads, dc, None, None)
+        return (*grads, None, dc, None)

@@ -35,21 +35,23 @@ def threshold(p: float) -> int:
     return min(round(p * 2**32), _LOW)
 
 
-def keep_mask(dropout: Dropout, rows: int, cols: int, row_start: int = 0) -> Tensor:
-    """The mask of rows `row_start` .. `row_start + rows` of an input with `cols` columns: bool [rows, cols], true = kept."""
-    seed = dropout.seed
+def masked(t: Tensor, dropout: Dropout | None) -> Tensor:
+    """mask∘t: what is kept times 1/(1-p), else zero."""
+    return t if dropout is None else t * scaled_mask(dropout, t.shape[0], t.shape[1], t.dtype)
+
+
+def keep_mask(dropout: Dropout, rows: int, cols: int) -> Tensor:
+    """The mask of an input with `cols` columns, from row `dropout.row` on: bool [rows, cols], true = kept."""
+    seed, begin = dropout.seed, dropout.row
     groups = (cols + 3) // 4
-    row_start += dropout.row
-    counter = torch.arange(row_start * groups, (row_start + rows) * groups, device=seed.device)
+    counter = torch.arange(begin * groups, (begin + rows) * groups, device=seed.device)
     words = _philox(seed, counter)
     return (words >= threshold(dropout.p)).view(rows, 4 * groups)[:, :cols]
 
 
-def scaled_mask(
-    dropout: Dropout, rows: int, cols: int, dtype: torch.dtype, row_start: int = 0
-) -> Tensor:
+def scaled_mask(dropout: Dropout, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     """`keep_mask` as factors: 1/(1-p) where kept, 0 where dropped."""
-    return keep_mask(dropout, rows, cols, row_start).to(dtype) / (1.0 - dropout.p)
+    return keep_mask(dropout, rows, cols).to(dtype) / (1.0 - dropout.p)
 
 
 def _philox(seed: Tensor, counter: Tensor) -> Tensor:

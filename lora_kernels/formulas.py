@@ -23,7 +23,7 @@ for m [N] and for n as a constant (section 4.3).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -66,13 +66,16 @@ def keep(needs: Needs, x: Tensor, weight: Weight, A: Tensor, B: Tensor, s: Tenso
     )
 
 
+def _readable(products: Products, *operands: Any) -> Any:
+    """The operands, `in_memory` where the products read that."""
+    return map(in_memory, operands) if products.reads_memory else operands
+
+
 def forward(
     products: Products, x: Tensor, weight: Weight, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and s [M, R]."""
-    if products.reads_memory:
-        x, weight, bias = map(in_memory, (x, weight, bias))
-        adapter = Adapter(*map(in_memory, adapter))
+    x, weight, adapter, bias = _readable(products, x, weight, adapter, bias)
     return products.shrink_expand(x, transposed(weight), adapter, bias)
 
 
@@ -85,9 +88,7 @@ def scaled_forward(
     keeps_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y [M, N], s [M, R] and, where it is kept for dc, z [M, N]: DoRA's forward."""
-    if products.reads_memory:
-        x, weight, bias = map(in_memory, (x, weight, bias))
-        adapter = Adapter(*map(in_memory, adapter))
+    x, weight, adapter, bias = _readable(products, x, weight, adapter, bias)
     return products.shrink_expand_scaled(x, weight.t(), adapter, bias, keeps_z=keeps_z)
 
 
@@ -104,9 +105,7 @@ def scaled_backward(
 ) -> tuple[Tensor | None, ...]:
     """(dx, dW, dA, dB, dbias, dc): `backward` of z, which got the gradient `dz` itself; no dc where z was not kept."""
     c, plain = cast(Tensor, adapter.column_scale), adapter._replace(column_scale=None)
-    if products.reads_memory:
-        dy, c, z = map(in_memory, (dy, c, z))
-        saved, plain = Saved(*map(in_memory, saved)), Adapter(*map(in_memory, plain))
+    dy, c, z, saved, plain = _readable(products, dy, c, z, saved, plain)
     if dy.is_sparse:
         dy = dy.to_dense()
     of_z: Tensor | None = None
@@ -133,8 +132,7 @@ def scaled_backward(
 
 def row_norms(products: Products, weight: Tensor, adapter: Adapter) -> Tensor:
     """n [N] of `Products.row_norms`, rounded to the adapter's dtype, in which PEFT makes m of it: c = 1 where m is n."""
-    if products.reads_memory:
-        weight, adapter = in_memory(weight), Adapter(*map(in_memory, adapter))
+    weight, adapter = _readable(products, weight, adapter)
     norms = products.row_norms(weight, adapter)
     return norms.to(adapter.A.dtype).to(norms.dtype)
 
@@ -155,9 +153,7 @@ def backward(
     `adapter` is the forward's, with A and B of `saved`; `ds` is a gradient that s itself received; `dz`: what dx and dW
     read in the place of dy; `q`, where the caller has it.
     """
-    if products.reads_memory:
-        dy, saved = in_memory(dy), Saved(*map(in_memory, saved))
-        adapter = Adapter(*map(in_memory, adapter))
+    dy, saved, adapter = _readable(products, dy, saved, adapter)
     x, weight, s = cast(tuple[Tensor, Tensor, Tensor], (saved.x, saved.weight, saved.s))
     if dy.is_sparse:  # from an embedding or a gather with sparse gradients
         dy = dy.to_dense()

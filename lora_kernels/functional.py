@@ -14,7 +14,7 @@ from lora_kernels import autograd, dora, formulas, ops, plan
 from lora_kernels.arguments import EAGER_TYPES, Arguments, check, number
 from lora_kernels.autograd import Call, as_dropout
 from lora_kernels.backends.composite import with_column_scale
-from lora_kernels.dropout import Dropout, scaled_mask
+from lora_kernels.dropout import Dropout, masked
 from lora_kernels.operands import (
     Adapter,
     Weight,
@@ -111,9 +111,9 @@ def explain(
         return plan.explain(x, backend)
     if weight is None or A is None or B is None:
         raise TypeError("explain needs a Problem, or x, weight, A and B")
-    half = _autocast_to(x)
-    a = Arguments(x, weight, A, B, alpha, bias, dropout_p, None, backend, magnitude, offsets)
-    check(a, autocast=half is not None)
+    half = check_call(
+        Arguments(x, weight, A, B, alpha, bias, dropout_p, None, backend, magnitude, offsets)
+    )
     groups = groups_of(offsets, weight, bias)
     problem = problem_of(x, weight, A, bias, dropout=dropout_p > 0, dtype=half, groups=groups)
     return replace(plan.explain(problem, backend), magnitude=magnitude is not None)
@@ -162,7 +162,7 @@ def apply(a: Arguments) -> Tensor:
         layer = chosen.products.layer
         if layer is not None and not chosen.dequantises and groups is None:
             return layer(x, weight, adapter, bias)
-    rows = _rows(x)
+    rows = rows_of(x)
     rest = A, B, bias, alpha, dropout_p, seed
     # A Function hides packed tensors, which are no arguments of its own, and has no tangents over groups.
     if (quantised or offsets is not None) and is_differentiated_elsewhere():
@@ -176,7 +176,7 @@ def apply(a: Arguments) -> Tensor:
         y, _ = formulas.forward(chosen.products.bound(groups), rows, weight, adapter, bias)
     else:
         y, _ = autograd.apply(rows, weight, *rest, Call(backend, chosen), offsets)
-    return _like(y, x)
+    return like(y, x)
 
 
 def _apply_dora(a: Arguments) -> Tensor:
@@ -191,18 +191,16 @@ def _apply_dora(a: Arguments) -> Tensor:
     traced = is_traced(x, dense, A, B, bias, magnitude)
     if traced and not isinstance(a.alpha, Tensor):
         a = a._replace(alpha=alpha_tensor(a.alpha, x.dtype, x.device))
-    if is_differentiated_elsewhere():
+    if is_differentiated_elsewhere() or (traced and not torch.compiler.is_compiling()):
         how = "transparent"
-    elif traced:
-        how = "operator" if torch.compiler.is_compiling() else "transparent"
     else:
-        how = "eager"
+        how = "operator" if traced else "eager"
     norms = dora.row_norms(weight, A, B, a.alpha, a.backend, how=how)
     c = dora.column_scale(magnitude, norms)
     if how != "eager":
         return with_column_scale(apply(a._replace(bias=None)), c, bias)
     usual = _has_usual_derivatives(weight, A, B, a.alpha, bias)
-    return _like(dora.dora_linear(_rows(x), weight, A, B, bias, a.alpha, a.backend, c, usual), x)
+    return like(dora.dora_linear(rows_of(x), weight, A, B, bias, a.alpha, a.backend, c, usual), x)
 
 
 def _apply_dora_dropped(a: Arguments) -> Tensor:
@@ -214,20 +212,19 @@ def _apply_dora_dropped(a: Arguments) -> Tensor:
     if a.seed is None:
         v = torch.nn.functional.dropout(x, a.dropout_p)
     else:
-        rows = _rows(x)
         dropout = Dropout(a.dropout_p, seed_on(a.seed, x.device))
-        v = (rows * scaled_mask(dropout, rows.shape[0], rows.shape[1], x.dtype)).view(x.shape)
+        v = masked(rows_of(x), dropout).view(x.shape)
     a = a._replace(dropout_p=0.0, seed=None)
     left = apply(a._replace(x=x - v, A=a.A[:, :0], B=a.B[:0]))
     return left + _apply_dora(a._replace(x=v, bias=None))
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """x [..., K] as a matrix."""
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _like(y: Tensor, x: Tensor) -> Tensor:
+def like(y: Tensor, x: Tensor) -> Tensor:
     """y [M, N] with the leading dimensions of x."""
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -257,14 +254,12 @@ def _traced(
     if not isinstance(alpha, Tensor):
         alpha = alpha_tensor(alpha, x.dtype, x.device)
     adapter = A, B, bias, alpha, *rest
-    if (
-        forward_ad._current_level >= 0
-    ):  # the operator, when it runs, cannot see compiled code's dual level
+    # The operator, when it runs, cannot see compiled code's dual level.
+    if forward_ad._current_level >= 0:
         return autograd.transparent(x, weight, *adapter)
     if isinstance(weight, Tensor):
         return ops.lora_linear(x, weight, *adapter)
-    packed = list(weight.tensors), weight.format, list(weight.sizes)
-    return ops.lora_linear_quantized(x, *packed, *adapter)
+    return ops.lora_linear_quantized(x, *weight.flat, *adapter)
 
 
 def is_differentiated_elsewhere() -> bool:

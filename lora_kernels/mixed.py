@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from lora_kernels import bases
 from lora_kernels.bases import adapter_dtype, features, is_linear, is_quantized
 from lora_kernels.functional import lora_linear
 from lora_kernels.grouped import grouped_lora_linear
@@ -62,17 +64,17 @@ def mixed_lora_linear(
         A, B, scale, *_ = parts[0]
         return lora_linear(x, weight, A, B, scale, bias, dropout_p=dropout_p)
     A, B, scales = _stacked(parts, x)
-    each = x[0].numel() // K if S and K else reduce(lambda a, b: a * b, lead, 1)  # rows of a sample
+    each = math.prod(lead)  # rows of a sample
     if in_order:
         counts = [ids.count(g) * each for g in range(len(parts))]
         offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=x.device)
         rows = x.reshape(S * each, K)
-        y = grouped_lora_linear(rows, weight, A, B, offsets, scales, bias, dropout_p=dropout_p)
     else:
         routing = sorted_by_group(torch.as_tensor(ids, device=x.device), len(parts))
         rows = routing.spread(x.reshape(S, each * K)).reshape(S * each, K)
         offsets = routing.offsets * each
-        y = grouped_lora_linear(rows, weight, A, B, offsets, scales, bias, dropout_p=dropout_p)
+    y = grouped_lora_linear(rows, weight, A, B, offsets, scales, bias, dropout_p=dropout_p)
+    if not in_order:
         y = routing.gather(y.reshape(S, each * y.shape[1]))
     return y.reshape(S, *lead, weight.shape[0])
 
@@ -221,10 +223,11 @@ class LinearWithAdapters(OverLinear):
                     self._check_name(name)
             index = [places[name] for name in wanted]
         layers: list[Any] = list(self.adapters.values())
-        if not all(map(self._is_plain, layers)):
+        linear = self.linear
+        fused = bases.is_plain(linear) and not is_quantized(linear) and not _has_any_global_hook()
+        if not (fused and all(is_plain(linear, lora) for lora in layers)):
             return self._apart(x, index)
         parts = [Adapter(lora.A, lora.B, lora.run_time_scale()) for lora in layers]
-        linear = self.linear
         weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.t()
         return mixed_lora_linear(
             x, weight, parts, index, linear.bias, dropout_p=self._dropout(index)
@@ -233,10 +236,6 @@ class LinearWithAdapters(OverLinear):
     def _check_name(self, name: str) -> None:
         if name not in self.adapters:
             raise ValueError(f"name must be one of {self.names}, got {name!r}")
-
-    def _is_plain(self, lora: Any) -> bool:
-        fused = is_plain(self.linear, lora) and not is_quantized(self.linear)
-        return fused and not _has_any_global_hook()
 
     def _dropout(self, index: Any) -> float:
         if not self.training:

@@ -72,6 +72,11 @@ class QuantizedWeight(ABC):
     def dense(self) -> Tensor:
         """The matrix as a new tensor of `shape` and `dtype`."""
 
+    @property
+    def flat(self) -> tuple[list[Tensor], str, list[int]]:
+        """(packed, format, sizes), as registered operators take a weight; see `restored`."""
+        return list(self.tensors), self.format, list(self.sizes)
+
     def with_tensors(self, tensors: Sequence[Tensor]) -> QuantizedWeight:
         """The same weight over these tensors, which stand in the order of `tensors`."""
         return self.restored(tensors, self.sizes, self.dtype)
@@ -175,10 +180,12 @@ class Adapter(NamedTuple):
 
 
 def in_memory(operand: Any) -> Any:
-    """The operand as kernels may read it: a tensor that is negated, or zero, lazily is written out; others stay.
+    """The operand, or each of a tuple, as kernels may read it: a lazily negated or zero tensor is written out; others stay.
 
     torch keeps the sign of such a negated tensor, or all of a zero one, beside its memory.
     """
+    if isinstance(operand, tuple):
+        return operand._make(map(in_memory, operand))  # type: ignore[attr-defined]  # all are named
     if not isinstance(operand, Tensor):
         return operand
     if operand._is_zerotensor():

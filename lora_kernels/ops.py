@@ -10,15 +10,16 @@ Eager mode takes `autograd.LoRALinear` or a backend's own operator, which cost l
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lora_kernels import formulas
-from lora_kernels.autograd import LoRALinear, any_dual, as_dropout, gradients, transparent
+from lora_kernels.autograd import Call, LoRALinear, any_dual, as_dropout, gradients, transparent
 from lora_kernels.backends.base import Products
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.formulas import Gradients, Needs, Saved
@@ -28,42 +29,30 @@ from lora_kernels.operands import (
     QuantizedWeight,
     Weight,
     accumulated,
-    groups_of,
-    layout_of,
     restored,
 )
 from lora_kernels.plan import plan_backward, plan_call
 from lora_kernels.problem import DENSE
 
+_PACKED = "Tensor[] packed, str format, SymInt[] sizes"  # a `QuantizedWeight`
+_FORWARD = (
+    "(Tensor x, {weight}, Tensor A, Tensor B, Tensor? bias, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
+    " Tensor? offsets=None) -> (Tensor, Tensor)"
+)
+_BACKWARD = (
+    "(Tensor dy, ScalarType adapter_dtype, bool[] needs, SymInt K, SymInt R, Tensor? x, {weight}, Tensor? A, Tensor? B,"
+    " Tensor? s, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
+    " Tensor? offsets=None, bool own_weight=False, bool own_bias=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 # `torch.library.custom_op` would infer these schemas, and take about 10 microseconds more in every call.
-torch.library.define(
-    "lora_kernels::lora_linear",
-    "(Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? bias, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
-    " Tensor? offsets=None) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "lora_kernels::lora_linear_backward",
-    "(Tensor dy, ScalarType adapter_dtype, bool[] needs, SymInt K, SymInt R, Tensor? x, Tensor? weight, Tensor? A,"
-    " Tensor? B, Tensor? s, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
-    " Tensor? offsets=None, bool own_weight=False, bool own_bias=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-# The same over a `QuantizedWeight`: `packed` are its tensors.
-torch.library.define(
-    "lora_kernels::lora_linear_quantized",
-    "(Tensor x, Tensor[] packed, str format, SymInt[] sizes, Tensor A, Tensor B, Tensor? bias, Tensor alpha,"
-    " float dropout_p, Tensor? seed, str backend, Tensor? offsets=None) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "lora_kernels::lora_linear_quantized_backward",
-    "(Tensor dy, ScalarType adapter_dtype, bool[] needs, SymInt K, SymInt R, Tensor? x, Tensor[] packed, str format,"
-    " SymInt[] sizes, Tensor? A, Tensor? B, Tensor? s, Tensor alpha, float dropout_p, Tensor? seed, str backend,"
-    " Tensor? offsets=None, bool own_weight=False, bool own_bias=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+_LIBRARY = torch.library.Library("lora_kernels", "FRAGMENT")
+_LIBRARY.define("lora_linear" + _FORWARD.format(weight="Tensor weight"))
+_LIBRARY.define("lora_linear_backward" + _BACKWARD.format(weight="Tensor? weight"))
+_LIBRARY.define("lora_linear_quantized" + _FORWARD.format(weight=_PACKED))
+_LIBRARY.define("lora_linear_quantized_backward" + _BACKWARD.format(weight=_PACKED))
 # n of DoRA, which has no derivative; `packed` are a quantised weight's tensors, or the weight itself.
-torch.library.define(
-    "lora_kernels::row_norms",
-    "(Tensor[] packed, str format, SymInt[] sizes, ScalarType dtype, Tensor A, Tensor B, Tensor alpha, str backend)"
-    " -> Tensor",
+_LIBRARY.define(
+    f"row_norms({_PACKED}, ScalarType dtype, Tensor A, Tensor B, Tensor alpha, str backend) -> Tensor"
 )
 lora_linear = torch.ops.lora_kernels.lora_linear.default
 lora_linear_backward = torch.ops.lora_kernels.lora_linear_backward.default
@@ -85,23 +74,8 @@ def _lora_linear(
     offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, N], s [M, R]) of `formulas.forward` for x [M, K], weight [N, K], A [K, R], B [R, N], 0-d alpha and seed."""
-    dropout, groups = as_dropout(dropout_p, seed), groups_of(offsets, weight, bias)
-    plan = plan_call(backend, x, weight, A, bias, dropout is not None, groups)
-    adapter, products = Adapter(A, B, alpha, dropout), plan.products.bound(groups)
-    return formulas.forward(products, x, plan.readable(weight), adapter, bias)
-
-
-def _lora_linear_quantized(
-    x: Tensor, packed: list[Tensor], format: str, sizes: list[int], *rest: Any
-) -> tuple[Tensor, Tensor]:
-    """`_lora_linear` over the weight that these arguments describe, in x's dtype."""
-    return _lora_linear(x, restored(format, packed, sizes, x.dtype), *rest)
-
-
-torch.library.impl("lora_kernels::lora_linear", "CompositeExplicitAutograd", _lora_linear)
-torch.library.impl(
-    "lora_kernels::lora_linear_quantized", "CompositeExplicitAutograd", _lora_linear_quantized
-)
+    call = Call(backend)
+    return LoRALinear.forward(x, weight, A, B, bias, alpha, dropout_p, seed, call, offsets)
 
 
 @torch.library.register_fake("lora_kernels::lora_linear")
@@ -131,9 +105,6 @@ def _row_norms(
     return formulas.row_norms(plan.products, weight, Adapter(A, B, alpha))
 
 
-torch.library.impl("lora_kernels::row_norms", "CompositeExplicitAutograd", _row_norms)
-
-
 @torch.library.register_fake("lora_kernels::row_norms")
 def _row_norms_fake(packed, format, sizes, dtype, A, B, alpha, backend):
     return A.new_empty(B.shape[1], dtype=accumulated(dtype))
@@ -157,106 +128,41 @@ def _lora_linear_backward(
     offsets: Tensor | None = None,
     own_weight: bool = False,
     own_bias: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dW, dA, dB, dbias) of `formulas.backward`, an empty tensor for each that is not needed.
+    *,
+    products: Products | None = None,
+) -> tuple[Tensor, ...]:
+    """(dx, dW, dA, dB, dbias) of `formulas.backward`, an empty tensor for each that is not needed: it cannot return None.
 
     DTensor takes the mesh of the first argument, and remembers a sharding by a call's tensors and by every argument from the
     first integer, such as a dtype, on. So they come first: calls that leave out other operands differ. K and R are
-    the forward's sizes, which no saved tensor has where few gradients are needed.
+    the forward's sizes, which no saved tensor has where few gradients are needed. `products`: those of a plan by default.
     """
-    wide = weight if weight is not None else x  # under DTensor a shard, of which K is the whole
-    N = K if wide is None else wide.shape[-1]
-    k_major, weight_format = (True, DENSE) if weight is None else layout_of(weight)
-    dropout = seed is not None
     groups = None if offsets is None else Groups(offsets, own_weight, own_bias)
-    layout = not k_major, weight_format, groups
-    plan = plan_backward(backend, dy, N, R, adapter_dtype, dropout, *layout)
-    saved = Saved(x, None if weight is None else plan.readable(weight), A, B, s)
-    products = plan.products.bound(groups)
-    return _gradients(products, dy, adapter_dtype, needs, saved, alpha, dropout_p, seed)
+    if products is None:
+        wide = weight if weight is not None else x  # under DTensor a shard, of which K is the whole
+        N = K if wide is None else wide.shape[-1]
+        dropout = seed is not None
+        plan = plan_backward(backend, dy, weight, N, R, adapter_dtype, dropout, groups)
+        weight, products = plan.readable(weight), plan.products
+    adapter = Adapter(A, B, alpha, as_dropout(dropout_p, seed))  # type: ignore[arg-type]
+    rest = Saved(x, weight, A, B, s), Needs(*needs), adapter, adapter_dtype
+    grads = formulas.backward(products.bound(groups), dy, *rest)
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _transparent_backward(
-    dy,
-    adapter_dtype,
-    needs,
-    K,
-    R,
-    x,
-    weight,
-    A,
-    B,
-    s,
-    alpha,
-    dropout_p,
-    seed,
-    backend,
-    offsets=None,
-    *owned,
-):
-    """`_lora_linear_backward` by plain ATen, which autograd and transforms can differentiate."""
-    saved = Saved(x, weight, A, B, s)
-    products = COMPOSITE.bound(None if offsets is None else Groups(offsets, *owned))
-    return _gradients(products, dy, adapter_dtype, needs, saved, alpha, dropout_p, seed)
+# By plain ATen, which autograd and transforms can differentiate.
+_transparent_backward = partial(_lora_linear_backward, products=COMPOSITE)
 
 
-def _restored_backward(backward: Any) -> Any:
-    """`backward` over the weight that flat arguments describe, or none where no tensors of it were saved."""
+def _over_packed(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """`function` over the weight that three arguments from `place` on describe, or None where they have no tensors of it."""
 
-    def restoring(
-        dy: Tensor,
-        adapter_dtype: torch.dtype,
-        needs: list[bool],
-        K: int,
-        R: int,
-        x: Tensor | None,
-        packed: list[Tensor],
-        format: str,
-        sizes: list[int],
-        *rest: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        weight = restored(format, packed, sizes, dy.dtype) if packed else None
-        return backward(dy, adapter_dtype, needs, K, R, x, weight, *rest)
+    def restoring(*args: Any) -> Any:
+        packed, format, sizes = args[place : place + 3]
+        weight = restored(format, packed, sizes, args[0].dtype) if packed else None
+        return function(*args[:place], weight, *args[place + 3 :])
 
     return restoring
-
-
-_lora_linear_quantized_backward = _restored_backward(_lora_linear_backward)
-_transparent_quantized_backward = _restored_backward(_transparent_backward)
-
-
-def _transparent_quantized(
-    x: Tensor, packed: list[Tensor], format: str, sizes: list[int], *rest: Any
-) -> tuple[Tensor, Tensor]:
-    """`_lora_linear_quantized` by plain ATen, which autograd and transforms see through."""
-    return transparent(x, restored(format, packed, sizes, x.dtype), *rest)
-
-
-def _gradients(
-    products: Products,
-    dy: Tensor,
-    adapter_dtype: torch.dtype,
-    needs: list[bool],
-    saved: Saved,
-    alpha: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients as an operator returns them: it cannot return None, and gives empty tensors."""
-    adapter = Adapter(saved.A, saved.B, alpha, as_dropout(dropout_p, seed))  # type: ignore[arg-type]
-    grads = formulas.backward(products, dy, saved, Needs(*needs), adapter, adapter_dtype)
-    dx, dW, dA, dB, dbias = (dy.new_empty(0) if grad is None else grad for grad in grads)
-    return dx, dW, dA, dB, dbias
-
-
-torch.library.impl(
-    "lora_kernels::lora_linear_backward", "CompositeExplicitAutograd", _lora_linear_backward
-)
-torch.library.impl(
-    "lora_kernels::lora_linear_quantized_backward",
-    "CompositeExplicitAutograd",
-    _lora_linear_quantized_backward,
-)
 
 
 @torch.library.register_fake("lora_kernels::lora_linear_backward")
@@ -293,8 +199,7 @@ class _Registered(LoRALinear):
         x, weight, *rest, keys = args
         if isinstance(weight, Tensor):
             return _below_autograd(lora_linear, keys, args[:-1])
-        flat = (x, list(weight.tensors), weight.format, weight.sizes, *rest)
-        return _below_autograd(lora_linear_quantized, keys, flat)
+        return _below_autograd(lora_linear_quantized, keys, (x, *weight.flat, *rest))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -344,15 +249,7 @@ def _lora_linear_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
         return transparent(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         return _Registered.apply(*args, keys)
-    return _below_autograd(lora_linear, keys, args)
-
-
-def _lora_linear_backward_autograd(keys: Any, *args: Any) -> tuple[Tensor, ...]:
-    if _must_be_transparent(args) or (
-        torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-    ):
-        return _transparent_backward(*args)
-    return _below_autograd(lora_linear_backward, keys, args)
+    return _Registered.forward(*args, keys)
 
 
 def _lora_linear_quantized_autograd(
@@ -361,44 +258,51 @@ def _lora_linear_quantized_autograd(
     weight = restored(format, packed, sizes, x.dtype)
     if torch._C._any_requires_grad(*packed) or any_dual(*packed):
         raise ValueError(f"packed must not require grad: a weight of {format} has no gradient")
-    if _must_be_transparent((x, *rest)):
-        return transparent(x, weight, *rest)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, *rest):
-        return _Registered.apply(x, weight, *rest, keys)
-    return _below_autograd(lora_linear_quantized, keys, (x, packed, format, sizes, *rest))
+    return _lora_linear_autograd(keys, x, weight, *rest)
 
 
-def _lora_linear_quantized_backward_autograd(keys: Any, *args: Any) -> tuple[Tensor, ...]:
+def _backward_autograd(
+    op: Any, composite: Callable[..., Any], keys: Any, *args: Any
+) -> tuple[Tensor, ...]:
     if _must_be_transparent(args) or (
         torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
     ):
-        return _transparent_quantized_backward(*args)
-    return _below_autograd(lora_linear_quantized_backward, keys, args)
+        return composite(*args)
+    return _below_autograd(op, keys, args)
 
 
 def _must_be_transparent(args: tuple) -> bool:
     """Whether a function transform or forward mode is active, which an autograd.Function in an operator cannot serve."""
-    return torch._C._are_functorch_transforms_active() or (
-        forward_ad._current_level >= 0 and any_dual(*(t for t in args if isinstance(t, Tensor)))
-    )
+    return torch._C._are_functorch_transforms_active() or any_dual(*args)
 
 
-_LIBRARY = torch.library.Library("lora_kernels", "FRAGMENT")
-_LIBRARY.impl("lora_linear", _lora_linear_autograd, "Autograd", with_keyset=True)
-_LIBRARY.impl("lora_linear_backward", _lora_linear_backward_autograd, "Autograd", with_keyset=True)
-_LIBRARY.impl(
-    "lora_linear_quantized", _lora_linear_quantized_autograd, "Autograd", with_keyset=True
+def _register(
+    op: Any,
+    kernel: Callable[..., Any],
+    composite: Callable[..., Any],
+    differentiable: Callable[..., Any] | None = None,
+) -> None:
+    """An operator's kernels: below autograd, for vmap, and for autograd, by default that of a backward."""
+    differentiable = differentiable or partial(_backward_autograd, op, composite)
+    _LIBRARY.impl(op, kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(op, composite, "FuncTorchBatched")
+    _LIBRARY.impl(op, differentiable, "Autograd", with_keyset=True)
+
+
+_LIBRARY.impl(row_norms, _row_norms, "CompositeExplicitAutograd")
+_register(lora_linear, _lora_linear, transparent, _lora_linear_autograd)
+_register(
+    lora_linear_quantized,
+    _over_packed(_lora_linear, 1),
+    _over_packed(transparent, 1),
+    _lora_linear_quantized_autograd,
 )
-_LIBRARY.impl(
-    "lora_linear_quantized_backward",
-    _lora_linear_quantized_backward_autograd,
-    "Autograd",
-    with_keyset=True,
+_register(lora_linear_backward, _lora_linear_backward, _transparent_backward)
+_register(
+    lora_linear_quantized_backward,
+    _over_packed(_lora_linear_backward, 6),
+    _over_packed(_transparent_backward, 6),
 )
-_LIBRARY.impl("lora_linear", transparent, "FuncTorchBatched")
-_LIBRARY.impl("lora_linear_backward", _transparent_backward, "FuncTorchBatched")
-_LIBRARY.impl("lora_linear_quantized", _transparent_quantized, "FuncTorchBatched")
-_LIBRARY.impl("lora_linear_quantized_backward", _transparent_quantized_backward, "FuncTorchBatched")
 
 
 def _forward_flops(x_shape, weight_shape, A_shape, *_: Any, **__: Any) -> int:

@@ -12,29 +12,22 @@ import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_kernels import backends, env, selftest
-from lora_kernels.backends.base import (
-    Backend,
-    Candidate,
-    Products,
-    ProjectionProducts,
-    fastest,
-)
+from lora_kernels.backends.base import Backend, Candidate, Products, ProjectionProducts, fastest
 from lora_kernels.backends.device import current_target
 from lora_kernels.operands import Groups, Weight, layout_of, name_of
-from lora_kernels.problem import Problem
+from lora_kernels.problem import DENSE, Problem
 from lora_kernels.tuning.targets import Target
 
 _MOST_PLANS = 4096
 # Moved for each element by `QuantizedWeight.dense`, whose operations read and write float32: 22 of nf4, 19 of int8.
 _DENSE_BYTES = 20
-_plans: dict[tuple, Plan] = {}
-_joint_plans: dict[tuple, JointPlan] = {}
-_requested: tuple[str, bool] | None = None  # (name, strict) of the innermost use_backend
+_requested = "auto", False  # (name, strict) of the innermost use_backend
 
 
 @dataclass(frozen=True)
@@ -68,9 +61,9 @@ class Plan:
         """The plan of the backward: of dx, and of dA and dB beside it."""
         return make_plan(self.problem.adjoint(), self.device, self.asked, self.algorithm)
 
-    def readable(self, weight: Weight) -> Weight:
-        """`weight` as the products read it: itself, or a dense copy of a format that they do not read."""
-        return weight.dense() if self.dequantises else weight  # type: ignore[union-attr]
+    def readable(self, weight: Any) -> Any:
+        """A weight, or None, as the products read it: itself, or a dense copy of a format that they do not read."""
+        return weight.dense() if self.dequantises and weight is not None else weight
 
     @property
     def plan(self) -> str:
@@ -144,85 +137,44 @@ def plan_call(
     RuntimeError where an explicit or strict choice cannot compute it.
     """
     N, K = weight.shape if groups is None else weight.shape[-2:]
-    R = A.shape[-1]
-    stacks = (0, 1) if groups is None else (groups.count, groups.weights)
     M = x.numel() // K if K else x.shape[:-1].numel()
     w_k_major, weight_format = layout_of(weight)
-    has_bias = bias is not None
-    asked = _asked(backend)
-    key = (
-        asked,
-        x.device,
-        M,
-        N,
-        K,
-        R,
-        x.dtype,
-        A.dtype,
-        has_bias,
-        dropout,
-        w_k_major,
-        weight_format,
-        stacks,
-    )
-    known = _plans.get(key)
-    if known is not None:
-        return known
-    problem = Problem(
-        M,
-        N,
-        K,
-        R,
-        name_of(x.dtype),
-        name_of(A.dtype),
-        x.device.type,
-        has_bias,
-        dropout,
-        w_k_major,
-        False,
-        weight_format,
-        *stacks,
-    )
-    return _remember(key, make_plan(problem, x.device, asked))
+    sizes = M, N, K, A.shape[-1]
+    stacks = (0, 1) if groups is None else (groups.count, groups.weights)
+    traits = bias is not None, dropout, w_k_major, False, weight_format, *stacks
+    return _planned(_asked(backend), x.device, x.dtype, A.dtype, sizes, traits)
 
 
 def plan_backward(
     backend: str,
     dy: Tensor,
+    weight: Weight | None,
     N: int,
     R: int,
     adapter_dtype: torch.dtype,
     dropout: bool,
-    w_k_major: bool,
-    weight_format: str,
-    groups: Groups | None = None,
+    groups: Groups | None,
 ) -> Plan:
-    """The plan of a registered operator's backward, which has no plan of its forward: dy [M, K] -> dx [M, N]."""
+    """The plan of a registered operator's backward, which has no plan of its forward; of dx [M, N] for dy [M, K]."""
     M, K = dy.shape
-    asked = _asked(backend)
-    widths = M, N, K, R
+    n_major, weight_format = (True, DENSE) if weight is None else layout_of(weight)
     stacks = (0, 1) if groups is None else (groups.count, groups.weights)
-    layout = w_k_major, weight_format, stacks
-    key = (asked, dy.device, *widths, dy.dtype, adapter_dtype, dropout, layout)
-    known = _plans.get(key)
-    if known is not None:
-        return known
-    problem = Problem(
-        M,
-        N,
-        K,
-        R,
-        name_of(dy.dtype),
-        name_of(adapter_dtype),
-        dy.device.type,
-        dropout=dropout,
-        w_k_major=w_k_major,
-        backward=True,
-        weight_format=weight_format,
-        groups=stacks[0],
-        weights=stacks[1],
-    )
-    return _remember(key, make_plan(problem, dy.device, asked))
+    traits = False, dropout, not n_major, True, weight_format, *stacks
+    return _planned(_asked(backend), dy.device, dy.dtype, adapter_dtype, (M, N, K, R), traits)
+
+
+@functools.lru_cache(maxsize=_MOST_PLANS)
+def _planned(
+    asked: tuple[str, bool],
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
+    traits: tuple[Any, ...],
+) -> Plan:
+    """The plan of the `Problem` that has these fields, in its order: `sizes`, dtypes and device, `traits`."""
+    names = name_of(dtype), name_of(adapter_dtype), device.type
+    return make_plan(Problem(*sizes, *names, *traits), device, asked)
 
 
 def plan_projections(
@@ -234,24 +186,29 @@ def plan_projections(
     dropout: Sequence[bool],
     trains: bool,
 ) -> JointPlan:
-    """The `JointPlan` of a forward call on x [..., K]; kept for the next call like it. `trains`: a backward may follow.
+    """The `JointPlan` of a forward call on x [M, K]; kept for the next call like it. `trains`: a backward may follow.
 
     RuntimeError where an explicit or strict choice cannot compute one of them.
     """
-    each = [
-        (w.shape[0], w.stride(1), a.shape[1], a.dtype, b is None, p)
-        for w, a, b, p in zip(weights, A, biases, dropout, strict=True)
-    ]
-    key = (_asked(backend), trains, x.device, x.dtype, x.numel(), x.shape[-1], *each)
-    known = _joint_plans.get(key)
-    if known is None:
-        operands = zip(weights, A, biases, dropout, strict=True)
-        plans = tuple(plan_call(backend, x, *of_one) for of_one in operands)
-        known = JointPlan(plans, _together(plans, trains))
-        if len(_joint_plans) >= _MOST_PLANS:
-            _joint_plans.clear()
-        _joint_plans[key] = known
-    return known
+    M, K = x.shape
+    each = []
+    for w, a, b, p in zip(weights, A, biases, dropout, strict=True):
+        traits = b is not None, p, w.stride(1) == 1, False, DENSE, 0, 1
+        each.append((a.dtype, (M, w.shape[0], K, a.shape[1]), traits))
+    return _planned_together(_asked(backend), x.device, x.dtype, tuple(each), trains)
+
+
+@functools.lru_cache(maxsize=_MOST_PLANS)
+def _planned_together(
+    asked: tuple[str, bool],
+    device: torch.device,
+    dtype: torch.dtype,
+    each: tuple[tuple[Any, ...], ...],
+    trains: bool,
+) -> JointPlan:
+    """The `JointPlan` of projections, of which `each` has what `_planned` takes after `dtype`."""
+    plans = tuple(_planned(asked, device, dtype, *one) for one in each)
+    return JointPlan(plans, _together(plans, trains))
 
 
 def _together(plans: Sequence[Plan], trains: bool) -> ProjectionProducts | None:
@@ -263,8 +220,8 @@ def _together(plans: Sequence[Plan], trains: bool) -> ProjectionProducts | None:
 
 def forget() -> None:
     """Forget every plan: the next call of each kind makes a new one."""
-    _plans.clear()
-    _joint_plans.clear()
+    _planned.cache_clear()
+    _planned_together.cache_clear()
 
 
 def explain(problem: Problem, backend: str = "auto", algorithm: str | None = None) -> Plan:
@@ -323,27 +280,26 @@ def _plan(
         raise RuntimeError(
             f"backend {name!r} was asked for and cannot compute {problem}: {refused[name]}"
         )
-    elsewhere = {each for each in refused if not _runs_on(backends.get(each), device)}
-    if strict and name == "auto" and offered.keys() == {"eager"} and refused.keys() - elsewhere:
+    if strict and name == "auto" and offered.keys() == {"eager"}:
         reasons = [
             f"{each} cannot compute {problem}: {why}"
             for each, why in refused.items()
-            if each not in elsewhere
+            if _runs_on(backends.get(each), device)
         ]
-        raise RuntimeError(f"strict: {'; '.join(reasons)}")
+        if reasons:
+            raise RuntimeError(f"strict: {'; '.join(reasons)}")
     compared = [candidate for candidates in offered.values() for candidate in candidates]
     chosen = fastest(compared)
     assert chosen is not None  # each list of `offered` has one that can
     backend = next(each for each, candidates in offered.items() if chosen in candidates)
-    rejected = refused | {
-        each: _why_not(candidates, chosen, backend)
-        for each, candidates in offered.items()
-        if each != backend
-    }
+    rejected = {}
+    for each in backends.BACKENDS:
+        if name not in ("auto", each):
+            rejected[each] = f"{name} was asked for"
+        elif each != backend:
+            rejected[each] = refused.get(each) or _why_not(offered[each], chosen, backend)
     own = [candidate for candidate in offered[backend] if candidate is not chosen]
     why = {candidate.name: candidate.refusal or candidate.slower for candidate in own}
-    if name != "auto":
-        rejected = {each: f"{name} was asked for" for each in backends.BACKENDS if each != name}
     return Plan(
         problem,
         device,
@@ -351,7 +307,7 @@ def _plan(
         backend,
         chosen,
         tuple(candidate for candidate in compared if candidate.refusal is None),
-        {each: rejected[each] for each in backends.BACKENDS if each in rejected},
+        rejected,
         {each: reason for each, reason in why.items() if reason is not None},
         algorithm=algorithm,
         dequantises=problem.weight_format not in backends.get(backend).formats,
@@ -457,15 +413,8 @@ def _asked(name: str) -> tuple[str, bool]:
     """(name, strict) that a call's backend argument means now: its own, else use_backend's, else the environment's."""
     if name != "auto":
         return name, False
-    if _requested is not None and _requested != ("auto", False):
+    if _requested != ("auto", False):
         return _requested
     name = env.backend()
     check_name(name, "LORA_KERNELS_BACKEND")
     return name, False
-
-
-def _remember(key: tuple, plan: Plan) -> Plan:
-    if len(_plans) >= _MOST_PLANS:
-        _plans.clear()
-    _plans[key] = plan
-    return plan

@@ -85,7 +85,7 @@ class Problem:
     @property
     def frozen_bytes(self) -> int:
         """Bytes the frozen layer must move once: x, each W (and bias) that has rows, and y."""
-        weights = min(self.weights, self.with_rows) if self.groups else 1
+        weights = min(self.weights, self.with_rows)
         operands = self.K * self.N + (self.N if self.bias else 0)
         return (self.M * self.K + weights * operands + self.M * self.N) * self.itemsize
 

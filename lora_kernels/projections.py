@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -92,27 +92,18 @@ def together(
     if len(parts) < 2 or functional.is_differentiated_elsewhere():
         return None
     weights, As, Bs, scales, biases, ps, seeds = map(list, zip(*parts, strict=True))
-    if functional.is_traced(
-        x, *weights, *As, *Bs, *biases
-    ) or any(  # a quantised weight is no such type
-        isinstance(scale, Tensor) for scale in scales
+    if functional.is_traced(x, *weights, *As, *Bs, *biases):  # as with a quantised weight
+        return None
+    if any(isinstance(scale, Tensor) for scale in scales) or any(
+        A.dtype != As[0].dtype for A in As
     ):
         return None
-    if any(A.dtype != As[0].dtype for A in As):
-        return None
-    if any(A.dtype != x.dtype for A in As):
-        As, Bs = map(
-            list,
-            zip(
-                *(adapters_as_used(*each, x.dtype) for each in zip(As, Bs, strict=True)),
-                strict=True,
-            ),
-        )
-    rows = x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    operands = weights, As, Bs, biases
-    trains = torch.is_grad_enabled() and torch._C._any_requires_grad(
-        rows, *weights, *As, *Bs, *biases
-    )
+    if As[0].dtype != x.dtype:
+        cast = [adapters_as_used(*each, x.dtype) for each in zip(As, Bs, strict=True)]
+        As, Bs = map(list, zip(*cast, strict=True))
+    rows = functional.rows_of(x)
+    operands = *weights, *As, *Bs, *biases
+    trains = torch.is_grad_enabled() and torch._C._any_requires_grad(rows, *operands)
     # With dropout a forward that is to be computed again, with gradients, draws its seeds in the same order.
     drops = any(ps)
     plan = plan_projections(
@@ -123,12 +114,10 @@ def together(
     seeds = [functional.seed_on(s, x.device) if p else None for s, p in zip(seeds, ps, strict=True)]
     call = Call(plan, [number(scale) for scale in scales], ps)
     if trains:
-        ys = LoRAProjections.apply(call, rows, *weights, *As, *Bs, *biases, *seeds)[:-1]
+        ys = LoRAProjections.apply(call, rows, *operands, *seeds)[:-1]
     else:
-        ys, _ = call.forward(rows, *operands, seeds)
-    if x.ndim == 2:
-        return tuple(ys)
-    return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in ys)
+        ys, _ = call.forward(rows, weights, As, Bs, biases, seeds)
+    return tuple(functional.like(y, x) for y in ys)
 
 
 class Call(NamedTuple):
@@ -176,19 +165,13 @@ class LoRAProjections(torch.autograd.Function):
         needs_x, *given = ctx.needs_input_grad[1:]
         ctx.needs = [Needs(needs_x, *each) for each in zip(*_lists(given)[:4], strict=True)]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(
-            *(y for y, need in zip(ys, ctx.needs, strict=True) if not any(need))
-        )
-        kept = [
-            formulas.keep(need, x, weight, A, B, s)
-            for need, weight, A, B in zip(ctx.needs, weights, As, Bs, strict=True)
-        ]
-        shared = [
-            next((t for t in ts if t is not None), None)
-            for ts in ((k.x for k in kept), (k.s for k in kept))
-        ]
-        own = [t for name in ("weight", "A", "B") for t in (getattr(k, name) for k in kept)]
-        ctx.save_for_backward(*shared, *own, *seeds)
+        fixed = [y for y, need in zip(ys, ctx.needs, strict=True) if not any(need)]
+        ctx.mark_non_differentiable(*fixed)
+        operands = zip(ctx.needs, weights, As, Bs, strict=True)
+        kept = [formulas.keep(need, x, weight, A, B, s) for need, weight, A, B in operands]
+        xs, *each, of_all = zip(*kept, strict=True)
+        shared = [next((t for t in ts if t is not None), None) for ts in (xs, of_all)]
+        ctx.save_for_backward(*shared, *chain(*each), *seeds)
         return (*ys, s)
 
     @staticmethod
@@ -212,12 +195,7 @@ class LoRAProjections(torch.autograd.Function):
             dx, each = _gradients_apart(ctx, dys, ds, saved, adapters, again)
         else:
             dx, each = _gradients_together(ctx, products, dys, saved, adapters)  # type: ignore[arg-type]
-        return (
-            None,
-            dx,
-            *(t for of_all in zip(*each, strict=True) for t in of_all),
-            *(None for _ in dys),
-        )
+        return (None, dx, *chain(*zip(*each, strict=True)), *[None] * len(dys))
 
 
 def _lists(flat: Sequence[Any], count: int = 5) -> list[Sequence[Any]]:

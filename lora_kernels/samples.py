@@ -45,9 +45,8 @@ def nf4_codes() -> torch.Tensor:
 
     Dettmers et al., "QLoRA: efficient finetuning of quantized LLMs", NeurIPS 2023, section 3.
     """
-    edge = (
-        0.9677083  # as if the first and last quantile were half a step from the distribution's ends
-    )
+    # As if the first and last quantile were half a step from the distribution's ends.
+    edge = 0.9677083
 
     def side(count: int) -> torch.Tensor:
         steps = torch.linspace(edge, 0.5, count + 1, dtype=torch.float64)

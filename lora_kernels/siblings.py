@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from lora_kernels.arguments import TENSORS
 from lora_kernels.bases import features, has_hooks, is_quantized
 from lora_kernels.functional import autocast_dtype, is_differentiated_elsewhere, is_traced
 from lora_kernels.modules import LinearWithLoRA, LoRALayer, check_model, is_plain
 from lora_kernels.projections import Projection, lora_projections, together
 
-_TENSORS = (Tensor, nn.Parameter)
 _MOST_REFUSED = 256
 _thread = threading.local()  # .rounds: of the parents whose forward is running, the innermost last
 
@@ -53,12 +53,6 @@ class Group:
             parent.register_forward_pre_hook(self.begin),
             parent.register_forward_hook(self.end, always_call=True),
         )
-
-    def refuse(self, kind: tuple) -> None:
-        """Do not ask again for such an x."""
-        if len(self.refused) >= _MOST_REFUSED:
-            self.refused.clear()
-        self.refused.add(kind)
 
     def begin(self, parent: nn.Module, _: Any) -> None:
         """Let the siblings exchange results from now on."""
@@ -95,40 +89,35 @@ class _Round:
         self.siblings: list[Any] = [parent._modules.get(name) for name in group.names]
         self.results: dict[nn.Module, tuple[Tensor, tuple]] = {}
         self.x: Tensor | None = None
-        self.parts: list[
-            Projection
-        ] = []  # whose tensors stay alive, so that their addresses are theirs
+        # Whose tensors stay alive, so that their addresses are theirs.
+        self.parts: list[Projection] = []
         self.apart = False  # whether each sibling computes for itself until the forward ends
 
     def take(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's result for x, or None where it must compute for itself."""
         if self.apart:
             return None
-        if _context() != self.context:
-            # As within a checkpoint: what is saved for its backward must be computed within it.
+        y = None
+        # In another context, as within a checkpoint, what is saved for its backward must be computed within it.
+        if _context() == self.context:
+            if not self.results:
+                y = self._compute(layer, x)
+            elif x is self.x and self.results.get(layer, (None, None))[1] == _state(layer, x):
+                y, _ = self.results.pop(layer)
+        if y is None:
             self.drop(warns=True)
             self.apart = True
-            return None
-        if not self.results:
-            y = self._compute(layer, x)
-            self.apart = y is None
-            return y
-        y, state = self.results.get(layer, (None, None))
-        if y is None or x is not self.x or state != _state(layer, x):
-            self.drop(warns=True)
-            self.apart = True
-            return None
-        del self.results[layer]
-        if not self.results:
+        elif not self.results:
             self.drop()
         return y
 
     def _compute(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's result for x, with those of its siblings kept for them; None where each computes for itself."""
-        if type(x) not in _TENSORS or x.is_inference() or x.layout != torch.strided or x.is_nested:
+        if type(x) not in TENSORS or x.is_inference() or x.layout != torch.strided or x.is_nested:
             return None
         kind = x.shape, x.dtype, x.device, torch.is_grad_enabled(), x.requires_grad
-        if kind in self.group.refused:
+        refused = self.group.refused
+        if kind in refused:
             return None
         if _has_any_global_hook() or is_traced() or is_differentiated_elsewhere():
             return None
@@ -142,7 +131,9 @@ class _Round:
         else:
             ys = together(x, parts)
         if ys is None:
-            self.group.refuse(kind)
+            if len(refused) >= _MOST_REFUSED:
+                refused.clear()
+            refused.add(kind)
             return None
         self.parts, self.x = parts, x
         for sibling, y in zip(self.siblings, ys, strict=True):
@@ -184,7 +175,7 @@ def _projection(layer: Any) -> Projection | None:
     linear, lora = inner["linear"], inner["lora"]
     (weight, bias), (A, B) = _parameters(linear, lora)
     for t in (weight, A, B, bias):
-        if t is not None and (type(t) not in _TENSORS or t.is_inference()):
+        if t is not None and (type(t) not in TENSORS or t.is_inference()):
             return None
     if not isinstance(linear, nn.Linear):
         weight = weight.t()
@@ -382,10 +373,8 @@ def _why_not(layer: Any) -> str | None:
         return "it is compiled by itself"
     if is_quantized(linear):
         return f"its base is quantised, a {type(linear).__name__}"
-    named = {"weight", "bias"} <= linear._parameters.keys() and {
-        "A",
-        "B",
-    } <= lora._parameters.keys()
+    in_lora = {"A", "B"} <= lora._parameters.keys()
+    named = in_lora and {"weight", "bias"} <= linear._parameters.keys()
     if type(lora) is not LoRALayer or not is_plain(linear, lora) or not named:
         return "its linear or lora has hooks or a forward of its own, or is parametrized or sharded"
     if lora._parameters["magnitude"] is not None:

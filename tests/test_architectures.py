@@ -33,11 +33,11 @@ def chip(monkeypatch):
         for backend in (cuda.CudaBackend, triton.TritonBackend):
             monkeypatch.setattr(backend, "unavailable", lambda self: None)
         monkeypatch.setattr(selftest, "trusted", lambda backend, where: None)
-        device._architecture.cache_clear()
+        device.architecture.cache_clear()
         plan.forget()
 
     yield pretend
-    device._architecture.cache_clear()
+    device.architecture.cache_clear()
     plan.forget()
 
 

@@ -44,7 +44,7 @@ def test_words_are_philox_for_every_seed_and_large_counters(seed):
 def test_a_part_of_the_mask_is_the_masks_part():
     dropout = Dropout(0.3, torch.tensor(77))
     whole = keep_mask(dropout, 20, 13)
-    assert torch.equal(keep_mask(dropout, 5, 13, row_start=8), whole[8:13])
+    assert torch.equal(keep_mask(dropout._replace(row=8), 5, 13), whole[8:13])
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])

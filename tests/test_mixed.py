@@ -125,7 +125,10 @@ def test_what_is_attached_to_the_parts_runs():
     made.linear.register_forward_hook(lambda *_: calls.append(1))
     torch.testing.assert_close(made(x, ["fr", BASE, "it"]), want)
     torch.testing.assert_close(made(x, torch.tensor([0, -1, 2])), want)
-    assert calls == [1, 1]
+    for name in made.names:
+        made.remove_adapter(name)
+    torch.testing.assert_close(made(x, BASE), made.linear(x))
+    assert calls == [1] * 4
 
 
 def test_dropout():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lora_kernels.backends.base import Backend, Candidate, Products
-from lora_kernels.dropout import scaled_mask
+from lora_kernels.dropout import masked
 from lora_kernels.operands import accumulated
 
 
@@ -50,10 +50,6 @@ class ToyBackend(Backend):
         if self.most_rows < problem.M:
             refusal = f"it takes at most {self.most_rows} rows, got {problem.M}"
         return [Candidate("toy_product", self.products, refusal, how="one row after another")]
-
-
-def masked(t, dropout):
-    return t if dropout is None else t * scaled_mask(dropout, *t.shape, t.dtype)
 
 
 BACKEND = ToyBackend()

@@ -191,8 +191,7 @@ class Products(ABC):
 class ProjectionProducts(ABC):
     """Products of several projections of one x. Lists have an element for each of them, operands are those of `Products`.
 
-    s and q are one tensor [M, ΣR]: the projections' columns beside each other. Those of the backward are only called where
-    `Products.together` of the adjoint's products gives them.
+    s and q are one tensor [M, ΣR]: the projections' columns beside each other.
     """
 
     @abstractmethod
@@ -210,12 +209,13 @@ class ProjectionProducts(ABC):
     ) -> list[Tensor]:
         """x·w + bias + s·B of each: x [M, K], s [M, ΣR] -> y [M, N] each."""
 
+    @abstractmethod
     def expand_sum(
         self, xs: Sequence[Tensor], ws: Sequence[Tensor], s: Tensor, adapters: Sequence[Adapter]
     ) -> Tensor:
         """The sum over projections of x·w + mask_out∘(s·B) [M, N], rounded once."""
-        raise NotImplementedError(f"{type(self).__name__} has no products of a backward")
 
+    @abstractmethod
     def wgrad(
         self,
         lefts: Sequence[Tensor],
@@ -224,7 +224,6 @@ class ProjectionProducts(ABC):
         dropouts: Sequence[Dropout | None] | None = None,
     ) -> list[Tensor]:
         """(mask∘left)ᵀ·right of each; lefts is one for all, or one each."""
-        raise NotImplementedError(f"{type(self).__name__} has no products of a backward")
 
 
 @dataclass(frozen=True)
@@ -254,9 +253,7 @@ class Backend(ABC):
     devices: tuple[str, ...] = ()  # device types; empty for all
     formats: tuple[str, ...] = (DENSE,)  # of weights that its products read; see QuantizedWeight
     groups: bool = False  # whether its products have `grouped`
-    needs_target: bool = (
-        False  # whether its kernels are made for the GPU architectures of tuning/targets.py
-    )
+    needs_target: bool = False  # whether its kernels are made for the GPUs of tuning/targets.py
 
     @abstractmethod
     def unavailable(self) -> str | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.base import Products
-from lora_kernels.dropout import Dropout, scaled_mask
+from lora_kernels.dropout import Dropout, masked
 from lora_kernels.operands import Adapter, Groups, Scale, Weight, accumulated
 
 
@@ -24,20 +24,20 @@ class CompositeProducts(Products):
 
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         return adapter.scale * (
-            _masked(_accumulated(x), adapter.dropout_in) @ _accumulated(adapter.A)
+            masked(_accumulated(x), adapter.dropout_in) @ _accumulated(adapter.A)
         )
 
     def expand(
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
     ) -> Tensor:
-        tail = _masked(s @ _accumulated(adapter.B), adapter.dropout_out)
+        tail = masked(s @ _accumulated(adapter.B), adapter.dropout_out)
         y = x @ (w if isinstance(w, Tensor) else w.dense()) + tail.to(x.dtype)
         return y if bias is None else y + bias
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
-        return (_masked(_accumulated(left), dropout).t() @ _accumulated(right)).to(dtype)
+        return (masked(_accumulated(left), dropout).t() @ _accumulated(right)).to(dtype)
 
     def scaled_gradient(
         self, dy: Tensor, c: Tensor, z: Tensor | None
@@ -60,13 +60,13 @@ class GroupedCompositeProducts(Products):
         self._blocks: _Blocks | None = None
 
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
-        s = self._product(_masked(_accumulated(x), adapter.dropout_in), _accumulated(adapter.A))
+        s = self._product(masked(_accumulated(x), adapter.dropout_in), _accumulated(adapter.A))
         return self.scaled(s, adapter.scale)
 
     def expand(
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
     ) -> Tensor:
-        tail = _masked(self._product(s, _accumulated(adapter.B)), adapter.dropout_out)
+        tail = masked(self._product(s, _accumulated(adapter.B)), adapter.dropout_out)
         w = w if isinstance(w, Tensor) else w.dense()
         y = (self._product(x, w) if self.groups.own_weight else x @ w) + tail.to(x.dtype)
         if bias is None:
@@ -77,7 +77,7 @@ class GroupedCompositeProducts(Products):
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
         blocks = self._blocks_of(left.shape[0])
-        wide = blocks.padded(_masked(_accumulated(left), dropout))
+        wide = blocks.padded(masked(_accumulated(left), dropout))
         return blocks.sums(wide.mT @ blocks.padded(_accumulated(right))).to(dtype)
 
     def scaled(self, s: Tensor, scale: Scale) -> Tensor:
@@ -166,10 +166,6 @@ def with_column_scale(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
 
 def _accumulated(t: Tensor) -> Tensor:
     return t.to(accumulated(t.dtype))
-
-
-def _masked(t: Tensor, dropout: Dropout | None) -> Tensor:
-    return t if dropout is None else t * scaled_mask(dropout, t.shape[0], t.shape[1], t.dtype)
 
 
 PRODUCTS = CompositeProducts()

@@ -46,8 +46,7 @@ class CpuProducts(Products):
         mask = _mask(adapter.dropout_out)
         if isinstance(w, Tensor):
             return _OPS.expand(x, w, s, adapter.B, bias, *mask)
-        packed = w.tensors, w.format, w.sizes
-        return _OPS.expand_quantized(x, *packed, s, adapter.B, bias, *mask)
+        return _OPS.expand_quantized(x, *w.flat, s, adapter.B, bias, *mask)
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
@@ -68,7 +67,7 @@ class CpuProducts(Products):
         if isinstance(w, Tensor):
             y, z = _OPS.expand_scaled(x, w, *rest)
         else:
-            y, z = _OPS.expand_scaled_quantized(x, w.tensors, w.format, w.sizes, *rest)
+            y, z = _OPS.expand_scaled_quantized(x, *w.flat, *rest)
         return y, s, z if keeps_z else None
 
     def scaled_gradient(
@@ -101,8 +100,7 @@ class CpuProducts(Products):
         rest = A, B, bias, scale, p, limit, seed, c
         if isinstance(weight, Tensor):
             return _OPS.lora_linear.default(x, weight, *rest)
-        packed = weight.tensors, weight.format, weight.sizes
-        return _OPS.lora_linear_quantized.default(x, *packed, *rest)
+        return _OPS.lora_linear_quantized.default(x, *weight.flat, *rest)
 
 
 class GroupedCpuProducts(Products):
@@ -123,7 +121,7 @@ class GroupedCpuProducts(Products):
         rest = s, adapter.B, bias, self.groups.offsets, *_mask(adapter.dropout_out)
         if isinstance(w, Tensor):
             return _OPS.grouped_expand(x, w, *rest)
-        return _OPS.grouped_expand_quantized(x, w.tensors, w.format, w.sizes, *rest)
+        return _OPS.grouped_expand_quantized(x, *w.flat, *rest)
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None

@@ -19,11 +19,12 @@ def current_target(device: torch.device | None = None) -> Target:
         if not torch.cuda.is_available():
             raise ValueError("PyTorch finds no GPU")
         index = torch.cuda.current_device()
-    return target_of(_architecture(index))
+    return target_of(architecture(index))
 
 
 @functools.lru_cache(maxsize=64)
-def _architecture(device: int) -> str:
+def architecture(device: int) -> str:
+    """The name of a GPU's architecture, as "sm_90" or "gfx942"."""
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_kernels.backends.base import Backend, Candidate, Products, row_blocks
 from lora_kernels.backends.composite import GroupedCompositeProducts
-from lora_kernels.dropout import Dropout, scaled_mask
+from lora_kernels.dropout import Dropout, masked
 from lora_kernels.operands import Adapter, Groups, Weight, accumulated, bounds_of
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.tables import times_of
@@ -34,15 +34,10 @@ class EagerProducts(Products):
         if dropout is None and x.dtype == a.dtype != sums and _sums_in_float32(x):
             return torch.mm(x, a, out_dtype=sums).mul_(scale)
         s = x.new_empty((x.shape[0], a.shape[1]), dtype=sums)
-        self._shrink(x, adapter, s)
-        return s
-
-    def _shrink(self, x: Tensor, adapter: Adapter, s: Tensor) -> None:
-        scale, dropout, sums = adapter.scale, adapter.dropout_in, s.dtype
-        a = adapter.A.to(sums)
+        a = a.to(sums)
         for rows in _row_blocks(x, convert=dropout is not None or x.dtype != sums):
-            torch.mm(_masked(x[rows].to(sums), dropout, rows), a, out=s[rows])
-        s.mul_(scale)
+            torch.mm(masked(x[rows].to(sums), _from_row(dropout, rows)), a, out=s[rows])
+        return s.mul_(scale)
 
     def expand(
         self, x: Tensor, w: Weight, s: Tensor, adapter: Adapter, bias: Tensor | None = None
@@ -59,22 +54,28 @@ class EagerProducts(Products):
         tail_dtype = y.dtype if y.is_cuda and b.dtype == y.dtype else accumulated(y.dtype)
         b = b.to(tail_dtype)
         if dropout is None and y.dtype == tail_dtype:
-            _product(s.to(tail_dtype), b, bias, out=y)
+            s = s.to(tail_dtype)
+            if bias is None:
+                torch.mm(s, b, out=y)
+            else:
+                torch.addmm(bias, s, b, out=y)
         else:
             for rows in _row_blocks(y, convert=True):
-                tail = _masked(torch.mm(s[rows].to(tail_dtype), b), dropout, rows)
+                tail = masked(torch.mm(s[rows].to(tail_dtype), b), _from_row(dropout, rows))
                 y[rows] = tail if bias is None else tail.add_(bias)
 
     def wgrad(
         self, left: Tensor, right: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> Tensor:
-        if left.is_cuda and dropout is None and dtype == min(left.dtype, right.dtype, key=_bits):
+        narrow = min(left.dtype, right.dtype, key=lambda each: each.itemsize)
+        if left.is_cuda and dropout is None and dtype == narrow:
             return left.to(dtype).t() @ right.to(dtype)  # accumulates in float32
         sums = accumulated(left.dtype)
         total = left.new_zeros((left.shape[1], right.shape[1]), dtype=sums)
         convert = dropout is not None or left.dtype != sums or right.dtype != sums
         for rows in _row_blocks(left if left.shape[1] >= right.shape[1] else right, convert):
-            total.addmm_(_masked(left[rows].to(sums), dropout, rows).t(), right[rows].to(sums))
+            block = masked(left[rows].to(sums), _from_row(dropout, rows))
+            total.addmm_(block.t(), right[rows].to(sums))
         return total.to(dtype)
 
     def grouped(self, groups: Groups) -> Products:
@@ -100,7 +101,7 @@ class GroupedEagerProducts(Products):
     def shrink(self, x: Tensor, adapter: Adapter) -> Tensor:
         s = x.new_empty((x.shape[0], adapter.A.shape[2]), dtype=accumulated(x.dtype))
         for g, rows in self.slices(x):
-            PRODUCTS._shrink(x[rows], _of_group(adapter, g, rows), s[rows])
+            s[rows] = PRODUCTS.shrink(x[rows], _of_group(adapter, g, rows))
         return s
 
     def expand(
@@ -150,7 +151,8 @@ def _of_group(adapter: Adapter, g: int, rows: slice) -> Adapter:
 
 
 def _from_row(dropout: Dropout | None, rows: slice) -> Dropout | None:
-    return None if dropout is None else dropout._replace(row=rows.start)
+    """The mask of these rows."""
+    return None if dropout is None else dropout._replace(row=dropout.row + rows.start)
 
 
 class EagerBackend(Backend):
@@ -167,32 +169,11 @@ class EagerBackend(Backend):
         return [Candidate("eager", PRODUCTS, None, None, *times)]
 
 
-def _product(s: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = s·b + bias."""
-    if bias is None:
-        torch.mm(s, b, out=out)
-    else:
-        torch.addmm(bias, s, b, out=out)
-
-
 def _sums_in_float32(x: Tensor) -> bool:
     """Whether ATen multiplies half matrices like x into a float32 one: on NVIDIA GPUs, unless float16 sums are allowed."""
     if not x.is_cuda or torch.version.hip is not None:
         return False
-    return x.dtype != torch.float16 or not getattr(
-        torch.backends.cuda.matmul, "allow_fp16_accumulation", False
-    )
-
-
-def _bits(dtype: torch.dtype) -> int:
-    return torch.finfo(dtype).bits
-
-
-def _masked(block: Tensor, dropout: Dropout | None, rows: slice) -> Tensor:
-    if dropout is None:
-        return block
-    height, width = block.shape
-    return block * scaled_mask(dropout, height, width, block.dtype, row_start=rows.start)
+    return x.dtype != torch.float16 or not torch.backends.cuda.matmul.allow_fp16_accumulation
 
 
 def _row_blocks(t: Tensor, convert: bool) -> Iterable[slice]:

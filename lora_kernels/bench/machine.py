@@ -16,6 +16,7 @@ import torch
 
 import lora_kernels
 from lora_kernels import backends, plan
+from lora_kernels.backends.device import architecture
 from lora_kernels.bench.clock import clock_for
 from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
@@ -34,12 +35,13 @@ def describe(device: str) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "",
     }
     if device == "cuda":
-        properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+        index = torch.cuda.current_device()
+        properties = torch.cuda.get_device_properties(index)
         facts |= {
             "name": properties.name,
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
-            "architecture": _architecture(properties),
+            "architecture": architecture(index),
             "clocks": _gpu_clocks(),
         }
     else:
@@ -145,12 +147,6 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _architecture(properties: Any) -> str:
-    if torch.version.hip:
-        return properties.gcnArchName.partition(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
 
 
 def _gpu_clocks() -> str:

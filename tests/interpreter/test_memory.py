@@ -416,7 +416,7 @@ def test_every_launch_names_its_device_and_its_rounding(monkeypatch):
 
 
 def test_target_is_that_of_the_operands_device(monkeypatch):
-    monkeypatch.setattr(device_module, "_architecture", lambda index: f"sm_{80 + 10 * index}")
+    monkeypatch.setattr(device_module, "architecture", lambda index: f"sm_{80 + 10 * index}")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device_module.current_target().name == "sm_80"
