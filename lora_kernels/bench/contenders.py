@@ -39,14 +39,9 @@ from lora_kernels.quantized import BLOCK, BLOCK2
 from lora_kernels.samples import sample
 
 Function = Callable[[Tensor], Tensor]
-OURS = tuple(f"ours[{name}]" for name in backends.BACKENDS)
+OURS = {f"ours[{name}]": name for name in backends.BACKENDS}
 FLOORS = ("frozen", "loop")  # without LoRA
-FORCED = (
-    "two_kernel",
-    "one_launch",
-    "persistent",
-    "persistent_one_launch",
-)  # algorithms of Triton's
+FORCED = ("two_kernel", "one_launch", "persistent", "persistent_one_launch")  # of Triton's
 NAMES = ("frozen", "loop", "reference", "compiled", "addmm", "peft", "dense", *FORCED, *OURS)
 BACKENDS_ON = {"cpu": ("eager", "cpu"), "cuda": ("eager", "triton", "cuda")}
 
@@ -61,6 +56,15 @@ class Layer:
     B: Tensor
     alpha: float
     packed: QuantizedWeight | None = None
+
+    def double(self) -> Layer:
+        """The same in float64, without what was packed."""
+
+        def wide(t: Tensor) -> Tensor:
+            return t.detach().double().requires_grad_(t.requires_grad)
+
+        bias = None if self.bias is None else wide(self.bias)
+        return Layer(wide(self.weight), bias, wide(self.A), wide(self.B), self.alpha)
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,12 @@ def make_input(problem: Problem, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 def build(name: str, layer: Layer) -> Built:
     """The contender `name` on these operands. ValueError for an unknown name."""
-    if name in _BUILDERS:
-        return _BUILDERS[name](layer)
     if name in OURS:
-        backend = name.removeprefix("ours[").removesuffix("]")
-        return Built(lambda x: _ours(x, layer, backend), (layer.A, layer.B))
-    raise ValueError(f"contender must be one of {NAMES}, got {name!r}")
+        backend = OURS[name]
+        return Built(lambda x: ours(x, layer, backend), (layer.A, layer.B))
+    if name not in _BUILDERS:
+        raise ValueError(f"contender must be one of {NAMES}, got {name!r}")
+    return _BUILDERS[name](layer)
 
 
 def left_out(name: str, problem: Problem) -> str | None:
@@ -135,7 +139,7 @@ def left_out(name: str, problem: Problem) -> str | None:
         return "measured on cuda only"
     try:
         if name in OURS:
-            plan.explain(problem, name.removeprefix("ours[").removesuffix("]"))
+            plan.explain(problem, OURS[name])
         elif name in ("loop", *FORCED):
             plan.explain(problem, "triton", "two_kernel" if name == "loop" else name)
     except RuntimeError as error:
@@ -155,7 +159,8 @@ def reference(x: Tensor, layer: Layer) -> Tensor:
     return F.linear(x, layer.weight, layer.bias) + lora.to(x.dtype)
 
 
-def _ours(x: Tensor, layer: Layer, backend: str) -> Tensor:
+def ours(x: Tensor, layer: Layer, backend: str = "auto") -> Tensor:
+    """By this package."""
     weight = layer.weight if layer.packed is None else layer.packed
     return lora_linear(x, weight, layer.A, layer.B, layer.alpha, layer.bias, backend=backend)
 
@@ -280,7 +285,7 @@ _BUILDERS: dict[str, Callable[[Layer], Built]] = {
     "addmm": _addmm,
     "peft": peft,
     "dense": lambda layer: Built(
-        lambda x: _ours(x, replace(layer, packed=None), "auto"), (layer.A, layer.B)
+        lambda x: ours(x, replace(layer, packed=None)), (layer.A, layer.B)
     ),
     "loop": _loop,
     **{algorithm: partial(_forced, algorithm) for algorithm in FORCED},
