@@ -127,6 +127,7 @@ def test_the_layout_is_the_builders(kernel):
     assert "[torch-noarch]" in text and re.search(r"^version = [1-9]", text, re.M)
     code = root / "torch-ext" / "lora_kernels"
     assert (code / "tuning/cycles.json").exists() and not (code / "bench").exists()
+    assert "lora-kernels" not in (code / "selftest.py").read_text(), "no such package is installed"
 
 
 @pytest.mark.parametrize(
