@@ -7,19 +7,16 @@ from collections.abc import Callable
 
 
 class Progress:
-    """Counts `total` steps; `str` is "[3/10, about 2 min left]" within the third, without an estimate within the first."""
+    """Counts `total` steps."""
 
     def __init__(self, total: int, now: Callable[[], float] = time.perf_counter) -> None:
         self.total, self.now = total, now
         self.begin, self.step = now(), 0
 
     def next(self) -> str:
-        """Go on to the next step; returns it in words."""
-        self.step += 1
-        return str(self)
-
-    def __str__(self) -> str:
-        place, done = f"{self.step}/{self.total}", self.step - 1
+        """Go on to the next step; returns it in words: "[3/10, about 2 min left]", the first without an estimate."""
+        done, self.step = self.step, self.step + 1
+        place = f"{self.step}/{self.total}"
         if done < 1:
             return f"[{place}]"
         left = (self.now() - self.begin) / done * (self.total - done)

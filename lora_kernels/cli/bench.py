@@ -127,8 +127,7 @@ def _order(args: argparse.Namespace, baseline: Results | None) -> Order:
         if preset == "gpu" and device != "cuda":
             raise RuntimeError("--preset gpu needs a GPU that PyTorch can use")
         names = tuple(args.contender or presets.names(preset))
-        alone = preset is None or preset in shared.PRESETS
-        cases = [] if alone else presets.cases(preset or "", device, dtypes)
+        cases = presets.cases(preset, device, dtypes) if preset in presets.PRESETS else []
         shapes = [tuple(shape) for shape in args.shape or ()]
         for shape in shapes:
             check_sizes(shape, 1)
