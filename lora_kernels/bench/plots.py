@@ -36,8 +36,8 @@ def draw(
     results: Results,
     folder: Path,
     stem: str,
-    suffix: str = "png",
-    drawings: dict[str, str] | None = None,
+    suffix: str,
+    drawings: dict[str, str],
 ) -> list[Path]:
     """Write the pictures that this run has rows for; `drawings` gets each as SVG as well, by the file's name.
 
@@ -60,8 +60,7 @@ def draw(
         if figure is not None:
             file = folder / f"{stem}-{what}.{suffix}"
             figure.savefig(file, dpi=120)
-            if drawings is not None:
-                drawings[file.name] = _svg(figure, matplotlib)
+            drawings[file.name] = _svg(figure, matplotlib)
             pyplot.close(figure)
             written.append(file)
     return written
