@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import python
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 STEPS = {
@@ -35,18 +35,9 @@ def run(name, folder, *arguments):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"the package {needed} is not installed")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *(launcher if name in ON_TWO_RANKS else [])]
+    command = [*(launcher if name in ON_TWO_RANKS else []), EXAMPLES / f"{name}.py", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(EXAMPLES / f"{name}.py"), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return python(*command, cwd=folder, env=environment, timeout=300).stdout
 
 
 def test_every_example_is_run():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import python
 
 pytestmark = pytest.mark.slow  # processes that import torch
 
@@ -85,9 +85,7 @@ def kernel(tmp_path_factory):
     folders = []
     for number in (1, 2):
         folder = tmp_path_factory.mktemp("hub") / f"kernel{number}"
-        command = [sys.executable, str(ROOT / "release/hub.py"), str(folder), "--built"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        python(ROOT / "release/hub.py", folder, "--built")
         code = folder / "torch-ext" / "lora_kernels"
         text = (code / "_ops.py").read_text()
         (code / "_ops.py").write_text(
@@ -98,25 +96,13 @@ def kernel(tmp_path_factory):
 
 
 def test_two_copies_train_a_step_from_folders_that_are_on_no_path(kernel, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED + TRAINS, *kernel],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    python("-c", LOADED + TRAINS, *kernel, cwd=tmp_path)
 
 
 def test_a_self_test_finds_the_kernel_by_its_folder(kernel, tmp_path):
     """In its own process, where the package has no name that could be imported. There is no GPU: it says so, and no more."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED + SELFTEST, kernel[0]],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "cannot use the device" in done.stdout or done.stdout == "", done.stdout
+    said = python("-c", LOADED + SELFTEST, kernel[0], cwd=tmp_path).stdout
+    assert "cannot use the device" in said or said == "", said
 
 
 def test_the_layout_is_the_builders(kernel):

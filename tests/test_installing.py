@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import yaml
 
 from lora_kernels.backends import cpu
 from lora_kernels.cli import info
+from tests.processes import python
 
 pytestmark = pytest.mark.slow  # processes that import torch
 
@@ -101,8 +100,7 @@ def test_the_library_says_what_it_was_built_with():
 )
 def test_elsewhere_than_on_linux_x86_64_eager_trains_and_says_why(system, machine):
     code = _ELSEWHERE.format(system=system, machine=machine)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run = python("-c", code)
     assert f"its extension is for Linux x86_64, and this is {system} {machine}" in run.stdout
     assert "cuda    not usable: " in run.stdout and "triton  not usable: " in run.stdout
     assert "takes eager for float32, bfloat16, float16" in run.stdout
@@ -114,9 +112,7 @@ def test_a_strangers_first_steps_here():
     expected = "eager" if cpu.BACKEND.unavailable() else "cpu"
     code = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[1:] = [{expected!r}]\n"
     code += f"runpy.run_path({str(ROOT / 'tests/first_steps.py')!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip().endswith(f": {expected}")
+    assert python("-c", code).stdout.rstrip().endswith(f": {expected}")
 
 
 def test_first_steps_need_nothing_of_the_sources():
