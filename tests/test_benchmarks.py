@@ -317,6 +317,9 @@ def test_names_are_checked():
     for name in ("loop", *contenders.FORCED):
         assert "cuda only" in contenders.left_out(name, PROBLEM)
     assert "cuda tensors only" in contenders.left_out("ours[triton]", PROBLEM)
+    ours = {device: contenders.with_backends(("ours",), device) for device in ("cpu", "cuda")}
+    assert ours["cpu"] == ("ours[eager]", "ours[cpu]")
+    assert ours["cuda"] == ("ours[eager]", "ours[triton]", "ours[cuda]")
 
 
 class Fixed(torch.autograd.Function):

@@ -243,13 +243,15 @@ def test_bad_input_is_refused_in_words(command, message, capsys, monkeypatch):
     assert message in err and out == "" and err.count("\n") == 1
 
 
-def test_selftest_passes_here(capsys):
+def test_selftest_passes_here(capsys, monkeypatch):
+    """For every backend of the registry, also one that was added to it."""
+    monkeypatch.setattr(backends, "BACKENDS", {"toy": "tests.toy_backend", **backends.BACKENDS})
     code, found = printed(capsys, "selftest", "--device", "cpu")
-    usable = [name for name in ("eager", "cpu") if backends.get(name).unavailable() is None]
+    usable = [name for name in ("eager", "cpu", "toy") if backends.get(name).unavailable() is None]
     assert code == 0 and found["passed"]
     ran = [each for each in found["backends"] if each["skipped"] is None]
     assert [each["backend"] for each in ran] == usable
-    assert all(each["checks"] > 50 and each["closest"] <= 1.0 for each in ran)
+    assert all(each["checks"] > 30 and each["closest"] <= 1.0 for each in ran)
 
 
 def test_selftest_fails_where_a_product_is_wrong(capsys, monkeypatch):

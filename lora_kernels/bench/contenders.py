@@ -43,7 +43,6 @@ OURS = {f"ours[{name}]": name for name in backends.BACKENDS}
 FLOORS = ("frozen", "loop")  # without LoRA
 FORCED = ("two_kernel", "one_launch", "persistent", "persistent_one_launch")  # of Triton's
 NAMES = ("frozen", "loop", "reference", "compiled", "addmm", "peft", "dense", *FORCED, *OURS)
-BACKENDS_ON = {"cpu": ("eager", "cpu"), "cuda": ("eager", "triton", "cuda")}
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,15 @@ def left_out(name: str, problem: Problem) -> str | None:
     return None
 
 
+def backends_on(device: str) -> list[str]:
+    """Our backends of a device type, in the order of the tables."""
+    every = {name: backends.get(name).devices for name in reversed(backends.BACKENDS)}
+    return [name for name, devices in every.items() if not devices or device in devices]
+
+
 def with_backends(names: Iterable[str], device: str) -> tuple[str, ...]:
     """`names`, where "ours" stands for each of our backends that a device type has."""
-    ours = [f"ours[{backend}]" for backend in BACKENDS_ON[device]]
+    ours = [f"ours[{backend}]" for backend in backends_on(device)]
     return tuple(dict.fromkeys(n for name in names for n in (ours if name == "ours" else [name])))
 
 
