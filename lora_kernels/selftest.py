@@ -42,10 +42,7 @@ _EVERY = Needs(True, False, True, True, False)
 _SIZES = ((1, 48, 64, 8), (33, 65, 47, 12), (130, 136, 264, 16), (70, 40, 24, 72))  # M, N, K, R
 # With whole blocks of NF4 in a row, which a kernel for few rows decodes itself, and without.
 _PACKED_SIZES = ((5, 72, 128, 8), (70, 33, 50, 8))
-_GROUPED_SIZES = (
-    (70, 136, 72, 12, 4),
-    (40, 48, 64, 16, 1),
-)  # M, N, K, R, weights; of _GROUPS groups
+_GROUPED_SIZES = ((70, 136, 72, 12, 4), (40, 48, 64, 16, 1))  # M, N, K, R, weights
 _GROUPS = 4
 _DTYPES = (
     ("float32", "float32"),

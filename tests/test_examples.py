@@ -58,9 +58,8 @@ def test_example(name, tmp_path):
     if name == "qlora_finetune":
         assert "37 NF4 layers with LoRA" in output
         theirs, ours = re.findall(r"([\d.]+) % +[\d.]+ ms +[\d.]+ MiB", output)
-        assert abs(float(theirs) - float(ours)) <= 1.0, (
-            output
-        )  # of 1000 words, after the same steps
+        # Of 1000 words, after the same steps.
+        assert abs(float(theirs) - float(ours)) <= 1.0, output
         for mine, other in re.findall(r"loss ([\d.]+)  \(PEFT ([\d.]+)\)", output):
             assert abs(float(mine) - float(other)) <= 2e-3, output
     if name == "moe_finetune":

@@ -33,11 +33,7 @@ _HIGHEST = 4.0  # a higher bar ends here and has its value written above it
 
 
 def draw(
-    results: Results,
-    folder: Path,
-    stem: str,
-    suffix: str,
-    drawings: dict[str, str],
+    results: Results, folder: Path, stem: str, suffix: str, drawings: dict[str, str]
 ) -> list[Path]:
     """Write the pictures that this run has rows for; `drawings` gets each as SVG as well, by the file's name.
 

@@ -15,13 +15,8 @@ from lora_kernels.bench.progress import Progress
 from lora_kernels.bench.results import Results, Row
 from lora_kernels.problem import Problem
 
-SUITES = (
-    "linear",
-    "growth",
-    "training",
-    "overhead",
-    "memory",
-)  # of everything; "shared" has presets of its own
+# Of everything; "shared" has presets of its own.
+SUITES = ("linear", "growth", "training", "overhead", "memory")
 GROWTH_NAMES = ("frozen", "reference", "ours")
 Say = Callable[[str], None]
 
