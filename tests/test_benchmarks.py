@@ -23,6 +23,7 @@ from lora_kernels.bench import (
     linear,
     machine,
     memory,
+    plots,
     presets,
     report,
     results,
@@ -733,13 +734,16 @@ def test_predictions_stand_beside_measurements():
     assert f"| addmm | forward | 1 | {us / 8:.2f} | {us / 8:.2f} | {us / 8:.2f} |" in text
 
 
-def test_plots_show_the_rows():
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    import matplotlib
+@pytest.fixture
+def pyplot():
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib import pyplot
 
-    from lora_kernels.bench import plots
+    yield pyplot
+    pyplot.close("all")
 
-    matplotlib.use("Agg")
+
+def test_plots_show_the_rows(pyplot):
     bars = plots.price(a_run(), pyplot)
     heights = sorted(patch.get_height() for patch in bars.axes[0].patches)
     assert heights == pytest.approx([1.1, 1.2, 1.2, 1.4, 1.5, 1.5])
@@ -751,14 +755,10 @@ def test_plots_show_the_rows():
     roof = plots.roofline(a_run(), pyplot).axes[0].lines[0].get_data()
     assert max(roof[1]) == RATES["float32_gflops"]
     assert plots.price(made_results(), pyplot) is None
-    pyplot.close("all")
 
 
-def test_a_plot_of_prices_hides_nothing():
+def test_a_plot_of_prices_hides_nothing(pyplot):
     """A bar that would be too high says its value; panels have cases; many cases become boxes that show their extremes."""
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    from lora_kernels.bench import plots
-
     tall = made_row("peft", 1.0, 7.25)
     figure = plots.price(made_results(*a_run().rows, tall), pyplot)
     (axes,) = figure.axes
@@ -779,13 +779,10 @@ def test_a_plot_of_prices_hides_nothing():
     assert [text.get_text() for text in axes.texts] == ["to 9.5"]
     ends = [float(y) for line in axes.lines for y in line.get_ydata()]
     assert {1.0, 1 + plots._MANY / 50} <= set(ends) and axes.get_ylim()[0] == 0
-    pyplot.close("all")
 
 
 def test_plots_are_files(tmp_path):
     pytest.importorskip("matplotlib")
-    from lora_kernels.bench import plots
-
     written = plots.draw(a_run(), tmp_path, "a", "png", {})
     assert [file.name for file in written] == ["a-price.png", "a-growth.png", "a-roofline.png"]
     assert all(file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for file in written)

@@ -11,7 +11,7 @@ from lora_kernels import backends
 from lora_kernels.__main__ import main
 from lora_kernels.bench import linear, page, plots, results
 from lora_kernels.bench import run as runner
-from lora_kernels.bench.progress import Progress
+from lora_kernels.bench.progress import counted
 from lora_kernels.cli import tune as tuning
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import tables
@@ -20,15 +20,14 @@ from tests.test_benchmarks import RATES, a_run, made_row
 
 
 def test_an_estimate_follows_the_pace_so_far():
-    seconds = [0.0]
-    progress = Progress(5, now=lambda: seconds[0])
-    assert progress.next() == "[1/5]"
-    seconds[0] = 10.0
-    assert progress.next() == "[2/5, about 40 s left]"
-    seconds[0] = 120.0
-    assert progress.next() == "[3/5, about 3 min left]"
-    seconds[0] = 6 * 3600.0
-    assert progress.next() == "[4/5, about 4.0 h left]"
+    seconds = iter([0.0, 10.0, 120.0, 6 * 3600.0, 6 * 3600.0])
+    assert list(counted("abcde", now=lambda: next(seconds))) == [
+        ("[1/5]", "a"),
+        ("[2/5, about 40 s left]", "b"),
+        ("[3/5, about 3 min left]", "c"),
+        ("[4/5, about 4.0 h left]", "d"),
+        ("[5/5, about 1.5 h left]", "e"),
+    ]
 
 
 @pytest.fixture

@@ -77,23 +77,17 @@ class Built:
 
 def make_layer(problem: Problem, seed: int = 0) -> Layer:
     """Random operands of a problem, as trained layers have them: x·A·B is not small beside x·W."""
-    generator = torch.Generator(problem.device).manual_seed(seed)
-
-    def normal(*shape: int, scale: float, dtype: str) -> Tensor:
-        values = torch.randn(shape, generator=generator, device=problem.device)
-        return (scale * values).to(getattr(torch, dtype))
-
-    spread = 1 / math.sqrt(max(problem.K, 1))
+    normal, spread = _normal(problem, seed), 1 / math.sqrt(max(problem.K, 1))
     packed = None
     if problem.weight_format != DENSE:
         kind, dtype = problem.weight_format, getattr(torch, problem.dtype)
         packed = sample(kind, problem.N, problem.K, dtype, problem.device)
         weight = packed.dense()
     else:
-        weight = normal(problem.N, problem.K, scale=spread, dtype=problem.dtype)
+        weight = normal(problem.N, problem.K, scale=spread)
     return Layer(
         weight=weight,
-        bias=normal(problem.N, scale=1.0, dtype=problem.dtype) if problem.bias else None,
+        bias=normal(problem.N) if problem.bias else None,
         A=normal(problem.K, problem.R, scale=spread, dtype=problem.adapter_dtype).requires_grad_(),
         B=normal(problem.R, problem.N, scale=0.5, dtype=problem.adapter_dtype).requires_grad_(),
         alpha=0.5,
@@ -101,15 +95,21 @@ def make_layer(problem: Problem, seed: int = 0) -> Layer:
     )
 
 
-def make_input(problem: Problem, seed: int = 1) -> tuple[Tensor, Tensor]:
+def make_input(problem: Problem) -> tuple[Tensor, Tensor]:
     """x [M, K], which requires a gradient as inside of a network, and dy [M, N]."""
+    normal = _normal(problem, seed=1)
+    return normal(problem.M, problem.K).requires_grad_(), normal(problem.M, problem.N)
+
+
+def _normal(problem: Problem, seed: int) -> Callable[..., Tensor]:
+    """What draws tensors of a shape on the problem's device, and in its dtype where none is given."""
     generator = torch.Generator(problem.device).manual_seed(seed)
 
-    def normal(columns: int) -> Tensor:
-        values = torch.randn(problem.M, columns, generator=generator, device=problem.device)
-        return values.to(getattr(torch, problem.dtype))
+    def normal(*shape: int, scale: float = 1.0, dtype: str = problem.dtype) -> Tensor:
+        values = torch.randn(shape, generator=generator, device=problem.device)
+        return (scale * values).to(getattr(torch, dtype))
 
-    return normal(problem.K).requires_grad_(), normal(problem.N)
+    return normal
 
 
 def build(name: str, layer: Layer) -> Built:

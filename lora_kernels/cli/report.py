@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from lora_kernels.bench import page, plots, report, results
-from lora_kernels.bench.progress import Progress
+from lora_kernels.bench.progress import counted
 from lora_kernels.bench.results import Results
 from lora_kernels.cli import check_output, say
 
@@ -61,9 +61,8 @@ def _draw(
     drawings: dict[str, str],
 ) -> int:
     """1 where the plots of a run could not be drawn, which is said, and the others are; else 0."""
-    code, progress = 0, Progress(len(runs))
-    for file, each in runs.items():
-        place = progress.next()
+    code = 0
+    for place, (file, each) in counted(runs.items()):
         try:
             drawn[file] = plots.draw(each, output, file.stem, suffix, drawings)
         except ModuleNotFoundError:
