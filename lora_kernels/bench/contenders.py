@@ -208,25 +208,32 @@ class _Addmm(torch.autograd.Function):
 
 def peft(layer: Layer, use_dora: bool = False) -> Built:
     """PEFT's layer over the same operands; its magnitude, with DoRA, is that of the base."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    rank = layer.A.shape[1]
-    base = _dense_base(layer) if layer.packed is None else _bitsandbytes_base(layer)
+    base = dense_base(layer) if layer.packed is None else _bitsandbytes_base(layer)
     if layer.bias is not None:
         base.bias = nn.Parameter(layer.bias, requires_grad=False)
     model = nn.Sequential(base)
     model.is_loaded_in_4bit = layer.packed is not None  # type: ignore[assignment]
+    trained = add_peft_adapter(model, layer, use_dora=use_dora)
+    return Built(model[0], trained, transposed=True)
+
+
+def add_peft_adapter(
+    model: nn.Sequential, layer: Layer, name: str = "default", **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Add the adapter of `layer` to the one layer of `model`, as PEFT does; returns A and B, as PEFT stores them."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    rank = layer.A.shape[1]
     alpha: Any = layer.alpha * rank
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], use_dora=use_dora)
-    inject_adapter_in_model(config, model)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], **options)
+    inject_adapter_in_model(config, model, adapter_name=name)
     inner: Any = model[0]
-    A = nn.Parameter(layer.A.detach().t().contiguous())
-    B = nn.Parameter(layer.B.detach().t().contiguous())
-    inner.lora_A["default"].weight, inner.lora_B["default"].weight = A, B
-    return Built(inner, (A, B), transposed=True)
+    A, B = (nn.Parameter(t.detach().t().contiguous()) for t in (layer.A, layer.B))
+    inner.lora_A[name].weight, inner.lora_B[name].weight = A, B
+    return A, B
 
 
-def _dense_base(layer: Layer) -> nn.Linear:
+def dense_base(layer: Layer) -> nn.Linear:
     N, K = layer.weight.shape
     base = nn.Linear(K, N, bias=layer.bias is not None, device="meta")
     base.weight = nn.Parameter(layer.weight, requires_grad=False)

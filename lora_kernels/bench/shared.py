@@ -243,27 +243,19 @@ def _adapters_case(label: str, length: int, device: str, dtype: str) -> Case:
         ),
     }
     if not left_out("adapters"):
-        every["peft"] = _peft_adapters(weight, layers, index)
+        every["peft"] = _peft_adapters(layers, index)
     exact = by_adapter(contenders.reference, [layer.double() for layer in layers], weight.double())
     x, _ = contenders.make_input(one)
     x = x.detach().view(SAMPLES, length, N).requires_grad_()
     return Case(label, replace(one, groups=ADAPTERS), x, every, exact, "reference")
 
 
-def _peft_adapters(weight: Tensor, layers: list[Layer], index: list[int]) -> Contender:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    base.weight = nn.Parameter(weight, requires_grad=False)
-    model = nn.Sequential(base)
+def _peft_adapters(layers: list[Layer], index: list[int]) -> Contender:
+    """PEFT's layer over the first one's weight."""
+    model = nn.Sequential(contenders.dense_base(layers[0]))
     for g, layer in enumerate(layers):
-        alpha: Any = layer.alpha * RANK
-        config = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=["0"])
-        inject_adapter_in_model(config, model, adapter_name=str(g))
-        inner: Any = model[0]
-        inner.lora_A[str(g)].weight = nn.Parameter(layer.A.detach().t().contiguous())
-        inner.lora_B[str(g)].weight = nn.Parameter(layer.B.detach().t().contiguous())
-    model.eval()
+        contenders.add_peft_adapter(model, layer, str(g))
+    inner = model.eval()[0]
     names = [str(g) for g in index]
     return Contender(lambda x: (inner(x, adapter_names=names),), trains=False)
 
