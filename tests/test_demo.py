@@ -21,9 +21,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What the command printed, its exit code and its folder, after a few steps."""
+    """What the command printed, its exit code and its folder, after a few steps; of fewer held-out words."""
     folder = tmp_path_factory.mktemp("demo")
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "HELD_OUT", 200)
         code = main(["demo", "--steps", "12", "--output", str(folder), "--json"])
     return code, json.loads(out.getvalue()), folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,17 +83,13 @@ except selftest.NoVerdictError as error:
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
     """Two folders of the kernel as built, each with a namespace of its own."""
-    folders = []
-    for number in (1, 2):
-        folder = tmp_path_factory.mktemp("hub") / f"kernel{number}"
-        python(ROOT / "release/hub.py", folder, "--built")
-        code = folder / "torch-ext" / "lora_kernels"
-        text = (code / "_ops.py").read_text()
-        (code / "_ops.py").write_text(
-            re.sub(r"_lora_kernels_\w+?\b", f"_lora_kernels_v{number}", text)
-        )
-        folders.append(str(code))
-    return folders
+    first, second = (tmp_path_factory.mktemp("hub") / name for name in ("first", "second"))
+    python(ROOT / "release/hub.py", first, "--built")
+    shutil.copytree(first, second)
+    folders = [folder / "torch-ext/lora_kernels" for folder in (first, second)]
+    ops = (folders[1] / "_ops.py").read_text()
+    (folders[1] / "_ops.py").write_text(re.sub(r"_lora_kernels_\w+?\b", "_lora_kernels_2", ops))
+    return list(map(str, folders))
 
 
 def test_two_copies_train_a_step_from_folders_that_are_on_no_path(kernel, tmp_path):
