@@ -783,7 +783,7 @@ def test_a_plot_of_prices_hides_nothing(pyplot):
 
 def test_plots_are_files(tmp_path):
     pytest.importorskip("matplotlib")
-    written = plots.draw(a_run(), tmp_path, "a", "png", {})
+    written = plots.draw(a_run(), tmp_path, "a", "png")
     assert [file.name for file in written] == ["a-price.png", "a-growth.png", "a-roofline.png"]
     assert all(file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for file in written)
 

@@ -126,11 +126,10 @@ def test_a_report_is_written_with_the_plots_that_there_are(
     for name in ("a", "b"):
         results.save(a_run(), tmp_path / f"{name}.json")
 
-    def draw(run, folder, stem, suffix, drawings):
+    def draw(run, folder, stem, suffix):
         if stem == "b":
             raise error
-        drawings["a-price.png"] = "<svg><text>a</text></svg>"
-        return [folder / "a-price.png"]
+        return {folder / "a-price.png": "<svg><text>a</text></svg>"}
 
     monkeypatch.setattr(plots, "draw", draw)
     assert main(["report", str(tmp_path)]) == code
