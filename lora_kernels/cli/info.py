@@ -115,11 +115,9 @@ def _describe(device: str) -> dict[str, Any]:
     with _on(device):
         facts = machine.describe(device.partition(":")[0])
         if device != "cpu":
-            facts["device"] = device
-            has = getattr(
-                torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0
-            )
-            facts["shared_kib"] = has // 1024
+            properties = torch.cuda.get_device_properties(device)
+            shared = getattr(properties, "shared_memory_per_block_optin", 0)
+            facts |= {"device": device, "shared_kib": shared // 1024}
             with contextlib.suppress(ValueError):
                 target = current_target()
                 facts |= {"tiles_of": target.name, "tiles_kib": target.smem_bytes // 1024}
