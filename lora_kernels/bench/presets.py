@@ -41,6 +41,7 @@ MODELS = {
         (128, 8192),
     ),
 }
+DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}  # of a model, where none are given
 PRESETS = (*MODELS, "laptop", "grid", "gpu", "nf4", "quick")
 ALL = ("frozen", "loop", "reference", "compiled", "addmm", "peft", *FORCED, "ours")
 GRID_NAMES = ("frozen", "reference", "addmm", "ours")
@@ -67,7 +68,7 @@ RANKS = (4, 8, 32, 64, 128, 256)
 def cases(preset: str, device: str, dtypes: tuple[str, ...] = ()) -> list[Case]:
     """The linear and growth cases of a preset; `dtypes` replaces its own. ValueError for an unknown name."""
     if preset in MODELS:
-        types = dtypes or (("bfloat16",) if device == "cuda" else ("float32",))
+        types = dtypes or DTYPES[device]
         return [case for dtype in types for case in model_cases(preset, device, dtype)]
     if preset == "quick":
         return shape_cases([(64, 96, 160, 4)], device, dtypes or ("float32",), ())

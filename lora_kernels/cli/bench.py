@@ -145,16 +145,10 @@ def _order(args: argparse.Namespace, baseline: Results | None) -> Order:
         suites=tuple(args.suite or suites),
         names=names,
         effort=linear.Effort(args.seconds, (args.rounds, 200)),
-        dtypes=dtypes or _dtypes(device, preset),
+        dtypes=dtypes or (shared.DTYPES if preset in shared.PRESETS else presets.DTYPES[device]),
         shared=(preset,) if preset in shared.PRESETS else (),
         command="python -m lora_kernels " + shlex.join(sys.argv[1:]),
     )
-
-
-def _dtypes(device: str, preset: str | None) -> tuple[str, ...]:
-    if preset in shared.PRESETS:
-        return shared.DTYPES
-    return ("bfloat16",) if device == "cuda" else ("float32",)
 
 
 def _again(order: Order, found: Results) -> Callable[[Row], Row | None]:
