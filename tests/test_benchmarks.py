@@ -385,37 +385,28 @@ def test_the_error_of_a_contender_is_the_largest_of_its_tensors(what):
     assert oracle.check("it", fixed(oracle.layer, found)) == pytest.approx(1e-6, rel=0.2)
 
 
-def test_the_budget_counts_each_of_its_parts():
+ULP = 2.0**-20  # of float32 at 8
+
+
+@pytest.mark.parametrize(
+    ("dtype", "longest", "plain", "right", "wrong"),
+    [
+        (torch.float32, 1, 0.0, 6 * ULP, 7 * ULP),
+        (torch.float32, 10000, 0.0, 204 * ULP, 205 * ULP),
+        (torch.bfloat16, 1, 0.0, 4 / 16, 5 / 16),
+        (torch.float32, 1, 0.5, 1.0, 1.01),
+    ],
+    ids=["a sum of one", "a long sum", "a short dtype", "a plain formula that is off"],
+)
+def test_the_budget_counts_each_of_its_parts(dtype, longest, plain, right, wrong):
     """Twice the plain formula's error, four roundings of the result, and a walk over the longest sum."""
     exact = torch.full((4,), 8.0, dtype=torch.float64)
-    plain = exact + 0.5
-    for dtype, longest, allowed in (
-        (torch.float32, 1, 1.0 + 8 * (4 + 2) * 2.0**-23),
-        (torch.float32, 10000, 1.0 + 8 * (4 + 200) * 2.0**-23),
-        (torch.bfloat16, 10000, 1.0 + 8 * (4 * 2.0**-7 + 200 * 2.0**-23)),
-    ):
-        for error, right in ((0.97 * allowed, True), (1.03 * allowed, False)):
-            found = (exact + error).to(torch.float32)
-            found = Typed(found, dtype)
-            if right:
-                assert check.relative_error("it", found, exact, plain, longest) > 0
-            else:
-                with pytest.raises(check.Wrong, match="it is off by"):
-                    check.relative_error("it", found, exact, plain, longest)
+    budget = exact, exact + plain, longest
+    assert check.relative_error("it", (exact + right).to(dtype), *budget) == right / 8
+    with pytest.raises(check.Wrong, match="it is off by"):
+        check.relative_error("it", (exact + wrong).to(dtype), *budget)
     with pytest.raises(check.Wrong, match=r"it is \[3\], not \[4\]"):
-        check.relative_error("it", exact[:3], exact, plain, 1)
-
-
-def Typed(t, dtype):
-    """A tensor that says it has another dtype, so that its rounding does not blur what is allowed."""
-
-    class Other(torch.Tensor):
-        __torch_function__ = torch._C._disabled_torch_function_impl
-        dtype = None
-
-    other = t.as_subclass(Other)
-    Other.dtype = dtype
-    return other
+        check.relative_error("it", exact[:3], *budget)
 
 
 @pytest.mark.parametrize("off", [float("nan"), 0.01, 5e-6])
