@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shlex
 from pathlib import Path
 from statistics import median, quantiles
@@ -310,14 +311,12 @@ def test_measured_and_predicted_stay_apart():
 
 def test_the_pictures_are_those_that_the_results_draw():
     """`python docs/pictures/draw.py` was run after the last change of it and of its result file."""
-    spec = importlib.util.spec_from_file_location("draw", ROOT / "docs/pictures/draw.py")
-    draw = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(draw)
+    pictures = runpy.run_path(str(ROOT / "docs/pictures/draw.py"))["PICTURES"]
     shown = {
         re.sub(".*/", "", path) for d in DOCUMENTS for path, _ in links(d) if path.endswith("svg")
     }
-    assert shown == set(draw.PICTURES)
-    for name, drawn in draw.PICTURES.items():
+    assert shown == set(pictures)
+    for name, drawn in pictures.items():
         assert (ROOT / "docs/pictures" / name).read_text(encoding="utf-8") == drawn(), name
 
 
