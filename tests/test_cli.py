@@ -302,25 +302,6 @@ def test_the_largest_and_the_smallest_sizes_are_explained(shape, capsys):
     assert code == 0 and found["forward"]["problem"]["M"] == int(shape.split()[0])
 
 
-def test_tune_checks_what_it_writes_before_it_measures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(type(backends.get("triton")), "unavailable", lambda self: None)
-    monkeypatch.setattr("lora_kernels.backends.device.current_target", lambda: TARGETS["sm_90"])
-    monkeypatch.setattr("lora_kernels.cli.tune.tune", lambda *a, **k: pytest.fail("measured"))
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "cache"))
-    command = ["tune", "--shape", "1", "2", "3", "4"]
-    assert main([*command, "--output", str(tmp_path)]) == 2
-    assert (
-        f"--output must be a file that can be written, got {tmp_path}:" in capsys.readouterr().err
-    )
-    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "file"))
-    assert main(command) == 2
-    assert "LORA_KERNELS_CACHE must be a file that can be written" in capsys.readouterr().err
-    monkeypatch.setattr("lora_kernels.cli.tune.tune", lambda *a, **k: ([], [], []))
-    assert main([*command, "--dry-run"]) == 0, "nothing is written into the cache"
-
-
 @pytest.mark.parametrize(
     ("raised", "code"),
     [

@@ -117,6 +117,20 @@ def test_a_tune_keeps_its_table(device, monkeypatch, tmp_path, capsys, error):
     assert "entries written to" in err
 
 
+def test_tune_checks_what_it_writes_before_it_measures(device, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tuning, "tune", lambda *a, **k: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    command = ["tune", "--shape", "1", "2", "3", "4"]
+    assert main([*command, "--output", str(tmp_path)]) == 2
+    said = f"--output must be a file that can be written, got {tmp_path}:"
+    assert said in capsys.readouterr().err
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "file"))
+    assert main(command) == 2
+    assert "LORA_KERNELS_CACHE must be a file that can be written" in capsys.readouterr().err
+    monkeypatch.setattr(tuning, "tune", lambda *a, **k: ([], [], []))
+    assert main([*command, "--dry-run"]) == 0, "nothing is written into the cache"
+
+
 @pytest.mark.parametrize(
     "error, code", [(ValueError("odd rows"), 1), (KeyboardInterrupt(), 130)], ids=str
 )
