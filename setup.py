@@ -148,9 +148,8 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if self._libraries() else "any"
 
     def write_wheelfile(self, *args, **options):
-        self.root_is_pure = (
-            not self._libraries()
-        )  # only here: what is installed lies where an extension would
+        # Only here: what is installed lies where an extension would.
+        self.root_is_pure = not self._libraries()
         super().write_wheelfile(*args, **options)
 
     def _libraries(self):

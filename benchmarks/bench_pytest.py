@@ -93,5 +93,5 @@ def test_training_step(benchmark, model, name, report):
     """Its first losses are those of the reference, or it is not timed."""
     left_out = {}
     report(training.measure(model, DEVICE, EFFORT, left_out, (name,)), name, left_out)
-    step = training.STEPS[model](name, DEVICE, torch.float32)
+    step = training.MODELS[model](name, DEVICE, torch.float32)
     benchmark.pedantic(lambda: step().item(), rounds=5, warmup_rounds=2)

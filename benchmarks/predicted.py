@@ -52,11 +52,8 @@ FORMS = (
 ONE_LAUNCH = ("one_launch", "persistent_one_launch")
 BEST = "ours: the best of our products, and its range"
 TITLES = {form: form for form in (*FORMS, BEST)} | {"lorafusion": "LoRAFusion-style, predicted"}
-GROUPED_ROWS = (
-    32768,
-    4096,
-    128,
-)  # of x: Qwen3-MoE's 4096, 512 and 16 tokens with eight experts each
+# Of x: Qwen3-MoE's 4096, 512 and 16 tokens with eight experts each.
+GROUPED_ROWS = (32768, 4096, 128)
 GROUPED_LAYERS = (  # what it is, K, N, R, groups, weights
     ("Qwen3-MoE gate and up, 128 experts", 2048, 1536, 16, 128, 128),
     ("Qwen3-MoE down, 128 experts", 768, 2048, 16, 128, 128),

@@ -61,9 +61,8 @@ def main():
         if rank == 0 and (step % 10 == 0 or step == options.steps - 1):
             print(f"step {step:3}  loss {loss.item() / ranks:.4f}")
     dist.barrier()  # nobody leaves while another still speaks to it
-    del (
-        parallel
-    )  # before its process group: the two, taken down at once at exit, can wait for each other
+    # Before its process group: the two, taken down at once at exit, can wait for each other.
+    del parallel
     dist.destroy_process_group()
 
 

@@ -34,7 +34,7 @@ from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.formulas import Needs
 from lora_kernels.once import once
-from lora_kernels.operands import Adapter, Groups, QuantizedWeight, name_of
+from lora_kernels.operands import Adapter, Groups, QuantizedWeight
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.samples import SAMPLES, sample
 
@@ -42,16 +42,13 @@ _EVERY = Needs(True, False, True, True, False)
 _SIZES = ((1, 48, 64, 8), (33, 65, 47, 12), (130, 136, 264, 16), (70, 40, 24, 72))  # M, N, K, R
 # With whole blocks of NF4 in a row, which a kernel for few rows decodes itself, and without.
 _PACKED_SIZES = ((5, 72, 128, 8), (70, 33, 50, 8))
-_GROUPED_SIZES = (
-    (70, 136, 72, 12, 4),
-    (40, 48, 64, 16, 1),
-)  # M, N, K, R, weights; of _GROUPS groups
+_GROUPED_SIZES = ((70, 136, 72, 12, 4), (40, 48, 64, 16, 1))  # M, N, K, R, weights
 _GROUPS = 4
 _DTYPES = (
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-    (torch.bfloat16, torch.float32),
+    ("float32", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("bfloat16", "float32"),
 )
 
 
@@ -262,27 +259,17 @@ def failure_of(results: list[Result]) -> str | None:
 
 
 def _fingerprint(name: str, index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "none"
-    try:
-        package = importlib.metadata.version("lora-kernels")
-    except importlib.metadata.PackageNotFoundError:
-        package = "none"
+    device = torch.cuda.get_device_properties(index)
     driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
-    parts = (
-        name,
-        properties.name,
-        properties.major,
-        properties.minor,
-        driver,
-        torch.__version__,
-        triton,
-        package,
-    )
-    return "|".join(map(str, parts))
+    versions = driver, torch.__version__, _version("triton"), _version("lora-kernels")
+    return "|".join(map(str, (name, device.name, device.major, device.minor, *versions)))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _file(fingerprint: str) -> Path:
@@ -305,27 +292,15 @@ def _write(file: Path, fingerprint: str, failure: str | None) -> None:
 def _problems(backend: Backend, device: torch.device) -> Iterator[Problem]:
     """Each type with every size; and each format of a weight that the backend reads, with few rows and with many."""
     for weight_format in sorted(SAMPLES.keys() & set(backend.formats)):
-        for dtype, adapter_dtype in _DTYPES:
-            for M, N, K, R in _PACKED_SIZES:
-                names = name_of(dtype), name_of(adapter_dtype)
-                yield Problem(M, N, K, R, *names, device.type, weight_format=weight_format)
-    for dtype, adapter_dtype in _DTYPES:
-        for i, (M, N, K, R) in enumerate(_SIZES):
-            yield Problem(
-                M=M,
-                N=N,
-                K=K,
-                R=R,
-                dtype=name_of(dtype),
-                adapter_dtype=name_of(adapter_dtype),
-                device=device.type,
-                bias=i % 2 == 0,
-                dropout=i == 2,
-            )
+        for types in _DTYPES:
+            for sizes in _PACKED_SIZES:
+                yield Problem(*sizes, *types, device.type, weight_format=weight_format)
+    for types in _DTYPES:
+        for i, sizes in enumerate(_SIZES):
+            yield Problem(*sizes, *types, device.type, bias=i % 2 == 0, dropout=i == 2)
         for M, N, K, R, weights in _GROUPED_SIZES:
-            names = name_of(dtype), name_of(adapter_dtype)
             own = {"bias": True, "dropout": weights == 1, "groups": _GROUPS, "weights": weights}
-            yield Problem(M, N, K, R, *names, device.type, **own)  # type: ignore[arg-type]
+            yield Problem(M, N, K, R, *types, device.type, **own)  # type: ignore[arg-type]
 
 
 def _check(backend: Backend, problem: Problem, device: torch.device) -> Iterator[Result]:

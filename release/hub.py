@@ -163,7 +163,7 @@ def write(folder: Path, built: bool = False) -> list[str]:
         source = path.read_text(encoding="utf-8")
         if module == NAME:
             source = public(source, left_out)
-        source = source.replace('importlib.metadata.version("lora-kernels")', f'"{version[1]}"')
+        source = source.replace('_version("lora-kernels")', f'"{version[1]}"')
         source = relative(source, module, path.name == "__init__.py")
         check(source, module)
         file = target / path.relative_to(ROOT / NAME)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +221,15 @@ def test_predictions_are_the_cost_models(capsys, target, shape):
         (f"bench --shape 1 {10**400} 3 4", "at most 2^63 - 1 elements"),
         (f"tune --shape 1 2 3 {2**63}", "at most 2^63 - 1 elements"),
         ("explain --shape 0 0 0 -1", "not negative, got 0 0 0 -1"),
+        ("bench --shape 0 1 1 1", "--shape must be four sizes that are positive, got 0 1 1 1"),
+        ("bench --preset quick --rounds 1", "--rounds at least 3"),
+        ("bench --preset quick --cold --device cpu", "cuda only"),
+        ("bench --compare nowhere.json", "nowhere.json does not exist"),
+        ("bench --compare nowhere.json --preset quick", "no preset"),
+        ("bench --compare nowhere.json --fail-over 1", "--fail-over must be more than 1, got 1.0"),
+        ("bench --device cuda", "needs a GPU"),
+        ("bench --preset gpu", "--preset gpu needs a GPU"),
+        ("report nowhere", "nowhere does not exist"),
         ("selftest --device cuda", "there is none"),
         ("tune --shape 1 2 3 4", "needs a GPU"),
         ("tune --shape 0 2 3 4", "sizes that are positive"),
@@ -235,13 +243,15 @@ def test_bad_input_is_refused_in_words(command, message, capsys, monkeypatch):
     assert message in err and out == "" and err.count("\n") == 1
 
 
-def test_selftest_passes_here(capsys):
+def test_selftest_passes_here(capsys, monkeypatch):
+    """For every backend of the registry, also one that was added to it."""
+    monkeypatch.setattr(backends, "BACKENDS", {"toy": "tests.toy_backend", **backends.BACKENDS})
     code, found = printed(capsys, "selftest", "--device", "cpu")
-    usable = [name for name in ("eager", "cpu") if backends.get(name).unavailable() is None]
+    usable = [name for name in ("eager", "cpu", "toy") if backends.get(name).unavailable() is None]
     assert code == 0 and found["passed"]
     ran = [each for each in found["backends"] if each["skipped"] is None]
     assert [each["backend"] for each in ran] == usable
-    assert all(each["checks"] > 50 and each["closest"] <= 1.0 for each in ran)
+    assert all(each["checks"] > 30 and each["closest"] <= 1.0 for each in ran)
 
 
 def test_selftest_fails_where_a_product_is_wrong(capsys, monkeypatch):
@@ -292,25 +302,6 @@ def test_the_largest_and_the_smallest_sizes_are_explained(shape, capsys):
     assert code == 0 and found["forward"]["problem"]["M"] == int(shape.split()[0])
 
 
-def test_tune_checks_what_it_writes_before_it_measures(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(type(backends.get("triton")), "unavailable", lambda self: None)
-    monkeypatch.setattr("lora_kernels.backends.device.current_target", lambda: TARGETS["sm_90"])
-    monkeypatch.setattr("lora_kernels.cli.tune.tune", lambda *a, **k: pytest.fail("measured"))
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "cache"))
-    command = ["tune", "--shape", "1", "2", "3", "4"]
-    assert main([*command, "--output", str(tmp_path)]) == 2
-    assert (
-        f"--output must be a file that can be written, got {tmp_path}:" in capsys.readouterr().err
-    )
-    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "file"))
-    assert main(command) == 2
-    assert "LORA_KERNELS_CACHE must be a file that can be written" in capsys.readouterr().err
-    monkeypatch.setattr("lora_kernels.cli.tune.tune", lambda *a, **k: ([], [], []))
-    assert main([*command, "--dry-run"]) == 0, "nothing is written into the cache"
-
-
 @pytest.mark.parametrize(
     ("raised", "code"),
     [
@@ -333,17 +324,15 @@ def test_what_stops_a_command_is_an_exit_code(raised, code, capsys, monkeypatch)
     )
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_has_seen_enough_is_no_error(unbuffered):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lora_kernels", "explain", "--shape", "1", "2", "3", "4"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
-    )
-    process.stdout.close()
-    assert process.wait(60) == 0 and process.stderr.read() == b""
-    process.stderr.close()
+@pytest.mark.parametrize("buffering", [1, -1], ids=["line by line", "at the end"])
+def test_a_reader_that_has_seen_enough_is_no_error(buffering, monkeypatch, capsys):
+    """Nor is the flush with which the interpreter ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering) as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["explain", "--shape", "1", "2", "3", "4", "--device", "cpu"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_selftest_of_nothing_fails(capsys, monkeypatch):

@@ -7,14 +7,15 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
-import sys
+import runpy
+import shlex
 from pathlib import Path
 from statistics import median, quantiles
 
 import pytest
 
-from lora_kernels.__main__ import COMMANDS
+from lora_kernels.__main__ import COMMANDS, parser_for
+from tests.processes import python
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -24,16 +25,11 @@ DOCUMENTS = [
     ),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-RUN_TIMEOUT_S = 240
 
 
 def blocks(document, language):
     """The fenced blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), re.M | re.S)
-
-
-def with_python():
-    return [document for document in DOCUMENTS if blocks(document, "python")]
 
 
 def links(document):
@@ -64,7 +60,7 @@ def short(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", with_python(), ids=short)
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "python")], ids=short)
 def test_python_blocks_run(document, tmp_path):
     """Top to bottom in one process, as a reader would; a block that needs a package that is not here is left out."""
     optional = {"from peft": "peft", "import bitsandbytes": "bitsandbytes"}
@@ -75,19 +71,7 @@ def test_python_blocks_run(document, tmp_path):
     # Each document says what its names stand for; the README's line of the formula names a layer without making one.
     prologue = "import torch\nlinear, x = torch.nn.Linear(8, 4), torch.randn(3, 8)\n"
     prologue += "A, B, alpha = torch.randn(8, 2), torch.randn(2, 4), 0.5\n"
-    done = subprocess.run(
-        [sys.executable, "-c", prologue + code],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-        timeout=RUN_TIMEOUT_S,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_readme_has_python():
-    assert ROOT / "README.md" in with_python()
+    python("-c", prologue + code, cwd=tmp_path, env=environment, timeout=240)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=short)
@@ -99,32 +83,21 @@ def test_links_lead_somewhere(document):
             assert heading in headings(target), f"{short(document)}: {path} has no #{heading}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=short)
-def test_commands_exist(document):
-    """Subcommands and make targets that shell blocks use."""
-    shell = "\n".join(blocks(document, "sh") + blocks(document, "yaml"))
-    for command in re.findall(r"-m lora_kernels (\S+)", shell):
-        assert command in COMMANDS, f"{short(document)}: lora_kernels {command}"
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
-    for target in re.findall(r"^make ([a-z]+)", shell, re.M):
-        assert target in targets, f"{short(document)}: make {target}"
-
-
 def test_commands_that_documents_show_are_valid():
-    """Every whole command line of the documents is one that the parser takes."""
-    import shlex
-
-    from lora_kernels.__main__ import parser_for
-
+    """Every whole command line is one that the parser takes, and what `make` is to make is in the Makefile."""
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     found = 0
     for document in DOCUMENTS:
         for line in "\n".join(blocks(document, "sh") + blocks(document, "yaml")).splitlines():
-            shown = re.search(r"python -m lora_kernels (.*)", line)
-            if shown and "..." not in line:
+            where = f"{short(document)}: {line}"
+            if made := re.match(r"make ([a-z]+)", line):
+                assert made[1] in targets, where
+            if shown := re.search(r"-m lora_kernels (.*)", line):
                 asked = shlex.split(shown[1], comments=True)
-                if "--help" not in asked:
+                assert asked[0] in COMMANDS, where
+                if "..." not in line and "--help" not in asked:
                     parser_for(asked).parse_args(asked)
-                found += 1
+                    found += 1
     assert found > 5
 
 
@@ -338,14 +311,12 @@ def test_measured_and_predicted_stay_apart():
 
 def test_the_pictures_are_those_that_the_results_draw():
     """`python docs/pictures/draw.py` was run after the last change of it and of its result file."""
-    spec = importlib.util.spec_from_file_location("draw", ROOT / "docs/pictures/draw.py")
-    draw = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(draw)
+    pictures = runpy.run_path(str(ROOT / "docs/pictures/draw.py"))["PICTURES"]
     shown = {
         re.sub(".*/", "", path) for d in DOCUMENTS for path, _ in links(d) if path.endswith("svg")
     }
-    assert shown == set(draw.PICTURES)
-    for name, drawn in draw.PICTURES.items():
+    assert shown == set(pictures)
+    for name, drawn in pictures.items():
         assert (ROOT / "docs/pictures" / name).read_text(encoding="utf-8") == drawn(), name
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import python
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 STEPS = {
@@ -35,18 +35,9 @@ def run(name, folder, *arguments):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"the package {needed} is not installed")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *(launcher if name in ON_TWO_RANKS else [])]
+    command = [*(launcher if name in ON_TWO_RANKS else []), EXAMPLES / f"{name}.py", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(EXAMPLES / f"{name}.py"), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return python(*command, cwd=folder, env=environment, timeout=300).stdout
 
 
 def test_every_example_is_run():
@@ -67,9 +58,8 @@ def test_example(name, tmp_path):
     if name == "qlora_finetune":
         assert "37 NF4 layers with LoRA" in output
         theirs, ours = re.findall(r"([\d.]+) % +[\d.]+ ms +[\d.]+ MiB", output)
-        assert abs(float(theirs) - float(ours)) <= 1.0, (
-            output
-        )  # of 1000 words, after the same steps
+        # Of 1000 words, after the same steps.
+        assert abs(float(theirs) - float(ours)) <= 1.0, output
         for mine, other in re.findall(r"loss ([\d.]+)  \(PEFT ([\d.]+)\)", output):
             assert abs(float(mine) - float(other)) <= 2e-3, output
     if name == "moe_finetune":

@@ -1,4 +1,4 @@
-"""The GPU's workflow and the action for others, on a machine without a GPU: each can fail, in the time it has."""
+"""The GPU's script, its workflow and the action for others, without a GPU: each can fail, in the time it has."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import pytest
 import torch
 import yaml
 
-from tests.test_benchmarks import run_gpu_script, stand_in
-
 ROOT = Path(__file__).parent.parent
 WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/gpu.yml").read_text())
 JOB = WORKFLOW["jobs"]["device"]
@@ -28,6 +26,70 @@ def test_every_step_may_take_its_limit():
     installing = 15
     needed = (len(steps) + 1) * RUN["env"]["LIMIT"] / 60 + installing
     assert len(steps) == 7 and needed <= JOB["timeout-minutes"]
+
+
+def run_gpu_script(python, tmp_path, *steps, limit=600):
+    return subprocess.run(
+        ["sh", str(ROOT / "benchmarks" / "gpu.sh"), *steps],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ
+        | {"PYTHON": str(python), "RESULTS": str(tmp_path), "LIMIT": str(limit)}
+        | {"LOG": f"{tmp_path}/log"},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_script_without_a_gpu(tmp_path):
+    done = run_gpu_script(sys.executable, tmp_path)
+    assert done.returncode == 2 and "finds no GPU" in done.stderr and done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+    done = run_gpu_script("/nonexistent/python", tmp_path)
+    assert done.returncode == 2 and "has no torch" in done.stderr
+
+
+def stand_in(tmp_path, pattern, does):
+    """For Python: writes down what it is asked, and `does` something else where that matches a shell pattern."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >>"$LOG"\ncase "$*" in {pattern}) {does};; esac\n')
+    python.chmod(0o755)
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pattern", "does", "limit", "text"),
+    [
+        ("nothing", "exit 1", 600, "gpu.sh: done"),
+        ('*"kernels tune "*', "exit 1", 600, "gpu.sh: failed: tune"),
+        ('*"kernels selftest"*', "exec sleep 100", 5, "gpu.sh: failed: selftest"),
+        ('*"--part 3/4"*', "exit 1", 600, "gpu.sh: failed: tests"),
+    ],
+    ids=["all well", "a step fails", "a kernel hangs", "a part fails"],
+)
+def test_gpu_script_runs_every_step(tmp_path, pattern, does, limit, text):
+    """A step that fails or does not end does not stop the rest."""
+    done = run_gpu_script(stand_in(tmp_path, pattern, does), tmp_path, limit=limit)
+    assert done.returncode == ("failed" in text), done.stderr
+    assert done.stderr.splitlines()[-1].startswith(text)
+    lines = (tmp_path / "log").read_text()
+    places = [
+        lines.index(f"lora_kernels {name}") for name in ("selftest", "tune", "bench", "report")
+    ]
+    assert places == sorted(places) and "pip" not in lines
+    assert all(f"--part {part}/4" in lines for part in (1, 2, 3, 4))
+
+
+def test_gpu_script_runs_the_steps_that_are_named(tmp_path):
+    python = stand_in(tmp_path, "nothing", "exit 1")
+    assert run_gpu_script(python, tmp_path, "tune", "bench").returncode == 0
+    lines = (tmp_path / "log").read_text()
+    assert lines.index("lora_kernels tune") < lines.index("lora_kernels bench")
+    assert "kernels selftest" not in lines and "-m pytest" not in lines
+    done = run_gpu_script(python, tmp_path, "tune", "banch")
+    assert done.returncode == 2 and "banch" in done.stderr
 
 
 def imported(path, seen):

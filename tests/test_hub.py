@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import subprocess
-import sys
+import runpy
+import shutil
 from pathlib import Path
 
 import pytest
+
+from tests.processes import python
 
 pytestmark = pytest.mark.slow  # processes that import torch
 
@@ -82,41 +83,23 @@ except selftest.NoVerdictError as error:
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
     """Two folders of the kernel as built, each with a namespace of its own."""
-    folders = []
-    for number in (1, 2):
-        folder = tmp_path_factory.mktemp("hub") / f"kernel{number}"
-        command = [sys.executable, str(ROOT / "release/hub.py"), str(folder), "--built"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        code = folder / "torch-ext" / "lora_kernels"
-        text = (code / "_ops.py").read_text()
-        (code / "_ops.py").write_text(
-            re.sub(r"_lora_kernels_\w+?\b", f"_lora_kernels_v{number}", text)
-        )
-        folders.append(str(code))
-    return folders
+    first, second = (tmp_path_factory.mktemp("hub") / name for name in ("first", "second"))
+    python(ROOT / "release/hub.py", first, "--built")
+    shutil.copytree(first, second)
+    folders = [folder / "torch-ext/lora_kernels" for folder in (first, second)]
+    ops = (folders[1] / "_ops.py").read_text()
+    (folders[1] / "_ops.py").write_text(re.sub(r"_lora_kernels_\w+?\b", "_lora_kernels_2", ops))
+    return list(map(str, folders))
 
 
 def test_two_copies_train_a_step_from_folders_that_are_on_no_path(kernel, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED + TRAINS, *kernel],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    python("-c", LOADED + TRAINS, *kernel, cwd=tmp_path)
 
 
 def test_a_self_test_finds_the_kernel_by_its_folder(kernel, tmp_path):
     """In its own process, where the package has no name that could be imported. There is no GPU: it says so, and no more."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED + SELFTEST, kernel[0]],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "cannot use the device" in done.stdout or done.stdout == "", done.stdout
+    said = python("-c", LOADED + SELFTEST, kernel[0], cwd=tmp_path).stdout
+    assert "cannot use the device" in said or said == "", said
 
 
 def test_the_layout_is_the_builders(kernel):
@@ -127,6 +110,7 @@ def test_the_layout_is_the_builders(kernel):
     assert "[torch-noarch]" in text and re.search(r"^version = [1-9]", text, re.M)
     code = root / "torch-ext" / "lora_kernels"
     assert (code / "tuning/cycles.json").exists() and not (code / "bench").exists()
+    assert "lora-kernels" not in (code / "selftest.py").read_text(), "no such package is installed"
 
 
 @pytest.mark.parametrize(
@@ -139,9 +123,7 @@ def test_the_layout_is_the_builders(kernel):
     ],
 )
 def test_what_would_need_the_package_on_a_path_is_refused(left):
-    spec = importlib.util.spec_from_file_location("hub", ROOT / "release/hub.py")
-    hub = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hub)
+    check = runpy.run_path(str(ROOT / "release/hub.py"))["check"]
     with pytest.raises(RuntimeError, match="needs lora_kernels on a path"):
-        hub.check(left, "somewhere")
-    hub.check("from . import plan", "somewhere")
+        check(left, "somewhere")
+    check("from . import plan", "somewhere")

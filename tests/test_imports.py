@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import graphlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import python
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,16 +33,8 @@ print(explain(x, layer.weight, layer.lora.A, layer.lora.B, 1.0))
 
 
 def fresh_process(code, **environment):
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-        env={"PATH": "", "PYTHONPATH": str(ROOT), "HOME": "/nonexistent", **environment},
-    )
-    assert result.returncode == 0, result.stderr
-    return result
+    base = {"PATH": "", "PYTHONPATH": str(ROOT), "HOME": "/nonexistent"}
+    return python("-c", code, timeout=120, cwd=ROOT, env=base | environment)
 
 
 def test_import_is_inert():

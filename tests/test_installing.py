@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import yaml
 
 from lora_kernels.backends import cpu
 from lora_kernels.cli import info
+from tests.processes import python
 
 pytestmark = pytest.mark.slow  # processes that import torch
 
@@ -28,26 +27,9 @@ if "{system}" == "Windows":
     for name in ("fcntl", "resource", "pwd", "termios"):
         sys.modules[name] = None
     del os.getloadavg, os.killpg, signal.SIGKILL
-from lora_kernels import freeze_base, load_adapter, lora_parameters, replace_linear_with_lora, save_adapter
 from lora_kernels.__main__ import main
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
-replace_linear_with_lora(model, rank=4, alpha=4)
-freeze_base(model)
-optimizer = torch.optim.Adam(lora_parameters(model), lr=0.05)
-x = torch.randn(64, 8)
-losses = []
-for _ in range(30):
-    optimizer.zero_grad()
-    loss = (model(x) - x[:, :1]).square().mean()
-    loss.backward()
-    optimizer.step()
-    losses.append(loss.item())
-assert losses[-1] < 0.5 * losses[0], losses
-import tempfile
-folder = tempfile.mkdtemp()
-save_adapter(model, folder)
-load_adapter(model, folder)
+from tests.first_steps import train
+train("eager")
 sys.exit(main(["info"]))
 """
 
@@ -101,8 +83,7 @@ def test_the_library_says_what_it_was_built_with():
 )
 def test_elsewhere_than_on_linux_x86_64_eager_trains_and_says_why(system, machine):
     code = _ELSEWHERE.format(system=system, machine=machine)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run = python("-c", code, cwd=ROOT)
     assert f"its extension is for Linux x86_64, and this is {system} {machine}" in run.stdout
     assert "cuda    not usable: " in run.stdout and "triton  not usable: " in run.stdout
     assert "takes eager for float32, bfloat16, float16" in run.stdout
@@ -112,11 +93,8 @@ def test_elsewhere_than_on_linux_x86_64_eager_trains_and_says_why(system, machin
 def test_a_strangers_first_steps_here():
     """The program that the release workflow runs where a package is installed."""
     expected = "eager" if cpu.BACKEND.unavailable() else "cpu"
-    code = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv[1:] = [{expected!r}]\n"
-    code += f"runpy.run_path({str(ROOT / 'tests/first_steps.py')!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip().endswith(f": {expected}")
+    said = python("-m", "tests.first_steps", expected, cwd=ROOT).stdout
+    assert said.rstrip().endswith(f": {expected}")
 
 
 def test_first_steps_need_nothing_of_the_sources():

@@ -11,7 +11,7 @@ from lora_kernels import backends
 from lora_kernels.__main__ import main
 from lora_kernels.bench import linear, page, plots, results
 from lora_kernels.bench import run as runner
-from lora_kernels.bench.progress import Progress
+from lora_kernels.bench.progress import counted
 from lora_kernels.cli import tune as tuning
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import tables
@@ -20,15 +20,14 @@ from tests.test_benchmarks import RATES, a_run, made_row
 
 
 def test_an_estimate_follows_the_pace_so_far():
-    seconds = [0.0]
-    progress = Progress(5, now=lambda: seconds[0])
-    assert progress.next() == "[1/5]"
-    seconds[0] = 10.0
-    assert progress.next() == "[2/5, about 40 s left]"
-    seconds[0] = 120.0
-    assert progress.next() == "[3/5, about 3 min left]"
-    seconds[0] = 6 * 3600.0
-    assert progress.next() == "[4/5, about 4.0 h left]"
+    seconds = iter([0.0, 10.0, 120.0, 6 * 3600.0, 6 * 3600.0])
+    assert list(counted("abcde", now=lambda: next(seconds))) == [
+        ("[1/5]", "a"),
+        ("[2/5, about 40 s left]", "b"),
+        ("[3/5, about 3 min left]", "c"),
+        ("[4/5, about 4.0 h left]", "d"),
+        ("[5/5, about 1.5 h left]", "e"),
+    ]
 
 
 @pytest.fixture
@@ -118,6 +117,20 @@ def test_a_tune_keeps_its_table(device, monkeypatch, tmp_path, capsys, error):
     assert "entries written to" in err
 
 
+def test_tune_checks_what_it_writes_before_it_measures(device, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tuning, "tune", lambda *a, **k: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    command = ["tune", "--shape", "1", "2", "3", "4"]
+    assert main([*command, "--output", str(tmp_path)]) == 2
+    said = f"--output must be a file that can be written, got {tmp_path}:"
+    assert said in capsys.readouterr().err
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "file"))
+    assert main(command) == 2
+    assert "LORA_KERNELS_CACHE must be a file that can be written" in capsys.readouterr().err
+    monkeypatch.setattr(tuning, "tune", lambda *a, **k: ([], [], []))
+    assert main([*command, "--dry-run"]) == 0, "nothing is written into the cache"
+
+
 @pytest.mark.parametrize(
     "error, code", [(ValueError("odd rows"), 1), (KeyboardInterrupt(), 130)], ids=str
 )
@@ -127,11 +140,10 @@ def test_a_report_is_written_with_the_plots_that_there_are(
     for name in ("a", "b"):
         results.save(a_run(), tmp_path / f"{name}.json")
 
-    def draw(run, folder, stem, suffix, drawings):
+    def draw(run, folder, stem, suffix):
         if stem == "b":
             raise error
-        drawings["a-price.png"] = "<svg><text>a</text></svg>"
-        return [folder / "a-price.png"]
+        return {folder / "a-price.png": "<svg><text>a</text></svg>"}
 
     monkeypatch.setattr(plots, "draw", draw)
     assert main(["report", str(tmp_path)]) == code

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import pytest
 import yaml
 
 import lora_kernels
+from lora_kernels.__main__ import parser_for
+from tests.processes import python
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
@@ -67,8 +68,6 @@ def test_a_report_of_a_bug_or_of_slowness_needs_info():
 
 
 def test_commands_of_the_templates_are_valid():
-    from lora_kernels.__main__ import parser_for
-
     sizes = {"M": "8", "K": "16", "N": "16", "R": "4", "DTYPE": "float32"}
     found = 0
     for path in TEMPLATES:
@@ -112,9 +111,7 @@ def test_the_pages_have_every_public_name_with_its_formula(tmp_path):
     pytest.importorskip("pdoc")
     makefile = (ROOT / "Makefile").read_text()
     asked = shlex.split(re.search(r"^PAGES := (.*)$", makefile, re.M)[1])
-    command = ["-m", "pdoc", "--no-show-source", "--output-directory", str(tmp_path), *asked]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    python("-m", "pdoc", "--no-show-source", "--output-directory", tmp_path, *asked, cwd=ROOT)
     pages = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.html")}
     assert pages == {
         "index.html",

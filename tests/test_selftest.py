@@ -254,7 +254,8 @@ class TestAnswer:
 
     @pytest.fixture(autouse=True)
     def devices(self, monkeypatch):
-        """Three pretended GPUs, on which problems are computed on the CPU."""
+        """Three pretended GPUs, on which problems of one type are computed on the CPU."""
+        monkeypatch.setattr(selftest, "_DTYPES", selftest._DTYPES[:1])
         run, zeros = selftest.run, torch.zeros
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
         monkeypatch.setattr(

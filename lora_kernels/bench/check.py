@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels.bench import contenders
-from lora_kernels.bench.contenders import Built, Layer
+from lora_kernels.bench.contenders import Built
+from lora_kernels.problem import Problem
 
 NAMES = ("y", "dx", "dA", "dB")
 FACTOR, ROUNDINGS = 2.0, 4.0
@@ -19,14 +20,16 @@ class Wrong(AssertionError):
 
 
 class Oracle:
-    """y, dx, dA and dB of a layer on an input, in float64 and by the plain formula in the layer's own dtypes."""
+    """Random operands of a problem, and their y, dx, dA and dB in float64 and by the plain formula in their own dtypes."""
 
-    def __init__(self, layer: Layer, x: Tensor, dy: Tensor) -> None:
-        self.layer, self.x, self.dy = layer, x, dy
-        tensors = (layer.weight, layer.bias, layer.A, layer.B)
-        exact = Layer(*(None if t is None else _double(t) for t in tensors), layer.alpha)  # type: ignore
-        self.exact = _results(contenders.build("reference", exact), _double(x), dy.double())
-        self.plain = _results(contenders.build("reference", layer), x, dy)
+    def __init__(self, problem: Problem) -> None:
+        self.layer, (self.x, self.dy) = (
+            contenders.make_layer(problem),
+            contenders.make_input(problem),
+        )
+        wide = contenders.build("reference", self.layer.double())
+        self.exact = _results(wide, self.x.detach().double().requires_grad_(), self.dy.double())
+        self.plain = _results(contenders.build("reference", self.layer), self.x, self.dy)
 
     def check(self, name: str, built: Built) -> float:
         """The largest error relative to the largest value, for a contender with adapters.
@@ -63,10 +66,6 @@ def relative_error(what: str, found: Tensor, exact: Tensor, plain: Tensor, longe
 
 def _distance(t: Tensor, exact: Tensor) -> float:
     return (t.double() - exact).abs().max().item() if exact.numel() else 0.0
-
-
-def _double(t: Tensor) -> Tensor:
-    return t.detach().double().requires_grad_(t.requires_grad)
 
 
 def _results(built: Built, x: Tensor, dy: Tensor) -> dict[str, Tensor]:

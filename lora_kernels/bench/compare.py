@@ -71,8 +71,6 @@ def compare(
     A row is slower when its ratio grew by more than the factor `fail_over` and the quartiles of then and now do not
     overlap, in each of three measurements; `again` measures a row once more, longer.
     """
-    if not fail_over > 1.0:
-        raise ValueError(f"fail_over must be more than 1, got {fail_over}")
     current = {row.key: row for row in now.rows}
     return [_judge(row, current.get(row.key), fail_over, again) for row in _checked(baseline)]
 

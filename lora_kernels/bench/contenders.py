@@ -39,16 +39,10 @@ from lora_kernels.quantized import BLOCK, BLOCK2
 from lora_kernels.samples import sample
 
 Function = Callable[[Tensor], Tensor]
-OURS = tuple(f"ours[{name}]" for name in backends.BACKENDS)
+OURS = {f"ours[{name}]": name for name in backends.BACKENDS}
 FLOORS = ("frozen", "loop")  # without LoRA
-FORCED = (
-    "two_kernel",
-    "one_launch",
-    "persistent",
-    "persistent_one_launch",
-)  # algorithms of Triton's
+FORCED = ("two_kernel", "one_launch", "persistent", "persistent_one_launch")  # of Triton's
 NAMES = ("frozen", "loop", "reference", "compiled", "addmm", "peft", "dense", *FORCED, *OURS)
-BACKENDS_ON = {"cpu": ("eager", "cpu"), "cuda": ("eager", "triton", "cuda")}
 
 
 @dataclass(frozen=True)
@@ -62,6 +56,15 @@ class Layer:
     alpha: float
     packed: QuantizedWeight | None = None
 
+    def double(self) -> Layer:
+        """The same in float64, without what was packed."""
+
+        def wide(t: Tensor) -> Tensor:
+            return t.detach().double().requires_grad_(t.requires_grad)
+
+        bias = None if self.bias is None else wide(self.bias)
+        return Layer(wide(self.weight), bias, wide(self.A), wide(self.B), self.alpha)
+
 
 @dataclass(frozen=True)
 class Built:
@@ -74,23 +77,17 @@ class Built:
 
 def make_layer(problem: Problem, seed: int = 0) -> Layer:
     """Random operands of a problem, as trained layers have them: x·A·B is not small beside x·W."""
-    generator = torch.Generator(problem.device).manual_seed(seed)
-
-    def normal(*shape: int, scale: float, dtype: str) -> Tensor:
-        values = torch.randn(shape, generator=generator, device=problem.device)
-        return (scale * values).to(getattr(torch, dtype))
-
-    spread = 1 / math.sqrt(max(problem.K, 1))
+    normal, spread = _normal(problem, seed), 1 / math.sqrt(max(problem.K, 1))
     packed = None
     if problem.weight_format != DENSE:
         kind, dtype = problem.weight_format, getattr(torch, problem.dtype)
         packed = sample(kind, problem.N, problem.K, dtype, problem.device)
         weight = packed.dense()
     else:
-        weight = normal(problem.N, problem.K, scale=spread, dtype=problem.dtype)
+        weight = normal(problem.N, problem.K, scale=spread)
     return Layer(
         weight=weight,
-        bias=normal(problem.N, scale=1.0, dtype=problem.dtype) if problem.bias else None,
+        bias=normal(problem.N) if problem.bias else None,
         A=normal(problem.K, problem.R, scale=spread, dtype=problem.adapter_dtype).requires_grad_(),
         B=normal(problem.R, problem.N, scale=0.5, dtype=problem.adapter_dtype).requires_grad_(),
         alpha=0.5,
@@ -98,25 +95,31 @@ def make_layer(problem: Problem, seed: int = 0) -> Layer:
     )
 
 
-def make_input(problem: Problem, seed: int = 1) -> tuple[Tensor, Tensor]:
+def make_input(problem: Problem) -> tuple[Tensor, Tensor]:
     """x [M, K], which requires a gradient as inside of a network, and dy [M, N]."""
+    normal = _normal(problem, seed=1)
+    return normal(problem.M, problem.K).requires_grad_(), normal(problem.M, problem.N)
+
+
+def _normal(problem: Problem, seed: int) -> Callable[..., Tensor]:
+    """What draws tensors of a shape on the problem's device, and in its dtype where none is given."""
     generator = torch.Generator(problem.device).manual_seed(seed)
 
-    def normal(columns: int) -> Tensor:
-        values = torch.randn(problem.M, columns, generator=generator, device=problem.device)
-        return values.to(getattr(torch, problem.dtype))
+    def normal(*shape: int, scale: float = 1.0, dtype: str = problem.dtype) -> Tensor:
+        values = torch.randn(shape, generator=generator, device=problem.device)
+        return (scale * values).to(getattr(torch, dtype))
 
-    return normal(problem.K).requires_grad_(), normal(problem.N)
+    return normal
 
 
 def build(name: str, layer: Layer) -> Built:
     """The contender `name` on these operands. ValueError for an unknown name."""
-    if name in _BUILDERS:
-        return _BUILDERS[name](layer)
     if name in OURS:
-        backend = name.removeprefix("ours[").removesuffix("]")
-        return Built(lambda x: _ours(x, layer, backend), (layer.A, layer.B))
-    raise ValueError(f"contender must be one of {NAMES}, got {name!r}")
+        backend = OURS[name]
+        return Built(lambda x: ours(x, layer, backend), (layer.A, layer.B))
+    if name not in _BUILDERS:
+        raise ValueError(f"contender must be one of {NAMES}, got {name!r}")
+    return _BUILDERS[name](layer)
 
 
 def left_out(name: str, problem: Problem) -> str | None:
@@ -135,7 +138,7 @@ def left_out(name: str, problem: Problem) -> str | None:
         return "measured on cuda only"
     try:
         if name in OURS:
-            plan.explain(problem, name.removeprefix("ours[").removesuffix("]"))
+            plan.explain(problem, OURS[name])
         elif name in ("loop", *FORCED):
             plan.explain(problem, "triton", "two_kernel" if name == "loop" else name)
     except RuntimeError as error:
@@ -143,9 +146,15 @@ def left_out(name: str, problem: Problem) -> str | None:
     return None
 
 
+def backends_on(device: str) -> list[str]:
+    """Our backends of a device type, in the order of the tables."""
+    every = {name: backends.get(name).devices for name in reversed(backends.BACKENDS)}
+    return [name for name, devices in every.items() if not devices or device in devices]
+
+
 def with_backends(names: Iterable[str], device: str) -> tuple[str, ...]:
     """`names`, where "ours" stands for each of our backends that a device type has."""
-    ours = [f"ours[{backend}]" for backend in BACKENDS_ON[device]]
+    ours = [f"ours[{backend}]" for backend in backends_on(device)]
     return tuple(dict.fromkeys(n for name in names for n in (ours if name == "ours" else [name])))
 
 
@@ -155,7 +164,8 @@ def reference(x: Tensor, layer: Layer) -> Tensor:
     return F.linear(x, layer.weight, layer.bias) + lora.to(x.dtype)
 
 
-def _ours(x: Tensor, layer: Layer, backend: str) -> Tensor:
+def ours(x: Tensor, layer: Layer, backend: str = "auto") -> Tensor:
+    """By this package."""
     weight = layer.weight if layer.packed is None else layer.packed
     return lora_linear(x, weight, layer.A, layer.B, layer.alpha, layer.bias, backend=backend)
 
@@ -198,25 +208,32 @@ class _Addmm(torch.autograd.Function):
 
 def peft(layer: Layer, use_dora: bool = False) -> Built:
     """PEFT's layer over the same operands; its magnitude, with DoRA, is that of the base."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    rank = layer.A.shape[1]
-    base = _dense_base(layer) if layer.packed is None else _bitsandbytes_base(layer)
+    base = dense_base(layer) if layer.packed is None else _bitsandbytes_base(layer)
     if layer.bias is not None:
         base.bias = nn.Parameter(layer.bias, requires_grad=False)
     model = nn.Sequential(base)
     model.is_loaded_in_4bit = layer.packed is not None  # type: ignore[assignment]
+    trained = add_peft_adapter(model, layer, use_dora=use_dora)
+    return Built(model[0], trained, transposed=True)
+
+
+def add_peft_adapter(
+    model: nn.Sequential, layer: Layer, name: str = "default", **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Add the adapter of `layer` to the one layer of `model`, as PEFT does; returns A and B, as PEFT stores them."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    rank = layer.A.shape[1]
     alpha: Any = layer.alpha * rank
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], use_dora=use_dora)
-    inject_adapter_in_model(config, model)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], **options)
+    inject_adapter_in_model(config, model, adapter_name=name)
     inner: Any = model[0]
-    A = nn.Parameter(layer.A.detach().t().contiguous())
-    B = nn.Parameter(layer.B.detach().t().contiguous())
-    inner.lora_A["default"].weight, inner.lora_B["default"].weight = A, B
-    return Built(inner, (A, B), transposed=True)
+    A, B = (nn.Parameter(t.detach().t().contiguous()) for t in (layer.A, layer.B))
+    inner.lora_A[name].weight, inner.lora_B[name].weight = A, B
+    return A, B
 
 
-def _dense_base(layer: Layer) -> nn.Linear:
+def dense_base(layer: Layer) -> nn.Linear:
     N, K = layer.weight.shape
     base = nn.Linear(K, N, bias=layer.bias is not None, device="meta")
     base.weight = nn.Parameter(layer.weight, requires_grad=False)
@@ -280,7 +297,7 @@ _BUILDERS: dict[str, Callable[[Layer], Built]] = {
     "addmm": _addmm,
     "peft": peft,
     "dense": lambda layer: Built(
-        lambda x: _ours(x, replace(layer, packed=None), "auto"), (layer.A, layer.B)
+        lambda x: ours(x, replace(layer, packed=None)), (layer.A, layer.B)
     ),
     "loop": _loop,
     **{algorithm: partial(_forced, algorithm) for algorithm in FORCED},

@@ -53,7 +53,7 @@ def measure(
     names: tuple[str, ...],
     effort: Effort,
     ceilings: dict[str, float],
-    left_out: dict[str, str] | None = None,
+    left_out: dict[str, str],
     failed: dict[str, str] | None = None,
     oracles: dict[Problem, Oracle] | None = None,
 ) -> list[Row]:
@@ -62,11 +62,10 @@ def measure(
     A contender of ours that is wrong, or raises, goes to `failed`, or is raised where that is None. `oracles` keeps the
     oracle of one problem for the next call.
     """
-    notes = {} if left_out is None else left_out
     problem, kept = case.problem, {} if oracles is None else oracles
     if problem not in kept:
         kept.clear()
-        kept[problem] = Oracle(contenders.make_layer(problem), *contenders.make_input(problem))
+        kept[problem] = Oracle(problem)
     oracle = kept[problem]
     clock = clock_for(problem.device, case.cold, case.graph)
     calls: dict[str, Call] = {}
@@ -91,7 +90,7 @@ def measure(
         if reason is None:
             calls[name] = call
         else:
-            notes[name] = reason
+            left_out[name] = reason
     taken = interleaved(calls, clock, seconds=effort.seconds, rounds=effort.rounds)
     best = least_us(problem, case.mode, ceilings)
     chosen = f"ours[{plan.explain(problem).backend}]"

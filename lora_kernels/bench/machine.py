@@ -68,10 +68,8 @@ def versions() -> dict[str, Any]:
 
 def sha() -> str:
     """The commit of the sources, with "+" where tracked files were changed since; "" outside of a checkout."""
-    root = Path(__file__).parent
-    commit = _output(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])
-    changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
-    return commit + ("+" if commit and changed else "")
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    return _output(["git", "-C", str(Path(__file__).parent), *describe])
 
 
 def now() -> str:

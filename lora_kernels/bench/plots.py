@@ -32,14 +32,8 @@ _MANY = 48  # cases of a dtype and mode that boxes stand for
 _HIGHEST = 4.0  # a higher bar ends here and has its value written above it
 
 
-def draw(
-    results: Results,
-    folder: Path,
-    stem: str,
-    suffix: str = "png",
-    drawings: dict[str, str] | None = None,
-) -> list[Path]:
-    """Write the pictures that this run has rows for; `drawings` gets each as SVG as well, by the file's name.
+def draw(results: Results, folder: Path, stem: str, suffix: str) -> dict[Path, str]:
+    """Write the pictures that this run has rows for; returns their files, and each as SVG as well.
 
     ModuleNotFoundError names what is missing.
     """
@@ -55,15 +49,13 @@ def draw(
         "growth": growth(results, pyplot),
         "roofline": roofline(results, pyplot),
     }
-    written = []
+    written = {}
     for what, figure in pictures.items():
         if figure is not None:
             file = folder / f"{stem}-{what}.{suffix}"
             figure.savefig(file, dpi=120)
-            if drawings is not None:
-                drawings[file.name] = _svg(figure, matplotlib)
+            written[file] = _svg(figure, matplotlib)
             pyplot.close(figure)
-            written.append(file)
     return written
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lora_kernels.bench.contenders import FORCED
-from lora_kernels.bench.linear import Case
+from lora_kernels.bench.linear import MODES, Case
 from lora_kernels.problem import Problem
 
 
@@ -41,6 +41,7 @@ MODELS = {
         (128, 8192),
     ),
 }
+DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16",)}  # of a model, where none are given
 PRESETS = (*MODELS, "laptop", "grid", "gpu", "nf4", "quick")
 ALL = ("frozen", "loop", "reference", "compiled", "addmm", "peft", *FORCED, "ours")
 GRID_NAMES = ("frozen", "reference", "addmm", "ours")
@@ -67,10 +68,8 @@ RANKS = (4, 8, 32, 64, 128, 256)
 def cases(preset: str, device: str, dtypes: tuple[str, ...] = ()) -> list[Case]:
     """The linear and growth cases of a preset; `dtypes` replaces its own. ValueError for an unknown name."""
     if preset in MODELS:
-        made = []
-        for dtype in dtypes or (("bfloat16",) if device == "cuda" else ("float32",)):
-            made += model_cases(preset, device, dtype)
-        return made
+        types = dtypes or DTYPES[device]
+        return [case for dtype in types for case in model_cases(preset, device, dtype)]
     if preset == "quick":
         return shape_cases([(64, 96, 160, 4)], device, dtypes or ("float32",), ())
     if preset == "laptop":
@@ -96,7 +95,7 @@ def model_cases(model: str, device: str, dtype: str, modes: tuple[str, ...] = ()
     return [
         Case(f"{model} {name}", _problem(tokens, K, N, found.rank, device, dtype), mode)
         for name, K, N in found.projections
-        for mode in modes or ("forward", "step")
+        for mode in modes or MODES
     ]
 
 
@@ -112,7 +111,7 @@ def shape_cases(
         Case(f"{M}x{K}x{N}", _problem(M, K, N, R, device, dtype, adapter_dtype), mode)
         for M, K, N, R in shapes
         for dtype in dtypes
-        for mode in modes or ("forward", "step")
+        for mode in modes or MODES
     ]
 
 

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from typing import TypeVar
+
+Step = TypeVar("Step")
 
 
-class Progress:
-    """Counts `total` steps; `str` is "[3/10, about 2 min left]" within the third, without an estimate within the first."""
-
-    def __init__(self, total: int, now: Callable[[], float] = time.perf_counter) -> None:
-        self.total, self.now = total, now
-        self.begin, self.step = now(), 0
-
-    def next(self) -> str:
-        """Go on to the next step; returns it in words."""
-        self.step += 1
-        return str(self)
-
-    def __str__(self) -> str:
-        place, done = f"{self.step}/{self.total}", self.step - 1
-        if done < 1:
-            return f"[{place}]"
-        left = (self.now() - self.begin) / done * (self.total - done)
-        return f"[{place}, about {_words(left)} left]"
+def counted(
+    steps: Collection[Step], now: Callable[[], float] = time.perf_counter
+) -> Iterator[tuple[str, Step]]:
+    """Each step after its place in words: "[3/10, about 2 min left]", the first without an estimate."""
+    begin = now()
+    for done, step in enumerate(steps):
+        place = f"{done + 1}/{len(steps)}"
+        if done:
+            left = (now() - begin) / done * (len(steps) - done)
+            place += f", about {_words(left)} left"
+        yield f"[{place}]", step
 
 
 def _words(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +21,7 @@ _LONG = 48  # rows of a table that is folded
 _PREDICTED = ("frozen", "reference", "addmm", "ours[eager]", *FORCED, "ours[triton]")
 
 
-def markdown(runs: dict[str, tuple[Results, Sequence[Path]]]) -> str:
+def markdown(runs: dict[str, tuple[Results, Iterable[Path]]]) -> str:
     """The report of runs by name, each with its plots."""
     parts = [
         "# Benchmark results",
@@ -101,7 +101,7 @@ def predicted_us(row: Row, architecture: str) -> float | None:
     return sum(cost.predict_us(algorithm, each, target) for each in directions)
 
 
-def _run(name: str, results: Results, plots: Sequence[Path]) -> Iterable[str]:
+def _run(name: str, results: Results, plots: Iterable[Path]) -> Iterable[str]:
     yield f"## {results.machine.get('name')} ({name})"
     yield _facts(results)
     yield from (f"![{plot.stem.replace('-', ' ')}]({plot.name})" for plot in plots)

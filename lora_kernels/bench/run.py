@@ -11,17 +11,12 @@ from lora_kernels.bench import contenders, linear, machine, memory, overhead, sh
 from lora_kernels.bench.check import Oracle
 from lora_kernels.bench.linear import Case, Effort
 from lora_kernels.bench.presets import ALL
-from lora_kernels.bench.progress import Progress
+from lora_kernels.bench.progress import counted
 from lora_kernels.bench.results import Results, Row
 from lora_kernels.problem import Problem
 
-SUITES = (
-    "linear",
-    "growth",
-    "training",
-    "overhead",
-    "memory",
-)  # of everything; "shared" has presets of its own
+# Of everything; "shared" has presets of its own.
+SUITES = ("linear", "growth", "training", "overhead", "memory")
 GROWTH_NAMES = ("frozen", "reference", "ours")
 Say = Callable[[str], None]
 
@@ -66,16 +61,15 @@ def run(
     if isinstance(results.machine["load"], float) and results.machine["load"] > 0.5:
         say(f"the machine is busy (load {results.machine['load']}): times will be noisy")
 
-    steps = _steps(order, results, say)
-    progress = Progress(len(steps))
-    for title, what, measure in steps:
-        say(f"{progress.next()} {title}")
+    begin = time.perf_counter()
+    for place, (title, what, measure) in counted(_steps(order, results, say)):
+        say(f"{place} {title}")
         try:
             results.rows += measure()
         except Exception as error:  # a device fails in any way; the other measurements count
             results.failed[what] = linear.first_line(error)
         keep(results)
-    say(f"done in {time.perf_counter() - progress.begin:.0f} s")
+    say(f"done in {time.perf_counter() - begin:.0f} s")
     return results
 
 

@@ -80,7 +80,22 @@ class Case:
 
 def cases(preset: str) -> dict[str, Callable[[str, str], Case]]:
     """What makes each case of a preset for a device and a dtype, by its label; none where `left_out` says why."""
-    return _CASES[preset]()
+    if preset in ("experts", "dora") and left_out(preset):
+        return {}
+    every: dict[str, tuple[Callable[..., Case], dict[str, tuple[Any, ...]]]] = {
+        "projections": (
+            _projections_case,
+            {f"{label}, {M}": (M, *of) for label, of in PROJECTIONS.items() for M in ROWS},
+        ),
+        "experts": (_experts_case, {f"Qwen3-MoE, {n} tokens": (n,) for n in TOKENS}),
+        "adapters": (
+            _adapters_case,
+            {f"{ADAPTERS} adapters, {SAMPLES}x{length}": (length,) for length in LENGTHS},
+        ),
+        "dora": (_dora_case, {f"DoRA of {DORA_WIDTH}, {M}": (M,) for M in DORA_ROWS}),
+    }
+    make, sizes = every[preset]
+    return {label: partial(make, label, *of) for label, of in sizes.items()}
 
 
 def measure(case: Case, effort: Effort, left_out: dict[str, str]) -> list[Row]:
@@ -158,30 +173,12 @@ def _values(function: Callable[[Tensor], Results], x: Tensor) -> list[Tensor]:
     return [dx, *(y.detach() for y in ys)]
 
 
-def _doubled(layer: Layer) -> Layer:
-    weight, A, B = (t.detach().double() for t in (layer.weight, layer.A, layer.B))
-    bias = None if layer.bias is None else layer.bias.double()
-    return Layer(weight, bias, A, B, layer.alpha)
-
-
 def _frozen(x: Tensor, layer: Layer) -> Tensor:
     return F.linear(x, layer.weight, layer.bias)
 
 
-def _ours(x: Tensor, layer: Layer) -> Tensor:
-    return lora_linear(x, layer.weight, layer.A, layer.B, layer.alpha, layer.bias)
-
-
 def _trained(layers: Sequence[Layer]) -> tuple[Tensor, ...]:
     return tuple(t for layer in layers for t in (layer.A, layer.B))
-
-
-def _projections() -> dict[str, Callable[[str, str], Case]]:
-    return {
-        f"{label}, {M}": partial(_projections_case, f"{label}, {M}", M, *sizes)
-        for label, sizes in PROJECTIONS.items()
-        for M in ROWS
-    }
 
 
 def _projections_case(
@@ -199,22 +196,17 @@ def _projections_case(
     every = {
         "frozen": Contender(each(_frozen), alike=False),
         "reference": Contender(each(contenders.reference), _trained(layers)),
-        "apart": Contender(each(_ours), _trained(layers)),
+        "apart": Contender(each(contenders.ours), _trained(layers)),
         "ours": Contender(lambda x: lora_projections(x, parts), _trained(layers)),
     }
     if not left_out("projections"):
         built = [contenders.build("peft", layer) for layer in layers]
         theirs = tuple(t for one in built for t in one.trained)
         every["peft"] = Contender(lambda x: tuple(one.function(x) for one in built), theirs)
-    exact = each(contenders.reference, [_doubled(layer) for layer in layers])
+    exact = each(contenders.reference, [layer.double() for layer in layers])
     problem = Problem(M, sum(widths), K, RANK, dtype, dtype, device, bias=True)
     x, _ = contenders.make_input(problem)
     return Case(label, problem, x, every, exact, "reference")
-
-
-def _adapters() -> dict[str, Callable[[str, str], Case]]:
-    labels = {f"{ADAPTERS} adapters, {SAMPLES}x{length}": length for length in LENGTHS}
-    return {label: partial(_adapters_case, label, length) for label, length in labels.items()}
 
 
 def _adapters_case(label: str, length: int, device: str, dtype: str) -> Case:
@@ -245,33 +237,25 @@ def _adapters_case(label: str, length: int, device: str, dtype: str) -> Case:
     every = {
         "frozen": Contender(lambda x: (F.linear(x, weight),), alike=False),
         "reference": Contender(by_adapter(contenders.reference), _trained(layers)),
-        "apart": Contender(by_adapter(_ours), _trained(layers)),
+        "apart": Contender(by_adapter(contenders.ours), _trained(layers)),
         "ours": Contender(
             lambda x: (mixed_lora_linear(x, weight, parts, index),), _trained(layers)
         ),
     }
     if not left_out("adapters"):
-        every["peft"] = _peft_adapters(weight, layers, index)
-    exact = by_adapter(contenders.reference, [_doubled(y) for y in layers], weight.double())
+        every["peft"] = _peft_adapters(layers, index)
+    exact = by_adapter(contenders.reference, [layer.double() for layer in layers], weight.double())
     x, _ = contenders.make_input(one)
     x = x.detach().view(SAMPLES, length, N).requires_grad_()
     return Case(label, replace(one, groups=ADAPTERS), x, every, exact, "reference")
 
 
-def _peft_adapters(weight: Tensor, layers: list[Layer], index: list[int]) -> Contender:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    base.weight = nn.Parameter(weight, requires_grad=False)
-    model = nn.Sequential(base)
+def _peft_adapters(layers: list[Layer], index: list[int]) -> Contender:
+    """PEFT's layer over the first one's weight."""
+    model = nn.Sequential(contenders.dense_base(layers[0]))
     for g, layer in enumerate(layers):
-        alpha: Any = layer.alpha * RANK
-        config = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=["0"])
-        inject_adapter_in_model(config, model, adapter_name=str(g))
-        inner: Any = model[0]
-        inner.lora_A[str(g)].weight = nn.Parameter(layer.A.detach().t().contiguous())
-        inner.lora_B[str(g)].weight = nn.Parameter(layer.B.detach().t().contiguous())
-    model.eval()
+        contenders.add_peft_adapter(model, layer, str(g))
+    inner = model.eval()[0]
     names = [str(g) for g in index]
     return Contender(lambda x: (inner(x, adapter_names=names),), trains=False)
 
@@ -294,13 +278,6 @@ class _Experts(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         return self.experts(x, index, weights)
-
-
-def _experts() -> dict[str, Callable[[str, str], Case]]:
-    if left_out("experts"):
-        return {}
-    labels = {f"Qwen3-MoE, {tokens} tokens": tokens for tokens in TOKENS}
-    return {label: partial(_experts_case, label, tokens) for label, tokens in labels.items()}
 
 
 def _experts_case(label: str, tokens: int, device: str, dtype: str) -> Case:
@@ -354,13 +331,6 @@ def _accelerated(model: Any) -> Any:
     return model
 
 
-def _dora() -> dict[str, Callable[[str, str], Case]]:
-    if left_out("dora"):
-        return {}
-    labels = {f"DoRA of {DORA_WIDTH}, {M}": M for M in DORA_ROWS}
-    return {label: partial(_dora_case, label, M) for label, M in labels.items()}
-
-
 def _dora_case(label: str, M: int, device: str, dtype: str) -> Case:
     problem = Problem(M, DORA_WIDTH, DORA_WIDTH, RANK, dtype, dtype, device, bias=True)
     layer = contenders.make_layer(problem)
@@ -378,7 +348,7 @@ def _dora_case(label: str, M: int, device: str, dtype: str) -> Case:
 
     every = {
         "frozen": Contender(lambda x: (_frozen(x, layer),), alike=False),
-        "lora": Contender(lambda x: (_ours(x, layer),), (layer.A, layer.B), alike=False),
+        "lora": Contender(lambda x: (contenders.ours(x, layer),), (layer.A, layer.B), alike=False),
         "ours": Contender(
             lambda x: (lora_linear(x, *operands, magnitude=m),), (layer.A, layer.B, m)
         ),
@@ -387,11 +357,3 @@ def _dora_case(label: str, M: int, device: str, dtype: str) -> Case:
     }
     exact = contender(copy.deepcopy(theirs).double()).function
     return Case(label, problem, x, every, exact, "peft")
-
-
-_CASES: dict[str, Callable[[], dict[str, Callable[[str, str], Case]]]] = {
-    "projections": _projections,
-    "experts": _experts,
-    "adapters": _adapters,
-    "dora": _dora,
-}

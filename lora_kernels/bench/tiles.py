@@ -180,10 +180,7 @@ class LowRank(Measured):
 
     def expected(self, algorithm: str) -> tuple[Results, Results]:
         wide = tuple(t.double() for t in self.operands)
-        return (
-            _lowrank(COMPOSITE, algorithm, *wide),
-            _lowrank(EAGER, algorithm, *self.operands),
-        )
+        return _lowrank(COMPOSITE, algorithm, *wide), _lowrank(EAGER, algorithm, *self.operands)
 
 
 def _y(products: Products, x: Tensor, w: Weight, a: Tensor, b: Tensor) -> Results:

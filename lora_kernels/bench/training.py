@@ -16,7 +16,6 @@ from lora_kernels.bench.contenders import Layer
 from lora_kernels.bench.linear import Effort, first_line
 from lora_kernels.bench.results import Row
 
-MODELS = ("block", "minilm")
 NAMES = ("frozen", "reference", "compiled", "addmm", "peft", "ours")
 RANK, ALPHA = 8, 2.0
 WIDTH, HEADS, LENGTH, BATCH = 768, 12, 128, 4
@@ -123,7 +122,7 @@ def minilm_step(contender: str, device: str, dtype: torch.dtype) -> Callable[[],
     return lambda: torch.tensor(demo.train_step(model, optimizer, batch))
 
 
-STEPS = {"block": block_step, "minilm": minilm_step}
+MODELS = {"block": block_step, "minilm": minilm_step}
 
 
 def measure(
@@ -139,7 +138,7 @@ def measure(
     expected: list[float] = []
     for name in dict.fromkeys(("reference", "frozen", *names)):
         try:
-            step = STEPS[which](name, device, getattr(torch, dtype))
+            step = MODELS[which](name, device, getattr(torch, dtype))
             losses = [step().item() for _ in range(3)]
         except (ImportError, ValueError, RuntimeError, TypeError) as error:
             if name == "ours" and not isinstance(error, ImportError):

@@ -127,8 +127,7 @@ def _order(args: argparse.Namespace, baseline: Results | None) -> Order:
         if preset == "gpu" and device != "cuda":
             raise RuntimeError("--preset gpu needs a GPU that PyTorch can use")
         names = tuple(args.contender or presets.names(preset))
-        alone = preset is None or preset in shared.PRESETS
-        cases = [] if alone else presets.cases(preset or "", device, dtypes)
+        cases = presets.cases(preset, device, dtypes) if preset in presets.PRESETS else []
         shapes = [tuple(shape) for shape in args.shape or ()]
         for shape in shapes:
             check_sizes(shape, 1)
@@ -146,16 +145,10 @@ def _order(args: argparse.Namespace, baseline: Results | None) -> Order:
         suites=tuple(args.suite or suites),
         names=names,
         effort=linear.Effort(args.seconds, (args.rounds, 200)),
-        dtypes=dtypes or _dtypes(device, preset),
+        dtypes=dtypes or (shared.DTYPES if preset in shared.PRESETS else presets.DTYPES[device]),
         shared=(preset,) if preset in shared.PRESETS else (),
         command="python -m lora_kernels " + shlex.join(sys.argv[1:]),
     )
-
-
-def _dtypes(device: str, preset: str | None) -> tuple[str, ...]:
-    if preset in shared.PRESETS:
-        return shared.DTYPES
-    return ("bfloat16",) if device == "cuda" else ("float32",)
 
 
 def _again(order: Order, found: Results) -> Callable[[Row], Row | None]:

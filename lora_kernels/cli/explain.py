@@ -36,8 +36,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--target predicts a GPU's choice: it takes no --device cpu, no --backend")
     M, K, N, R = args.shape
     device = "cuda" if args.target else device_of(args.device)
-    adapters = args.adapter_dtype or args.dtype
-    types = args.dtype, adapters, device
+    types = args.dtype, args.adapter_dtype or args.dtype, device
     problem = Problem(
         M, N, K, R, *types, bias=True, dropout=args.dropout, weight_format=args.weight
     )

@@ -49,7 +49,10 @@ def collect() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "compilers": {name: shutil.which(name) for name in (_cxx(), "nvcc", "ninja")},
         "devices": {device: _describe(device) for device in devices},
-        "backends": {device: why_not(device) for device in devices},
+        "backends": {
+            device: {name: refusal(name, device) for name in backends.BACKENDS}
+            for device in devices
+        },
         "auto": {device: refusal("auto", device) for device in devices},
         "choices": {device: choices(device) for device in devices},
         "variables": {
@@ -77,13 +80,8 @@ def unsupported(versions: dict[str, Any]) -> list[str]:
     return found
 
 
-def why_not(device: str) -> dict[str, str | None]:
-    """Every backend's reason against itself on `device`, or None; on a GPU this runs a self-test that has not run yet."""
-    return {name: refusal(name, device) for name in backends.BACKENDS}
-
-
 def refusal(name: str, device: str) -> str | None:
-    """Why a call on `device` with this `backend` raises, or None."""
+    """Why a call on `device` with this backend raises, or None; on a GPU this runs a self-test that has not run yet."""
     problem = _problem("float32", device)
     try:
         with _on(device):
@@ -117,11 +115,9 @@ def _describe(device: str) -> dict[str, Any]:
     with _on(device):
         facts = machine.describe(device.partition(":")[0])
         if device != "cpu":
-            facts["device"] = device
-            has = getattr(
-                torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0
-            )
-            facts["shared_kib"] = has // 1024
+            properties = torch.cuda.get_device_properties(device)
+            shared = getattr(properties, "shared_memory_per_block_optin", 0)
+            facts |= {"device": device, "shared_kib": shared // 1024}
             with contextlib.suppress(ValueError):
                 target = current_target()
                 facts |= {"tiles_of": target.name, "tiles_kib": target.smem_bytes // 1024}

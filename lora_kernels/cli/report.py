@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from lora_kernels.bench import page, plots, report, results
-from lora_kernels.bench.progress import Progress
+from lora_kernels.bench.progress import counted
 from lora_kernels.bench.results import Results
 from lora_kernels.cli import check_output, say
 
@@ -37,16 +37,16 @@ def run(args: argparse.Namespace) -> int:
     files = output / "report.md", output / "report.html"
     for file in files:
         check_output(file, is_file=True)
-    drawn: dict[Path, list[Path]] = {}
-    drawings: dict[str, str] = {}
+    drawn: dict[Path, dict[Path, str]] = {}  # the SVG of each picture of a run
     code = 0
     try:
         if not args.no_plots:
-            code = _draw(runs, output, args.format, drawn, drawings)
+            code = _draw(runs, output, args.format, drawn)
     except KeyboardInterrupt:
         say(f"stopped: the report has the plots of {len(drawn)} of {len(runs)} runs")
         code = 130
-    text = report.markdown({file.stem: (each, drawn.get(file, [])) for file, each in runs.items()})
+    text = report.markdown({file.stem: (each, drawn.get(file, {})) for file, each in runs.items()})
+    drawings = {file.name: svg for each in drawn.values() for file, svg in each.items()}
     for file, content in zip(files, (text, page.html(text, drawings)), strict=True):
         file.write_text(content, encoding="utf-8")
         print(file)
@@ -54,18 +54,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _draw(
-    runs: dict[Path, Results],
-    output: Path,
-    suffix: str,
-    drawn: dict[Path, list[Path]],
-    drawings: dict[str, str],
+    runs: dict[Path, Results], output: Path, suffix: str, drawn: dict[Path, dict[Path, str]]
 ) -> int:
     """1 where the plots of a run could not be drawn, which is said, and the others are; else 0."""
-    code, progress = 0, Progress(len(runs))
-    for file, each in runs.items():
-        place = progress.next()
+    code = 0
+    for place, (file, each) in counted(runs.items()):
         try:
-            drawn[file] = plots.draw(each, output, file.stem, suffix, drawings)
+            drawn[file] = plots.draw(each, output, file.stem, suffix)
         except ModuleNotFoundError:
             raise
         except Exception as error:  # of one run's rows

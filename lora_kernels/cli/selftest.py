@@ -10,7 +10,7 @@ import torch
 
 from lora_kernels import backends, selftest
 from lora_kernels.backends import BACKENDS
-from lora_kernels.bench.contenders import BACKENDS_ON
+from lora_kernels.bench.contenders import backends_on
 from lora_kernels.cli import device_of, say
 
 
@@ -26,13 +26,11 @@ def run(args: argparse.Namespace) -> int:
     found = [
         _one(name, device)
         for device in map(device_of, devices)
-        for name in args.backend or BACKENDS_ON[device]
+        for name in args.backend or backends_on(device)
     ]
-    failed = any(each["failed"] or (each["skipped"] and args.backend) for each in found)
-    # With several devices a backend that runs on one of them need not run on the other.
-    if args.backend and len(devices) > 1:
-        ran = {each["backend"] for each in found if not each["skipped"]}
-        failed = any(each["failed"] for each in found) or not set(args.backend) <= ran
+    # With several devices a named backend that runs on one of them need not run on the other.
+    ran = {each["backend"] for each in found if not each["skipped"]}
+    failed = any(each["failed"] for each in found) or not ran.issuperset(args.backend or ())
     if args.json:
         print(json.dumps({"passed": not failed, "backends": found}, indent=1))
     else:
@@ -43,10 +41,8 @@ def run(args: argparse.Namespace) -> int:
 def _one(name: str, device: str) -> dict[str, Any]:
     """The number of checks of a backend on a device, and those that failed, in words."""
     backend = backends.get(name)
-    if name not in BACKENDS_ON[device]:
-        skipped: str | None = f"does not run on {device}"
-    else:
-        skipped = backend.unavailable()
+    runs = name in backends_on(device)
+    skipped = backend.unavailable() if runs else f"does not run on {device}"
     each: dict[str, Any] = {"backend": name, "device": device, "skipped": skipped}
     each |= {"checks": 0, "failed": [], "closest": None}
     if skipped is not None:

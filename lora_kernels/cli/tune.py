@@ -16,7 +16,7 @@ from lora_kernels import backends
 from lora_kernels.backends.triton.configs import tiles_of
 from lora_kernels.bench.linear import Effort, first_line
 from lora_kernels.bench.presets import MODELS
-from lora_kernels.bench.progress import Progress
+from lora_kernels.bench.progress import counted
 from lora_kernels.bench.tiles import LowRank, Measured, Product
 from lora_kernels.cli import check_output, check_sizes, say
 from lora_kernels.problem import DENSE, ITEMSIZE, Problem
@@ -106,9 +106,7 @@ def tune(
     effort = Effort(seconds)
     entries, measured, failures = into or ([], [], [])
     problems = [*problems, *dict.fromkeys(map(lowrank, problems))]
-    progress = Progress(len(problems))
-    for problem in problems:
-        place = progress.next()
+    for place, problem in counted(problems):
         alone = problem == lowrank(problem)
         try:
             subject: Measured = LowRank(problem, device) if alone else Product(problem, device)
