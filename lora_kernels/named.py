@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import adapter_file
-from lora_kernels.adapters import alpha_of, check_linear, fill, options, parents_of
+from lora_kernels.adapters import alpha_of, check_linear, check_values, fill, options, parents_of
 from lora_kernels.bases import is_conv1d
 from lora_kernels.mixed import BASE, LinearWithAdapters, check_name
 from lora_kernels.modules import (
@@ -150,6 +150,7 @@ def load_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]
         module = modules.get(label)
         linear: Any = module.linear if isinstance(module, LinearWithAdapters) else module
         check_linear(label, linear, parents[module], adapter, adapter.A.shape[1])
+        check_values(label, linear)
         if isinstance(module, LinearWithAdapters) and name in module.adapters:
             raise ValueError(f"name must be new, got {name!r}, which {label} has")
         if adapter.magnitude is not None:

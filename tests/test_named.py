@@ -131,6 +131,11 @@ def test_bad_requests_change_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"'first' must have A \[8, 2\] and B \[2, 11\]"):
         load_named_adapter(narrow, "fr", tmp_path / "fr")
     assert type(narrow["first"]) is nn.Linear
+    with torch.device("meta"):
+        empty = Net()
+    with pytest.raises(ValueError, match="'first' must have values before loading, but is on the"):
+        load_named_adapter(empty, "fr", tmp_path / "fr")
+    assert type(empty.first) is nn.Linear
     for call, message in (
         (lambda: add_adapter(net, "fr", 2, 1.0), "name must be new, got 'fr'"),
         (lambda: add_adapter(net, "a.b", 2, 1.0), "name must be a string without dots"),
