@@ -10,6 +10,14 @@ inline float widened(BF16 x) {
 }
 inline float widened(F16 x) { return _cvtsh_ss(x.bits); }
 
+// f of a matrix's elements, by their type.
+template <class F>
+inline __attribute__((always_inline)) void with_elements(const Matrix& m, const F& f) {
+  if (m.type == Type::F32) return f((const float*)m.data);
+  if (m.type == Type::BF16) return f((const BF16*)m.data);
+  f((const F16*)m.data);
+}
+
 inline Vector load_part(const float* p, int64_t count) {
   float buffer[Vector::LANES] = {};
   std::memcpy(buffer, p, count * sizeof(float));
@@ -51,12 +59,9 @@ void copy_elements(float* dst, int64_t pitch, const T* src, int64_t row_stride, 
 }
 
 void copy(float* dst, int64_t pitch, const Matrix& src, int64_t rows, int64_t cols) {
-  const auto run = [&](auto* data) {
+  with_elements(src, [&](auto* data) {
     copy_elements(dst, pitch, data, src.row_stride, src.col_stride, rows, cols);
-  };
-  if (src.type == Type::F32) return run((const float*)src.data);
-  if (src.type == Type::BF16) return run((const BF16*)src.data);
-  run((const F16*)src.data);
+  });
 }
 
 constexpr int64_t ROWS_AHEAD =
@@ -84,15 +89,12 @@ void pack_rows(float* dst, int64_t panel, int64_t width, const T* src, int64_t r
 }
 
 void pack(float* dst, int64_t panel, int64_t width, const Matrix& src, int64_t rows, int64_t cols) {
-  const auto run = [&](auto* data) {
+  with_elements(src, [&](auto* data) {
     if (src.col_stride == 1) return pack_rows(dst, panel, width, data, src.row_stride, rows, cols);
     for (int64_t c = 0; c < cols; c += width, dst += panel)
       copy_elements(dst, width, data + c * src.col_stride, src.row_stride, src.col_stride, rows,
                     cols - c < width ? cols - c : width);
-  };
-  if (src.type == Type::F32) return run((const float*)src.data);
-  if (src.type == Type::BF16) return run((const BF16*)src.data);
-  run((const F16*)src.data);
+  });
 }
 
 template <class T>
@@ -279,26 +281,22 @@ void multiply_rows(int64_t rows, int64_t vectors, const float* tile, const float
   }
 }
 
-template <class T, int ROWS>
+template <int ROWS, class T>
 void multiply_where_it_lies(int64_t rows, const float* tile, const T* w, int64_t w_pitch,
                             int64_t depth, float* c, int64_t c_pitch, bool add) {
   if constexpr (ROWS > 0) {
     if (rows < ROWS)
-      return multiply_where_it_lies<T, ROWS - 1>(rows, tile, w, w_pitch, depth, c, c_pitch, add);
+      return multiply_where_it_lies<ROWS - 1>(rows, tile, w, w_pitch, depth, c, c_pitch, add);
     multiply_block<FloatUnit<float>, ROWS, 2, false>(tile, w, w_pitch, depth, c, c_pitch, add);
   }
 }
 
 void multiply_in_place(int64_t rows, const float* tile, const Matrix& w, int64_t depth, float* c,
                        int64_t c_pitch, bool add) {
-  const auto run = [&](auto* data) {
-    multiply_where_it_lies<std::remove_cv_t<std::remove_pointer_t<decltype(data)>>,
-                           Vector::TILE_ROWS>(rows, tile, data, w.row_stride, depth, c, c_pitch,
+  with_elements(w, [&](auto* data) {
+    multiply_where_it_lies<Vector::TILE_ROWS>(rows, tile, data, w.row_stride, depth, c, c_pitch,
                                               add);
-  };
-  if (w.type == Type::F32) return run((const float*)w.data);
-  if (w.type == Type::BF16) return run((const BF16*)w.data);
-  run((const F16*)w.data);
+  });
 }
 
 // c[r][n] = x[r]·w[n] for ROWS x COLS, vectors along k. Beside it `ahead_rows` rows of w are
@@ -430,12 +428,12 @@ void add_rows_of_w(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch,
   }
 }
 
-template <class T, int ROWS>
+template <int ROWS, class T>
 void rows_of_w_elements(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch, int64_t rows,
                         int64_t cols, int64_t depth, float* c, int64_t c_pitch) {
   if constexpr (ROWS > 0) {
     if (rows < ROWS)
-      return rows_of_w_elements<T, ROWS - 1>(x, x_pitch, w, w_pitch, rows, cols, depth, c, c_pitch);
+      return rows_of_w_elements<ROWS - 1>(x, x_pitch, w, w_pitch, rows, cols, depth, c, c_pitch);
     int64_t k = 0;
     for (; k + 8 <= depth; k += 8)
       add_rows_of_w<T, ROWS, 8>(x + k, x_pitch, w + k * w_pitch, w_pitch, cols, c, c_pitch, k > 0);
@@ -446,16 +444,12 @@ void rows_of_w_elements(const float* x, int64_t x_pitch, const T* w, int64_t w_p
 
 void rows_of_w(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
                int64_t depth, float* c, int64_t c_pitch) {
-  const auto run = [&](auto* data) {
-    rows_of_w_elements<std::remove_cv_t<std::remove_pointer_t<decltype(data)>>, 4>(
-        x, x_pitch, data, w.row_stride, rows, cols, depth, c, c_pitch);
-  };
   if (depth == 0) {
     for (int64_t r = 0; r < rows; ++r) std::memset(c + r * c_pitch, 0, cols * sizeof(float));
   }
-  if (w.type == Type::F32) return run((const float*)w.data);
-  if (w.type == Type::BF16) return run((const BF16*)w.data);
-  run((const F16*)w.data);
+  with_elements(w, [&](auto* data) {
+    rows_of_w_elements<4>(x, x_pitch, data, w.row_stride, rows, cols, depth, c, c_pitch);
+  });
 }
 
 template <class T>
@@ -481,8 +475,5 @@ void squares_of_rows(float* out, const T* src, int64_t row_stride, int64_t rows,
 }
 
 void squares(float* out, const Matrix& src, int64_t rows, int64_t cols) {
-  const auto run = [&](auto* data) { squares_of_rows(out, data, src.row_stride, rows, cols); };
-  if (src.type == Type::F32) return run((const float*)src.data);
-  if (src.type == Type::BF16) return run((const BF16*)src.data);
-  run((const F16*)src.data);
+  with_elements(src, [&](auto* data) { squares_of_rows(out, data, src.row_stride, rows, cols); });
 }
