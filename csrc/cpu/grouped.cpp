@@ -170,26 +170,19 @@ Tensor grouped_wgrad(const Tensor& any_left, const Tensor& any_right, const Tens
   const Groups groups(offsets, T);
   const int64_t G = groups.count();
   const auto masks = masks_of(groups, mask_of(threshold, seed, keep_scale, C));
-  const bool left_wide = !masks.empty() || C >= D;  // a masked operand is packed as the wide one
-  Matrix wide = matrix(*left, "left", T, C), lowrank = matrix(*right, "right", T, D);
-  if (!left_wide) std::swap(wide, lowrank);
+  const Matrix all_left = matrix(*left, "left", T, C), all_right = matrix(*right, "right", T, D);
   Tensor out = at::empty({G, C, D}, left->options().dtype(dtype));
-  int64_t floats = 0;
-  for (int64_t g = 0; g < G; ++g) floats += wgrad_floats(groups.rows(g), lowrank.cols);
-  Tensor workspace = at::empty({floats}, left->options().dtype(at::kFloat));
-  float* space = workspace.mutable_data_ptr<float>();
   const Type type = type_of(dtype);
   std::vector<Wgrad> problems;
   problems.reserve(G);
   for (int64_t g = 0; g < G; ++g) {  // a group without rows too: its sums are zero
     const int64_t begin = groups.begin(g), rows = groups.rows(g);
-    problems.push_back(Wgrad{wide.part(begin, rows), lowrank.part(begin, rows),
-                             masks.empty() ? nullptr : &masks[g],
-                             static_cast<char*>(out.data_ptr()) + g * C * D * size_of(type), type,
-                             left_wide ? 1 : D, left_wide ? D : 1, space});
-    space += wgrad_floats(rows, lowrank.cols);
+    problems.push_back(wgrad_of(all_left.part(begin, rows), all_right.part(begin, rows),
+                                masks.empty() ? nullptr : &masks[g],
+                                static_cast<char*>(out.data_ptr()) + g * C * D * size_of(type),
+                                type));
   }
-  compute(problems);
+  compute(std::move(problems));
   return out;
 }
 
