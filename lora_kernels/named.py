@@ -98,32 +98,25 @@ def select_adapters(model: nn.Module, adapters: str | Sequence[str] | Tensor | N
     layers = [layer for _, layer in named_layers(model)]
     if not layers:
         raise ValueError("model must contain a LinearWithAdapters, but it has none")
-    known = {name for layer in layers for name in layer.names} | {BASE}
-    if not (adapters is None or isinstance(adapters, str | Tensor)):
-        if not isinstance(adapters, Iterable):
-            raise TypeError(
-                f"adapters must be a name, names, a Tensor or None, got {type(adapters).__name__}"
+    if adapters is None or isinstance(adapters, Tensor):
+        if adapters is not None and len({layer.names for layer in layers}) > 1:
+            raise ValueError(
+                "adapters must be names where the layers of the model have different ones"
             )
-        adapters = list(adapters)
-    if isinstance(adapters, Tensor) and len({layer.names for layer in layers}) > 1:
-        raise ValueError("adapters must be names where the layers of the model have different ones")
-    if isinstance(adapters, str):
-        wanted: set[str] = {adapters}
-    else:
-        wanted = set() if adapters is None or isinstance(adapters, Tensor) else set(adapters)
-    if not wanted <= known:
-        raise ValueError(f"adapters must be of {sorted(known)}, got {sorted(wanted - known)}")
-    for layer in layers:
-        if isinstance(adapters, str):
-            layer.selected = _present(adapters, layer)
-        elif adapters is None or isinstance(adapters, Tensor):
+        for layer in layers:
             layer.selected = adapters
-        else:
-            layer.selected = [_present(name, layer) for name in adapters]
-
-
-def _present(name: str, layer: LinearWithAdapters) -> str:
-    return name if name in layer.adapters else BASE
+        return
+    if not isinstance(adapters, Iterable):
+        raise TypeError(
+            f"adapters must be a name, names, a Tensor or None, got {type(adapters).__name__}"
+        )
+    names = [adapters] if isinstance(adapters, str) else list(adapters)
+    known = {name for layer in layers for name in layer.names} | {BASE}
+    if unknown := set(names) - known:
+        raise ValueError(f"adapters must be of {sorted(known)}, got {sorted(unknown)}")
+    for layer in layers:
+        present = [name if name in layer.adapters else BASE for name in names]
+        layer.selected = present[0] if isinstance(adapters, str) else present
 
 
 def save_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]) -> Path:

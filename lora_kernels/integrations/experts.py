@@ -42,7 +42,8 @@ def forward(wrapper: Any, x: Tensor, *args: Any) -> Tensor | None:
     wrappers, experts = _nest(wrapper)
     if x.dtype != getattr(experts, _DOWN).dtype and autocast_dtype(x.device.type) is None:
         return None
-    return run(experts, {each.parameter_name: _adapter(each) for each in wrappers}, x, *args)
+    adapters = {each.parameter_name: _adapter(each, experts) for each in wrappers}
+    return run(experts, adapters, x, *args)
 
 
 def run(
@@ -70,7 +71,9 @@ def _product(
     experts: Any, name: str, adapter: Stack | None, rows: Tensor, routing: Routing
 ) -> Tensor:
     """rows [S, K] times one of the experts' stacks, adapter and bias included: [S, N]."""
-    weight = _matrices(experts, getattr(experts, name))
+    weight = getattr(experts, name)
+    if experts.is_transposed:  # stored as [E, in, out], others as [E, out, in]
+        weight = weight.transpose(1, 2)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
     if adapter is None:
         G, N, K = weight.shape
@@ -85,12 +88,7 @@ def _first(experts: Any) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def _matrices(experts: Any, weight: Tensor) -> Tensor:
-    """A stack as [E, out, in]; a model whose experts are `is_transposed` stores [E, in, out]."""
-    return weight.transpose(1, 2) if experts.is_transposed else weight
-
-
-def _adapter(wrapper: Any) -> Stack:
+def _adapter(wrapper: Any, experts: Any) -> Stack:
     """The active adapter of a wrapper, as views of its parameters.
 
     PEFT's lora_A is [E·r, a] with r fastest, its lora_B [b, r·E] with E fastest, for a parameter [E, a, b] or [E, b, a].
@@ -101,7 +99,6 @@ def _adapter(wrapper: Any) -> Stack:
     E = wrapper.num_experts
     first = weight_A.reshape(E, -1, weight_A.shape[1])  # [E, r, a]
     second = weight_B.reshape(weight_B.shape[0], -1, E).permute(2, 0, 1)  # [E, b, r]
-    _, experts = _nest(wrapper)
     if _dimension_of_A(wrapper) == (0 if experts.is_transposed else 1):
         return Stack(first.transpose(1, 2), second.transpose(1, 2), wrapper.scaling[name])
     return Stack(second, first, wrapper.scaling[name])

@@ -272,11 +272,8 @@ def _why_not_linear(module: Any) -> str | None:
     if reason is not None:
         return reason
     (name,) = active(module)
-    if name in module.lora_variant:
-        reason = _why_not_variant(module, name)
-        if reason is not None:
-            return reason
-    return _why_not_adapter(
+    reason = _why_not_variant(module, name) if name in module.lora_variant else None
+    return reason or _why_not_adapter(
         base, module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
     )
 
@@ -312,10 +309,8 @@ def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str |
     if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
         return "its dropout is no plain Dropout with p < 1"
     packs = is_quantized(base)  # whose forward casts a bias
-    weights = {"base weight": base.weight, "lora_A": lora_A.weight, "lora_B": lora_B.weight}
-    if packs:
-        del weights["base weight"]
-    for part, weight in weights.items():
+    weights = {"lora_A": lora_A.weight, "lora_B": lora_B.weight}
+    for part, weight in (weights if packs else {"base weight": base.weight, **weights}).items():
         if not is_plain_tensor(weight) or weight.dtype not in DTYPES:
             kind = f"a {type(weight).__name__} of {weight.dtype}"
             return _declined(base) or f"its {part} is {kind}, no plain floating-point tensor"
