@@ -124,7 +124,7 @@ constexpr Kernels table_with_pairs() {
   Kernels kernels = table("avx512_bf16");
   kernels.copy_pairs = copy_pairs;
   kernels.pack_pairs = pack_pairs;
-  kernels.multiply_pairs = multiply_rows<PairUnit, Vector::TILE_ROWS>;
+  kernels.multiply_pairs = multiply_rows<PairUnit>;
   kernels.dots_pairs = dots_elements<PairUnit>;
   return kernels;
 }

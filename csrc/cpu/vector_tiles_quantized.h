@@ -361,7 +361,7 @@ constexpr Kernels table(const char* name) {
       .pack = pack,
       .store = store,
       .mask = mask,
-      .multiply = multiply_rows<FloatUnit<float>, Vector::TILE_ROWS>,
+      .multiply = multiply_rows<FloatUnit<float>>,
       .multiply_in_place = multiply_in_place,
       .dots = dots,
       .rows_of_w = rows_of_w,
