@@ -39,7 +39,7 @@ def merge_lora(
     merged weight cannot stand for. An exception on the way, the lack of memory or an interrupt, leaves every weight and
     layer as it was.
     """
-    layers = list(lora_layers(model))
+    layers = lora_layers(model)
     if unload and any(layer is model for _, layer in layers):
         raise ValueError(
             "model must contain the layers to unload, but it is one: take model.linear"

@@ -12,7 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from lora_kernels.declined import why_declined
 from lora_kernels.functional import alpha_tensor, autocast_dtype
 from lora_kernels.operands import DTYPES
 
+Kind = TypeVar("Kind")
 Place = tuple[str, nn.Module, str, nn.Module]  # name, parent, key and child: `parent.key` is child
 
 _OWN = ("weight", "bias")  # names that LinearWithLoRA takes from its Linear
@@ -412,12 +413,15 @@ def rename_tied(model: nn.Module, names: dict[str, str]) -> None:
                 setattr(module, attribute, [new.get(key, key) for key in tied])
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LinearWithLoRA]]:
-    """(name, layer) of every `LinearWithLoRA` in `model`, each once, `model` itself included."""
+def layers_of(model: nn.Module, kind: type[Kind]) -> list[tuple[str, Kind]]:
+    """(name, layer) of every module of a class in `model`, each once, `model` itself included."""
     check_model(model)
-    for name, module in model.named_modules():
-        if isinstance(module, LinearWithLoRA):
-            yield name, module
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, LinearWithLoRA]]:
+    """(name, layer) of every `LinearWithLoRA` in `model`, each once, `model` itself included."""
+    return layers_of(model, LinearWithLoRA)
 
 
 def freeze_base(model: nn.Module) -> None:
@@ -432,9 +436,8 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
     Where A or B is parametrized, the parameters that it is computed from.
     """
-    check_model(model)
-    layers = (module for module in model.modules() if isinstance(module, LoRALayer))
-    return iter(dict.fromkeys(parameter for layer in layers for parameter in layer.parameters()))
+    parameters = (p for _, layer in layers_of(model, LoRALayer) for p in layer.parameters())
+    return iter(dict.fromkeys(parameters))
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lora_kernels.modules import (
     Place,
     check_lora,
     check_model,
+    layers_of,
     linear_places,
     places_of,
     put_bases,
@@ -25,12 +26,9 @@ from lora_kernels.modules import (
 )
 
 
-def named_layers(model: nn.Module) -> Iterator[tuple[str, LinearWithAdapters]]:
+def named_layers(model: nn.Module) -> list[tuple[str, LinearWithAdapters]]:
     """(name, layer) of every `LinearWithAdapters` in `model`."""
-    check_model(model)
-    for name, module in model.named_modules():
-        if isinstance(module, LinearWithAdapters):
-            yield name, module
+    return layers_of(model, LinearWithAdapters)
 
 
 def add_adapter(

@@ -29,7 +29,7 @@ from lora_kernels.functional import autocast_dtype
 from lora_kernels.integrations import experts
 from lora_kernels.integrations.state import active, why_not_one_adapter
 from lora_kernels.mixed import mixed_lora_linear
-from lora_kernels.modules import check_model
+from lora_kernels.modules import layers_of
 from lora_kernels.operands import DTYPES, Adapter
 
 
@@ -189,7 +189,7 @@ def accelerate(model: nn.Module, *, allow_none: bool = False) -> Report:
     base_model.model.0  fused
     base_model.model.2  fused
     """
-    found = _layers(model, LoraLayer)
+    found: list[tuple[str, Any]] = layers_of(model, LoraLayer)
     report = Report(_reasons(found))
     if not report.fused and not allow_none:
         if not found:
@@ -218,7 +218,7 @@ def _reasons(found: list[tuple[str, Any]]) -> dict[str, str | None]:
 
 def restore(model: nn.Module) -> list[str]:
     """Give every fused layer PEFT's own class back; returns their names. ValueError if another class was built on ours."""
-    fused = _layers(model, Fused)
+    fused: list[tuple[str, Any]] = layers_of(model, Fused)
     for name, module in fused:
         if Fused not in type(module).__bases__:
             raise ValueError(
@@ -227,11 +227,6 @@ def restore(model: nn.Module) -> list[str]:
     for _, module in fused:
         module.__class__ = type(module).__bases__[1]
     return [name for name, _ in fused]
-
-
-def _layers(model: nn.Module, kind: Any) -> list[tuple[str, Any]]:
-    check_model(model)
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 
 
 def why_not_fused(module: nn.Module) -> str | None:
