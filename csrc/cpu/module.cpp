@@ -81,7 +81,8 @@ Type type_of(at::ScalarType type) {
 
 bool readable(const Tensor& t) { return within(t.key_set(), DENSE | LAZY); }
 
-c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name) {
+c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name, int64_t dims) {
+  TORCH_CHECK(dims < 0 || t.dim() == dims, name, " must be ", dims, "-D, got ", t.sizes());
   if (within(t.key_set(), DENSE)) return c10::MaybeOwned<Tensor>::borrowed(t);
   // A key that is switched off has been served: a subclass may hand its own memory on.
   const auto keys = t.key_set() - c10::impl::tls_local_dispatch_key_set().excluded_;
@@ -94,8 +95,7 @@ c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name) {
 Tensor shrink(const Tensor& any_x, const Tensor& any_a, double alpha, int64_t threshold,
               int64_t seed, double keep_scale) {
   check_usable();
-  const auto x = in_memory(any_x, "x"), a = in_memory(any_a, "a");
-  TORCH_CHECK(x->dim() == 2 && a->dim() == 2, "x and a must be 2-D");
+  const auto x = in_memory(any_x, "x", 2), a = in_memory(any_a, "a", 2);
   const int64_t M = x->size(0), K = x->size(1), R = a->size(1);
   const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, K);
   Tensor s = at::empty({M, R}, x->options().dtype(at::kFloat));
@@ -113,15 +113,13 @@ Tensor expand(const Tensor& any_x, const Weight& weight, bool transposed, const 
               const Tensor& any_b, const std::optional<Tensor>& any_bias, int64_t threshold,
               int64_t seed, double keep_scale, const Tensor* any_factor, Tensor* z) {
   check_usable();
-  const auto x = in_memory(any_x, "x"), s = in_memory(any_s, "s"), b = in_memory(any_b, "b");
-  TORCH_CHECK(x->dim() == 2 && s->dim() == 2, "x and s must be 2-D");
+  const auto x = in_memory(any_x, "x", 2), s = in_memory(any_s, "s", 2), b = in_memory(any_b, "b");
   TORCH_CHECK(s->scalar_type() == at::kFloat, "s must be float32, got ", s->scalar_type());
   c10::MaybeOwned<Tensor> dense, bias, factor;
   std::optional<QuantizedTensors> quantized;
   Matrix w;
   if (weight.packed.empty()) {
-    dense = in_memory(weight.dense, "w");
-    TORCH_CHECK(dense->dim() == 2, "w must be 2-D, got ", dense->sizes());
+    dense = in_memory(weight.dense, "w", 2);
     w = transposed ? matrix(*dense, "w", dense->size(0), x->size(1))
                    : matrix(*dense, "w", x->size(1), dense->size(1));
   } else {
@@ -135,9 +133,9 @@ Tensor expand(const Tensor& any_x, const Weight& weight, bool transposed, const 
   Product product{matrix(*x, "x", M, K), w, &tail, &rows_b};
   std::optional<Matrix> row, factors;
   if (any_factor != nullptr) {
-    factor = in_memory(*any_factor, "factor");
-    TORCH_CHECK(factor->dim() == 1 && factor->scalar_type() == at::kFloat,
-                "factor must be 1-D float32, got ", factor->sizes(), " of ", factor->scalar_type());
+    factor = in_memory(*any_factor, "factor", 1);
+    TORCH_CHECK(factor->scalar_type() == at::kFloat, "factor must be float32, got ",
+                factor->scalar_type());
     factors = matrix(factor->unsqueeze(0), "factor", 1, N);
     product.factor = &*factors;
   }
@@ -146,8 +144,7 @@ Tensor expand(const Tensor& any_x, const Weight& weight, bool transposed, const 
     product.before = z->data_ptr();
   }
   if (any_bias) {
-    bias = in_memory(*any_bias, "bias");
-    TORCH_CHECK(bias->dim() == 1, "bias must be 1-D, got ", bias->sizes());
+    bias = in_memory(*any_bias, "bias", 1);
     row = matrix(bias->unsqueeze(0), "bias", 1, N);
     product.bias = &*row;
   }
@@ -160,6 +157,17 @@ Tensor expand(const Tensor& any_x, const Weight& weight, bool transposed, const 
 }
 
 namespace {
+
+// The norms of the rows of w + alpha·(a·b)ᵀ [N], float32
+Tensor row_norms(const Tensor& any_w, const Tensor& any_a, const Tensor& any_b, double alpha) {
+  check_usable();
+  const auto w = in_memory(any_w, "w", 2), a = in_memory(any_a, "a", 2), b = in_memory(any_b, "b");
+  const int64_t N = w->size(0), K = w->size(1), R = a->size(1);
+  Tensor norms = at::empty({N}, w->options().dtype(at::kFloat));
+  compute(Norms{matrix(*w, "w", N, K), matrix(*a, "a", K, R), matrix(*b, "b", R, N), float(alpha),
+                norms.mutable_data_ptr<float>()});
+  return norms;
+}
 
 Tensor expand_dense(const Tensor& x, const Tensor& w, const Tensor& s, const Tensor& b,
                     const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
@@ -204,9 +212,9 @@ std::tuple<Tensor, Tensor> expand_scaled_quantized(const Tensor& x, at::TensorLi
 std::tuple<Tensor, Tensor> scaled_gradient(const Tensor& any_dy, const Tensor& any_factor,
                                            const std::optional<Tensor>& any_z) {
   check_usable();
-  const auto dy = in_memory(any_dy, "dy"), factor = in_memory(any_factor, "factor");
-  TORCH_CHECK(dy->dim() == 2 && factor->dim() == 1 && factor->scalar_type() == at::kFloat,
-              "dy must be 2-D and factor 1-D float32");
+  const auto dy = in_memory(any_dy, "dy", 2), factor = in_memory(any_factor, "factor", 1);
+  TORCH_CHECK(factor->scalar_type() == at::kFloat, "factor must be float32, got ",
+              factor->scalar_type());
   const int64_t M = dy->size(0), N = dy->size(1);
   Tensor dz = at::empty({M, N}, dy->options());
   Tensor dfactor = at::empty({any_z ? N : 0}, dy->options().dtype(at::kFloat));
@@ -224,22 +232,10 @@ std::tuple<Tensor, Tensor> scaled_gradient(const Tensor& any_dy, const Tensor& a
   return {dz, dfactor};
 }
 
-Tensor row_norms(const Tensor& any_w, const Tensor& any_a, const Tensor& any_b, double alpha) {
-  check_usable();
-  const auto w = in_memory(any_w, "w"), a = in_memory(any_a, "a"), b = in_memory(any_b, "b");
-  TORCH_CHECK(w->dim() == 2 && a->dim() == 2, "w and a must be 2-D");
-  const int64_t N = w->size(0), K = w->size(1), R = a->size(1);
-  Tensor norms = at::empty({N}, w->options().dtype(at::kFloat));
-  compute(Norms{matrix(*w, "w", N, K), matrix(*a, "a", K, R), matrix(*b, "b", R, N), float(alpha),
-                norms.mutable_data_ptr<float>()});
-  return norms;
-}
-
 Tensor wgrad(const Tensor& any_left, const Tensor& any_right, at::ScalarType dtype,
              int64_t threshold, int64_t seed, double keep_scale) {
   check_usable();
-  const auto left = in_memory(any_left, "left"), right = in_memory(any_right, "right");
-  TORCH_CHECK(left->dim() == 2 && right->dim() == 2, "left and right must be 2-D");
+  const auto left = in_memory(any_left, "left", 2), right = in_memory(any_right, "right", 2);
   const int64_t M = left->size(0), C = left->size(1), D = right->size(1);
   const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, C);
   const Matrix rows = matrix(*left, "left", M, C), cols = matrix(*right, "right", M, D);

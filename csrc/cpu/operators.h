@@ -21,7 +21,8 @@ using at::Tensor;
 bool readable(const Tensor& t);
 
 // t with its elements in memory: t itself, a copy of a negated or zero tensor, or an error.
-c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name);
+// It has `dims` dimensions, where they are given.
+c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name, int64_t dims = -1);
 
 void check_usable();
 Type type_of(at::ScalarType type);
@@ -78,9 +79,6 @@ Tensor expand(const Tensor& x, const Weight& weight, bool transposed, const Tens
 // (dz, dfactor) = (factor∘dy, the sums of dy∘z over rows); no dfactor without z
 std::tuple<Tensor, Tensor> scaled_gradient(const Tensor& dy, const Tensor& factor,
                                            const std::optional<Tensor>& z);
-
-// The norms of the rows of w + alpha·(a·b)ᵀ [N], float32
-Tensor row_norms(const Tensor& w, const Tensor& a, const Tensor& b, double alpha);
 
 // (mask∘left)ᵀ·right [C, D]
 Tensor wgrad(const Tensor& left, const Tensor& right, at::ScalarType dtype, int64_t threshold,

@@ -28,10 +28,7 @@ struct List {
 
   List(at::TensorList any, const char* name) {
     TORCH_CHECK(!any.empty(), name, " must not be empty");
-    for (const Tensor& t : any) {
-      TORCH_CHECK(t.dim() == 2, name, " must be 2-D, got ", t.sizes());
-      tensors.push_back(in_memory(t, name));
-    }
+    for (const Tensor& t : any) tensors.push_back(in_memory(t, name, 2));
   }
   int64_t count() const { return int64_t(tensors.size()); }
   // An error unless there is one for each of P projections, or, where they may share it, one.
