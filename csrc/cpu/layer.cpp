@@ -79,18 +79,11 @@ Tensor dense(const Weight& weight, at::ScalarType dtype) {
   return op.call(weight.packed, weight.format, weight.sizes, dtype);
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of x, A, B and the factor
-
-Gradients differentiable_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                  const Tensor& A, const Tensor& B,
-                                  const std::optional<Tensor>& factor, double alpha,
-                                  const Dropout& dropout, at::ArrayRef<bool> needs) {
-  using Signature =
-      Gradients(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                const std::optional<Tensor>&, double, double, int64_t, at::ArrayRef<bool>);
-  static const auto op = in_python<Signature>("lora_kernels_cpu::differentiable_backward");
-  return op.call(dy, x, weight, A, B, factor, alpha, dropout.p, dropout.seed, needs);
-}
+// dy, x, weight, A, B, factor, alpha, dropout_p, seed, needs -> the gradients of x, A, B and the
+// factor
+using DifferentiableBackward = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+    const std::optional<Tensor>&, double, double, int64_t, at::ArrayRef<bool>);
 
 class Layer : public torch::autograd::Function<Layer> {
  public:
@@ -151,10 +144,12 @@ class Layer : public torch::autograd::Function<Layer> {
     const Tensor grad = grads[0].is_sparse() ? grads[0].to_dense() : grads[0];
     if (must_be_transparent(grad, saved)) {
       const bool reads_w = needs_x || needs_factor;
+      static const auto op =
+          in_python<DifferentiableBackward>("lora_kernels_cpu::differentiable_backward");
       auto [dx, dA, dB, dc] =
-          differentiable_backward(grad, x, reads_w ? dense(weight, grad.scalar_type()) : Tensor(),
-                                  A, B, factor.defined() ? std::optional(factor) : std::nullopt,
-                                  alpha, dropout, {needs_x, needs_A, needs_B, needs_factor});
+          op.call(grad, x, reads_w ? dense(weight, grad.scalar_type()) : Tensor(), A, B,
+                  factor.defined() ? std::optional(factor) : std::nullopt, alpha, dropout.p,
+                  dropout.seed, {needs_x, needs_A, needs_B, needs_factor});
       if (needs_x) out[X] = dx;
       if (needs_A) out[A_] = dA;
       if (needs_B) out[B_] = dB;
