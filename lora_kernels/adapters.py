@@ -79,19 +79,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
         raise ValueError(f"{path} must hold every LoRA layer of the model, but lacks {missing}")
 
     wrappers = {
-        m: LinearWithLoRA(m, dora=adapters[n].magnitude is not None, **options(m, adapters[n]))
+        m: LinearWithLoRA(m, dora=adapters[n].magnitude is not None, **options_of(m, adapters[n]))
         for m, n in names.items()
         if is_linear(m)
     }
     layers: dict[str, Any] = {n: wrappers.get(m, m).lora for m, n in names.items()}
     alphas = {name: alpha_of(name, lora, adapters[name].scale) for name, lora in layers.items()}
+    loras = [layer.lora for _, layer in lora_layers(model)]
     before: list[tuple[Any, ...]] = [
-        (
-            layer.lora,
-            *map(_copied, (layer.lora.A, layer.lora.B, layer.lora.magnitude)),
-            layer.lora.alpha,
-        )
-        for _, layer in lora_layers(model)
+        (lora, *map(_copied, (lora.A, lora.B, lora.magnitude)), lora.alpha) for lora in loras
     ]
     try:
         for name, adapter in adapters.items():
@@ -164,7 +160,7 @@ def check_linear(
             )
 
 
-def options(linear: Any, adapter: Adapter) -> dict[str, Any]:
+def options_of(linear: Any, adapter: Adapter) -> dict[str, Any]:
     """What a layer over `linear` for this adapter is made with; `alpha_of` has its alpha.
 
     Its dtype is float32 on a half base unless the file has the base's dtype, else that of the base.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import adapter_file
-from lora_kernels.adapters import alpha_of, check_linear, check_values, fill, options, parents_of
+from lora_kernels.adapters import alpha_of, check_linear, check_values, fill, options_of, parents_of
 from lora_kernels.bases import is_conv1d
 from lora_kernels.mixed import BASE, LinearWithAdapters, check_name
 from lora_kernels.modules import (
@@ -152,7 +152,7 @@ def load_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]
     layers = _layers_for(places)
     for label, adapter in read.items():
         layer = layers[modules[label]]
-        lora = layer.add_adapter(name, **options(layer.linear, adapter))
+        lora = layer.add_adapter(name, **options_of(layer.linear, adapter))
         fill(lora, adapter.A, adapter.B, None, alpha_of(label, lora, adapter.scale))
     put_wrappers(model, places, layers)
     return list(read)
