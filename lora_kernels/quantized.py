@@ -304,11 +304,11 @@ def from_bitsandbytes(
     with torch._C.DisableTorchFunctionSubclass():
         # A plain Tensor; compilers cannot trace as_subclass.
         packed = weight.view(torch.uint8).view(-1)
-    more: dict[str, Any] = {"N": N, "K": K, "block": quantised.blocksize}
+    code2 = absmax2 = offset = None
     if second is not None:
-        more |= {"code2": second.code, "absmax2": second.absmax, "offset": quantised.offset}
-    dtype = dtype or quantised.dtype
-    return NF4Weight(packed, quantised.absmax, quantised.code, dtype=dtype, **more)
+        code2, absmax2, offset = second.code, second.absmax, quantised.offset
+    absmax, code, dtype = quantised.absmax, quantised.code, dtype or quantised.dtype
+    return NF4Weight(packed, absmax, code, code2, absmax2, offset, N, K, BLOCK, dtype)
 
 
 def _int8(weight: Any, state: Any, dtype: torch.dtype) -> Int8Weight:
