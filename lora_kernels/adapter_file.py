@@ -15,10 +15,11 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_kernels.bases import is_conv1d
-from lora_kernels.modules import SCALINGS, LinearWithLoRA, fits_float32
+from lora_kernels.modules import SCALINGS, LoRALayer, fits_float32
 
 try:
     import fcntl
@@ -88,15 +88,18 @@ class Adapter:
     magnitude: Tensor | None  # [out] of DoRA
 
 
-def write(folder: Path, layers: dict[str, LinearWithLoRA]) -> None:
-    """Write the adapters of these layers by name; both files are put in their places when both are complete.
+def write(
+    path: str | os.PathLike[str], layers: Mapping[str, LoRALayer], fan_in_fan_out: bool
+) -> Path:
+    """Write the adapters of these names into a folder; both files are put in their places when both are complete.
 
-    One save at a time writes in a folder, where its file system has locks. What a killed save left behind is removed.
+    `fan_in_fan_out`: whether a base stores W transposed, as a Conv1D. One save at a time writes in a folder, where its file
+    system has locks. What a killed save left behind is removed.
     """
-    config = json.dumps(_config(layers), indent=2, sort_keys=True) + "\n"
+    folder = _folder(path)
+    config = json.dumps(_config(layers, fan_in_fan_out), indent=2, sort_keys=True) + "\n"
     tensors = {}
-    for name, layer in layers.items():
-        lora = layer.lora
+    for name, lora in layers.items():
         parts = {"lora_A.weight": lora.A, "lora_B.weight": lora.B}
         if lora.magnitude is not None:
             parts["lora_magnitude_vector"] = lora.magnitude
@@ -118,6 +121,16 @@ def write(folder: Path, layers: dict[str, LinearWithLoRA]) -> None:
             config_file.write_text(config)
             os.replace(weights_file, folder / WEIGHTS_FILE)
             os.replace(config_file, folder / CONFIG_FILE)
+    return folder
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise TypeError(
+            f"path must be a string or os.PathLike, got {type(path).__name__}"
+        ) from None
 
 
 @contextmanager
@@ -138,30 +151,30 @@ def _lock(folder: Path) -> Iterator[bool]:
         os.close(descriptor)  # which unlocks it, as the end of the process does
 
 
-def _config(layers: dict[str, LinearWithLoRA]) -> dict[str, Any]:
+def _config(layers: Mapping[str, LoRALayer], fan_in_fan_out: bool) -> dict[str, Any]:
     """PEFT's configuration of these layers: the commonest rank and alpha as defaults, the others as patterns."""
-    dora = {layer.lora.magnitude is not None for layer in layers.values()}
+    dora = {lora.magnitude is not None for lora in layers.values()}
     if len(dora) > 1:
         raise ValueError(
             "the layers must all be DoRA or all plain LoRA: PEFT's layout has one use_dora"
         )
-    rslora = all(layer.lora.scaling == "alpha/sqrt(rank)" for layer in layers.values())
-    ranks = {name: layer.lora.rank for name, layer in layers.items()}
+    rslora = all(lora.scaling == "alpha/sqrt(rank)" for lora in layers.values())
+    ranks = {name: lora.rank for name, lora in layers.items()}
     convention = "alpha/sqrt(rank)" if rslora else "alpha/rank"
     alphas = {
-        name: layer.lora.alpha
-        if layer.lora.scaling == convention
-        else alpha_for(layer.lora.scale, convention, layer.lora.rank)
-        for name, layer in layers.items()
+        name: lora.alpha
+        if lora.scaling == convention
+        else alpha_for(lora.scale, convention, lora.rank)
+        for name, lora in layers.items()
     }
     for name, alpha in alphas.items():
         if not fits_float32(alpha):
             raise ValueError(
                 f"layer {name!r} must have an alpha within float32 where the scale is {convention}, got {alpha}"
             )
-    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
-    dropouts = [layer.lora.dropout for layer in layers.values()]
-    dropout = _commonest(dropouts)
+    rank, alpha = mode(ranks.values()), mode(alphas.values())
+    dropouts = [lora.dropout for lora in layers.values()]
+    dropout = mode(dropouts)
     if len(set(dropouts)) > 1:
         warnings.warn(
             f"PEFT's layout has one lora_dropout: {dropout} is saved, the layers have {sorted(set(dropouts))}",
@@ -178,7 +191,7 @@ def _config(layers: dict[str, LinearWithLoRA]) -> dict[str, Any]:
         "lora_dropout": dropout,
         "bias": "none",
         # How the base stores W, which PEFT reads from the model: A and B are alike in both.
-        "fan_in_fan_out": any(is_conv1d(layer.linear) for layer in layers.values()),
+        "fan_in_fan_out": fan_in_fan_out,
         "use_dora": dora == {True},
         "modules_to_save": None,
         # Regular expressions that match these names whole: PEFT lets a plain name match the end of longer ones too.
@@ -188,8 +201,9 @@ def _config(layers: dict[str, LinearWithLoRA]) -> dict[str, Any]:
     }
 
 
-def read(folder: Path) -> dict[str, Adapter]:
+def read(path: str | os.PathLike[str]) -> dict[str, Adapter]:
     """The adapters in a folder by layer name; ValueError for anything that is damaged or of another kind."""
+    folder = _folder(path)
     config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     for file in (config_file, weights_file):
         if not file.is_file():
@@ -307,10 +321,7 @@ def _by_layer(
                 f" got {len(pair[_MAGNITUDE])}"
             )
         A, B = pair["A"], pair["B"]
-        rank, alpha = (
-            _setting(settings, "rank_pattern", name),
-            _setting(settings, "alpha_pattern", name),
-        )
+        rank, alpha = (_setting(settings, field, name) for field in _PATTERNS)
         if A.shape[1] != rank or B.shape[0] != rank:
             raise ValueError(
                 f"{file}: layer {name!r} must have rank {rank} as its configuration says, "
@@ -343,11 +354,8 @@ _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?:?|.", re.DOTALL)
 def _ways(pattern: str) -> float:
     """An upper estimate of the ways in which a valid regular expression is tried before it fails, to bound its time."""
     outer: list[tuple[int, int]] = []
-    choices, ways, after_group = (
-        0,
-        1,
-        False,
-    )  # of the branches before and of this branch of the group
+    choices, ways = 0, 1  # of the branches before and of this branch of the group
+    after_group = False
     for token in _TOKEN.findall(pattern):
         if token == "(?" or (after_group and token in ("*", "+", "{")):
             return math.inf
@@ -374,8 +382,3 @@ def alpha_for(scale: float, scaling: str, rank: int) -> float:
     """The alpha whose scale is `scale` under a convention; an integer where it is one."""
     alpha = scale / SCALINGS[scaling](1.0, rank)
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
-
-
-def _commonest(values: Any) -> Any:
-    values = list(values)
-    return max(values, key=values.count)

@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 from lora_kernels import adapter_file
 from lora_kernels.adapter_file import Adapter
+from lora_kernels.bases import features, is_conv1d, is_linear
 from lora_kernels.modules import (
     LinearWithLoRA,
     LoRALayer,
-    Place,
     check_model,
-    features,
+    every_place,
     fits_float32,
     has_lora,
-    is_linear,
     lora_layers,
+    places_of,
     put_wrappers,
 )
+from lora_kernels.operands import HALF
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -43,9 +44,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         raise ValueError(
             "model must contain named layers to save, but it is itself one: put it in a module"
         )
-    folder = _folder(path)
-    adapter_file.write(folder, layers)
-    return folder
+    transposed = any(is_conv1d(layer.linear) for layer in layers.values())
+    return adapter_file.write(path, {n: layer.lora for n, layer in layers.items()}, transposed)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
@@ -60,85 +60,91 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     layers do not compute. After any exception the model is as it was.
     """
     check_model(model)
-    adapters = adapter_file.read(_folder(path))
+    adapters = adapter_file.read(path)
     modules = dict(model.named_modules(remove_duplicate=False))
     parents = parents_of(model)
     names: dict[nn.Module, str] = {}
     for name, adapter in adapters.items():
-        module = modules.get(name)
-        if module is None:
-            raise ValueError(
-                f"the file's layer {name!r} must be a Linear of the model, which has no module"
-            )
-        _check_fits(name, module, parents[module], adapter)
+        module: Any = modules.get(name)
+        if isinstance(module, LinearWithLoRA):
+            check_linear(name, module.linear, parents[module], adapter, module.lora.rank)
+            _check_layer(name, module, adapter)
+        else:
+            check_linear(name, module, parents[module], adapter, adapter.A.shape[1])
+            check_values(name, module)
         if (first := names.setdefault(module, name)) != name:
             raise ValueError(f"the file's layers {first!r} and {name!r} must not be one module")
     missing = sorted(name for name, layer in lora_layers(model) if layer not in names)
     if missing:
         raise ValueError(f"{path} must hold every LoRA layer of the model, but lacks {missing}")
 
-    wrappers = {m: _wrapper(m, adapters[n]) for m, n in names.items() if is_linear(m)}
+    wrappers = {
+        m: LinearWithLoRA(m, dora=adapters[n].magnitude is not None, **options_of(m, adapters[n]))
+        for m, n in names.items()
+        if is_linear(m)
+    }
     layers: dict[str, Any] = {n: wrappers.get(m, m).lora for m, n in names.items()}
-    alphas = {name: _alpha(name, lora, adapters[name].scale) for name, lora in layers.items()}
+    alphas = {name: alpha_of(name, lora, adapters[name].scale) for name, lora in layers.items()}
+    loras = [layer.lora for _, layer in lora_layers(model)]
     before: list[tuple[Any, ...]] = [
-        (
-            layer.lora,
-            *map(_copied, (layer.lora.A, layer.lora.B, layer.lora.magnitude)),
-            layer.lora.alpha,
-        )
-        for _, layer in lora_layers(model)
+        (lora, *map(_copied, (lora.A, lora.B, lora.magnitude)), lora.alpha) for lora in loras
     ]
     try:
         for name, adapter in adapters.items():
-            _fill(layers[name], adapter.A, adapter.B, adapter.magnitude, alphas[name])
-        put_wrappers(model, _places(model, wrappers))
+            fill(layers[name], adapter.A, adapter.B, adapter.magnitude, alphas[name])
+        put_wrappers(model, places_of(model, wrappers), wrappers)
     except BaseException:
         for old in before:
             # A layer that cannot be written has its old values.
             with suppress(Exception):
-                _fill(*old)
+                fill(*old)
         raise
     return list(adapters)
 
 
-def _folder(path: str | os.PathLike[str]) -> Path:
-    try:
-        return Path(path)
-    except TypeError:
-        raise TypeError(
-            f"path must be a string or os.PathLike, got {type(path).__name__}"
-        ) from None
-
-
-def _check_fits(name: str, module: nn.Module, parents: list[nn.Module], adapter: Adapter) -> None:
-    """ValueError unless `module` can take the adapter of this name."""
-    layer = module if isinstance(module, LinearWithLoRA) else None
-    linear = module if layer is None else layer.linear
-    if not is_linear(linear):
-        raise ValueError(
-            f"the file's layer {name!r} must be a Linear of the model, which has a {type(linear).__name__}"
-        )
-    check_called(name, parents)
-    if layer is not None and layer.merged:
+def _check_layer(name: str, layer: LinearWithLoRA, adapter: Adapter) -> None:
+    """ValueError unless the adapter of this name can be copied into the layer's."""
+    if layer.merged:
         raise ValueError(f"layer {name!r} must not be merged: unmerge_lora(model) before loading")
-    if layer is not None and (layer.lora.magnitude is None) != (adapter.magnitude is None):
+    if (layer.lora.magnitude is None) != (adapter.magnitude is None):
         kinds = ("plain LoRA", "DoRA") if adapter.magnitude is None else ("DoRA", "plain LoRA")
         raise ValueError(
             f"the file's layer {name!r} must be {kinds[1]} as the model's, got {kinds[0]}"
         )
-    owned = linear._parameters if layer is None else layer.lora._parameters
-    parts = ("A", "B") if adapter.magnitude is None else ("A", "B", "magnitude")
-    for key in () if layer is None else parts:
-        if owned.get(key) is None:
+    for key in ("A", "B") if adapter.magnitude is None else ("A", "B", "magnitude"):
+        if layer.lora._parameters.get(key) is None:
             raise ValueError(
                 f"layer {name!r} must have a plain parameter {key} to load into, but it is parametrized or pruned"
             )
-    if any(t is not None and t.is_meta for t in owned.values()):
+    check_values(name, layer.lora)
+
+
+def check_values(name: str, module: nn.Module) -> None:
+    """ValueError where the module, of a layer of this name, is on the meta device."""
+    if any(t is not None and t.is_meta for t in module._parameters.values()):
         raise ValueError(
             f"layer {name!r} must have values before loading, but is on the meta device: see to_empty"
         )
+
+
+def parents_of(model: nn.Module) -> defaultdict[Any, list[nn.Module]]:
+    """The modules of `model` that each of them is a child of."""
+    parents = defaultdict(list)
+    for _, parent, _, child in every_place(model):
+        parents[child].append(parent)
+    return parents
+
+
+def check_linear(
+    name: str, linear: Any, parents: Iterable[nn.Module], adapter: Adapter, rank: int
+) -> None:
+    """ValueError unless a file's layer of this name can be over `linear`, whose place is in `parents`, with this rank."""
+    if not is_linear(linear):
+        found = "no module" if linear is None else f"a {type(linear).__name__}"
+        raise ValueError(
+            f"the file's layer {name!r} must be a Linear of the model, which has {found}"
+        )
     ins, outs = features(linear)
-    rank = adapter.A.shape[1] if layer is None else layer.lora.rank
     wanted = [[ins, rank], [rank, outs]]
     got = [list(adapter.A.shape), list(adapter.B.shape)]
     if got != wanted:
@@ -146,19 +152,6 @@ def _check_fits(name: str, module: nn.Module, parents: list[nn.Module], adapter:
             f"the file's layer {name!r} must have A {wanted[0]} and B {wanted[1]}, "
             f"got {got[0]} and {got[1]}"
         )
-
-
-def parents_of(model: nn.Module) -> defaultdict[Any, list[nn.Module]]:
-    """The modules of `model` that each of them is a child of."""
-    parents = defaultdict(list)
-    for parent in model.modules():
-        for child in parent.children():
-            parents[child].append(parent)
-    return parents
-
-
-def check_called(name: str, parents: Iterable[nn.Module]) -> None:
-    """ValueError where one of its parents does not call the module that a file's layer belongs to."""
     for parent in parents:
         if isinstance(parent, nn.MultiheadAttention) or has_lora(parent):
             raise ValueError(
@@ -167,31 +160,27 @@ def check_called(name: str, parents: Iterable[nn.Module]) -> None:
             )
 
 
-def dtype_over(linear: nn.Module, adapter: Adapter) -> torch.dtype | None:
-    """That of a layer for this adapter: float32 on a half base unless the file has the base's dtype; None: the base's."""
+def options_of(linear: Any, adapter: Adapter) -> dict[str, Any]:
+    """What a layer over `linear` for this adapter is made with; `alpha_of` has its alpha.
+
+    Its dtype is float32 on a half base unless the file has the base's dtype, else that of the base.
+    """
     stored, base = torch.promote_types(adapter.A.dtype, adapter.B.dtype), linear.weight.dtype
-    narrows = base in (torch.float16, torch.bfloat16) and stored != base
-    return torch.float32 if narrows else None
+    return {
+        "rank": adapter.A.shape[1],
+        "alpha": 1.0,
+        "scaling": "alpha/sqrt(rank)" if adapter.rslora else "alpha/rank",
+        "dropout": adapter.dropout,
+        "dtype": torch.float32 if base in HALF and stored != base else None,
+    }
 
 
 def _copied(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach().clone()
 
 
-def _wrapper(linear: nn.Module, adapter: Adapter) -> LinearWithLoRA:
-    """A layer over `linear` for this adapter."""
-    return LinearWithLoRA(
-        linear,
-        adapter.A.shape[1],
-        1.0,
-        scaling="alpha/sqrt(rank)" if adapter.rslora else "alpha/rank",
-        dropout=adapter.dropout,
-        dora=adapter.magnitude is not None,
-        dtype=dtype_over(linear, adapter),
-    )
-
-
-def _alpha(name: str, lora: LoRALayer, scale: float) -> float:
+def alpha_of(name: str, lora: LoRALayer, scale: float) -> float:
+    """The alpha with which the layer of this name has the scale of the file's."""
     alpha = adapter_file.alpha_for(scale, lora.scaling, lora.rank)
     if not fits_float32(alpha):
         raise ValueError(
@@ -201,20 +190,11 @@ def _alpha(name: str, lora: LoRALayer, scale: float) -> float:
     return alpha
 
 
-def _fill(lora: LoRALayer, A: Tensor, B: Tensor, magnitude: Tensor | None, alpha: float) -> None:
+def fill(lora: LoRALayer, A: Tensor, B: Tensor, magnitude: Tensor | None, alpha: float) -> None:
+    """Copy these values into a layer."""
     with torch.no_grad():
         lora.A.copy_(A)
         lora.B.copy_(B)
         if magnitude is not None:
             lora.magnitude.copy_(magnitude)  # type: ignore[union-attr]
     lora.alpha = alpha
-
-
-def _places(model: nn.Module, wrappers: dict[nn.Module, LinearWithLoRA]) -> list[Place]:
-    """Every place of every Linear that has a wrapper."""
-    return [
-        (f"{path}.{key}" if path else key, parent, key, wrappers[child])
-        for path, parent in model.named_modules()
-        for key, child in parent._modules.items()
-        if child in wrappers
-    ]

@@ -68,11 +68,11 @@ def _weight_of_fp8(linear: Any, dtype: torch.dtype | None) -> Weight:
 
 # By the module and the name of the class that has their forward: a subclass with the same forward is found as well.
 _BITSANDBYTES, _FP8 = "bitsandbytes.nn.modules", "transformers.integrations.finegrained_fp8"
-_QUANTIZED = (
-    (_BITSANDBYTES, "Linear4bit", _Quantized(_weight_of_4bit, True, False)),
-    (_BITSANDBYTES, "Linear8bitLt", _Quantized(_weight_of_8bit, False, True)),
-    (_FP8, "FP8Linear", _Quantized(_weight_of_fp8, False, False)),
-)
+_QUANTIZED = {
+    (_BITSANDBYTES, "Linear4bit"): _Quantized(_weight_of_4bit, True, False),
+    (_BITSANDBYTES, "Linear8bitLt"): _Quantized(_weight_of_8bit, False, True),
+    (_FP8, "FP8Linear"): _Quantized(_weight_of_fp8, False, False),
+}
 
 
 def _quantized(linear: Any) -> _Quantized | None:
@@ -81,10 +81,7 @@ def _quantized(linear: Any) -> _Quantized | None:
         return None
     for cls in type(linear).__mro__:
         if "forward" in cls.__dict__:  # compilers cannot trace the forward's own module and name
-            for module, name, kind in _QUANTIZED:
-                if cls.__name__ == name and cls.__module__ == module:
-                    return kind
-            break
+            return _QUANTIZED.get((cls.__module__, cls.__name__))
     return None
 
 
@@ -191,18 +188,32 @@ def lora_linear_on(
     x [..., K], A [K, R], B [R, N], shift and magnitude [N]; DoRA with a magnitude, see `lora_linear`. None where only the
     base's own forward can compute it now: on LLM.int8's outliers, and without gradients on a weight that bitsandbytes
     reordered. RuntimeError where x needs a gradient that bitsandbytes would leave out, ValueError or TypeError for a
-    quantised weight that cannot be read.
+    quantised weight that cannot be read. y has x's dtype; that of a Linear8bitLt which trains on a CPU has the one that
+    autocast computes in, as its own.
     """
     options: Any = {"magnitude": magnitude, "dropout_p": dropout_p}
     kind = _quantized(linear)
-    if kind is not None:
-        return _on_quantized(kind, linear, x, A, B, scale, shift, options)
-    weight, bias = linear.weight, linear.bias
+    if kind is None:
+        weight, bias = linear.weight, linear.bias
+        dtype = weight.dtype
+        weight = weight if isinstance(linear, nn.Linear) else weight.t()
+    else:
+        check_order(linear, x)
+        if x.dtype not in DTYPES or is_reordered(linear) or _why_outliers(linear) is not None:
+            return None
+        dtype = _compute_dtype(linear, x) if kind.in_compute_dtype else x.dtype
+        weight = kind.weight(linear, dtype)
+        bias = None if linear.bias is None else linear.bias.to(dtype)
     if shift is not None:
-        shift = shift.to(weight.dtype)
+        shift = shift.to(dtype)
         bias = shift if bias is None else bias + shift
-    w = weight if isinstance(linear, nn.Linear) else weight.t()
-    return lora_linear(x, w, A, B, scale, bias, **options)
+    if kind is None:
+        return lora_linear(x, weight, A, B, scale, bias, **options)
+    device = x.device.type
+    ignored = not kind.under_autocast and autocast_dtype(device) is not None
+    with torch.autocast(device, enabled=False) if ignored else nullcontext():
+        y = lora_linear(x.to(dtype), weight, A, B, scale, bias, **options)
+    return y if kind.under_autocast and linear.training and x.is_cpu else y.to(x.dtype)
 
 
 def row_norms_on(linear: Any, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
@@ -218,35 +229,6 @@ def row_norms_on(linear: Any, A: Tensor, B: Tensor, scale: float | Tensor) -> Te
     A, B = adapters_as_used(A, B, weight.dtype)
     how = "eager" if plain and not torch.compiler.is_compiling() else "transparent"
     return dora.row_norms(weight, A, B, scale, "auto", how=how).to(A.dtype)
-
-
-def _on_quantized(
-    kind: _Quantized,
-    linear: Any,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float | Tensor,
-    shift: Tensor | None,
-    options: dict[str, Any],
-) -> Tensor | None:
-    """`lora_linear_on` with the casts of the base's own forward: y has x's dtype.
-
-    But a Linear8bitLt that trains on a CPU gives the dtype that autocast computes in.
-    """
-    check_order(linear, x)
-    if x.dtype not in DTYPES or is_reordered(linear) or _why_outliers(linear) is not None:
-        return None
-    dtype = _compute_dtype(linear, x) if kind.in_compute_dtype else x.dtype
-    weight = kind.weight(linear, dtype)
-    bias = None if linear.bias is None else linear.bias.to(dtype)
-    if shift is not None:
-        bias = shift.to(dtype) if bias is None else bias + shift.to(dtype)
-    device = x.device.type
-    ignored = not kind.under_autocast and autocast_dtype(device) is not None
-    with torch.autocast(device, enabled=False) if ignored else nullcontext():
-        y = lora_linear(x.to(dtype), weight, A, B, scale, bias, **options)
-    return y if kind.under_autocast and linear.training and x.is_cpu else y.to(x.dtype)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -122,8 +122,8 @@ def _shard(
     def partition(_: str, layer: nn.Module, mesh: DeviceMesh) -> None:
         if layer is not module:
             return
-        owners = [(module.linear, "weight"), (module.lora, "A"), (module.lora, "B")]
-        owners += [(module.linear, "bias")]
+        linear, lora = module.linear, module.lora
+        owners = (linear, "weight"), (lora, "A"), (lora, "B"), (linear, "bias")
         made = []
         for (owner, key), placement in zip(owners, placements, strict=True):
             parameter = getattr(owner, key)

@@ -11,13 +11,7 @@ from torch import Tensor, nn
 
 from lora_kernels.bases import dense_dtype, is_conv1d, is_packed, quantized_weight
 from lora_kernels.dora import column_scale
-from lora_kernels.modules import (
-    LinearWithLoRA,
-    Place,
-    is_plain,
-    lora_layers,
-    put_bases,
-)
+from lora_kernels.modules import LinearWithLoRA, every_place, is_plain, lora_layers, put_bases
 from lora_kernels.operands import DTYPES
 
 
@@ -45,7 +39,7 @@ def merge_lora(
     merged weight cannot stand for. An exception on the way, the lack of memory or an interrupt, leaves every weight and
     layer as it was.
     """
-    layers = list(lora_layers(model))
+    layers = lora_layers(model)
     if unload and any(layer is model for _, layer in layers):
         raise ValueError(
             "model must contain the layers to unload, but it is one: take model.linear"
@@ -138,14 +132,7 @@ def _unloaded(layer: LinearWithLoRA) -> nn.Module:
 
 def _unload(model: nn.Module) -> None:
     """Put the merged base of every LoRA layer in the layer's places."""
-    dense = {layer: _unloaded(layer) for _, layer in lora_layers(model)}
-    places: list[Place] = [
-        (f"{path}.{key}" if path else key, parent, key, dense[child])
-        for path, parent in model.named_modules()
-        for key, child in parent._modules.items()
-        if isinstance(child, LinearWithLoRA)
-    ]
-    put_bases(model, places)
+    put_bases(model, {layer: _unloaded(layer) for _, layer in lora_layers(model)})
 
 
 def _check_mergeable(
@@ -185,7 +172,8 @@ def _shared_memory(model: nn.Module) -> dict[str, str]:
     A module that is held in several places counts in each of them, by its holder's first name.
     """
     spans: dict[object, list[tuple[int, int, str]]] = defaultdict(list)
-    for prefix, module in [("", model), *_children(model)]:
+    children = [(f"{name}.", child) for name, _, _, child in every_place(model)]
+    for prefix, module in [("", model), *children]:
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 space, start, end = _span(tensor)
@@ -200,16 +188,6 @@ def _shared_memory(model: nn.Module) -> dict[str, str]:
             if end > reach:
                 reach, holder = end, name
     return shared
-
-
-def _children(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(prefix of its tensors' names, child) of every child of every module in `model`."""
-    return [
-        (f"{path}.{key}." if path else f"{key}.", child)
-        for path, parent in model.named_modules()
-        for key, child in parent._modules.items()
-        if child is not None
-    ]
 
 
 def _span(tensor: Tensor) -> tuple[object, int, int]:

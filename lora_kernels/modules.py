@@ -11,8 +11,8 @@ import numbers
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from lora_kernels.declined import why_declined
 from lora_kernels.functional import alpha_tensor, autocast_dtype
 from lora_kernels.operands import DTYPES
 
+Kind = TypeVar("Kind")
 Place = tuple[str, nn.Module, str, nn.Module]  # name, parent, key and child: `parent.key` is child
 
 _OWN = ("weight", "bias")  # names that LinearWithLoRA takes from its Linear
@@ -334,7 +335,7 @@ def replace_linear_with_lora(
                 stacklevel=2,
             )
     wrappers: dict[nn.Module, LinearWithLoRA] = {}
-    for _, _, _, linear in places:
+    for *_, linear in places:
         if linear not in wrappers:
             wrappers[linear] = LinearWithLoRA(
                 linear,
@@ -346,13 +347,26 @@ def replace_linear_with_lora(
                 dtype=dtype,
                 device=device,
             )
-    put_wrappers(model, [(n, parent, key, wrappers[old]) for n, parent, key, old in places])
-    return [name for name, _, _, _ in places]
+    put_wrappers(model, places, wrappers)
+    return [name for name, *_ in places]
 
 
-def put_wrappers(model: nn.Module, places: list[Place]) -> None:
-    """Put each layer over a Linear in its place below `model`; all of them, or on an exception none."""
-    put(places)
+def every_place(model: nn.Module) -> Iterator[Place]:
+    """Every place below `model` that has a module, each holder by its first name."""
+    for path, parent in model.named_modules():
+        for key, child in parent._modules.items():
+            if child is not None:
+                yield f"{path}.{key}" if path else key, parent, key, child
+
+
+def places_of(model: nn.Module, modules: Container[nn.Module]) -> list[Place]:
+    """Every place below `model` of these modules."""
+    return [place for place in every_place(model) if place[-1] in modules]
+
+
+def put_wrappers(model: nn.Module, places: list[Place], wrappers: Mapping[Any, nn.Module]) -> None:
+    """Put the layer over each place's Linear in that place; all of them, or on an exception none."""
+    _put(places, wrappers)
     for _, parent, _, _ in places:
         if isinstance(parent, nn.TransformerEncoderLayer):
             # Its inference path reads `linear1.weight` past the LoRA branch.
@@ -363,21 +377,21 @@ def put_wrappers(model: nn.Module, places: list[Place]) -> None:
     rename_tied(model, {f"{name}.{p}": f"{name}.linear.{p}" for name, *_ in places for p in _OWN})
 
 
-def put_bases(model: nn.Module, places: list[Place]) -> None:
-    """Put each Linear in the place of the layer that was over it; all of them, or on an exception none."""
-    put(places)
+def put_bases(model: nn.Module, bases: Mapping[Any, nn.Module]) -> None:
+    """Put a Linear in every place of the layer that was over it; all of them, or on an exception none."""
+    places = places_of(model, bases)
+    _put(places, bases)
     rename_tied(model, {f"{name}.linear.{p}": f"{name}.{p}" for name, *_ in places for p in _OWN})
 
 
-def put(places: list[Place]) -> None:
-    """Set `parent.key` to the child of each place; all of them, or on an exception none."""
-    before = [(parent, key, parent._modules[key]) for _, parent, key, _ in places]
+def _put(places: list[Place], instead: Mapping[Any, nn.Module]) -> None:
+    """Put what `instead` has for each place's child in that place; all of them, or on an exception none."""
     try:
         for _, parent, key, child in places:
-            setattr(parent, key, child)
+            setattr(parent, key, instead[child])
     except BaseException:
-        for parent, key, old in before:
-            parent._modules[key] = old
+        for _, parent, key, child in places:
+            parent._modules[key] = child
         raise
 
 
@@ -399,19 +413,22 @@ def rename_tied(model: nn.Module, names: dict[str, str]) -> None:
                 setattr(module, attribute, [new.get(key, key) for key in tied])
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LinearWithLoRA]]:
-    """(name, layer) of every `LinearWithLoRA` in `model`, each once, `model` itself included."""
+def layers_of(model: nn.Module, kind: type[Kind]) -> list[tuple[str, Kind]]:
+    """(name, layer) of every module of a class in `model`, each once, `model` itself included."""
     check_model(model)
-    for name, module in model.named_modules():
-        if isinstance(module, LinearWithLoRA):
-            yield name, module
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, LinearWithLoRA]]:
+    """(name, layer) of every `LinearWithLoRA` in `model`, each once, `model` itself included."""
+    return layers_of(model, LinearWithLoRA)
 
 
 def freeze_base(model: nn.Module) -> None:
     """Set `requires_grad` to False on every parameter that is not an adapter's, and to True on those."""
-    adapters = {id(p) for p in lora_parameters(model)}
+    adapters = set(lora_parameters(model))
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in adapters)
+        parameter.requires_grad_(parameter in adapters)
 
 
 def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -419,14 +436,8 @@ def lora_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
     Where A or B is parametrized, the parameters that it is computed from.
     """
-    check_model(model)
-    seen: set[nn.Parameter] = set()
-    for module in model.modules():
-        if isinstance(module, LoRALayer):
-            for parameter in module.parameters():
-                if parameter not in seen:
-                    seen.add(parameter)
-                    yield parameter
+    parameters = (p for _, layer in layers_of(model, LoRALayer) for p in layer.parameters())
+    return iter(dict.fromkeys(parameters))
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:

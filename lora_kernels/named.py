@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels import adapter_file
-from lora_kernels.adapters import check_called, dtype_over, parents_of
-from lora_kernels.bases import features, is_linear
+from lora_kernels.adapters import alpha_of, check_linear, check_values, fill, options_of, parents_of
+from lora_kernels.bases import is_conv1d
 from lora_kernels.mixed import BASE, LinearWithAdapters, check_name
 from lora_kernels.modules import (
     Place,
     check_lora,
     check_model,
+    layers_of,
     linear_places,
+    places_of,
     put_bases,
     put_wrappers,
 )
 
 
-class _Layer(NamedTuple):
-    """One adapter of a layer, as `adapter_file` writes it."""
-
-    linear: Any
-    lora: Any  # a LoRALayer
-
-
-def named_layers(model: nn.Module) -> Iterator[tuple[str, LinearWithAdapters]]:
+def named_layers(model: nn.Module) -> list[tuple[str, LinearWithAdapters]]:
     """(name, layer) of every `LinearWithAdapters` in `model`."""
-    check_model(model)
-    for name, module in model.named_modules():
-        if isinstance(module, LinearWithAdapters):
-            yield name, module
+    return layers_of(model, LinearWithAdapters)
 
 
 def add_adapter(
@@ -67,17 +59,8 @@ def add_adapter(
     layers = _layers_for(places)
     for layer in layers.values():
         layer.add_adapter(name, rank, alpha, scaling=scaling, dropout=dropout, dtype=dtype)
-    _put(model, places, layers)
+    put_wrappers(model, places, layers)
     return [label for label, *_ in places]
-
-
-def _put(
-    model: nn.Module, places: list[Place], layers: dict[nn.Module, LinearWithAdapters]
-) -> None:
-    """Put the layers in the places of the Linears that they are over."""
-    put_wrappers(
-        model, [(label, parent, key, layers[child]) for label, parent, key, child in places]
-    )
 
 
 def _layers_for(places: list[Place]) -> dict[nn.Module, LinearWithAdapters]:
@@ -99,13 +82,7 @@ def remove_adapter(model: nn.Module, name: str) -> list[str]:
     for layer in having:
         layer.remove_adapter(name)
         layer.selected = None
-    bare: list[Place] = [
-        (f"{path}.{key}" if path else key, parent, key, child.linear)
-        for path, parent in model.named_modules()
-        for key, child in parent._modules.items()
-        if child in having and isinstance(child, LinearWithAdapters) and not child.adapters
-    ]
-    put_bases(model, bare)
+    put_bases(model, {layer: layer.linear for layer in having if not layer.adapters})
     return list(having.values())
 
 
@@ -119,46 +96,35 @@ def select_adapters(model: nn.Module, adapters: str | Sequence[str] | Tensor | N
     layers = [layer for _, layer in named_layers(model)]
     if not layers:
         raise ValueError("model must contain a LinearWithAdapters, but it has none")
-    known = {name for layer in layers for name in layer.names} | {BASE}
-    if not (adapters is None or isinstance(adapters, str | Tensor)):
-        if not isinstance(adapters, Iterable):
-            raise TypeError(
-                f"adapters must be a name, names, a Tensor or None, got {type(adapters).__name__}"
+    if adapters is None or isinstance(adapters, Tensor):
+        if adapters is not None and len({layer.names for layer in layers}) > 1:
+            raise ValueError(
+                "adapters must be names where the layers of the model have different ones"
             )
-        adapters = list(adapters)
-    if isinstance(adapters, Tensor) and len({layer.names for layer in layers}) > 1:
-        raise ValueError("adapters must be names where the layers of the model have different ones")
-    if isinstance(adapters, str):
-        wanted: set[str] = {adapters}
-    else:
-        wanted = set() if adapters is None or isinstance(adapters, Tensor) else set(adapters)
-    if not wanted <= known:
-        raise ValueError(f"adapters must be of {sorted(known)}, got {sorted(wanted - known)}")
-    for layer in layers:
-        if isinstance(adapters, str):
-            layer.selected = _present(adapters, layer)
-        elif adapters is None or isinstance(adapters, Tensor):
+        for layer in layers:
             layer.selected = adapters
-        else:
-            layer.selected = [_present(name, layer) for name in adapters]
-
-
-def _present(name: str, layer: LinearWithAdapters) -> str:
-    return name if name in layer.adapters else BASE
+        return
+    if not isinstance(adapters, Iterable):
+        raise TypeError(
+            f"adapters must be a name, names, a Tensor or None, got {type(adapters).__name__}"
+        )
+    names = [adapters] if isinstance(adapters, str) else list(adapters)
+    known = {name for layer in layers for name in layer.names} | {BASE}
+    if unknown := set(names) - known:
+        raise ValueError(f"adapters must be of {sorted(known)}, got {sorted(unknown)}")
+    for layer in layers:
+        present = [name if name in layer.adapters else BASE for name in names]
+        layer.selected = present[0] if isinstance(adapters, str) else present
 
 
 def save_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]) -> Path:
     """Write one adapter of `model` into the folder `path`, in PEFT's layout as `save_adapter` does, and return it."""
-    layers: Any = {
-        label: _Layer(layer.linear, layer.adapters[name])
-        for label, layer in named_layers(model)
-        if name in layer.adapters
-    }
+    layers = {label: layer for label, layer in named_layers(model) if name in layer.adapters}
     if not layers:
         raise ValueError(f"name must be an adapter of the model, got {name!r}")
-    folder = Path(path)
-    adapter_file.write(folder, layers)
-    return folder
+    adapters: dict[str, Any] = {label: layer.adapters[name] for label, layer in layers.items()}
+    transposed = any(is_conv1d(layer.linear) for layer in layers.values())
+    return adapter_file.write(path, adapters, transposed)
 
 
 def load_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]) -> list[str]:
@@ -169,41 +135,24 @@ def load_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]
     """
     check_model(model)
     check_name(name)
-    read = adapter_file.read(Path(path))
+    read = adapter_file.read(path)
     modules, parents = dict(model.named_modules()), parents_of(model)
     for label, adapter in read.items():
         module = modules.get(label)
-        linear = module.linear if isinstance(module, LinearWithAdapters) else module
-        if linear is None or not is_linear(linear):
-            raise ValueError(f"the file's layer {label!r} must be a Linear of the model")
+        linear: Any = module.linear if isinstance(module, LinearWithAdapters) else module
+        check_linear(label, linear, parents[module], adapter, adapter.A.shape[1])
+        check_values(label, linear)
         if isinstance(module, LinearWithAdapters) and name in module.adapters:
             raise ValueError(f"name must be new, got {name!r}, which {label} has")
         if adapter.magnitude is not None:
             raise ValueError(
                 f"the file's layer {label!r} must be plain LoRA, got DoRA, which LinearWithAdapters does not compute"
             )
-        check_called(label, parents[module])
-        ins, outs = features(linear)
-        got = (adapter.A.shape[0], adapter.B.shape[1])
-        if got != (ins, outs):
-            raise ValueError(f"the file's layer {label!r} must be [{ins}, {outs}], got {list(got)}")
-    places = [
-        (f"{path_}.{key}" if path_ else key, parent, key, child)
-        for path_, parent in model.named_modules()
-        for key, child in parent._modules.items()
-        if child is not None and any(child is modules[label] for label in read)
-    ]
+    places = places_of(model, {modules[label] for label in read})
     layers = _layers_for(places)
     for label, adapter in read.items():
         layer = layers[modules[label]]
-        rank = adapter.A.shape[1]
-        scaling = "alpha/sqrt(rank)" if adapter.rslora else "alpha/rank"
-        alpha = adapter_file.alpha_for(adapter.scale, scaling, rank)
-        options: Any = {"scaling": scaling, "dropout": adapter.dropout}
-        options["dtype"] = dtype_over(layer.linear, adapter)
-        lora = layer.add_adapter(name, rank, alpha, **options)
-        with torch.no_grad():
-            lora.A.copy_(adapter.A)
-            lora.B.copy_(adapter.B)
-    _put(model, places, layers)
+        lora = layer.add_adapter(name, **options_of(layer.linear, adapter))
+        fill(lora, adapter.A, adapter.B, None, alpha_of(label, lora, adapter.scale))
+    put_wrappers(model, places, layers)
     return list(read)

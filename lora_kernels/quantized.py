@@ -246,8 +246,7 @@ class FP8Weight(_Stored, QuantizedWeight):
         whole = values[:, : full * columns].unflatten(1, (full, columns))
         whole.mul_(scales[:, :full, None])
         values[:, full * columns :].mul_(scales[:, full:])
-        weight = values.to(self.dtype)
-        return self._turned(weight)
+        return self._turned(values.to(self.dtype))
 
 
 def from_fp8_linear(linear: Any, dtype: torch.dtype | None = None) -> QuantizedWeight:
@@ -303,21 +302,13 @@ def from_bitsandbytes(
             f"weight.quant_state.state2.blocksize must be {BLOCK2}, got {second.blocksize}"
         )
     with torch._C.DisableTorchFunctionSubclass():
-        packed = weight.view(torch.uint8).view(
-            -1
-        )  # a plain Tensor; compilers cannot trace as_subclass
-    return NF4Weight(
-        packed,
-        quantised.absmax,
-        quantised.code,
-        None if second is None else second.code,
-        None if second is None else second.absmax,
-        None if second is None else quantised.offset,
-        N,
-        K,
-        quantised.blocksize,
-        dtype or quantised.dtype,
-    )
+        # A plain Tensor; compilers cannot trace as_subclass.
+        packed = weight.view(torch.uint8).view(-1)
+    code2 = absmax2 = offset = None
+    if second is not None:
+        code2, absmax2, offset = second.code, second.absmax, quantised.offset
+    absmax, code, dtype = quantised.absmax, quantised.code, dtype or quantised.dtype
+    return NF4Weight(packed, absmax, code, code2, absmax2, offset, N, K, BLOCK, dtype)
 
 
 def _int8(weight: Any, state: Any, dtype: torch.dtype) -> Int8Weight:

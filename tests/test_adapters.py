@@ -688,7 +688,7 @@ def test_a_load_that_fails_in_the_middle(folder, monkeypatch, error, wrapped):
     for _, layer in lora_layers(model):
         nn.init.normal_(layer.lora.B)
     before = snapshot(model)
-    fill, calls = adapters._fill, []
+    fill, calls = adapters.fill, []
 
     def fails_at_the_third(lora, A, B, *rest):
         calls.append(lora)
@@ -697,7 +697,7 @@ def test_a_load_that_fails_in_the_middle(folder, monkeypatch, error, wrapped):
             raise error
         fill(lora, A, B, *rest)
 
-    monkeypatch.setattr(adapters, "_fill", fails_at_the_third)
+    monkeypatch.setattr(adapters, "fill", fails_at_the_third)
     with pytest.raises(error):
         load_adapter(model, folder)
     assert unchanged(model, before)
@@ -840,7 +840,8 @@ def killed(tensors, file, metadata):
     open(file, "wb").write(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 adapter_file.save_file = killed
-adapter_file.write(pathlib.Path(sys.argv[1]), dict(modules.lora_layers(block())))
+layers = {name: layer.lora for name, layer in modules.lora_layers(block())}
+adapter_file.write(pathlib.Path(sys.argv[1]), layers, fan_in_fan_out=False)
 """
     done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, timeout=120)
     assert done.returncode == -signal.SIGKILL and len(os.listdir(folder)) == 3

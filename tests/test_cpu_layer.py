@@ -224,7 +224,7 @@ def test_a_frozen_network_needs_no_frozen_bias_under_no_grad(calls):
 
 def test_the_operator_names_a_wrong_operand():
     x, weight, A, B, bias = (t.detach() for t in operands())
-    with pytest.raises(RuntimeError, match=r"w must be a \[6, 7\] tensor .* got \[5, 7\]"):
+    with pytest.raises(RuntimeError, match=r"w must be a \[7, 6\] tensor .* got \[7, 5\]"):
         torch.ops.lora_kernels_cpu.lora_linear(x, weight[:, 1:], A, B, bias, 1.0, 0.0, 0, 0)
 
 

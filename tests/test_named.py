@@ -128,9 +128,14 @@ def test_bad_requests_change_nothing(tmp_path):
     names = ["fr", "de"]
     state, kinds = copy.deepcopy(net.state_dict()), {n: type(m) for n, m in net.named_modules()}
     narrow = nn.ModuleDict({"first": nn.Linear(8, 11), "second": nn.Linear(12, 8)})
-    with pytest.raises(ValueError, match=r"'first' must be \[8, 11\], got \[8, 12\]"):
+    with pytest.raises(ValueError, match=r"'first' must have A \[8, 2\] and B \[2, 11\]"):
         load_named_adapter(narrow, "fr", tmp_path / "fr")
     assert type(narrow["first"]) is nn.Linear
+    with torch.device("meta"):
+        empty = Net()
+    with pytest.raises(ValueError, match="'first' must have values before loading, but is on the"):
+        load_named_adapter(empty, "fr", tmp_path / "fr")
+    assert type(empty.first) is nn.Linear
     for call, message in (
         (lambda: add_adapter(net, "fr", 2, 1.0), "name must be new, got 'fr'"),
         (lambda: add_adapter(net, "a.b", 2, 1.0), "name must be a string without dots"),

@@ -18,24 +18,7 @@ namespace {
 #include "vector_tiles_quantized.h"
 }  // namespace
 
-const Kernels AVX512_KERNELS = {
-    .name = "avx512",
-    .rows = Vector::TILE_ROWS,
-    .lanes = Vector::LANES,
-    .copy = copy,
-    .pack = pack,
-    .store = store,
-    .mask = mask,
-    .multiply = multiply_rows<FloatUnit<float>, Vector::TILE_ROWS>,
-    .multiply_in_place = multiply_in_place,
-    .dots = dots,
-    .rows_of_w = rows_of_w,
-    .decode = decode,
-    .quantized_dots = quantized_dots,
-    .quantized_rows = quantized_rows,
-    .arrange = arrange,
-    .squares = squares,
-};
+constexpr Kernels AVX512_KERNELS = table("avx512");
 
 }  // namespace lora_kernels
 #ifdef __clang__

@@ -119,30 +119,18 @@ void pack_pairs(float* dst, int64_t panel, int64_t width, const Matrix& src, int
                  2 * p + 1 < k ? element(src, 2 * p + 1, c) : 0);
   }
 }
+
+constexpr Kernels table_with_pairs() {
+  Kernels kernels = table("avx512_bf16");
+  kernels.copy_pairs = copy_pairs;
+  kernels.pack_pairs = pack_pairs;
+  kernels.multiply_pairs = multiply_rows<PairUnit>;
+  kernels.dots_pairs = dots_elements<PairUnit>;
+  return kernels;
+}
 }  // namespace
 
-const Kernels AVX512_BF16_KERNELS = {
-    .name = "avx512_bf16",
-    .rows = Vector::TILE_ROWS,
-    .lanes = Vector::LANES,
-    .copy = copy,
-    .pack = pack,
-    .store = store,
-    .mask = mask,
-    .multiply = multiply_rows<FloatUnit<float>, Vector::TILE_ROWS>,
-    .multiply_in_place = multiply_in_place,
-    .dots = dots,
-    .rows_of_w = rows_of_w,
-    .decode = decode,
-    .quantized_dots = quantized_dots,
-    .quantized_rows = quantized_rows,
-    .arrange = arrange,
-    .squares = squares,
-    .copy_pairs = copy_pairs,
-    .pack_pairs = pack_pairs,
-    .multiply_pairs = multiply_rows<PairUnit, Vector::TILE_ROWS>,
-    .dots_pairs = dots_elements<PairUnit>,
-};
+constexpr Kernels AVX512_BF16_KERNELS = table_with_pairs();
 
 }  // namespace lora_kernels
 #ifdef __clang__

@@ -52,8 +52,7 @@ Tensor expand_groups(const Tensor& x, const Stack& w, const Quantized* quantized
                      const Tensor& any_s, const Tensor& any_b,
                      const std::optional<Tensor>& any_bias, const Groups& groups, bool shared,
                      int64_t threshold, int64_t seed, double keep_scale) {
-  const auto s = in_memory(any_s, "s"), b = in_memory(any_b, "b");
-  TORCH_CHECK(s->dim() == 2, "s must be 2-D");
+  const auto s = in_memory(any_s, "s", 2), b = in_memory(any_b, "b");
   TORCH_CHECK(s->scalar_type() == at::kFloat, "s must be float32, got ", s->scalar_type());
   const int64_t T = x.size(0), K = w.first.rows, N = w.first.cols, R = s->size(1);
   const int64_t G = groups.count();
@@ -110,8 +109,7 @@ Tensor grouped_shrink(const Tensor& any_x, const Tensor& any_a, const Tensor& of
                       at::ArrayRef<double> scale, int64_t threshold, int64_t seed,
                       double keep_scale) {
   check_usable();
-  const auto x = in_memory(any_x, "x"), a = in_memory(any_a, "a");
-  TORCH_CHECK(x->dim() == 2 && a->dim() == 3, "x must be 2-D, a 3-D");
+  const auto x = in_memory(any_x, "x", 2), a = in_memory(any_a, "a", 3);
   const int64_t T = x->size(0), K = x->size(1), R = a->size(2);
   const Groups groups(offsets, T);
   const int64_t G = groups.count();
@@ -138,8 +136,8 @@ Tensor grouped_expand(const Tensor& any_x, const Tensor& any_w, const Tensor& s,
                       const std::optional<Tensor>& bias, const Tensor& offsets, int64_t threshold,
                       int64_t seed, double keep_scale) {
   check_usable();
-  const auto x = in_memory(any_x, "x"), w = in_memory(any_w, "w");
-  TORCH_CHECK(x->dim() == 2 && (w->dim() == 2 || w->dim() == 3), "x must be 2-D, w 2-D or 3-D");
+  const auto x = in_memory(any_x, "x", 2), w = in_memory(any_w, "w");
+  TORCH_CHECK(w->dim() == 2 || w->dim() == 3, "w must be 2-D or 3-D, got ", w->sizes());
   const Groups groups(offsets, x->size(0));
   const bool shared = w->dim() == 2;
   const Stack weights = stack(shared ? w->unsqueeze(0) : *w, "w", shared ? 1 : groups.count(),
@@ -154,8 +152,7 @@ Tensor grouped_expand_quantized(const Tensor& any_x, at::TensorList packed,
                                 const Tensor& offsets, int64_t threshold, int64_t seed,
                                 double keep_scale) {
   check_usable();
-  const auto x = in_memory(any_x, "x");
-  TORCH_CHECK(x->dim() == 2, "x must be 2-D");
+  const auto x = in_memory(any_x, "x", 2);
   const QuantizedTensors w(packed, format, sizes, x->scalar_type());
   return expand_groups(*x, Stack{w.view(), 1, 0}, &w.weight, s, b, bias,
                        Groups(offsets, x->size(0)), true, threshold, seed, keep_scale);
@@ -164,40 +161,31 @@ Tensor grouped_expand_quantized(const Tensor& any_x, at::TensorList packed,
 Tensor grouped_wgrad(const Tensor& any_left, const Tensor& any_right, const Tensor& offsets,
                      at::ScalarType dtype, int64_t threshold, int64_t seed, double keep_scale) {
   check_usable();
-  const auto left = in_memory(any_left, "left"), right = in_memory(any_right, "right");
-  TORCH_CHECK(left->dim() == 2 && right->dim() == 2, "left and right must be 2-D");
+  const auto left = in_memory(any_left, "left", 2), right = in_memory(any_right, "right", 2);
   const int64_t T = left->size(0), C = left->size(1), D = right->size(1);
   const Groups groups(offsets, T);
   const int64_t G = groups.count();
   const auto masks = masks_of(groups, mask_of(threshold, seed, keep_scale, C));
-  const bool left_wide = !masks.empty() || C >= D;  // a masked operand is packed as the wide one
-  Matrix wide = matrix(*left, "left", T, C), lowrank = matrix(*right, "right", T, D);
-  if (!left_wide) std::swap(wide, lowrank);
+  const Matrix all_left = matrix(*left, "left", T, C), all_right = matrix(*right, "right", T, D);
   Tensor out = at::empty({G, C, D}, left->options().dtype(dtype));
-  int64_t floats = 0;
-  for (int64_t g = 0; g < G; ++g) floats += wgrad_floats(groups.rows(g), lowrank.cols);
-  Tensor workspace = at::empty({floats}, left->options().dtype(at::kFloat));
-  float* space = workspace.mutable_data_ptr<float>();
   const Type type = type_of(dtype);
   std::vector<Wgrad> problems;
   problems.reserve(G);
   for (int64_t g = 0; g < G; ++g) {  // a group without rows too: its sums are zero
     const int64_t begin = groups.begin(g), rows = groups.rows(g);
-    problems.push_back(Wgrad{wide.part(begin, rows), lowrank.part(begin, rows),
-                             masks.empty() ? nullptr : &masks[g],
-                             static_cast<char*>(out.data_ptr()) + g * C * D * size_of(type), type,
-                             left_wide ? 1 : D, left_wide ? D : 1, space});
-    space += wgrad_floats(rows, lowrank.cols);
+    problems.push_back(wgrad_of(all_left.part(begin, rows), all_right.part(begin, rows),
+                                masks.empty() ? nullptr : &masks[g],
+                                static_cast<char*>(out.data_ptr()) + g * C * D * size_of(type),
+                                type));
   }
-  compute(problems);
+  compute(std::move(problems));
   return out;
 }
 
 // dyᵀ·x of each group [G, N, K], both of full width.
 Tensor grouped_weight_grad(const Tensor& any_dy, const Tensor& any_x, const Tensor& offsets) {
   check_usable();
-  const auto dy = in_memory(any_dy, "dy"), x = in_memory(any_x, "x");
-  TORCH_CHECK(dy->dim() == 2 && x->dim() == 2, "dy and x must be 2-D");
+  const auto dy = in_memory(any_dy, "dy", 2), x = in_memory(any_x, "x", 2);
   const int64_t T = dy->size(0), N = dy->size(1), K = x->size(1);
   const Groups groups(offsets, T);
   const Matrix left = matrix(*dy, "dy", T, N), right = matrix(*x, "x", T, K);

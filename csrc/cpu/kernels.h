@@ -17,6 +17,8 @@ constexpr int64_t PITCH =
 
 enum class Type { F32, BF16, F16 };
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return a == 0 ? 0 : (a - 1) / b + 1; }
+
 inline int64_t size_of(Type type) { return type == Type::F32 ? 4 : 2; }
 
 // A view of rows x cols elements; strides count elements.

@@ -40,39 +40,6 @@ Tensor shaped_like(const Tensor& rows, const Tensor& like) {
   return at::_unsafe_view(rows, sizes);
 }
 
-// A frozen weight [N, K]: a tensor, or a quantised one as lora_kernels/operands.py has it.
-struct Weight {
-  Tensor dense;                // undefined where the weight is quantised
-  std::vector<Tensor> packed;  // empty where it is dense
-  std::string format;
-  std::vector<int64_t> sizes;  // the last one says whether it is transposed
-};
-
-// The weight as the matrix of a product: its transpose, or as it is.
-Tensor as_matrix(const Weight& weight, bool transposed) {
-  const auto dense = in_memory(weight.dense, "weight");
-  TORCH_CHECK(dense->dim() == 2, "weight must have two dimensions");
-  return transposed ? dense->t() : *dense;
-}
-
-std::vector<int64_t> as_matrix_sizes(const Weight& weight, bool transposed) {
-  std::vector<int64_t> sizes = weight.sizes;
-  sizes.back() = (sizes.back() != 0) != transposed;
-  return sizes;
-}
-
-// x·weightᵀ, or without `transposed` x·weight, + bias + mask∘(s·b)
-Tensor expand_by_weight(const Tensor& x, const Weight& weight, bool transposed, const Tensor& s,
-                        const Tensor& b, const std::optional<Tensor>& bias,
-                        const Dropout& dropout) {
-  const int64_t threshold = dropout.threshold, seed = dropout.seed;
-  const double keep_scale = dropout.keep_scale();
-  if (weight.packed.empty())
-    return expand(x, as_matrix(weight, transposed), s, b, bias, threshold, seed, keep_scale);
-  return expand_quantized(x, weight.packed, weight.format, as_matrix_sizes(weight, transposed), s,
-                          b, bias, threshold, seed, keep_scale);
-}
-
 struct Results {
   Tensor y, s, z;  // [..., N], [M, R], [M, N]; z, y before the factor, only where it is kept
 };
@@ -85,15 +52,9 @@ Results forward(const Tensor& any_x, const Weight& weight, const Tensor& any_A, 
   TORCH_CHECK(!factor || dropout.threshold == 0, "a factor must come without dropout");
   const Tensor rows = rows_of(*x);
   Tensor s = shrink(rows, *A, alpha, dropout.threshold, dropout.seed, dropout.keep_scale());
-  if (!factor) {
-    const Tensor y = expand_by_weight(rows, weight, true, s, *B, bias, Dropout{});
-    return {shaped_like(y, *x), s, {}};
-  }
-  auto [y, z] =
-      weight.packed.empty()
-          ? expand_scaled(rows, as_matrix(weight, true), s, *B, *factor, bias, keeps_z)
-          : expand_scaled_quantized(rows, weight.packed, weight.format,
-                                    as_matrix_sizes(weight, true), s, *B, *factor, bias, keeps_z);
+  Tensor z;
+  const Tensor y = expand(rows, weight, true, s, *B, bias, 0, 0, 1.0, factor ? &*factor : nullptr,
+                          keeps_z ? &z : nullptr);
   return {shaped_like(y, *x), s, z};
 }
 
@@ -118,18 +79,11 @@ Tensor dense(const Weight& weight, at::ScalarType dtype) {
   return op.call(weight.packed, weight.format, weight.sizes, dtype);
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of x, A, B and the factor
-
-Gradients differentiable_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                  const Tensor& A, const Tensor& B,
-                                  const std::optional<Tensor>& factor, double alpha,
-                                  const Dropout& dropout, at::ArrayRef<bool> needs) {
-  using Signature =
-      Gradients(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                const std::optional<Tensor>&, double, double, int64_t, at::ArrayRef<bool>);
-  static const auto op = in_python<Signature>("lora_kernels_cpu::differentiable_backward");
-  return op.call(dy, x, weight, A, B, factor, alpha, dropout.p, dropout.seed, needs);
-}
+// dy, x, weight, A, B, factor, alpha, dropout_p, seed, needs -> the gradients of x, A, B and the
+// factor
+using DifferentiableBackward = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+    const std::optional<Tensor>&, double, double, int64_t, at::ArrayRef<bool>);
 
 class Layer : public torch::autograd::Function<Layer> {
  public:
@@ -190,10 +144,12 @@ class Layer : public torch::autograd::Function<Layer> {
     const Tensor grad = grads[0].is_sparse() ? grads[0].to_dense() : grads[0];
     if (must_be_transparent(grad, saved)) {
       const bool reads_w = needs_x || needs_factor;
+      static const auto op =
+          in_python<DifferentiableBackward>("lora_kernels_cpu::differentiable_backward");
       auto [dx, dA, dB, dc] =
-          differentiable_backward(grad, x, reads_w ? dense(weight, grad.scalar_type()) : Tensor(),
-                                  A, B, factor.defined() ? std::optional(factor) : std::nullopt,
-                                  alpha, dropout, {needs_x, needs_A, needs_B, needs_factor});
+          op.call(grad, x, reads_w ? dense(weight, grad.scalar_type()) : Tensor(), A, B,
+                  factor.defined() ? std::optional(factor) : std::nullopt, alpha, dropout.p,
+                  dropout.seed, {needs_x, needs_A, needs_B, needs_factor});
       if (needs_x) out[X] = dx;
       if (needs_A) out[A_] = dA;
       if (needs_B) out[B_] = dB;
@@ -211,8 +167,9 @@ class Layer : public torch::autograd::Function<Layer> {
     }
     const Tensor q = needs_x || needs_A ? shrink(dy, scaled_B.t(), alpha, 0, 0, 1.0) : Tensor();
     if (needs_x)
-      out[X] =
-          shaped_like(expand_by_weight(dz, weight, false, q, A.t(), std::nullopt, dropout), grad);
+      out[X] = shaped_like(expand(dz, weight, false, q, A.t(), std::nullopt, dropout.threshold,
+                                  dropout.seed, dropout.keep_scale()),
+                           grad);
     if (needs_A)
       out[A_] = wgrad(rows_of(x), q, A.scalar_type(), dropout.threshold, dropout.seed,
                       dropout.keep_scale());
@@ -224,6 +181,12 @@ class Layer : public torch::autograd::Function<Layer> {
   }
 };
 
+Tensor without_derivatives(const Tensor& x, const Weight& weight, const Tensor& A, const Tensor& B,
+                           const std::optional<Tensor>& bias, double alpha, const Dropout& dropout,
+                           const std::optional<Tensor>& factor) {
+  return forward(x, weight, A, B, bias, alpha, dropout, factor, false).y;
+}
+
 Tensor with_derivatives(const Tensor& x, const Weight& weight, const Tensor& A, const Tensor& B,
                         const std::optional<Tensor>& bias, double alpha, const Dropout& dropout,
                         const std::optional<Tensor>& factor) {
@@ -233,7 +196,7 @@ Tensor with_derivatives(const Tensor& x, const Weight& weight, const Tensor& A, 
   const bool scaled = factor && factor->requires_grad();
   if (!c10::GradMode::is_enabled() || !(x.requires_grad() || adapters || base || scaled)) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return forward(x, weight, A, B, bias, alpha, dropout, factor, false).y;
+    return without_derivatives(x, weight, A, B, bias, alpha, dropout, factor);
   }
   TORCH_CHECK(!base && A.requires_grad() == B.requires_grad(),
               "this operator's derivatives are those of a frozen weight and bias, and of both or "
@@ -241,51 +204,32 @@ Tensor with_derivatives(const Tensor& x, const Weight& weight, const Tensor& A, 
   return Layer::apply(x, weight, A, B, factor, bias, alpha, dropout);
 }
 
-Weight quantised(at::TensorList packed, const std::string& format, at::IntArrayRef sizes) {
-  TORCH_CHECK(!packed.empty() && !sizes.empty(), "a quantised weight must have tensors and sizes");
-  return {Tensor(), packed.vec(), format, sizes.vec()};
-}
-
+template <auto& run>
 Tensor lora_linear(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
                    const std::optional<Tensor>& bias, double alpha, double dropout_p,
                    int64_t threshold, int64_t seed, const std::optional<Tensor>& factor) {
-  return forward(x, {weight}, A, B, bias, alpha, {dropout_p, threshold, seed}, factor, false).y;
+  return run(x, {weight}, A, B, bias, alpha, {dropout_p, threshold, seed}, factor);
 }
 
-Tensor lora_linear_autograd(const Tensor& x, const Tensor& weight, const Tensor& A, const Tensor& B,
-                            const std::optional<Tensor>& bias, double alpha, double dropout_p,
-                            int64_t threshold, int64_t seed, const std::optional<Tensor>& factor) {
-  return with_derivatives(x, {weight}, A, B, bias, alpha, {dropout_p, threshold, seed}, factor);
-}
-
+template <auto& run>
 Tensor lora_linear_quantized(const Tensor& x, at::TensorList packed, const std::string& format,
                              at::IntArrayRef sizes, const Tensor& A, const Tensor& B,
                              const std::optional<Tensor>& bias, double alpha, double dropout_p,
                              int64_t threshold, int64_t seed, const std::optional<Tensor>& factor) {
   const Weight weight = quantised(packed, format, sizes);
-  return forward(x, weight, A, B, bias, alpha, {dropout_p, threshold, seed}, factor, false).y;
-}
-
-Tensor lora_linear_quantized_autograd(const Tensor& x, at::TensorList packed,
-                                      const std::string& format, at::IntArrayRef sizes,
-                                      const Tensor& A, const Tensor& B,
-                                      const std::optional<Tensor>& bias, double alpha,
-                                      double dropout_p, int64_t threshold, int64_t seed,
-                                      const std::optional<Tensor>& factor) {
-  const Weight weight = quantised(packed, format, sizes);
-  return with_derivatives(x, weight, A, B, bias, alpha, {dropout_p, threshold, seed}, factor);
+  return run(x, weight, A, B, bias, alpha, {dropout_p, threshold, seed}, factor);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, m) {
-  m.impl("lora_linear", &lora_linear);
-  m.impl("lora_linear_quantized", &lora_linear_quantized);
+  m.impl("lora_linear", &lora_linear<without_derivatives>);
+  m.impl("lora_linear_quantized", &lora_linear_quantized<without_derivatives>);
 }
 
 TORCH_LIBRARY_IMPL(lora_kernels_cpu, AutogradCPU, m) {
-  m.impl("lora_linear", &lora_linear_autograd);
-  m.impl("lora_linear_quantized", &lora_linear_quantized_autograd);
+  m.impl("lora_linear", &lora_linear<with_derivatives>);
+  m.impl("lora_linear_quantized", &lora_linear_quantized<with_derivatives>);
 }
 
 }  // namespace lora_kernels

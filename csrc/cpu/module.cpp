@@ -70,47 +70,6 @@ bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
   return (keys.raw_repr() & ~allowed.raw_repr()) == 0;
 }
 
-// y of `expand` for a w without data where its elements are in `quantized`; that of `expand_scaled`
-// with a factor, and z in `before` where it is not null.
-Tensor expand_by(const Tensor& x, const Matrix& w, const Quantized* quantized, const Tensor& any_s,
-                 const Tensor& any_b, const std::optional<Tensor>& any_bias, int64_t threshold,
-                 int64_t seed, double keep_scale, const Tensor* any_factor = nullptr,
-                 Tensor* before = nullptr) {
-  const auto s = in_memory(any_s, "s"), b = in_memory(any_b, "b");
-  TORCH_CHECK(s->dim() == 2, "s must be 2-D");
-  TORCH_CHECK(s->scalar_type() == at::kFloat, "s must be float32, got ", s->scalar_type());
-  const int64_t M = x.size(0), K = w.rows, N = w.cols, R = s->size(1);
-  const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, N);
-  const Matrix tail = matrix(*s, "s", M, R), rows_b = matrix(*b, "b", R, N);
-  Tensor y = at::empty({M, N}, x.options());
-  Product product{matrix(x, "x", M, K), w, &tail, &rows_b};
-  c10::MaybeOwned<Tensor> bias, factor;
-  std::optional<Matrix> row, factors;
-  if (any_factor != nullptr) {
-    factor = in_memory(*any_factor, "factor");
-    TORCH_CHECK(factor->dim() == 1 && factor->scalar_type() == at::kFloat,
-                "factor must be 1-D float32, got ", factor->sizes(), " of ", factor->scalar_type());
-    factors = matrix(factor->unsqueeze(0), "factor", 1, N);
-    product.factor = &*factors;
-  }
-  if (before != nullptr) {
-    *before = at::empty({M, N}, x.options());
-    product.before = before->data_ptr();
-  }
-  if (any_bias) {
-    bias = in_memory(*any_bias, "bias");
-    TORCH_CHECK(bias->dim() == 1, "bias must be 1-D, got ", bias->sizes());
-    row = matrix(bias->unsqueeze(0), "bias", 1, N);
-    product.bias = &*row;
-  }
-  product.mask_out = mask ? &*mask : nullptr;
-  product.quantized = quantized;
-  product.out = y.data_ptr();
-  product.out_type = type_of(y.scalar_type());
-  compute({product});
-  return y;
-}
-
 }  // namespace
 
 Type type_of(at::ScalarType type) {
@@ -122,7 +81,8 @@ Type type_of(at::ScalarType type) {
 
 bool readable(const Tensor& t) { return within(t.key_set(), DENSE | LAZY); }
 
-c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name) {
+c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name, int64_t dims) {
+  TORCH_CHECK(dims < 0 || t.dim() == dims, name, " must be ", dims, "-D, got ", t.sizes());
   if (within(t.key_set(), DENSE)) return c10::MaybeOwned<Tensor>::borrowed(t);
   // A key that is switched off has been served: a subclass may hand its own memory on.
   const auto keys = t.key_set() - c10::impl::tls_local_dispatch_key_set().excluded_;
@@ -135,8 +95,7 @@ c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name) {
 Tensor shrink(const Tensor& any_x, const Tensor& any_a, double alpha, int64_t threshold,
               int64_t seed, double keep_scale) {
   check_usable();
-  const auto x = in_memory(any_x, "x"), a = in_memory(any_a, "a");
-  TORCH_CHECK(x->dim() == 2 && a->dim() == 2, "x and a must be 2-D");
+  const auto x = in_memory(any_x, "x", 2), a = in_memory(any_a, "a", 2);
   const int64_t M = x->size(0), K = x->size(1), R = a->size(1);
   const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, K);
   Tensor s = at::empty({M, R}, x->options().dtype(at::kFloat));
@@ -145,61 +104,117 @@ Tensor shrink(const Tensor& any_x, const Tensor& any_a, double alpha, int64_t th
   return s;
 }
 
-Tensor expand(const Tensor& any_x, const Tensor& any_w, const Tensor& s, const Tensor& b,
-              const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
-              double keep_scale) {
-  check_usable();
-  const auto x = in_memory(any_x, "x"), w = in_memory(any_w, "w");
-  TORCH_CHECK(x->dim() == 2 && w->dim() == 2, "x and w must be 2-D");
-  const Matrix dense = matrix(*w, "w", x->size(1), w->size(1));
-  return expand_by(*x, dense, nullptr, s, b, bias, threshold, seed, keep_scale);
+Weight quantised(at::TensorList packed, const std::string& format, at::IntArrayRef sizes) {
+  TORCH_CHECK(!packed.empty() && !sizes.empty(), "a quantised weight must have tensors and sizes");
+  return {Tensor(), packed.vec(), format, sizes.vec()};
 }
 
-Tensor expand_quantized(const Tensor& any_x, at::TensorList packed, const std::string& format,
+Tensor expand(const Tensor& any_x, const Weight& weight, bool transposed, const Tensor& any_s,
+              const Tensor& any_b, const std::optional<Tensor>& any_bias, int64_t threshold,
+              int64_t seed, double keep_scale, const Tensor* any_factor, Tensor* z) {
+  check_usable();
+  const auto x = in_memory(any_x, "x", 2), s = in_memory(any_s, "s", 2), b = in_memory(any_b, "b");
+  TORCH_CHECK(s->scalar_type() == at::kFloat, "s must be float32, got ", s->scalar_type());
+  c10::MaybeOwned<Tensor> dense, bias, factor;
+  std::optional<QuantizedTensors> quantized;
+  Matrix w;
+  if (weight.packed.empty()) {
+    dense = in_memory(weight.dense, "w", 2);
+    w = transposed ? matrix(*dense, "w", dense->size(0), x->size(1))
+                   : matrix(*dense, "w", x->size(1), dense->size(1));
+  } else {
+    w = quantized.emplace(weight.packed, weight.format, weight.sizes, x->scalar_type()).view();
+  }
+  if (transposed) w = w.transposed();
+  const int64_t M = x->size(0), K = w.rows, N = w.cols, R = s->size(1);
+  const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, N);
+  const Matrix tail = matrix(*s, "s", M, R), rows_b = matrix(*b, "b", R, N);
+  Tensor y = at::empty({M, N}, x->options());
+  Product product{matrix(*x, "x", M, K), w, &tail, &rows_b};
+  std::optional<Matrix> row, factors;
+  if (any_factor != nullptr) {
+    factor = in_memory(*any_factor, "factor", 1);
+    TORCH_CHECK(factor->scalar_type() == at::kFloat, "factor must be float32, got ",
+                factor->scalar_type());
+    factors = matrix(factor->unsqueeze(0), "factor", 1, N);
+    product.factor = &*factors;
+  }
+  if (z != nullptr) {
+    *z = at::empty({M, N}, x->options());
+    product.before = z->data_ptr();
+  }
+  if (any_bias) {
+    bias = in_memory(*any_bias, "bias", 1);
+    row = matrix(bias->unsqueeze(0), "bias", 1, N);
+    product.bias = &*row;
+  }
+  product.mask_out = mask ? &*mask : nullptr;
+  product.quantized = quantized ? &quantized->weight : nullptr;
+  product.out = y.data_ptr();
+  product.out_type = type_of(y.scalar_type());
+  compute({product});
+  return y;
+}
+
+namespace {
+
+// The norms of the rows of w + alpha·(a·b)ᵀ [N], float32
+Tensor row_norms(const Tensor& any_w, const Tensor& any_a, const Tensor& any_b, double alpha) {
+  check_usable();
+  const auto w = in_memory(any_w, "w", 2), a = in_memory(any_a, "a", 2), b = in_memory(any_b, "b");
+  const int64_t N = w->size(0), K = w->size(1), R = a->size(1);
+  Tensor norms = at::empty({N}, w->options().dtype(at::kFloat));
+  compute(Norms{matrix(*w, "w", N, K), matrix(*a, "a", K, R), matrix(*b, "b", R, N), float(alpha),
+                norms.mutable_data_ptr<float>()});
+  return norms;
+}
+
+Tensor expand_dense(const Tensor& x, const Tensor& w, const Tensor& s, const Tensor& b,
+                    const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
+                    double keep_scale) {
+  return expand(x, {w}, false, s, b, bias, threshold, seed, keep_scale);
+}
+
+Tensor expand_quantized(const Tensor& x, at::TensorList packed, const std::string& format,
                         at::IntArrayRef sizes, const Tensor& s, const Tensor& b,
                         const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
                         double keep_scale) {
-  check_usable();
-  const auto x = in_memory(any_x, "x");
-  TORCH_CHECK(x->dim() == 2, "x must be 2-D");
-  const QuantizedTensors w(packed, format, sizes, x->scalar_type());
-  return expand_by(*x, w.view(), &w.weight, s, b, bias, threshold, seed, keep_scale);
+  const Weight w = quantised(packed, format, sizes);
+  return expand(x, w, false, s, b, bias, threshold, seed, keep_scale);
 }
 
-std::tuple<Tensor, Tensor> expand_scaled(const Tensor& any_x, const Tensor& any_w, const Tensor& s,
-                                         const Tensor& b, const Tensor& factor,
-                                         const std::optional<Tensor>& bias, bool keeps_z) {
-  check_usable();
-  const auto x = in_memory(any_x, "x"), w = in_memory(any_w, "w");
-  TORCH_CHECK(x->dim() == 2 && w->dim() == 2, "x and w must be 2-D");
-  const Matrix dense = matrix(*w, "w", x->size(1), w->size(1));
-  Tensor z = at::empty({0}, x->options());
-  Tensor y = expand_by(*x, dense, nullptr, s, b, bias, 0, 0, 1.0, &factor, keeps_z ? &z : nullptr);
+// (y, z) of `expand` with a factor; no z unless it is kept
+std::tuple<Tensor, Tensor> expand_by_factor(const Tensor& x, const Weight& w, const Tensor& s,
+                                            const Tensor& b, const Tensor& factor,
+                                            const std::optional<Tensor>& bias, bool keeps_z) {
+  Tensor z = at::empty({0}, x.options());
+  Tensor y = expand(x, w, false, s, b, bias, 0, 0, 1.0, &factor, keeps_z ? &z : nullptr);
   return {y, z};
 }
 
-std::tuple<Tensor, Tensor> expand_scaled_quantized(const Tensor& any_x, at::TensorList packed,
+std::tuple<Tensor, Tensor> expand_scaled(const Tensor& x, const Tensor& w, const Tensor& s,
+                                         const Tensor& b, const Tensor& factor,
+                                         const std::optional<Tensor>& bias, bool keeps_z) {
+  return expand_by_factor(x, {w}, s, b, factor, bias, keeps_z);
+}
+
+std::tuple<Tensor, Tensor> expand_scaled_quantized(const Tensor& x, at::TensorList packed,
                                                    const std::string& format, at::IntArrayRef sizes,
                                                    const Tensor& s, const Tensor& b,
                                                    const Tensor& factor,
                                                    const std::optional<Tensor>& bias,
                                                    bool keeps_z) {
-  check_usable();
-  const auto x = in_memory(any_x, "x");
-  TORCH_CHECK(x->dim() == 2, "x must be 2-D");
-  const QuantizedTensors w(packed, format, sizes, x->scalar_type());
-  Tensor z = at::empty({0}, x->options());
-  Tensor y =
-      expand_by(*x, w.view(), &w.weight, s, b, bias, 0, 0, 1.0, &factor, keeps_z ? &z : nullptr);
-  return {y, z};
+  return expand_by_factor(x, quantised(packed, format, sizes), s, b, factor, bias, keeps_z);
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> scaled_gradient(const Tensor& any_dy, const Tensor& any_factor,
                                            const std::optional<Tensor>& any_z) {
   check_usable();
-  const auto dy = in_memory(any_dy, "dy"), factor = in_memory(any_factor, "factor");
-  TORCH_CHECK(dy->dim() == 2 && factor->dim() == 1 && factor->scalar_type() == at::kFloat,
-              "dy must be 2-D and factor 1-D float32");
+  const auto dy = in_memory(any_dy, "dy", 2), factor = in_memory(any_factor, "factor", 1);
+  TORCH_CHECK(factor->scalar_type() == at::kFloat, "factor must be float32, got ",
+              factor->scalar_type());
   const int64_t M = dy->size(0), N = dy->size(1);
   Tensor dz = at::empty({M, N}, dy->options());
   Tensor dfactor = at::empty({any_z ? N : 0}, dy->options().dtype(at::kFloat));
@@ -217,31 +232,15 @@ std::tuple<Tensor, Tensor> scaled_gradient(const Tensor& any_dy, const Tensor& a
   return {dz, dfactor};
 }
 
-Tensor row_norms(const Tensor& any_w, const Tensor& any_a, const Tensor& any_b, double alpha) {
-  check_usable();
-  const auto w = in_memory(any_w, "w"), a = in_memory(any_a, "a"), b = in_memory(any_b, "b");
-  TORCH_CHECK(w->dim() == 2 && a->dim() == 2, "w and a must be 2-D");
-  const int64_t N = w->size(0), K = w->size(1), R = a->size(1);
-  Tensor norms = at::empty({N}, w->options().dtype(at::kFloat));
-  compute(Norms{matrix(*w, "w", N, K), matrix(*a, "a", K, R), matrix(*b, "b", R, N), float(alpha),
-                norms.mutable_data_ptr<float>()});
-  return norms;
-}
-
 Tensor wgrad(const Tensor& any_left, const Tensor& any_right, at::ScalarType dtype,
              int64_t threshold, int64_t seed, double keep_scale) {
   check_usable();
-  const auto left = in_memory(any_left, "left"), right = in_memory(any_right, "right");
-  TORCH_CHECK(left->dim() == 2 && right->dim() == 2, "left and right must be 2-D");
+  const auto left = in_memory(any_left, "left", 2), right = in_memory(any_right, "right", 2);
   const int64_t M = left->size(0), C = left->size(1), D = right->size(1);
   const std::optional<Mask> mask = mask_of(threshold, seed, keep_scale, C);
-  const bool left_wide = mask || C >= D;  // a masked operand is packed as the wide one
-  Matrix wide = matrix(*left, "left", M, C), lowrank = matrix(*right, "right", M, D);
-  if (!left_wide) std::swap(wide, lowrank);
+  const Matrix rows = matrix(*left, "left", M, C), cols = matrix(*right, "right", M, D);
   Tensor out = at::empty({C, D}, left->options().dtype(dtype));
-  Tensor workspace = at::empty({wgrad_floats(M, lowrank.cols)}, left->options().dtype(at::kFloat));
-  compute({Wgrad{wide, lowrank, mask ? &*mask : nullptr, out.data_ptr(), type_of(dtype),
-                 left_wide ? 1 : D, left_wide ? D : 1, workspace.mutable_data_ptr<float>()}});
+  compute({wgrad_of(rows, cols, mask ? &*mask : nullptr, out.data_ptr(), type_of(dtype))});
   return out;
 }
 
@@ -284,7 +283,7 @@ TORCH_LIBRARY(lora_kernels_cpu, m) {
 
 TORCH_LIBRARY_IMPL(lora_kernels_cpu, CPU, m) {
   m.impl("shrink", &shrink);
-  m.impl("expand", &expand);
+  m.impl("expand", &expand_dense);
   m.impl("expand_quantized", &expand_quantized);
   m.impl("expand_scaled", &expand_scaled);
   m.impl("expand_scaled_quantized", &expand_scaled_quantized);

@@ -21,7 +21,8 @@ using at::Tensor;
 bool readable(const Tensor& t);
 
 // t with its elements in memory: t itself, a copy of a negated or zero tensor, or an error.
-c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name);
+// It has `dims` dimensions, where they are given.
+c10::MaybeOwned<Tensor> in_memory(const Tensor& t, const char* name, int64_t dims = -1);
 
 void check_usable();
 Type type_of(at::ScalarType type);
@@ -56,35 +57,28 @@ struct QuantizedTensors {
   bool transposed = false;
 };
 
+// A weight: a tensor, or a quantised one as lora_kernels/operands.py has it.
+struct Weight {
+  Tensor dense;                // undefined where the weight is quantised
+  std::vector<Tensor> packed;  // empty where it is dense
+  std::string format;
+  std::vector<int64_t> sizes;  // the last one says whether it is transposed
+};
+Weight quantised(at::TensorList packed, const std::string& format, at::IntArrayRef sizes);
+
 // s = alpha·(mask∘x)·a [M, R] float32
 Tensor shrink(const Tensor& x, const Tensor& a, double alpha, int64_t threshold, int64_t seed,
               double keep_scale);
 
-// y = x·w + bias + mask∘(s·b) [M, N]
-Tensor expand(const Tensor& x, const Tensor& w, const Tensor& s, const Tensor& b,
-              const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
-              double keep_scale);
-Tensor expand_quantized(const Tensor& x, at::TensorList tensors, const std::string& format,
-                        at::IntArrayRef sizes, const Tensor& s, const Tensor& b,
-                        const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
-                        double keep_scale);
-
-// (y, z) = (factor∘z + bias, z), z = x·w + s·b: [M, N]; no z unless it is kept
-std::tuple<Tensor, Tensor> expand_scaled(const Tensor& x, const Tensor& w, const Tensor& s,
-                                         const Tensor& b, const Tensor& factor,
-                                         const std::optional<Tensor>& bias, bool keeps_z);
-std::tuple<Tensor, Tensor> expand_scaled_quantized(const Tensor& x, at::TensorList tensors,
-                                                   const std::string& format, at::IntArrayRef sizes,
-                                                   const Tensor& s, const Tensor& b,
-                                                   const Tensor& factor,
-                                                   const std::optional<Tensor>& bias, bool keeps_z);
+// y = x·w + bias + mask∘(s·b) [M, N], w the weight or its transpose. With a factor
+// y = factor∘z + bias, z = x·w + s·b, and z is put where it is asked for.
+Tensor expand(const Tensor& x, const Weight& weight, bool transposed, const Tensor& s,
+              const Tensor& b, const std::optional<Tensor>& bias, int64_t threshold, int64_t seed,
+              double keep_scale, const Tensor* factor = nullptr, Tensor* z = nullptr);
 
 // (dz, dfactor) = (factor∘dy, the sums of dy∘z over rows); no dfactor without z
 std::tuple<Tensor, Tensor> scaled_gradient(const Tensor& dy, const Tensor& factor,
                                            const std::optional<Tensor>& z);
-
-// The norms of the rows of w + alpha·(a·b)ᵀ [N], float32
-Tensor row_norms(const Tensor& w, const Tensor& a, const Tensor& b, double alpha);
 
 // (mask∘left)ᵀ·right [C, D]
 Tensor wgrad(const Tensor& left, const Tensor& right, at::ScalarType dtype, int64_t threshold,

@@ -34,8 +34,6 @@ int64_t panel_floats() {
   return bytes / 8;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A block of columns of the result, and where its operands lie in the thread's scratch.
 struct Columns {
   int64_t begin, count;   // of the result

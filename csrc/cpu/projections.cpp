@@ -28,10 +28,7 @@ struct List {
 
   List(at::TensorList any, const char* name) {
     TORCH_CHECK(!any.empty(), name, " must not be empty");
-    for (const Tensor& t : any) {
-      TORCH_CHECK(t.dim() == 2, name, " must be 2-D, got ", t.sizes());
-      tensors.push_back(in_memory(t, name));
-    }
+    for (const Tensor& t : any) tensors.push_back(in_memory(t, name, 2));
   }
   int64_t count() const { return int64_t(tensors.size()); }
   // An error unless there is one for each of P projections, or, where they may share it, one.
@@ -212,25 +209,13 @@ std::vector<Tensor> projections_wgrad(at::TensorList any_left, at::TensorList an
     return out;
   }
   std::vector<Wgrad> problems;
-  int64_t floats = 0;
   for (int64_t p = 0; p < P; ++p) {
     const int64_t C = left[p].size(1), D = right[p].size(1);
-    const bool left_wide =
-        masks[p] != nullptr || C >= D;  // a masked operand is packed as the wide one
-    Matrix wide = matrix(left[p], "left", M, C), lowrank = matrix(right[p], "right", M, D);
-    if (!left_wide) std::swap(wide, lowrank);
     out.push_back(at::empty({C, D}, left[p].options().dtype(dtype)));
-    problems.push_back(Wgrad{wide, lowrank, masks[p], out[p].data_ptr(), type_of(dtype),
-                             left_wide ? 1 : D, left_wide ? D : 1, nullptr});
-    floats += wgrad_floats(M, lowrank.cols);
+    problems.push_back(wgrad_of(matrix(left[p], "left", M, C), matrix(right[p], "right", M, D),
+                                masks[p], out[p].data_ptr(), type_of(dtype)));
   }
-  Tensor workspace = at::empty({floats}, left[0].options().dtype(at::kFloat));
-  float* space = workspace.mutable_data_ptr<float>();
-  for (Wgrad& problem : problems) {
-    problem.workspace = space;
-    space += wgrad_floats(M, problem.lowrank.cols);
-  }
-  compute(problems);
+  compute(std::move(problems));
   return out;
 }
 

@@ -6,8 +6,6 @@
 namespace lora_kernels {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return a == 0 ? 0 : (a - 1) / b + 1; }
-
 // The bytes of t; an error unless it is a contiguous tensor on the CPU with memory for them.
 int64_t bytes_of(const Tensor& t, const char* name) {
   TORCH_CHECK(t.device().is_cpu() && t.is_contiguous(), name,

@@ -85,7 +85,7 @@ void norm_rows(const Kernels& k, const Norms& p, const Shared& shared, int64_t b
 
 void compute(const Scale& p) {
   const Kernels& k = *kernels();
-  const int64_t N = p.dy.cols, tasks = (N + COLS - 1) / COLS;
+  const int64_t N = p.dy.cols, tasks = ceil_div(N, COLS);
   for_each_task(tasks, p.dy.rows * N * 4, [&](int64_t task) {
     scale_columns(k, p, task * COLS, std::min(COLS, N - task * COLS));
   });
@@ -104,7 +104,7 @@ void compute(const Norms& p) {
     const Matrix rows{reinterpret_cast<const char*>(x), Type::F32, R, K, x_pitch, 1};
     k.dots(x, x_pitch, rows, R, R, K, shared.gram, R);
   }
-  for_each_task((N + NORM_ROWS - 1) / NORM_ROWS, N * K * (R + 1), [&](int64_t task) {
+  for_each_task(ceil_div(N, NORM_ROWS), N * K * (R + 1), [&](int64_t task) {
     norm_rows(k, p, shared, task * NORM_ROWS, std::min(NORM_ROWS, N - task * NORM_ROWS));
   });
 }

@@ -10,7 +10,25 @@ inline float widened(BF16 x) {
 }
 inline float widened(F16 x) { return _cvtsh_ss(x.bits); }
 
+// f of a matrix's elements, by their type.
+template <class F>
+inline __attribute__((always_inline)) void with_elements(const Matrix& m, const F& f) {
+  if (m.type == Type::F32) return f((const float*)m.data);
+  if (m.type == Type::BF16) return f((const BF16*)m.data);
+  f((const F16*)m.data);
+}
+
+// f of the number of rows, 1 to MOST, as a constant.
+template <int MOST, class F>
+inline __attribute__((always_inline)) void with_rows(int64_t rows, const F& f) {
+  if constexpr (MOST > 0) {
+    if (rows < MOST) return with_rows<MOST - 1>(rows, f);
+    f(std::integral_constant<int, MOST>());
+  }
+}
+
 inline Vector load_part(const float* p, int64_t count) {
+  if (count == Vector::LANES) return Vector::load(p);
   float buffer[Vector::LANES] = {};
   std::memcpy(buffer, p, count * sizeof(float));
   return Vector::load(buffer);
@@ -51,12 +69,9 @@ void copy_elements(float* dst, int64_t pitch, const T* src, int64_t row_stride, 
 }
 
 void copy(float* dst, int64_t pitch, const Matrix& src, int64_t rows, int64_t cols) {
-  const auto run = [&](auto* data) {
+  with_elements(src, [&](auto* data) {
     copy_elements(dst, pitch, data, src.row_stride, src.col_stride, rows, cols);
-  };
-  if (src.type == Type::F32) return run((const float*)src.data);
-  if (src.type == Type::BF16) return run((const BF16*)src.data);
-  run((const F16*)src.data);
+  });
 }
 
 constexpr int64_t ROWS_AHEAD =
@@ -84,15 +99,12 @@ void pack_rows(float* dst, int64_t panel, int64_t width, const T* src, int64_t r
 }
 
 void pack(float* dst, int64_t panel, int64_t width, const Matrix& src, int64_t rows, int64_t cols) {
-  const auto run = [&](auto* data) {
+  with_elements(src, [&](auto* data) {
     if (src.col_stride == 1) return pack_rows(dst, panel, width, data, src.row_stride, rows, cols);
     for (int64_t c = 0; c < cols; c += width, dst += panel)
       copy_elements(dst, width, data + c * src.col_stride, src.row_stride, src.col_stride, rows,
                     cols - c < width ? cols - c : width);
-  };
-  if (src.type == Type::F32) return run((const float*)src.data);
-  if (src.type == Type::BF16) return run((const BF16*)src.data);
-  run((const F16*)src.data);
+  });
 }
 
 template <class T>
@@ -114,12 +126,8 @@ void store_transposed(T* out, int64_t col_stride, const float* src, int64_t pitc
     for (int64_t c = 0; c < cols; c += L) {
       const int64_t width = cols - c < L ? cols - c : L;
       Vector block[L];
-      for (int64_t i = 0; i < L; ++i) {
-        const float* from = src + (r + i) * pitch + c;
-        block[i] = i >= height  ? Vector::zero()
-                   : width == L ? Vector::load(from)
-                                : load_part(from, width);
-      }
+      for (int64_t i = 0; i < L; ++i)
+        block[i] = i < height ? load_part(src + (r + i) * pitch + c, width) : Vector::zero();
       Vector::transpose(block);
       for (int64_t i = 0; i < width; ++i)
         store_part(out + r + (c + i) * col_stride, nothing.multiply_add(block[i], factor), height);
@@ -140,14 +148,10 @@ void store_elements(T* out, int64_t row_stride, int64_t col_stride, const float*
     T* to = out + r * row_stride;
     for (int64_t c = 0; c < cols; c += L) {
       const int64_t count = cols - c < L ? cols - c : L;
-      Vector value = count == L ? Vector::load(from + c) : load_part(from + c, count);
       Vector shift = nothing, times = all;  // what adds nothing, not even to -0
-      if (bias != nullptr) shift = count == L ? Vector::load(bias + c) : load_part(bias + c, count);
-      if (factor != nullptr) {
-        times = count == L ? Vector::load(factor + c) : load_part(factor + c, count);
-        times = nothing.multiply_add(times, all);
-      }
-      value = shift.multiply_add(value, times);
+      if (bias != nullptr) shift = load_part(bias + c, count);
+      if (factor != nullptr) times = nothing.multiply_add(load_part(factor + c, count), all);
+      const Vector value = shift.multiply_add(load_part(from + c, count), times);
       if (col_stride == 1) {
         store_part(to + c, value, count);
         continue;
@@ -171,12 +175,13 @@ void store(void* out, Type type, int64_t row_stride, int64_t col_stride, const f
 }
 
 // Philox-4x32-10 for `LANES` counters at once, four words each; see lora_kernels/dropout.py.
-inline void philox(uint64_t first_counter, uint64_t seed, uint32_t (*words)[Vector::LANES]) {
+inline void philox(uint64_t first_counter, uint64_t seed, uint32_t (&words)[4][Vector::LANES]) {
   constexpr int L = Vector::LANES;
-  uint32_t c0[L], c1[L], c2[L] = {}, c3[L] = {};
+  auto& [c0, c1, c2, c3] = words;
   for (int i = 0; i < L; ++i) {
     c0[i] = uint32_t(first_counter + i);
     c1[i] = uint32_t((first_counter + i) >> 32);
+    c2[i] = c3[i] = 0;
   }
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -190,10 +195,6 @@ inline void philox(uint64_t first_counter, uint64_t seed, uint32_t (*words)[Vect
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  std::memcpy(words[0], c0, sizeof c0);
-  std::memcpy(words[1], c1, sizeof c1);
-  std::memcpy(words[2], c2, sizeof c2);
-  std::memcpy(words[3], c3, sizeof c3);
 }
 
 void mask(float* dst, int64_t pitch, const Mask& mask, int64_t row, int64_t col, int64_t rows,
@@ -263,12 +264,10 @@ void multiply_block(const float* tile, const T* panel, int64_t t_pitch, int64_t 
   }
 }
 
-template <class Unit, int ROWS>
+template <class Unit>
 void multiply_rows(int64_t rows, int64_t vectors, const float* tile, const float* panel,
                    int64_t depth, float* c, int64_t c_pitch, bool add) {
-  if constexpr (ROWS > 0) {
-    if (rows < ROWS)
-      return multiply_rows<Unit, ROWS - 1>(rows, vectors, tile, panel, depth, c, c_pitch, add);
+  with_rows<Vector::TILE_ROWS>(rows, [&](auto ROWS) {
     for (int64_t k = 0; k == 0 || k < depth; k += CHAIN, add = true) {
       const int64_t count = depth - k < CHAIN ? depth - k : CHAIN;
       const float* rows_of_w = panel + k * vectors * Vector::LANES;
@@ -276,29 +275,17 @@ void multiply_rows(int64_t rows, int64_t vectors, const float* tile, const float
                     : multiply_block<Unit, ROWS, 1, true, float>)(tile + k, rows_of_w, 0, count, c,
                                                                   c_pitch, add);
     }
-  }
-}
-
-template <class T, int ROWS>
-void multiply_where_it_lies(int64_t rows, const float* tile, const T* w, int64_t w_pitch,
-                            int64_t depth, float* c, int64_t c_pitch, bool add) {
-  if constexpr (ROWS > 0) {
-    if (rows < ROWS)
-      return multiply_where_it_lies<T, ROWS - 1>(rows, tile, w, w_pitch, depth, c, c_pitch, add);
-    multiply_block<FloatUnit<float>, ROWS, 2, false>(tile, w, w_pitch, depth, c, c_pitch, add);
-  }
+  });
 }
 
 void multiply_in_place(int64_t rows, const float* tile, const Matrix& w, int64_t depth, float* c,
                        int64_t c_pitch, bool add) {
-  const auto run = [&](auto* data) {
-    multiply_where_it_lies<std::remove_cv_t<std::remove_pointer_t<decltype(data)>>,
-                           Vector::TILE_ROWS>(rows, tile, data, w.row_stride, depth, c, c_pitch,
-                                              add);
-  };
-  if (w.type == Type::F32) return run((const float*)w.data);
-  if (w.type == Type::BF16) return run((const BF16*)w.data);
-  run((const F16*)w.data);
+  with_elements(w, [&](auto* data) {
+    with_rows<Vector::TILE_ROWS>(rows, [&](auto ROWS) {
+      multiply_block<FloatUnit<float>, ROWS, 2, false>(tile, data, w.row_stride, depth, c, c_pitch,
+                                                       add);
+    });
+  });
 }
 
 // c[r][n] = x[r]·w[n] for ROWS x COLS, vectors along k. Beside it `ahead_rows` rows of w are
@@ -347,18 +334,6 @@ void dots_block(const float* x, int64_t x_pitch, const typename Unit::Element* w
   }
 }
 
-template <class Unit, int ROWS, int COLS>
-void dots_rows(const float* x, int64_t x_pitch, const typename Unit::Element* w, int64_t w_pitch,
-               int64_t rows, int64_t depth, float* c, int64_t c_pitch,
-               const typename Unit::Element* ahead, int64_t ahead_rows) {
-  if constexpr (ROWS > 0) {
-    if (rows < ROWS)
-      return dots_rows<Unit, ROWS - 1, COLS>(x, x_pitch, w, w_pitch, rows, depth, c, c_pitch, ahead,
-                                             ahead_rows);
-    dots_block<Unit, ROWS, COLS>(x, x_pitch, w, w_pitch, depth, c, c_pitch, ahead, ahead_rows);
-  }
-}
-
 template <class Unit>
 void dots_elements(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
                    int64_t depth, float* c, int64_t c_pitch) {
@@ -374,17 +349,19 @@ void dots_elements(const float* x, int64_t x_pitch, const Matrix& w, int64_t row
       const int64_t here = rows - r < count ? rows - r : count;
       const float* xr = x + r * x_pitch;
       float* cr = c + r * c_pitch + n;
-      if (n + STEP <= cols) {
-        const int64_t due =
-            n + 2 * STEP <= cols && share > 1 ? STEP * (r / count) / (share - 1) : 0;
-        dots_rows<Unit, MOST, STEP>(xr, x_pitch, data + n * w_pitch, w_pitch, here, depth, cr,
-                                    c_pitch, next + fetched * w_pitch, due - fetched);
-        fetched = due;
-      } else {
-        for (int64_t j = 0; j < cols - n; ++j)
-          dots_rows<Unit, MOST, 1>(xr, x_pitch, data + (n + j) * w_pitch, w_pitch, here, depth,
-                                   cr + j, c_pitch, data, 0);
-      }
+      with_rows<MOST>(here, [&](auto ROWS) {
+        if (n + STEP <= cols) {
+          const int64_t due =
+              n + 2 * STEP <= cols && share > 1 ? STEP * (r / count) / (share - 1) : 0;
+          dots_block<Unit, ROWS, STEP>(xr, x_pitch, data + n * w_pitch, w_pitch, depth, cr, c_pitch,
+                                       next + fetched * w_pitch, due - fetched);
+          fetched = due;
+        } else {
+          for (int64_t j = 0; j < cols - n; ++j)
+            dots_block<Unit, ROWS, 1>(xr, x_pitch, data + (n + j) * w_pitch, w_pitch, depth, cr + j,
+                                      c_pitch, data, 0);
+        }
+      });
     }
   }
 }
@@ -399,7 +376,7 @@ void dots(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_
 }
 
 // c[r][n] (+)= the sum over STEPS rows of w, for ROWS rows of x.
-template <class T, int ROWS, int STEPS>
+template <int ROWS, int STEPS, class T>
 void add_rows_of_w(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch, int64_t cols,
                    float* c, int64_t c_pitch, bool add) {
   constexpr int64_t L = Vector::LANES;
@@ -430,32 +407,23 @@ void add_rows_of_w(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch,
   }
 }
 
-template <class T, int ROWS>
-void rows_of_w_elements(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch, int64_t rows,
-                        int64_t cols, int64_t depth, float* c, int64_t c_pitch) {
-  if constexpr (ROWS > 0) {
-    if (rows < ROWS)
-      return rows_of_w_elements<T, ROWS - 1>(x, x_pitch, w, w_pitch, rows, cols, depth, c, c_pitch);
-    int64_t k = 0;
-    for (; k + 8 <= depth; k += 8)
-      add_rows_of_w<T, ROWS, 8>(x + k, x_pitch, w + k * w_pitch, w_pitch, cols, c, c_pitch, k > 0);
-    for (; k < depth; ++k)
-      add_rows_of_w<T, ROWS, 1>(x + k, x_pitch, w + k * w_pitch, w_pitch, cols, c, c_pitch, k > 0);
-  }
-}
-
 void rows_of_w(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
                int64_t depth, float* c, int64_t c_pitch) {
-  const auto run = [&](auto* data) {
-    rows_of_w_elements<std::remove_cv_t<std::remove_pointer_t<decltype(data)>>, 4>(
-        x, x_pitch, data, w.row_stride, rows, cols, depth, c, c_pitch);
-  };
   if (depth == 0) {
     for (int64_t r = 0; r < rows; ++r) std::memset(c + r * c_pitch, 0, cols * sizeof(float));
   }
-  if (w.type == Type::F32) return run((const float*)w.data);
-  if (w.type == Type::BF16) return run((const BF16*)w.data);
-  run((const F16*)w.data);
+  with_elements(w, [&](auto* data) {
+    with_rows<4>(rows, [&](auto ROWS) {
+      const int64_t w_pitch = w.row_stride;
+      int64_t k = 0;
+      for (; k + 8 <= depth; k += 8)
+        add_rows_of_w<ROWS, 8>(x + k, x_pitch, data + k * w_pitch, w_pitch, cols, c, c_pitch,
+                               k > 0);
+      for (; k < depth; ++k)
+        add_rows_of_w<ROWS, 1>(x + k, x_pitch, data + k * w_pitch, w_pitch, cols, c, c_pitch,
+                               k > 0);
+    });
+  });
 }
 
 template <class T>
@@ -481,8 +449,5 @@ void squares_of_rows(float* out, const T* src, int64_t row_stride, int64_t rows,
 }
 
 void squares(float* out, const Matrix& src, int64_t rows, int64_t cols) {
-  const auto run = [&](auto* data) { squares_of_rows(out, data, src.row_stride, rows, cols); };
-  if (src.type == Type::F32) return run((const float*)src.data);
-  if (src.type == Type::BF16) return run((const BF16*)src.data);
-  run((const F16*)src.data);
+  with_elements(src, [&](auto* data) { squares_of_rows(out, data, src.row_stride, rows, cols); });
 }

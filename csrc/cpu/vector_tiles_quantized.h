@@ -350,3 +350,25 @@ void quantized_rows(const float* x, int64_t x_pitch, const Quantized& w, int64_t
                                                              scratch, c, c_pitch);
   });
 }
+
+// All that every instruction set has.
+constexpr Kernels table(const char* name) {
+  return {
+      .name = name,
+      .rows = Vector::TILE_ROWS,
+      .lanes = Vector::LANES,
+      .copy = copy,
+      .pack = pack,
+      .store = store,
+      .mask = mask,
+      .multiply = multiply_rows<FloatUnit<float>>,
+      .multiply_in_place = multiply_in_place,
+      .dots = dots,
+      .rows_of_w = rows_of_w,
+      .decode = decode,
+      .quantized_dots = quantized_dots,
+      .quantized_rows = quantized_rows,
+      .arrange = arrange,
+      .squares = squares,
+  };
+}

@@ -13,8 +13,6 @@ namespace {
 constexpr int64_t ROWS = 128;      // of the wide operand packed at once
 constexpr int64_t MAX_COLS = 512;  // 128 x 512 floats: a quarter of a megabyte, in L2
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The low-rank operand as tiles: [M / DEPTH, S, PITCH].
 void transpose_lowrank(const Kernels& k, const Wgrad& p) {
   const int64_t M = p.lowrank.rows, S = p.lowrank.cols;
@@ -84,13 +82,32 @@ class Reduction {
 
 int64_t work_of(const Wgrad& p) { return p.wide.rows * p.wide.cols * p.lowrank.cols; }
 
+int64_t workspace_floats(const Wgrad& p) {
+  return ceil_div(p.lowrank.rows, DEPTH) * p.lowrank.cols * PITCH;
+}
+
 }  // namespace
 
-int64_t wgrad_floats(int64_t M, int64_t S) { return ceil_div(M, DEPTH) * S * PITCH; }
+Wgrad wgrad_of(const Matrix& left, const Matrix& right, const Mask* mask, void* out,
+               Type out_type) {
+  const int64_t C = left.cols, D = right.cols;
+  // A masked operand is packed as the wide one.
+  if (mask != nullptr || C >= D) return {left, right, mask, out, out_type, 1, D};
+  return {right, left, nullptr, out, out_type, D, 1};
+}
 
-void compute(const std::vector<Wgrad>& problems) {
-  int64_t work = 0;
-  for (const Wgrad& problem : problems) work += work_of(problem);
+void compute(std::vector<Wgrad> problems) {
+  int64_t work = 0, floats = 0;
+  for (const Wgrad& problem : problems) {
+    work += work_of(problem);
+    floats += workspace_floats(problem);
+  }
+  Scratch workspace;  // of the call alone, since it grows with M
+  float* space = workspace.reserve(floats);
+  for (Wgrad& problem : problems) {
+    problem.workspace = space;
+    space += workspace_floats(problem);
+  }
   std::vector<Reduction> reductions;
   reductions.reserve(problems.size());
   for (const Wgrad& problem : problems)

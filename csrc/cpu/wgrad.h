@@ -8,19 +8,20 @@
 namespace lora_kernels {
 
 // wide [M, W] and lowrank [M, S]; out holds element (s, w) of lowrankᵀ·(mask∘wide) at s·s_stride +
-// w·w_stride. `workspace` takes wgrad_floats(M, S) floats. Each sum runs over M in order,
-// whatever the blocks and threads.
+// w·w_stride. Each sum runs over M in order, whatever the blocks and threads.
 struct Wgrad {
   Matrix wide, lowrank;
   const Mask* mask;  // of wide, or null
   void* out;
   Type out_type;
   int64_t s_stride, w_stride;
-  float* workspace;
+  float* workspace = nullptr;  // of `compute`
 };
 
-int64_t wgrad_floats(int64_t M, int64_t S);
+// out [C, D] = (mask∘left)ᵀ·right for left [M, C] and right [M, D], contiguous.
+Wgrad wgrad_of(const Matrix& left, const Matrix& right, const Mask* mask, void* out, Type out_type);
+
 // All of them at once: threads share their tasks.
-void compute(const std::vector<Wgrad>& problems);
+void compute(std::vector<Wgrad> problems);
 
 }  // namespace lora_kernels

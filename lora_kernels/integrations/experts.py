@@ -8,7 +8,7 @@ by expert, one product with its low-rank part for all experts, the experts' own 
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import torch
@@ -19,20 +19,12 @@ from lora_kernels.bases import has_hooks, is_plain_tensor
 from lora_kernels.functional import autocast_dtype
 from lora_kernels.grouped import grouped_lora_linear
 from lora_kernels.integrations.state import active, why_not_one_adapter
-from lora_kernels.operands import DTYPES
+from lora_kernels.operands import DTYPES, Adapter
 from lora_kernels.routing import Routing, sorted_by_group
 
 _DOWN = "down_proj"
 # Implementations of Transformers that compute what `run` computes; a name that a user or a GPU library registered stays.
 _IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", None)
-
-
-class Stack(NamedTuple):
-    """The adapter of a stack of weights [G, N, K]: scale·A[g]·B[g] is added to the transpose of each."""
-
-    A: Tensor  # [G, K, R]
-    B: Tensor  # [G, R, N]
-    scale: float
 
 
 def forward(wrapper: Any, x: Tensor, *args: Any) -> Tensor | None:
@@ -42,16 +34,17 @@ def forward(wrapper: Any, x: Tensor, *args: Any) -> Tensor | None:
     wrappers, experts = _nest(wrapper)
     if x.dtype != getattr(experts, _DOWN).dtype and autocast_dtype(x.device.type) is None:
         return None
-    return run(experts, {each.parameter_name: _adapter(each) for each in wrappers}, x, *args)
+    adapters = {each.parameter_name: _adapter(each, experts) for each in wrappers}
+    return run(experts, adapters, x, *args)
 
 
 def run(
-    experts: Any, adapters: dict[str, Stack], x: Tensor, index: Tensor, weights: Tensor
+    experts: Any, adapters: dict[str, Adapter], x: Tensor, index: Tensor, weights: Tensor
 ) -> Tensor:
     """y [T, H] of Transformers' experts for tokens x [T, H], each sent to experts index [T, k] with weights [T, k].
 
-    `adapters`: by the name of the parameter that each is added to. Under expert parallelism an index of `num_experts` or
-    more belongs to another process and adds nothing: the last expert computes such rows, with weight zero.
+    `adapters`: over groups, by the name of the parameter that each is added to. Under expert parallelism an index of
+    `num_experts` or more belongs to another process and adds nothing: the last expert computes such rows, with weight zero.
     """
     if experts._is_expert_parallel:
         weights = weights.masked_fill(index >= experts.num_experts, 0.0)
@@ -67,14 +60,16 @@ def run(
 
 
 def _product(
-    experts: Any, name: str, adapter: Stack | None, rows: Tensor, routing: Routing
+    experts: Any, name: str, adapter: Adapter | None, rows: Tensor, routing: Routing
 ) -> Tensor:
     """rows [S, K] times one of the experts' stacks, adapter and bias included: [S, N]."""
-    weight = _matrices(experts, getattr(experts, name))
+    weight = getattr(experts, name)
+    if experts.is_transposed:  # stored as [E, in, out], others as [E, out, in]
+        weight = weight.transpose(1, 2)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
     if adapter is None:
         G, N, K = weight.shape
-        adapter = Stack(rows.new_empty(G, K, 0), rows.new_empty(G, 0, N), 1.0)
+        adapter = Adapter(rows.new_empty(G, K, 0), rows.new_empty(G, 0, N), 1.0)
     return grouped_lora_linear(
         rows, weight, adapter.A, adapter.B, routing.offsets, adapter.scale, bias
     )
@@ -85,13 +80,8 @@ def _first(experts: Any) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def _matrices(experts: Any, weight: Tensor) -> Tensor:
-    """A stack as [E, out, in]; a model whose experts are `is_transposed` stores [E, in, out]."""
-    return weight.transpose(1, 2) if experts.is_transposed else weight
-
-
-def _adapter(wrapper: Any) -> Stack:
-    """The active adapter of a wrapper, as views of its parameters.
+def _adapter(wrapper: Any, experts: Any) -> Adapter:
+    """The active adapter of a wrapper, over groups, as views of its parameters.
 
     PEFT's lora_A is [E·r, a] with r fastest, its lora_B [b, r·E] with E fastest, for a parameter [E, a, b] or [E, b, a].
     Where a is the side of the product's output, as in PEFT before 0.19.1, A and B change places.
@@ -101,10 +91,9 @@ def _adapter(wrapper: Any) -> Stack:
     E = wrapper.num_experts
     first = weight_A.reshape(E, -1, weight_A.shape[1])  # [E, r, a]
     second = weight_B.reshape(weight_B.shape[0], -1, E).permute(2, 0, 1)  # [E, b, r]
-    _, experts = _nest(wrapper)
     if _dimension_of_A(wrapper) == (0 if experts.is_transposed else 1):
-        return Stack(first.transpose(1, 2), second.transpose(1, 2), wrapper.scaling[name])
-    return Stack(second, first, wrapper.scaling[name])
+        return Adapter(first.transpose(1, 2), second.transpose(1, 2), wrapper.scaling[name])
+    return Adapter(second, first, wrapper.scaling[name])
 
 
 def _dimension_of_A(wrapper: Any) -> int | None:

@@ -29,7 +29,7 @@ from lora_kernels.functional import autocast_dtype
 from lora_kernels.integrations import experts
 from lora_kernels.integrations.state import active, why_not_one_adapter
 from lora_kernels.mixed import mixed_lora_linear
-from lora_kernels.modules import check_model
+from lora_kernels.modules import layers_of
 from lora_kernels.operands import DTYPES, Adapter
 
 
@@ -189,7 +189,7 @@ def accelerate(model: nn.Module, *, allow_none: bool = False) -> Report:
     base_model.model.0  fused
     base_model.model.2  fused
     """
-    found = _layers(model, LoraLayer)
+    found: list[tuple[str, Any]] = layers_of(model, LoraLayer)
     report = Report(_reasons(found))
     if not report.fused and not allow_none:
         if not found:
@@ -218,7 +218,7 @@ def _reasons(found: list[tuple[str, Any]]) -> dict[str, str | None]:
 
 def restore(model: nn.Module) -> list[str]:
     """Give every fused layer PEFT's own class back; returns their names. ValueError if another class was built on ours."""
-    fused = _layers(model, Fused)
+    fused: list[tuple[str, Any]] = layers_of(model, Fused)
     for name, module in fused:
         if Fused not in type(module).__bases__:
             raise ValueError(
@@ -227,11 +227,6 @@ def restore(model: nn.Module) -> list[str]:
     for _, module in fused:
         module.__class__ = type(module).__bases__[1]
     return [name for name, _ in fused]
-
-
-def _layers(model: nn.Module, kind: Any) -> list[tuple[str, Any]]:
-    check_model(model)
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 
 
 def why_not_fused(module: nn.Module) -> str | None:
@@ -272,11 +267,8 @@ def _why_not_linear(module: Any) -> str | None:
     if reason is not None:
         return reason
     (name,) = active(module)
-    if name in module.lora_variant:
-        reason = _why_not_variant(module, name)
-        if reason is not None:
-            return reason
-    return _why_not_adapter(
+    reason = _why_not_variant(module, name) if name in module.lora_variant else None
+    return reason or _why_not_adapter(
         base, module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
     )
 
@@ -312,10 +304,8 @@ def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str |
     if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
         return "its dropout is no plain Dropout with p < 1"
     packs = is_quantized(base)  # whose forward casts a bias
-    weights = {"base weight": base.weight, "lora_A": lora_A.weight, "lora_B": lora_B.weight}
-    if packs:
-        del weights["base weight"]
-    for part, weight in weights.items():
+    weights = {"lora_A": lora_A.weight, "lora_B": lora_B.weight}
+    for part, weight in (weights if packs else {"base weight": base.weight, **weights}).items():
         if not is_plain_tensor(weight) or weight.dtype not in DTYPES:
             kind = f"a {type(weight).__name__} of {weight.dtype}"
             return _declined(base) or f"its {part} is {kind}, no plain floating-point tensor"
