@@ -26,7 +26,7 @@ from lora_kernels.tuning.config import TileConfig
 @triton.jit
 def _dequantise_nf4_kernel(
     packed_ptr,  # uint8 [elements / 2], the even elements in the high nibbles
-    absmax_ptr,  # float32 or, where DOUBLE, uint8 [elements / 64]
+    absmax_ptr,  # float32 or, with code2, uint8 [elements / 64]
     code_ptr,  # float32 [16]
     code2_ptr,  # float32 [256]
     absmax2_ptr,  # float32 [elements / 64 / 256]
@@ -35,13 +35,12 @@ def _dequantise_nf4_kernel(
     elements,
     packed_bytes,
     BLOCKS: tl.constexpr,
-    DOUBLE: tl.constexpr,
     INT64: tl.constexpr,
 ):
     """BLOCKS blocks of 64 elements, which share a scale."""
     block = as_int64(tl.program_id(0), INT64) * BLOCKS + tl.arange(0, BLOCKS)
     scale = nf4_scale(
-        absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, block < tl.cdiv(elements, 64), DOUBLE
+        absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, block < tl.cdiv(elements, 64)
     )
     byte = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     packed = tl.load(packed_ptr + byte, mask=byte < packed_bytes, other=0)
@@ -117,7 +116,6 @@ def _nf4(weight: Any, out: Tensor, config: TileConfig) -> None:
         cdiv(elements, 2),
         contract=False,
         BLOCKS=blocks,
-        DOUBLE=weight.code2 is not None,
         # A last program's masked lanes count too.
         INT64=elements + blocks * 64 > 2**31,
     )

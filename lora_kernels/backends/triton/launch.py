@@ -51,7 +51,7 @@ def launch(
 class Mask(NamedTuple):
     """A dropout as kernels take it: arguments that are never read where there is none."""
 
-    seed: Tensor | None
+    seed_ptr: Tensor | None
     threshold: int  # the bits of a uint32 in an int32, so that the argument's type never changes
     keep_scale: float
 

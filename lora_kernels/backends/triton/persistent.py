@@ -192,35 +192,34 @@ def _persistent_kernel(
     N,
     K,
     stride_bias,
-    a,  # of x·a, where SHRINKS: describes [K, R] in blocks [BLOCK_K, BLOCK_S], or aᵀ where A_K_MAJOR
-    s_ptr,  # what s describes, rows of unit stride
-    whole_ptr,  # [M, R] float32, contiguous: s before it is rounded
-    state_ptr,  # int32, zero before: programs that have started, blocks of rows that are taken, a flag for each block
-    alpha,
-    shrinking,  # programs that compute s first
-    R,
-    stride_sm,
-    seed_ptr,
-    threshold,
-    keep_scale,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     BLOCK_R: gl.constexpr,
-    BLOCK_S: gl.constexpr,
     RANK_STEPS: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
     W_K_MAJOR: gl.constexpr,
-    A_K_MAJOR: gl.constexpr,
     B_K_MAJOR: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr,
     RELEASE: gl.constexpr,
-    SHRINKS: gl.constexpr,
-    ALPHA_IS_PTR: gl.constexpr,
-    MASKED: gl.constexpr,
+    a=None,  # where this launch computes s as well: describes [K, R] in blocks [BLOCK_K, BLOCK_S], or aᵀ where A_K_MAJOR
+    s_ptr=None,  # what s describes, rows of unit stride
+    whole_ptr=None,  # [M, R] float32, contiguous: s before it is rounded
+    state_ptr=None,  # int32, zero before: programs that have started, blocks of rows taken, a flag for each block
+    alpha=None,
+    shrinking=None,  # programs that compute s first
+    R=None,
+    stride_sm=None,
+    seed_ptr=None,  # of a mask of s·b
+    threshold=0,
+    keep_scale=1.0,
+    BLOCK_S: gl.constexpr = None,
+    A_K_MAJOR: gl.constexpr = False,
+    ALPHA_IS_PTR: gl.constexpr = False,
 ):
+    SHRINKS: gl.constexpr = a is not None
+    MASKED: gl.constexpr = seed_ptr is not None
     AHEAD: gl.constexpr = STAGES - 1  # steps that are under way while one is multiplied
     HALF: gl.constexpr = BLOCK_N // 2
     warps: gl.constexpr = gl.num_warps()
@@ -350,7 +349,7 @@ def _persistent_kernel(
         for i in gl.static_range(2):
             part = halves[i]
             start = col + i * HALF
-            if HAS_BIAS:
+            if bias_ptr is not None:
                 offs = start + gl.arange(0, HALF, gl.SliceLayout(0, part.type.layout))
                 # N is a multiple of 8: written so, two columns are one load.
                 mask = offs < N // 8 * 8
@@ -415,7 +414,7 @@ def persistent(
         raise ValueError(reason)
     if dropout is not None and bias is not None:
         raise ValueError("dropout is that of dx, which has no bias, got both")
-    own: dict[str, Any] = {} if config.ctas else _NOT_SHRINKING
+    own: dict[str, Any] = {} if dropout is None else Mask.of(dropout)._asdict()
     if first is not None:
         masks = first.dropout, dropout
         if config.ctas or masks != (None, None) or R > FUSED_RANK:
@@ -425,13 +424,11 @@ def persistent(
             )
         most = tiles + blocks  # a program without a tile may compute s
         shrinking = shrinking or shrinking_programs(blocks, tiles, programs, config.block_n)
-        own = _shrinking(first, s, shrinking, blocks, config)
+        own |= _shrinking(first, s, shrinking, blocks, config)
     if config.ctas and release:
         raise ValueError(f"release is made for sm_90, not for tensor memory, got {config}")
     if not config.ctas:
-        seed, threshold, keep_scale = Mask.of(dropout)
-        own = own | {"seed_ptr": seed, "threshold": threshold, "keep_scale": keep_scale}
-        own |= {"MASKED": dropout is not None, "RELEASE": release}
+        own["RELEASE"] = release
     launch(
         kernel,
         min(programs, most),
@@ -458,16 +455,9 @@ def persistent(
         GROUP_M=config.group_m,
         W_K_MAJOR=w_k_major,
         B_K_MAJOR=b_k_major,
-        HAS_BIAS=bias is not None,
         PDL=late_wait,
     )
     return y
-
-
-# The arguments of a launch that computes no s.
-_NOT_SHRINKING = dict.fromkeys(
-    ("a", "s_ptr", "whole_ptr", "state_ptr", "alpha", "shrinking", "R", "stride_sm", "BLOCK_S")
-) | {"A_K_MAJOR": False, "SHRINKS": False, "ALPHA_IS_PTR": False}
 
 
 def _shrinking(
@@ -489,7 +479,6 @@ def _shrinking(
         "stride_sm": s.stride(0),
         "BLOCK_S": block_s,
         "A_K_MAJOR": k_major,
-        "SHRINKS": True,
         "ALPHA_IS_PTR": alpha_is_ptr,
     }
 

@@ -39,7 +39,7 @@ from lora_kernels.tuning.config import TileConfig, rank_block
 @triton.jit(do_not_specialize=["M", "split", "threshold", "groups"])
 def _shrink_kernel(
     x_ptr,  # [M, K]
-    a_ptr,  # [K, R]; where GROUPED, each group's lies stride_ag behind the last one's
+    a_ptr,  # [K, R]; over groups each group's lies stride_ag behind the last one's
     out_ptr,  # [split, M, R] float32
     squares_ptr,  # [split, M] float32: the sums of x² over its columns
     rounded_ptr,  # [M, ROUNDED·R] in a half type where ROUNDED
@@ -65,13 +65,10 @@ def _shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
     SCALED: tl.constexpr,
-    SQUARES: tl.constexpr,
     EVEN_K: tl.constexpr,
     FORM: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
-    DROPOUT: tl.constexpr,
     INT64: tl.constexpr,
-    GROUPED: tl.constexpr,
     ROUNDED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -83,7 +80,7 @@ def _shrink_kernel(
     part = pid // blocks_r % split
     pid_m = pid // (blocks_r * split)
     start_m, end_m = pid_m * BLOCK_M, M
-    if GROUPED:
+    if offsets_ptr is not None:
         group, start_m, end_m = row_block(pid_m, offsets_ptr, groups, M, BLOCK_M, BLOCK_G)
         if start_m >= end_m:
             return
@@ -106,7 +103,7 @@ def _shrink_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     small = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    if SQUARES:
+    if squares_ptr is not None:
         squares = tl.zeros((BLOCK_M,), tl.float32)
     for k in range(k_start, k_end, BLOCK_K):
         mask_x = mask_m[:, None]
@@ -116,9 +113,9 @@ def _shrink_kernel(
             mask_a = mask_a & (offs_k < K - k)[:, None]
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
         a = tl.load(a_ptrs, mask=mask_a, other=0.0)  # [BLOCK_K, BLOCK_R]
-        if DROPOUT:
+        if seed_ptr is not None:
             x *= keep_tile(seed_ptr, threshold, offs_m, k, K, BLOCK_M, BLOCK_K).to(x.dtype)
-        if SQUARES:
+        if squares_ptr is not None:
             squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
         acc, small = lowrank_product(x, a, acc, small, FORM)
         x_ptrs += step * stride_xk
@@ -133,7 +130,7 @@ def _shrink_kernel(
     if ROUNDED:
         rounded_ptrs = rounded_ptr + out_row[:, None] * stride_rounded + offs_r[None, :]
         store_rounded(rounded_ptrs, acc, mask, R, ROUNDED)
-    if SQUARES:  # noqa: SIM102, a constant decides which branch is compiled
+    if squares_ptr is not None:  # noqa: SIM102, a constant decides which branch is compiled
         if pid % blocks_r == 0:  # every block of the rank has them
             tl.store(squares_ptr + out_row, squares, mask=mask_m)
 
@@ -233,13 +230,10 @@ def _shrink(
         BLOCK_R=block_r,
         BLOCK_G=group_block(offsets),
         SCALED=scaled,
-        SQUARES=squares is not None,
         EVEN_K=K % config.block_k == 0,
         FORM=shrink_form(x.dtype, a.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
-        DROPOUT=dropout is not None,
         INT64=needs_int64(x, a),
-        GROUPED=offsets is not None,
         ROUNDED=rounded.shape[1] // R if rounded is not None and split == 1 else 0,
         PDL=release and split == 1,
     )

@@ -52,8 +52,6 @@ def _shrink_wgrad_kernel(
     BLOCK_R: tl.constexpr,
     Q_FORM: tl.constexpr,
     DB_FORM: tl.constexpr,
-    SCALED: tl.constexpr,
-    HAS_Z: tl.constexpr,
     INT64: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -67,7 +65,7 @@ def _shrink_wgrad_kernel(
     rank = as_int64(offs_r, INT64)
     b_ptrs = b_ptr + col[:, None] * stride_bn + rank[None, :] * stride_br
     b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
-    if SCALED:
+    if c_ptr is not None:
         c = tl.load(c_ptr + offs_n, mask=mask_n, other=0.0)
         b = (b.to(tl.float32) * c[:, None]).to(b.dtype)
         dc = tl.zeros((BLOCK_N,), tl.float32)
@@ -91,18 +89,18 @@ def _shrink_wgrad_kernel(
         tl.store(
             q_ptr + q_row[:, None] * R + offs_r[None, :], q, mask=mask_m[:, None] & mask_r[None, :]
         )
-        if SCALED:
+        if c_ptr is not None:
             at, mask = row[:, None] * N + col[None, :], mask_m[:, None] & mask_n[None, :]
-            product = scaled_tile(dy, c, z_ptr, dz_ptr, at, mask, HAS_Z)
-            if HAS_Z:
+            product = scaled_tile(dy, c, z_ptr, dz_ptr, at, mask)
+            if z_ptr is not None:
                 dc += tl.sum(product, 0)
 
     db = lowrank_sum(db, small, DB_FORM)
-    if SCALED:
+    if c_ptr is not None:
         db *= c[:, None]
     db_ptrs = db_ptr + part.to(tl.int64) * R * N + col[:, None] + rank[None, :] * N
     tl.store(db_ptrs, db, mask=mask_n[:, None] & mask_r[None, :])
-    if HAS_Z:
+    if z_ptr is not None:
         tl.store(dc_ptr + part.to(tl.int64) * N + offs_n, dc, mask=mask_n)
 
 
@@ -181,8 +179,6 @@ def _launch(
         BLOCK_R=rank_block(R, config.rank_chunk),
         Q_FORM=shrink_form(dy.dtype, b_t.dtype),
         DB_FORM=lowrank_form(dy.dtype, dtype),
-        SCALED=c is not None,
-        HAS_Z=z is not None,
         INT64=needs_int64(dy, b_t, s, db_parts, dz),
     )
     if dy.dtype == dtype == torch.bfloat16:
