@@ -21,17 +21,8 @@ from lora_kernels.tuning.cost import ALGORITHMS, predict_us
 from lora_kernels.tuning.targets import Target
 
 VERSION = 5
-BUCKETS = (
-    16,
-    32,
-    64,
-    256,
-    512,
-    1024,
-    2048,
-    4096,
-    8192,
-)  # of M; larger problems are like the largest
+# Of M; larger problems are like the largest.
+BUCKETS = (16, 32, 64, 256, 512, 1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,9 @@ class Target:
     warp_size: int = 32
     tmem_columns: int = 0  # tensor memory, 0 where accumulators are registers
 
-    def tflops(self, dtype: str, tf32: bool = False) -> float:
+    def tflops(self, dtype: str) -> float:
         """The achievable rate of a product in `dtype`, 1e12 operations a second."""
-        if dtype in ("float16", "bfloat16"):
-            return self.half_tflops
-        return self.tf32_tflops if tf32 else self.float32_tflops
+        return self.half_tflops if dtype in ("float16", "bfloat16") else self.float32_tflops
 
 
 # name, chip, smem, regs, SMs, GB/s, L2 GB/s, half, tf32, float32, reaches. What is published of the last: A100 0.89 to 0.99
