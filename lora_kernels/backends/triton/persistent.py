@@ -54,9 +54,14 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
-def _multiply(left_slot, right_slot, left, right, acc, RIGHT_K_MAJOR: gl.constexpr):
-    """acc + one step's product, which is under way, and no other: the slots of the steps before are free."""
-    right_block = block(right_slot, right)
+def _multiply(
+    left, right, acc, lefts, rights, bars, done, STAGES: gl.constexpr, RIGHT_K_MAJOR: gl.constexpr
+):
+    """acc + the product of step `done`, which is under way, and no other: the slots of the steps before are free."""
+    slot = done % STAGES
+    mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
+    left_slot = lefts.index(slot)
+    right_block = block(rights.index(slot), right)
     if RIGHT_K_MAJOR:
         right_block = right_block.permute((1, 0))
     acc = warpgroup_mma(block(left_slot, left), right_block, acc, is_async=True)
@@ -64,10 +69,9 @@ def _multiply(left_slot, right_slot, left, right, acc, RIGHT_K_MAJOR: gl.constex
 
 
 @gluon.jit
-def _copy(
-    left_slot, right_slot, left, right, row, col, k, bar, go, RIGHT_K_MAJOR: gl.constexpr
-):  # fmt: skip
+def _copy(left, right, row, col, k, go, lefts, rights, bars, slot, RIGHT_K_MAJOR: gl.constexpr):
     """Starts the copies of one step's blocks, of x and w or of s and b, into a slot of the ring; nothing unless `go`."""
+    left_slot, right_slot, bar = lefts.index(slot), rights.index(slot), bars.index(slot)
     mbarrier.expect(bar, left.block_type.nbytes + right.block_type.nbytes, pred=go)
     _load(left, [row, k], bar, block(left_slot, left), pred=go)
     if RIGHT_K_MAJOR:
@@ -85,15 +89,10 @@ def _copy_ahead(
     """`_copy` of the step that is NUMBER steps behind a tile's sum over K: of s and b, then of the next tile."""
     slot = copied % STAGES
     if NUMBER < RANK_STEPS:
-        _copy(
-            lefts.index(slot), rights.index(slot), s, b, row, col, NUMBER * BLOCK_R,
-            bars.index(slot), True, B_K_MAJOR,
-        )  # fmt: skip
+        _copy(s, b, row, col, NUMBER * BLOCK_R, True, lefts, rights, bars, slot, B_K_MAJOR)
     else:
-        _copy(
-            lefts.index(slot), rights.index(slot), x, w, next_row, next_col,
-            (NUMBER - RANK_STEPS) * BLOCK_K, bars.index(slot), more, W_K_MAJOR,
-        )  # fmt: skip
+        k = (NUMBER - RANK_STEPS) * BLOCK_K
+        _copy(x, w, next_row, next_col, k, more, lefts, rights, bars, slot, W_K_MAJOR)
 
 
 @gluon.jit
@@ -260,22 +259,15 @@ def _persistent_kernel(
             acc = warpgroup_mma_init(gl.zeros((BLOCK_M, BLOCK_S), gl.float32, s_layout))
             for i in gl.static_range(AHEAD):
                 slot = copied % STAGES
-                _copy(
-                    lefts.index(slot), rights.index(slot), x, a, row, 0, i * BLOCK_K,
-                    bars.index(slot), True, A_K_MAJOR,
-                )  # fmt: skip
+                _copy(x, a, row, 0, i * BLOCK_K, True, lefts, rights, bars, slot, A_K_MAJOR)
                 copied += 1
             for step in range(AHEAD, steps + AHEAD):
-                slot = done % STAGES
-                mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
-                acc = _multiply(lefts.index(slot), rights.index(slot), x, a, acc, A_K_MAJOR)
+                acc = _multiply(x, a, acc, lefts, rights, bars, done, STAGES, A_K_MAJOR)
                 done += 1
                 slot = copied % STAGES
-                _copy(
-                    lefts.index(slot), rights.index(slot), x, a, row, 0, step * BLOCK_K,
-                    bars.index(slot), step < steps, A_K_MAJOR,
-                )  # fmt: skip
-                copied += gl.where(step < steps, 1, 0)
+                k, go = step * BLOCK_K, step < steps
+                _copy(x, a, row, 0, k, go, lefts, rights, bars, slot, A_K_MAJOR)
+                copied += gl.where(go, 1, 0)
             s_block = warpgroup_mma_wait(0, (acc,)) * _scale_value(alpha, ALPHA_IS_PTR)
             _store_s(s_block, s_ptr, whole_ptr, state_ptr + 2 + taken, row, M, R, stride_sm)
             taken = gl.atomic_add(state_ptr + 1, 1, sem="relaxed")
@@ -284,23 +276,15 @@ def _persistent_kernel(
     col = block_n * BLOCK_N
     for i in gl.static_range(AHEAD):
         slot = copied % STAGES
-        _copy(
-            lefts.index(slot), rights.index(slot), x, w, row, col, i * BLOCK_K, bars.index(slot),
-            has_tile, W_K_MAJOR,
-        )  # fmt: skip
+        _copy(x, w, row, col, i * BLOCK_K, has_tile, lefts, rights, bars, slot, W_K_MAJOR)
         copied += 1
     while tile < tiles:
         acc = warpgroup_mma_init(gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout))
         for step in range(AHEAD, steps):
-            slot = done % STAGES
-            mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
-            acc = _multiply(lefts.index(slot), rights.index(slot), x, w, acc, W_K_MAJOR)
+            acc = _multiply(x, w, acc, lefts, rights, bars, done, STAGES, W_K_MAJOR)
             done += 1
             slot = copied % STAGES
-            _copy(
-                lefts.index(slot), rights.index(slot), x, w, row, col, step * BLOCK_K,
-                bars.index(slot), True, W_K_MAJOR,
-            )  # fmt: skip
+            _copy(x, w, row, col, step * BLOCK_K, True, lefts, rights, bars, slot, W_K_MAJOR)
             copied += 1
         following = tile + gl.num_programs(0)
         if PDL:
@@ -318,12 +302,10 @@ def _persistent_kernel(
         next_col = block_n * BLOCK_N
         # The last steps of x·w and all of s·b. What is copied meanwhile: s and b, then the next tile's first steps.
         for i in gl.static_range(AHEAD if MASKED else AHEAD + RANK_STEPS):
-            slot = done % STAGES
-            mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
             if i < AHEAD:
-                acc = _multiply(lefts.index(slot), rights.index(slot), x, w, acc, W_K_MAJOR)
+                acc = _multiply(x, w, acc, lefts, rights, bars, done, STAGES, W_K_MAJOR)
             else:
-                acc = _multiply(lefts.index(slot), rights.index(slot), s, b, acc, B_K_MAJOR)
+                acc = _multiply(s, b, acc, lefts, rights, bars, done, STAGES, B_K_MAJOR)
             done += 1
             _copy_ahead(
                 x, w, s, b, lefts, rights, bars, copied, row, col, next_row, next_col,
