@@ -338,23 +338,19 @@ def expand(
     N = w.shape[-1]
     R = s.shape[1]
     tail = rank_tail(x.dtype, b.dtype, config.tma, dropout is not None)
-    # A float32 s that is to be rounded passes through registers.
-    chunk = (
-        min(config.rank_chunk, 16)
-        if tail == "rounded" and s.dtype == torch.float32
-        else config.rank_chunk
-    )
+    chunk = config.rank_chunk
+    if tail == "rounded" and s.dtype == torch.float32:  # it passes through registers
+        chunk = min(chunk, 16)
     y = x.new_empty((M, N))
     rows = Rows.of(M, config.block_m, offsets)
     tma = config.tma and w.ndim == 2 and tma_applies(x, w)
     w_k_major = tma and not describable(w)
     x_operand, w_operand = x, w
     if tma:
-        stored_w = w.t() if w_k_major else w
-        w_block = (
-            [config.block_n, config.block_k] if w_k_major else [config.block_k, config.block_n]
-        )
         x_operand = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
+        stored_w, w_block = w, [config.block_k, config.block_n]
+        if w_k_major:
+            stored_w, w_block = w.t(), w_block[::-1]
         w_operand = TensorDescriptor.from_tensor(stored_w, w_block)
     programs = rows.blocks * cdiv(N, config.block_n)
     a = whole = state = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -135,17 +134,9 @@ def _shrink_kernel(
             tl.store(squares_ptr + out_row, squares, mask=mask_m)
 
 
-def _side_by_side(matrices: Sequence[Tensor]) -> Tensor:
-    """The operands copied into one [K, ΣR_i], so that x is read once for all of them."""
-    if len({(a.shape[0], a.dtype) for a in matrices}) != 1:
-        given = [(*a.shape, a.dtype) for a in matrices]
-        raise ValueError(f"a must be matrices [K, R_i] of one K and one dtype, got {given}")
-    return torch.cat(tuple(matrices), dim=1)
-
-
 def shrink(
     x: Tensor,
-    a: Tensor | Sequence[Tensor],
+    a: Tensor,
     alpha: Scale,
     config: TileConfig,
     dropout: Dropout | None = None,
@@ -153,47 +144,15 @@ def shrink(
     offsets: Tensor | None = None,
     release: bool = False,
     rounded: Tensor | None = None,
+    squares: Tensor | None = None,
 ) -> Tensor:
     """s = alpha·(mask∘x)·a: x [M, K], a [K, R], any strides -> s [M, R] float32. K may be zero, M and R may not.
 
-    `a` may be several matrices [K, R_i] of one dtype, of layers that share x: s is then [M, ΣR_i], in their order, and x is
-    read once for each `config.rank_chunk` columns. With `offsets`, as in `expand`, a is [G, K, R] and alpha may be [G].
+    x is read once for each `config.rank_chunk` columns. With `offsets`, as in `expand`, a is [G, K, R] and alpha may be [G].
     `release` lets a dependent launch that follows start early (sm_90 and newer). `rounded` [M, R], rows of unit stride, gets
-    s in its own type beside; [M, 3·R] bfloat16 gets it in parts, see `parts`.
+    s in its own type beside; [M, 3·R] bfloat16 gets it in parts, see `parts`. `squares` [split, M] float32 gets the sums of
+    x² over the columns of each part.
     """
-    if not isinstance(a, Tensor):
-        a = _side_by_side(a)
-    return _shrink(x, a, alpha, config, dropout, offsets, release, None, rounded)
-
-
-def shrink_squares(x: Tensor, a: Tensor, config: TileConfig) -> tuple[Tensor, Tensor]:
-    """(x·a [M, R], the sums of x² over columns [M]), float32, from one reading of x for `config.rank_chunk` columns."""
-    if x.dtype == torch.float32 and a.shape[1] > 32:  # the squares take registers of their own
-        config = replace(config, block_m=16)
-    split = _split(x, config)
-    parts = x.new_empty((split, x.shape[0]), dtype=torch.float32)
-    lowrank = _shrink(x, a, 1.0, config, None, None, False, parts, None)
-    if split == 1:
-        return lowrank, parts[0]
-    return lowrank, sum_partials(parts, x.new_empty(x.shape[0], dtype=torch.float32), config)
-
-
-def _split(x: Tensor, config: TileConfig) -> int:
-    """How many parts of K are summed apart."""
-    return min(config.split, max(1, cdiv(x.shape[1], config.block_k)))
-
-
-def _shrink(
-    x: Tensor,
-    a: Tensor,
-    alpha: Scale,
-    config: TileConfig,
-    dropout: Dropout | None,
-    offsets: Tensor | None,
-    release: bool,
-    squares: Tensor | None,
-    rounded: Tensor | None,
-) -> Tensor:
     M, K = x.shape
     R = a.shape[-1]
     rows = Rows.of(M, config.block_m, offsets)
@@ -242,3 +201,20 @@ def _shrink(
     whole = x.new_empty((M, R), dtype=torch.float32)
     scales = () if scaled else (alpha, mask.keep_scale)
     return sum_partials(parts, whole, config, *scales, rounded=rounded)
+
+
+def shrink_squares(x: Tensor, a: Tensor, config: TileConfig) -> tuple[Tensor, Tensor]:
+    """(x·a [M, R], the sums of x² over columns [M]), float32, from one reading of x for `config.rank_chunk` columns."""
+    if x.dtype == torch.float32 and a.shape[1] > 32:  # the squares take registers of their own
+        config = replace(config, block_m=16)
+    split = _split(x, config)
+    parts = x.new_empty((split, x.shape[0]), dtype=torch.float32)
+    lowrank = shrink(x, a, 1.0, config, squares=parts)
+    if split == 1:
+        return lowrank, parts[0]
+    return lowrank, sum_partials(parts, x.new_empty(x.shape[0], dtype=torch.float32), config)
+
+
+def _split(x: Tensor, config: TileConfig) -> int:
+    """How many parts of K are summed apart."""
+    return min(config.split, max(1, cdiv(x.shape[1], config.block_k)))

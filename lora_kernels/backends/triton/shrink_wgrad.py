@@ -7,6 +7,8 @@ column scale c the same reading gives dz = c∘dy and dc = Σ dy∘z, whose cont
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -111,7 +113,7 @@ def shrink_wgrad(
 
     q is float32, but bfloat16 where dy and dB are: a product then takes it as it is.
     """
-    return _launch(dy, b_t, alpha, s, dtype, config, config.block_m, None, None, None)[:2]
+    return _launch(dy, b_t, alpha, s, dtype, config)[:2]
 
 
 def scaled_shrink_wgrad(
@@ -129,8 +131,8 @@ def scaled_shrink_wgrad(
     q and dB as those of `shrink_wgrad`, dz in dy's dtype, dc [N] float32; no dc without z.
     """
     dz = dy.new_empty(dy.shape)
-    block_m = 16  # z and dz take registers beside dy's tile
-    q, dB, dc = _launch(dy, b_t, alpha, s, dtype, config, block_m, c.contiguous(), z, dz)
+    config = replace(config, block_m=16)  # z and dz take registers beside dy's tile
+    q, dB, dc = _launch(dy, b_t, alpha, s, dtype, config, c.contiguous(), z, dz)
     return q, dB, dz, dc
 
 
@@ -141,15 +143,14 @@ def _launch(
     s: Tensor,
     dtype: torch.dtype,
     config: TileConfig,
-    block_m: int,
-    c: Tensor | None,
-    z: Tensor | None,
-    dz: Tensor | None,
+    c: Tensor | None = None,
+    z: Tensor | None = None,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(q, dB, dc); dz is written where it is given."""
     (M, N), R = dy.shape, s.shape[1]
     blocks = cdiv(N, config.block_n)
-    split = min(config.split, cdiv(M, block_m))
+    split = min(config.split, cdiv(M, config.block_m))
     q_parts = dy.new_empty((blocks, M, R), dtype=torch.float32)
     db_parts = dy.new_empty((split, R, N), dtype=torch.float32)
     dc_parts = None if z is None else dy.new_empty((split, N), dtype=torch.float32)
@@ -174,7 +175,7 @@ def _launch(
         *dy.stride(),
         *b_t.stride(),
         *s.stride(),
-        BLOCK_M=block_m,
+        BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=rank_block(R, config.rank_chunk),
         Q_FORM=shrink_form(dy.dtype, b_t.dtype),

@@ -237,13 +237,7 @@ def scaled_tile(dy, c, z_ptr, dz_ptr, at, mask):
 
 @triton.jit
 def keep_tile(
-    seed_ptr,
-    threshold,
-    offs_m,
-    col_start,
-    cols,
-    BLOCK_M: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
+    seed_ptr, threshold, offs_m, col_start, cols, BLOCK_M: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):
     """The mask of `lora_kernels.dropout` for rows offs_m and BLOCK_COLS columns from col_start, a multiple of four.
 

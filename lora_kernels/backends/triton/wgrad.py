@@ -11,13 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.backends.base import left_is_wide
-from lora_kernels.backends.triton.launch import (
-    Mask,
-    cdiv,
-    launch,
-    lowrank_form,
-    needs_int64,
-)
+from lora_kernels.backends.triton.launch import Mask, cdiv, launch, lowrank_form, needs_int64
 from lora_kernels.backends.triton.partials import sum_partials
 from lora_kernels.backends.triton.tiles import (
     as_int64,
