@@ -103,9 +103,7 @@ class TileConfig:
 
     def __str__(self) -> str:
         text = f"{self.kernel} {self.block_m}x{self.block_n}x{self.block_k}"
-        text += f" w{self.num_warps} s{self.num_stages}" + (
-            f" split {self.split}" if self.split > 1 else ""
-        )
+        text += f" w{self.num_warps} s{self.num_stages}" + f" split {self.split}" * (self.split > 1)
         return text + " tma" * self.tma + f" {self.ctas} CTAs" * (self.ctas > 1)
 
 
