@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from lora_kernels.problem import DENSE, ITEMSIZE, PACKED_BYTES, Problem
 from lora_kernels.tuning.targets import Target
@@ -30,7 +29,6 @@ DECODE_ROWS = 64  # the most rows that `decode` holds in one tile
 CUDA_DECODE_ROWS = 32  # the most rows of the CUDA C++ kernel
 CUDA_DECODE_COLUMNS = 64  # of a half w that one of its tiles takes
 CUDA_DECODE_RANK = 32  # the most ranks whose x·a it computes in its pass over w
-_BFLOAT16 = "bfloat16", "bfloat16"
 TAIL_PARTS = 3  # of s, and of b, in a rank tail "in parts": one sum over three times the rank
 FUSED_RANK = 64  # the largest rank of the kernels that keep a whole rank beside the main tile
 
@@ -97,9 +95,6 @@ class TileConfig:
     tma: bool = False
     rank_chunk: int = 64
     ctas: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def __str__(self) -> str:
         text = f"{self.kernel} {self.block_m}x{self.block_n}x{self.block_k}"
@@ -316,7 +311,7 @@ def lowrank_in_parts(problem: Problem) -> bool:
 
 def tail_in_parts(problem: Problem) -> bool:
     """Whether a product beside a half x multiplies s by b in parts, as they are no bfloat16 numbers."""
-    return problem.itemsize == 2 and (problem.dtype, problem.adapter_dtype) != _BFLOAT16
+    return problem.itemsize == 2 and not problem.dtype == problem.adapter_dtype == "bfloat16"
 
 
 def tail_ranks(problem: Problem) -> int:

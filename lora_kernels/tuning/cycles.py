@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,7 +158,7 @@ def write(file: Path, triton: str, rows: dict[Tile, Row]) -> None:
         return int(value) if value == int(value) else value
 
     def entry(tile: Tile, row: Row) -> dict[str, Any]:
-        own = tile.config.to_json()
+        own = asdict(tile.config)
         fields = ("kernel", "block_m", "block_n", "block_k", "num_warps", "num_stages", "tma")
         cycles = [[list(map(number, each)) for each in pair] for pair in row]
         kept = {name: own[name] for name in fields}

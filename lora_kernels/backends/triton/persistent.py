@@ -383,20 +383,24 @@ def persistent(
     y = x.new_empty((M, N))
     block_r = rank_block(R, config.block_k)
     w_k_major, b_k_major = not describable(w), not describable(b)
+    own: dict[str, Any] = {"RELEASE": release}
     kernel, parts = _persistent_kernel, 2
     if config.ctas:
+        if release:
+            raise ValueError(f"release is made for sm_90, not for tensor memory, got {config}")
         # Its Gluon has names that the Gluon of older Tritons has not.
         from lora_kernels.backends.triton import persistent_tcgen05
 
-        kernel, parts = persistent_tcgen05._persistent_kernel, 4
+        kernel, parts, own = persistent_tcgen05._persistent_kernel, 4, {}
         programs = max(1, programs // config.ctas)
     blocks = cdiv(M, config.block_m)
     most = tiles = blocks * cdiv(N, config.block_n)
-    if dropout is not None and (reason := masks_no_tail(config, R)):
-        raise ValueError(reason)
-    if dropout is not None and bias is not None:
-        raise ValueError("dropout is that of dx, which has no bias, got both")
-    own: dict[str, Any] = {} if dropout is None else Mask.of(dropout)._asdict()
+    if dropout is not None:
+        if reason := masks_no_tail(config, R):
+            raise ValueError(reason)
+        if bias is not None:
+            raise ValueError("dropout is that of dx, which has no bias, got both")
+        own |= Mask.of(dropout)._asdict()
     if first is not None:
         masks = first.dropout, dropout
         if config.ctas or masks != (None, None) or R > FUSED_RANK:
@@ -407,10 +411,6 @@ def persistent(
         most = tiles + blocks  # a program without a tile may compute s
         shrinking = shrinking or shrinking_programs(blocks, tiles, programs, config.block_n)
         own |= _shrinking(first, s, shrinking, blocks, config)
-    if config.ctas and release:
-        raise ValueError(f"release is made for sm_90, not for tensor memory, got {config}")
-    if not config.ctas:
-        own["RELEASE"] = release
     launch(
         kernel,
         min(programs, most),
