@@ -132,7 +132,7 @@ def tune(
                 {
                     "problem": asdict(problem),
                     "algorithm": timed.choice.algorithm,
-                    "configs": [config.to_json() for config in timed.choice.tiles.configs],
+                    "configs": [asdict(config) for config in timed.choice.tiles.configs],
                     "us": timed.us,
                     "failure": timed.failure,
                 }

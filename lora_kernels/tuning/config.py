@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from lora_kernels.problem import DENSE, ITEMSIZE, PACKED_BYTES, Problem
 from lora_kernels.tuning.targets import Target
@@ -30,7 +29,6 @@ DECODE_ROWS = 64  # the most rows that `decode` holds in one tile
 CUDA_DECODE_ROWS = 32  # the most rows of the CUDA C++ kernel
 CUDA_DECODE_COLUMNS = 64  # of a half w that one of its tiles takes
 CUDA_DECODE_RANK = 32  # the most ranks whose x·a it computes in its pass over w
-_BFLOAT16 = "bfloat16", "bfloat16"
 TAIL_PARTS = 3  # of s, and of b, in a rank tail "in parts": one sum over three times the rank
 FUSED_RANK = 64  # the largest rank of the kernels that keep a whole rank beside the main tile
 
@@ -98,14 +96,9 @@ class TileConfig:
     rank_chunk: int = 64
     ctas: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     def __str__(self) -> str:
         text = f"{self.kernel} {self.block_m}x{self.block_n}x{self.block_k}"
-        text += f" w{self.num_warps} s{self.num_stages}" + (
-            f" split {self.split}" if self.split > 1 else ""
-        )
+        text += f" w{self.num_warps} s{self.num_stages}" + f" split {self.split}" * (self.split > 1)
         return text + " tma" * self.tma + f" {self.ctas} CTAs" * (self.ctas > 1)
 
 
@@ -180,13 +173,13 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
     packed = problem.weight_format != DENSE
     if config.kernel == "decode" and packed and target.name == "gfx942" and problem.M > 16:
         return f"{target.name} runs out of registers for more than 16 rows beside packed weights"
-    if config.kernel == "decode" and problem.weight_format != DENSE and not problem.w_k_major:
+    if config.kernel == "decode" and packed and not problem.w_k_major:
         return f"decode reads {problem.weight_format} weights of a forward only"
     if config.kernel == "decode" and problem.weight_format == "nf4" and problem.K % 64:
         return (
             f"decode reads nf4 weights whose rows are whole blocks of 64, got rows of {problem.K}"
         )
-    if config.kernel == "dequantise" and problem.weight_format == DENSE:
+    if config.kernel == "dequantise" and not packed:
         return "a dense weight is not decoded"
     if reason := _parts_race(config, problem, target):
         return reason
@@ -211,8 +204,8 @@ def _parts_race(config: TileConfig, problem: Problem, target: Target) -> str | N
         "wgrad": config.block_n,
         "shrink_wgrad": max(config.block_m, config.block_n),
     }.get(config.kernel, 0)
-    parts = (problem.dtype, problem.adapter_dtype) == ("bfloat16", "float32")
-    if target.tmem_columns and parts and rows >= 64 and config.num_warps > 2:
+    in_parts = target.tmem_columns and lowrank_in_parts(problem)
+    if in_parts and rows >= 64 and config.num_warps > 2:
         return (
             f"{config.kernel} in parts has a race in tensor memory of {target.name} with more than 2 warps, "
             f"got {config.num_warps}"
@@ -231,7 +224,7 @@ def _persistent_refuses(config: TileConfig, problem: Problem, target: Target) ->
             f"tensor memory of {target.name} holds two accumulators of 128 rows a CTA, "
             f"got {config.block_m}x{config.block_n} by {config.ctas}"
         )
-    if ITEMSIZE[problem.dtype] != 2:
+    if problem.itemsize != 2:
         return f"persistent takes an x of bfloat16 or float16, got {problem.dtype}"
     if problem.N % 8 or problem.K % 8:
         return f"persistent takes N and K that are multiples of 8, got {problem.N} and {problem.K}"
@@ -242,9 +235,8 @@ def _persistent_refuses(config: TileConfig, problem: Problem, target: Target) ->
 # makes half as many programs as there are multiprocessors. On sm_100 it does not pay: shared memory and L2 are as busy there
 # as the matrix units, and bandwidth is cheap.
 WGRAD_BESIDE = {"sm_90": TileConfig("wgrad", 32, 64, 16, 4, 4)}
-BESIDE_BYTES = (
-    34 * 1024
-)  # of shared memory, of a low-rank kernel and of what the hardware adds to each block
+# Of shared memory, of a low-rank kernel and of what the hardware adds to each block.
+BESIDE_BYTES = 34 * 1024
 LATENCY_US = 1.0  # of a read of memory beside others, assumed
 
 
@@ -312,9 +304,14 @@ def _one_launch_refuses(config: TileConfig, problem: Problem, target: Target) ->
     return None
 
 
+def lowrank_in_parts(problem: Problem) -> bool:
+    """Whether low-rank kernels multiply float32 adapters, s and q as parts in x's type."""
+    return (problem.dtype, problem.adapter_dtype) == ("bfloat16", "float32")
+
+
 def tail_in_parts(problem: Problem) -> bool:
     """Whether a product beside a half x multiplies s by b in parts, as they are no bfloat16 numbers."""
-    return ITEMSIZE[problem.dtype] == 2 and (problem.dtype, problem.adapter_dtype) != _BFLOAT16
+    return problem.itemsize == 2 and not problem.dtype == problem.adapter_dtype == "bfloat16"
 
 
 def tail_ranks(problem: Problem) -> int:
@@ -350,7 +347,7 @@ def row_blocks(problem: Problem, block_m: int) -> int:
 
 def smem_bytes(config: TileConfig, problem: Problem) -> int:
     """Shared memory of the operand tiles that the pipeline of `config` keeps in flight; compilations confirm it."""
-    size = ITEMSIZE[problem.dtype]
+    size = problem.itemsize
     adapter = ITEMSIZE[problem.adapter_dtype]
     ranks = rank_block(problem.R, config.rank_chunk)
     m, n, k = config.block_m, config.block_n, config.block_k

@@ -98,10 +98,8 @@ _DECODE_INSTRUCTIONS = {
 }
 # The same of eager over groups: operands are widened to float32, written into blocks, and gathered again.
 _BATCHED_PASSES = 18.0, 18.0, 25
-_HIDDEN = {
-    "sm_90": 0.5,
-    "sm_100": 0.5,
-}  # the share of shrink that runs beside the dependent product
+# The share of shrink that runs beside the dependent product.
+_HIDDEN = {"sm_90": 0.5, "sm_100": 0.5}
 
 
 def frozen_us(problem: Problem, target: Target) -> float:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,6 @@ _MATRIX_FLOPS = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192, "sm_120": 512}
 _FMA_FLOPS = {"sm_80": 128, "sm_90": 256, "sm_100": 256, "sm_120": 256}
 # Targets whose code is not executed take the counts of one that has the same rates per multiprocessor and clock.
 _LIKE = {"sm_86": "sm_120", "sm_89": "sm_120", "gfx942": "sm_80", "gfx1100": "sm_120"}
-_HALF = ("float16", "bfloat16")  # with the same counts
 RANKS = (16, 64)  # at which TABLE was counted; between and beyond, a line through both
 
 
@@ -128,8 +127,8 @@ def _scaled(tile: Tile, R: int) -> Cycles:
 
 def _kind(kernel: str, problem: Problem, target: str) -> tuple[str, str, bool]:
     """(target, types, forward): the first fields of a Tile."""
-    half, adapter_half = (t in _HALF for t in (problem.dtype, problem.adapter_dtype))
-    wide_adapters = half and kernel == "one_pass" and not adapter_half
+    half = problem.itemsize == 2  # both such types have the same counts
+    wide_adapters = half and kernel == "one_pass" and problem.adapter_dtype == "float32"
     if kernel in ("expand", "persistent"):
         wide_adapters = tail_in_parts(problem)
     types = "bfloat16, float32" if wide_adapters else "bfloat16" if half else "float32"
@@ -159,7 +158,7 @@ def write(file: Path, triton: str, rows: dict[Tile, Row]) -> None:
         return int(value) if value == int(value) else value
 
     def entry(tile: Tile, row: Row) -> dict[str, Any]:
-        own = tile.config.to_json()
+        own = asdict(tile.config)
         fields = ("kernel", "block_m", "block_n", "block_k", "num_warps", "num_stages", "tma")
         cycles = [[list(map(number, each)) for each in pair] for pair in row]
         kept = {name: own[name] for name in fields}

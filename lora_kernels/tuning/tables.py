@@ -21,17 +21,8 @@ from lora_kernels.tuning.cost import ALGORITHMS, predict_us
 from lora_kernels.tuning.targets import Target
 
 VERSION = 5
-BUCKETS = (
-    16,
-    32,
-    64,
-    256,
-    512,
-    1024,
-    2048,
-    4096,
-    8192,
-)  # of M; larger problems are like the largest
+# Of M; larger problems are like the largest.
+BUCKETS = (16, 32, 64, 256, 512, 1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
@@ -103,7 +94,7 @@ def save(entries: list[Entry], target: Target) -> Path:
     file = path(target)
     merged = {**load(file, target), **{_key(entry.problem): entry for entry in entries}}
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps([_to_json(entry) for entry in merged.values()], indent=1)
+    text = json.dumps([asdict(entry) for entry in merged.values()], indent=1)
     handle, scratch = tempfile.mkstemp(dir=file.parent, suffix=".json")
     try:
         with os.fdopen(handle, "w") as out:
@@ -131,14 +122,6 @@ def _load(file: Path, changed: int, target: Target) -> dict[Problem, Entry]:
 def _key(problem: Problem) -> Problem:
     """The problem as a key: what decides a choice, so without its bias, device type and direction."""
     return replace(problem, bias=False, device="cuda", backward=False)
-
-
-def _to_json(entry: Entry) -> dict[str, Any]:
-    return {
-        "problem": asdict(entry.problem),
-        "times": entry.times,
-        "configs": [config.to_json() for config in entry.configs],
-    }
 
 
 def _from_json(item: Any, target: Target) -> Entry | None:

@@ -33,71 +33,31 @@ class Target:
     warp_size: int = 32
     tmem_columns: int = 0  # tensor memory, 0 where accumulators are registers
 
-    def tflops(self, dtype: str, tf32: bool = False) -> float:
+    def tflops(self, dtype: str) -> float:
         """The achievable rate of a product in `dtype`, 1e12 operations a second."""
-        if dtype in ("float16", "bfloat16"):
-            return self.half_tflops
-        return self.tf32_tflops if tf32 else self.float32_tflops
+        return self.half_tflops if dtype in ("float16", "bfloat16") else self.float32_tflops
 
 
 # name, chip, smem, regs, SMs, GB/s, L2 GB/s, half, tf32, float32, reaches. What is published of the last: A100 0.89 to 0.99
 # from 2500 (triton #6523, #7085); H100 0.99 to 1.02 without a tail for K >= 1024 (Triton's Gluon tutorial 07), 0.95 with one
 # (lorafusion #8); B200 0.94 to 1.01 by pairs of CTAs (tutorial 14), and a plain Triton loop 0.54 at 4096, 0.65 at 8192
 # (tilelang #1787), most of which are the cycles of its shared memory. The others are estimates.
+# fmt: off
 TARGETS = {
     t.name: t
     for t in (
-        Target("sm_80", "A100 SXM", 163 * KIB, 255, 108, 1550, 4000, 270, 135, 18, (0.89, 0.99)),
-        Target("sm_86", "RTX 3090", 99 * KIB, 255, 82, 850, 2200, 70, 35, 30, (0.88, 0.98)),
-        Target("sm_89", "RTX 4090", 99 * KIB, 255, 128, 920, 4500, 160, 80, 70, (0.88, 0.98)),
-        Target(
-            "sm_90",
-            "H100 SXM",
-            227 * KIB,
-            255,
-            132,
-            3000,
-            5500,
-            798,
-            400,
-            55,
-            (0.95, 1.02),
-            tma=True,
-        ),
-        Target(
-            "sm_100",
-            "B200",
-            227 * KIB,
-            255,
-            148,
-            7000,
-            9000,
-            1650,
-            800,
-            70,
-            (0.94, 1.01),
-            tma=True,
-            tmem_columns=512,
-        ),
-        Target("sm_120", "RTX 5090", 99 * KIB, 255, 170, 1650, 6000, 200, 100, 90, (0.85, 0.95)),
-        Target(
-            "gfx942",
-            "MI300X",
-            64 * KIB,
-            512,
-            304,
-            4000,
-            8000,
-            700,
-            300,
-            120,
-            (0.6, 0.8),
-            4.0,
-            warp_size=64,
-        ),
-        Target("gfx1100", "RX 7900 XTX", 64 * KIB, 256, 96, 860, 3000, 90, 45, 45, (0.6, 0.8), 4.0),
+        Target("sm_80",   "A100 SXM",    163 * KIB, 255, 108, 1550, 4000, 270,  135, 18,  (0.89, 0.99)),
+        Target("sm_86",   "RTX 3090",    99 * KIB,  255, 82,  850,  2200, 70,   35,  30,  (0.88, 0.98)),
+        Target("sm_89",   "RTX 4090",    99 * KIB,  255, 128, 920,  4500, 160,  80,  70,  (0.88, 0.98)),
+        Target("sm_90",   "H100 SXM",    227 * KIB, 255, 132, 3000, 5500, 798,  400, 55,  (0.95, 1.02), tma=True),
+        Target("sm_100",  "B200",        227 * KIB, 255, 148, 7000, 9000, 1650, 800, 70,  (0.94, 1.01), tma=True,
+               tmem_columns=512),
+        Target("sm_120",  "RTX 5090",    99 * KIB,  255, 170, 1650, 6000, 200,  100, 90,  (0.85, 0.95)),
+        Target("gfx942",  "MI300X",      64 * KIB,  512, 304, 4000, 8000, 700,  300, 120, (0.6, 0.8),   4.0, warp_size=64),
+        Target("gfx1100", "RX 7900 XTX", 64 * KIB,  256, 96,  860,  3000, 90,   45,  45,  (0.6, 0.8),   4.0),
     )
 }
+# fmt: on
 
 
 # What is left where Triton makes no tensor-core code, as Triton 3.6 to 3.9 make none below sm_80.

@@ -134,7 +134,9 @@ def compile_job(
     target, problem, config, forward, peft_b = job
     with recording(target) as launches:
         Shapes(problem, forward, peft_b, scaled).launch(config, TARGETS[target])
-    form = f"_{problem.weight_format}" * (config.kernel == "dequantise")
+    form = ""
+    if config.kernel == "dequantise":
+        form = "_nf4" if problem.weight_format == "nf4" else "_bytes"
     name = "scale" if scaled and config.kernel == "wgrad" else config.kernel
     name = {"one_launch": "expand", "persistent_one_launch": "persistent"}.get(name, name)
     assert launches[0].name == f"_{name}{form}_kernel"

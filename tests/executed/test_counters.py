@@ -136,7 +136,7 @@ def test_shrink_for_several_layers_reads_x_once(target):
     x, _, _, _, _ = operands(64, 16, 128, 16)
     matrices = [torch.randn(128, R).bfloat16() for R in (16, 8, 24)]
     with emulate(target) as executed:
-        s = shrink(x, matrices, 0.5, config)
+        s = shrink(x, torch.cat(matrices, 1), 0.5, config)
     exact = torch.cat([0.5 * x.double() @ a.double() for a in matrices], 1)
     assert_budget(s, torch.cat([0.5 * x @ a for a in matrices], 1).float(), exact)
     assert executed[0].counters.tensors["x_ptr"].bytes_loaded == x.nbytes

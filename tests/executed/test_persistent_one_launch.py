@@ -121,7 +121,7 @@ def test_what_it_does_not_take_is_computed_by_two_kernels():
     o = Case(70, 264, 72, 16, dtype=torch.bfloat16).operands()
 
     def takes(x=o.x, w=o.w, **change):
-        return products._persistent_one_launch_takes(x, w, o.adapter._replace(**change))
+        return products._one_launch_takes(x, w, o.adapter._replace(**change))
 
     assert takes()
     assert not takes(dropout_in=Dropout(0.5, torch.tensor(1)))

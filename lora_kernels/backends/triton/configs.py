@@ -12,8 +12,9 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
-from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
+from lora_kernels.problem import DENSE, ITEMSIZE, PACKED_BYTES, Problem
 from lora_kernels.tuning import cost, tables
 from lora_kernels.tuning.config import (
     DECODE_ROWS,
@@ -25,6 +26,7 @@ from lora_kernels.tuning.config import (
     TileConfig,
     Tiles,
     fits,
+    lowrank_in_parts,
     masks_no_tail,
     one_reading_columns,
     rank_block,
@@ -34,7 +36,6 @@ from lora_kernels.tuning.config import (
 from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.targets import Target
 
-_HALF = ("float16", "bfloat16")
 # The kernel with the main loop of each algorithm.
 MAIN_KERNEL = {
     "two_kernel": "expand",
@@ -68,11 +69,7 @@ _MATMUL_HALF = {
 # The same and, where tensor memory holds the result, ctas: its warps are those that store, beside two others.
 _PERSISTENT = {
     "sm_90": [((128, 256, 64, 8, 3), 0), ((128, 128, 64, 8, 4), 0)],
-    "sm_100": [
-        ((256, 256, 64, 4, 5), 2),
-        ((128, 256, 64, 4, 4), 1),
-        ((128, 128, 64, 4, 6), 1),
-    ],
+    "sm_100": [((256, 256, 64, 4, 5), 2), ((128, 256, 64, 4, 4), 1), ((128, 128, 64, 4, 6), 1)],
 }
 _MATMUL_FLOAT32 = [(64, 64, 32, 4, 3)]
 # Over groups, which may have few rows each. Eight warps: at 128x128 four have no registers left for a group's addresses.
@@ -178,24 +175,13 @@ def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]
         ("float16", "float32"),
     ):
         formats = (DENSE,) if groups or dtype == "float16" else (DENSE, *PACKED_BYTES)
-        stacks = ((groups, weights) for weights in sorted({groups or 1, 1}, reverse=True))
-        sizes = itertools.product(formats, stacks, (16, 32, 64), tables.BUCKETS, _SHIPPED_SHAPES)
-        for dropout, (weight_format, stack, R, M, (N, K)) in itertools.product(
-            (False, True), sizes
+        stacks = sorted({groups or 1, 1}, reverse=True)
+        for dropout, weight_format, weights, R, M, (N, K) in itertools.product(
+            (False, True), formats, stacks, (16, 32, 64), tables.BUCKETS, _SHIPPED_SHAPES
         ):
-            count, weights = stack
-            own = {"weight_format": weight_format, "groups": count, "weights": weights}
-            problem = Problem(
-                M,
-                N,
-                K,
-                R,
-                dtype,
-                adapter_dtype,
-                "cuda",
-                dropout=dropout,
-                **own,  # type: ignore[arg-type]
-            )
+            own: dict[str, Any] = {"dropout": dropout, "weight_format": weight_format}
+            own |= {"groups": groups, "weights": weights}
+            problem = Problem(M, N, K, R, dtype, adapter_dtype, "cuda", **own)
             kernels: Iterable[str] = KERNELS if weight_format == DENSE else _READS_PACKED
             if dtype == "float16":  # whose shrink by an adapter of its type is bfloat16's
                 kernels = [k for k in LOWRANK_KERNELS if (k, adapter_dtype) != ("shrink", dtype)]
@@ -208,10 +194,7 @@ def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]
                     code, ranks = (config, dtype, dtype, weight_format), 16
                 if not dropout or ranks not in found.get(code, {}):
                     found.setdefault(code, {})[ranks] = (problem, config)
-    ends = ({min(ranks), max(ranks)} for ranks in found.values())
-    return [
-        ranks[end] for ranks, both in zip(found.values(), ends, strict=True) for end in sorted(both)
-    ]
+    return [ranks[end] for ranks in found.values() for end in sorted({min(ranks), max(ranks)})]
 
 
 def _best(kernel: str, problem: Problem, target: Target) -> TileConfig:
@@ -225,7 +208,7 @@ def _best(kernel: str, problem: Problem, target: Target) -> TileConfig:
 
 
 def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
-    half = problem.dtype in _HALF
+    half = problem.itemsize == 2
     # A rank tail of more columns, in float32, has no registers; in two parts, of more than 16, where it passes through them.
     split = half and problem.adapter_dtype == "float32" and (not target.tma or problem.groups > 0)
     chunk = 16 if target.name == "gfx1100" or split else 32
@@ -241,9 +224,10 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
     if kernel == "one_pass":
         tiles = _ONE_PASS_HALF.get(target.name, _ONE_PASS_OTHER) if half else _ONE_PASS_FLOAT32
         return [TileConfig(kernel, *tile, rank_chunk=32 if target.tma else 16) for tile in tiles]
+    if kernel == "dequantise":
+        return [TileConfig(kernel, 1, 64, 64, 4, 1)]
     return {
         "decode": _decode,
-        "dequantise": _dequantise,
         "shrink": _shrink,
         "wgrad": _wgrad,
         "shrink_wgrad": _shrink_wgrad,
@@ -253,7 +237,7 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
 def _grouped_tiles(problem: Problem, target: Target) -> list[tuple[int, int, int, int, int]]:
     """Those that are no lower than a group's rows: each block of rows reads the group's weight once."""
     own = _GROUPED_HALF.get(target.name, _GROUPED_HALF["sm"])
-    tiles = own if problem.dtype in _HALF else _GROUPED_FLOAT32
+    tiles = own if problem.itemsize == 2 else _GROUPED_FLOAT32
     lowest = min(_rows_block(problem), tiles[1][0])
     return [tile for tile in tiles if tile[0] >= lowest]
 
@@ -276,7 +260,7 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
     if problem.dropout and problem.R > 32:  # the mask takes registers of its own
         block_m //= 1 if _all_half(problem) else 2
         block_k //= 2 if _all_half(problem) and target.name in ("sm_100", "gfx1100") else 1
-    if _in_parts(problem) and target.name != "gfx1100":
+    if lowrank_in_parts(problem) and target.name != "gfx1100":
         block_m, warps = _parts_rows(problem, target)
     elif target.name == "gfx1100" and problem.R > 32 and not _all_half(problem):
         block_m = 16
@@ -329,10 +313,6 @@ def _decode(problem: Problem, target: Target) -> list[TileConfig]:
     return [TileConfig("decode", block_m, block_n, block_k, warps, stages, split=split)]
 
 
-def _dequantise(problem: Problem, target: Target) -> list[TileConfig]:
-    return [TileConfig("dequantise", 1, 64, 64, 4, 1)]
-
-
 def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     low = problem.groups and problem.dtype == "float32" and problem.R > 32  # as in _shrink
     tiles = [(16 if low else 32, 64, 4, 2)]
@@ -340,7 +320,7 @@ def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
         # For 2048 elements of x shared memory takes 176 cycles in place of 384 on sm_90, and 256 of 480 on sm_80, beside
         # a float32 result 336 of 576 and 352 of 704, where three parts of more than 16 rows spill.
         tiles = [(32 if _all_half(problem) else 16, 128, 4, 2)]
-    if _in_parts(problem) and target.name == "sm_100":
+    if lowrank_in_parts(problem) and target.name == "sm_100":
         tiles = [(32 if problem.R <= 32 else 16, 64, _SYNCHRONOUS_WARPS, 2)]
     # The larger one has no registers for a float32 result, on sm_120 and gfx942 for more than 32 ranks, on gfx1100 for none.
     wide = problem.R > 32 and target.name in ("sm_120", "gfx942")
@@ -351,13 +331,7 @@ def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
         tiles.append((own.block_m, own.block_n, own.num_warps, own.num_stages))
     return [
         TileConfig(
-            "wgrad",
-            block_m,
-            block_n,
-            16,
-            warps,
-            stages,
-            split=_row_split(problem, target, block_n),
+            "wgrad", block_m, block_n, 16, warps, stages, split=_row_split(problem, target, block_n)
         )
         for block_m, block_n, warps, stages in tiles
     ]
@@ -368,29 +342,21 @@ def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     halves, columns = _all_half(problem), one_reading_columns(problem)
     rows, warps = (32, 8 if halves else 4) if problem.R <= 32 else (32 if halves else 16, 4)
     rows = 16 if problem.R > 32 and target.name == "gfx942" else rows  # 32 spill 16 bytes
-    tiles = [(rows, columns, warps)]
+    tiles = [(rows, warps)]
     # As many rows as there are warps for in q, which repeat each other's work otherwise.
     most = 16 if target.name == "sm_120" else 32  # ranks, beyond which it has no registers
     if halves and problem.dtype == "bfloat16" and most >= problem.R:
-        tiles.insert(0, (64, columns, 8))
+        tiles.insert(0, (64, 8))
     elif halves and problem.R <= 16 and target.name != "sm_100":  # 8 bytes spill there
-        tiles.append((64, columns, 8))
-    elif _in_parts(problem) and problem.R <= 16:
-        tiles = [(64, columns, 4)]
-    if _in_parts(problem) and target.name == "sm_100" and problem.R <= 32:
-        tiles = [(32, columns, _SYNCHRONOUS_WARPS)]
+        tiles.append((64, 8))
+    elif lowrank_in_parts(problem) and problem.R <= 16:
+        tiles = [(64, 4)]
+    if lowrank_in_parts(problem) and target.name == "sm_100" and problem.R <= 32:
+        tiles = [(32, _SYNCHRONOUS_WARPS)]
+    split = _row_split(problem, target, columns)
     return [
-        TileConfig(
-            "shrink_wgrad",
-            block_m,
-            block_n,
-            16,
-            warps,
-            2,
-            split=_row_split(problem, target, block_n),
-            rank_chunk=FUSED_RANK,
-        )
-        for block_m, block_n, warps in tiles
+        TileConfig("shrink_wgrad", rows, columns, 16, warps, 2, split=split, rank_chunk=FUSED_RANK)
+        for rows, warps in tiles
     ]
 
 
@@ -402,12 +368,7 @@ def _row_split(problem: Problem, target: Target, block_n: int) -> int:
 
 
 def _all_half(problem: Problem) -> bool:
-    return problem.dtype in _HALF and problem.adapter_dtype in _HALF
-
-
-def _in_parts(problem: Problem) -> bool:
-    """Whether float32 adapters are multiplied as parts in x's type."""
-    return problem.dtype == "bfloat16" and problem.adapter_dtype == "float32"
+    return problem.itemsize == ITEMSIZE[problem.adapter_dtype] == 2
 
 
 def _split(wanted: int, most: int) -> int:

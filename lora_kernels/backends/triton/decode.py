@@ -55,13 +55,12 @@ def _decoded_nf4(
     DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    DOUBLE: tl.constexpr,
 ):
     """Rows `col` of W [N, K] and columns k to k + BLOCK_K, of one block of 64: [BLOCK_N, BLOCK_K]. 64 divides K."""
     word = k // 8 + tl.arange(0, BLOCK_K // 8)
     words = tl.load(w_ptr + col[:, None] * (K // 8) + word[None, :], mask=mask_n[:, None], other=0)
     scale = nf4_scale(
-        absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, col * (K // 64) + k // 64, mask_n, DOUBLE
+        absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, col * (K // 64) + k // 64, mask_n
     )
     # A thread keeps the eight codes of a word, and so few scales, because their axis is the slowest. Within a byte the
     # first code is the high nibble.
@@ -111,17 +110,12 @@ def _decode_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     FORMAT: tl.constexpr,
-    DOUBLE: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLS: tl.constexpr,
-    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     SHRINK_PRECISION: tl.constexpr,
     TAIL_PRECISION: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
-    SCALED: tl.constexpr,
-    KEEPS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     INT64: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -153,7 +147,7 @@ def _decode_kernel(
         if FORMAT == "nf4":
             w = _decoded_nf4(
                 w_ptr, absmax_ptr, code_ptr, code2_ptr, absmax2_ptr, offset_ptr, col, mask_n, k, K,
-                x_ptr.dtype.element_ty, BLOCK_N, BLOCK_K, DOUBLE,
+                x_ptr.dtype.element_ty, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             w_ptrs = w_ptr + col[:, None] * stride_wn + term[None, :] * stride_wk
@@ -185,7 +179,7 @@ def _decode_kernel(
     mask_y = mask_n[:, None] & mask_m[None, :]
     mask_s = mask_r[:, None] & mask_m[None, :]
     last = True
-    if not WHOLE:
+    if arrived_ptr is not None:
         tl.store(y_parts_ptr + part.to(tl.int64) * M * N + y_offs, acc, mask=mask_y)
         if pid_n == 0:
             tl.store(s_parts_ptr + part * M * R + s_offs, s, mask=mask_s)
@@ -203,11 +197,11 @@ def _decode_kernel(
                     s += tl.load(s_part, mask=mask_s, other=0.0, cache_modifier=".cg")
                     s_part += M * R
     if last:
-        if KEEPS_Z:
+        if z_ptr is not None:
             tl.store(z_ptr + y_offs, acc.to(z_ptr.dtype.element_ty), mask=mask_y)
-        if SCALED:
+        if c_ptr is not None:
             acc *= tl.load(c_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
-        if HAS_BIAS:
+        if bias_ptr is not None:
             bias = tl.load(bias_ptr + col * stride_bias, mask=mask_n, other=0.0)
             acc += bias.to(tl.float32)[:, None]
         tl.store(y_ptr + y_offs, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
@@ -278,17 +272,12 @@ def decode(
         BLOCK_K=config.block_k,
         BLOCK_R=rank_block(R, config.rank_chunk),
         FORMAT=weight_format,
-        DOUBLE=scales[2] is not None,
         SCALE_ROWS=block[0],
         SCALE_COLS=block[1],
-        WHOLE=split == 1,
         PRECISION=base_precision(x.dtype),
         SHRINK_PRECISION=shrink_precision(x.dtype, a.dtype),
         TAIL_PRECISION=mixed_precision(x.dtype, b.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
-        SCALED=c is not None,
-        KEEPS_Z=z is not None,
-        HAS_BIAS=bias is not None,
         INT64=needs_int64(x, codes, a, b, bias, y),
     )
     return y, s

@@ -26,7 +26,7 @@ from lora_kernels.tuning.config import TileConfig
 @triton.jit
 def _dequantise_nf4_kernel(
     packed_ptr,  # uint8 [elements / 2], the even elements in the high nibbles
-    absmax_ptr,  # float32 or, where DOUBLE, uint8 [elements / 64]
+    absmax_ptr,  # float32 or, with code2, uint8 [elements / 64]
     code_ptr,  # float32 [16]
     code2_ptr,  # float32 [256]
     absmax2_ptr,  # float32 [elements / 64 / 256]
@@ -35,13 +35,12 @@ def _dequantise_nf4_kernel(
     elements,
     packed_bytes,
     BLOCKS: tl.constexpr,
-    DOUBLE: tl.constexpr,
     INT64: tl.constexpr,
 ):
     """BLOCKS blocks of 64 elements, which share a scale."""
     block = as_int64(tl.program_id(0), INT64) * BLOCKS + tl.arange(0, BLOCKS)
     scale = nf4_scale(
-        absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, block < tl.cdiv(elements, 64), DOUBLE
+        absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, block < tl.cdiv(elements, 64)
     )
     byte = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     packed = tl.load(packed_ptr + byte, mask=byte < packed_bytes, other=0)
@@ -53,52 +52,31 @@ def _dequantise_nf4_kernel(
 
 
 @triton.jit
-def _tile(N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, INT64: tl.constexpr):
-    """(rows [BLOCK_N, 1], columns [1, BLOCK_K], which of them are in [N, K]) of this program."""
-    blocks_k = tl.cdiv(K, BLOCK_K)
-    offs_n = tl.program_id(0) // blocks_k * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-    return as_int64(offs_n, INT64)[:, None], as_int64(offs_k, INT64)[None, :], mask
-
-
-@triton.jit
-def _dequantise_int8_kernel(
-    codes_ptr,  # int8 [N, K]
-    absmax_ptr,  # float32 [N]
+def _dequantise_bytes_kernel(
+    codes_ptr,  # int8 [N, K], or float8_e4m3fn as int8
+    scales_ptr,  # float32, of each row of int8, of each SCALE_ROWS x SCALE_COLS block of fp8
     w_ptr,  # [N, K], contiguous
     N,
     K,
     stride_n,
     stride_k,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INT64: tl.constexpr,
-):
-    row, col, mask = _tile(N, K, BLOCK_N, BLOCK_K, INT64)
-    codes = tl.load(codes_ptr + row * stride_n + col * stride_k, mask=mask, other=0)
-    w = codes.to(tl.float32) * int8_scale(absmax_ptr, row, row < N)
-    tl.store(w_ptr + row * K + col, w.to(w_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _dequantise_fp8_kernel(
-    codes_ptr,  # float8_e4m3fn [N, K] as int8
-    scales_ptr,  # float32, of each SCALE_ROWS x SCALE_COLS block
-    w_ptr,  # [N, K], contiguous
-    N,
-    K,
-    stride_n,
-    stride_k,
+    FORMAT: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    row, col, mask = _tile(N, K, BLOCK_N, BLOCK_K, INT64)
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    offs_n = tl.program_id(0) // blocks_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    row, col = as_int64(offs_n, INT64)[:, None], as_int64(offs_k, INT64)[None, :]
     codes = tl.load(codes_ptr + row * stride_n + col * stride_k, mask=mask, other=0)
-    w = fp8_value(codes) * fp8_scale(scales_ptr, row, col, mask, K, SCALE_ROWS, SCALE_COLS)
+    if FORMAT == "int8":
+        w = codes.to(tl.float32) * int8_scale(scales_ptr, row, row < N)
+    else:
+        w = fp8_value(codes) * fp8_scale(scales_ptr, row, col, mask, K, SCALE_ROWS, SCALE_COLS)
     tl.store(w_ptr + row * K + col, w.to(w_ptr.dtype.element_ty), mask=mask)
 
 
@@ -117,30 +95,17 @@ def _nf4(weight: Any, out: Tensor, config: TileConfig) -> None:
         cdiv(elements, 2),
         contract=False,
         BLOCKS=blocks,
-        DOUBLE=weight.code2 is not None,
         # A last program's masked lanes count too.
         INT64=elements + blocks * 64 > 2**31,
     )
 
 
-def _int8(weight: Any, out: Tensor, config: TileConfig) -> None:
-    codes, scales, _ = bytes_arguments(weight)
-    _launch_over_tiles(_dequantise_int8_kernel, codes, scales, out, config)
-
-
-def _fp8(weight: Any, out: Tensor, config: TileConfig) -> None:
+def _bytes(weight: Any, out: Tensor, config: TileConfig) -> None:
+    """int8 and fp8: one program for each block_n x block_k tile of codes."""
     codes, scales, (rows, cols) = bytes_arguments(weight)
-    block = {"SCALE_ROWS": rows, "SCALE_COLS": cols}
-    _launch_over_tiles(_dequantise_fp8_kernel, codes, scales, out, config, **block)
-
-
-def _launch_over_tiles(
-    kernel: Any, codes: Tensor, scales: Tensor, out: Tensor, config: TileConfig, **more: Any
-) -> None:
-    """One program for each block_n x block_k tile of codes."""
     N, K = out.shape
     launch(
-        kernel,
+        _dequantise_bytes_kernel,
         cdiv(N, config.block_n) * cdiv(K, config.block_k),
         config,
         out.device,
@@ -151,14 +116,15 @@ def _launch_over_tiles(
         K,
         *codes.stride(),
         contract=False,
-        **more,
+        FORMAT=weight.format,
+        SCALE_ROWS=rows,
+        SCALE_COLS=cols,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         INT64=needs_int64(codes, out),
     )
 
 
-_DECODERS = {"nf4": _nf4, "int8": _int8, "fp8": _fp8}
 # Rows or columns of a block that has them all: one number, and one kernel, for every such size.
 _WHOLE = 1 << 30
 
@@ -183,7 +149,8 @@ def bytes_arguments(weight: Any) -> tuple[Tensor, Tensor, tuple[int, int]]:
 def dequantise(weight: QuantizedWeight, out: Tensor, config: TileConfig) -> None:
     """Write the matrix [N, K] that is stored into `out`, contiguous, of the dtype that W is rounded to."""
     if out.numel():
-        _DECODERS[weight.format](weight, out, config)
+        decode = _nf4 if weight.format == "nf4" else _bytes
+        decode(weight, out, config)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from lora_kernels.backends.triton.tiles import (
     rank_product,
     row_block,
     scale_value,
+    store_result,
 )
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Scale
@@ -78,40 +79,6 @@ def _rank_tail(
 
 
 @triton.jit
-def _store(
-    acc,
-    c_ptr,
-    bias_ptr,
-    y_ptr,
-    z_ptr,
-    offs_m,
-    start,
-    M,
-    N,
-    stride_bias,
-    SCALED: tl.constexpr,
-    KEEPS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    INT64: tl.constexpr,
-):
-    """z = acc and y = c∘acc + bias, for the columns from `start` on."""
-    offs_n = start + tl.arange(0, acc.shape[1])
-    mask_n = offs_n < N
-    if KEEPS_Z:
-        z_ptrs = z_ptr + as_int64(offs_m, INT64)[:, None] * N + as_int64(offs_n, INT64)[None, :]
-        mask_z = (offs_m < M)[:, None] & mask_n[None, :]
-        tl.store(z_ptrs, acc.to(z_ptr.dtype.element_ty), mask=mask_z)
-    if SCALED:
-        acc *= tl.load(c_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + as_int64(offs_n, INT64) * stride_bias, mask=mask_n, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
-    y_ptrs = y_ptr + as_int64(offs_m, INT64)[:, None] * N + as_int64(offs_n, INT64)[None, :]
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _shrink_first(
     block,
     x,
@@ -136,7 +103,6 @@ def _shrink_first(
     BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
-    DROPOUT_IN: tl.constexpr,
     INT64: tl.constexpr,
     TMA: tl.constexpr,
 ):
@@ -164,7 +130,7 @@ def _shrink_first(
                 a_ptr + term[:, None] * stride_ak + as_int64(offs_r, INT64)[None, :] * stride_ar
             )
             a = tl.load(a_ptrs, mask=(offs_k < K - k)[:, None] & mask_r, other=0.0)
-            if DROPOUT_IN:
+            if seed_ptr is not None:
                 x_tile *= keep_tile(seed_ptr, threshold, offs_m, k, K, BLOCK_M, BLOCK_K).to(
                     x_tile.dtype
                 )
@@ -184,12 +150,12 @@ def _expand_kernel(
     s_ptr,  # [M, R] float32 or in x's type, rows of unit stride
     b_ptr,  # [R, N]
     c_ptr,  # [N] float32, contiguous
-    bias_ptr,  # [N]; of w, b and bias, where GROUPED, each group's lies `stride_..g` behind the last one's
+    bias_ptr,  # [N]; of w, b and bias, over groups, each group's lies `stride_..g` behind the last one's
     y_ptr,  # [M, N], contiguous
     z_ptr,  # like y: the sum before c and bias
-    a_ptr,  # [K, R] where SHRINKS
-    whole_ptr,  # like s, float32, where SHRINKS
-    state_ptr,  # int32 where SHRINKS, zero before: a ticket for each program, then a flag for each block of rows
+    a_ptr,  # [K, R] where this launch computes s as well, else None
+    whole_ptr,  # like s, float32, with a
+    state_ptr,  # int32 with a, zero before: a ticket for each program, then a flag for each block of rows
     alpha,
     seed_ptr,
     threshold,
@@ -224,19 +190,14 @@ def _expand_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     TAIL: tl.constexpr,
-    SCALED: tl.constexpr,
-    KEEPS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
     INT64: tl.constexpr,
     TMA: tl.constexpr,
     W_K_MAJOR: tl.constexpr,
-    GROUPED: tl.constexpr,
     PDL: tl.constexpr,
-    SHRINKS: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
-    DROPOUT_IN: tl.constexpr,
 ):
+    SHRINKS: tl.constexpr = a_ptr is not None
+    DROPOUT: tl.constexpr = seed_ptr is not None and not SHRINKS  # of s·b; else x has the mask
     pid = tl.program_id(0)
     if SHRINKS:
         # Tickets are in the order in which programs start, so that what a program waits for is done by one that runs.
@@ -245,13 +206,13 @@ def _expand_kernel(
             _shrink_first(
                 pid, x, a_ptr, s_ptr, whole_ptr, alpha, state_ptr, seed_ptr, threshold, keep_scale,
                 M, K, R, stride_xm, stride_xk, stride_ak, stride_ar, stride_sm, BLOCK_M, BLOCK_K,
-                BLOCK_S, EVEN_K, ALPHA_IS_PTR, DROPOUT_IN, INT64, TMA,
+                BLOCK_S, EVEN_K, ALPHA_IS_PTR, INT64, TMA,
             )  # fmt: skip
             return
         pid -= row_blocks
     pid_m, pid_n = grouped_order(pid, row_blocks, tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m, end_m = pid_m * BLOCK_M, M
-    if GROUPED:
+    if offsets_ptr is not None:
         group, start_m, end_m = row_block(pid_m, offsets_ptr, groups, M, BLOCK_M, BLOCK_G)
         if start_m >= end_m:
             if PDL:
@@ -261,7 +222,7 @@ def _expand_kernel(
         if not TMA:
             w += group * stride_wg
         b_ptr += group * stride_bg
-        if HAS_BIAS:
+        if bias_ptr is not None:
             bias_ptr += group * stride_bias_g
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -309,7 +270,7 @@ def _expand_kernel(
             acc, s_ptr, b_ptr, offs_m, start_n, end_m, N, R, stride_sm, stride_br, stride_bn,
             BLOCK_R, TAIL, INT64,
         )  # fmt: skip
-    if DROPOUT or SCALED:
+    if DROPOUT or c_ptr is not None:
         # A quarter of the columns at a time: a whole accumulator beside acc would not stay in registers, nor would
         # all of the columns' scales on sm_100.
         QUARTER: tl.constexpr = BLOCK_N // 4
@@ -326,15 +287,13 @@ def _expand_kernel(
                 )  # fmt: skip
                 keep = keep_tile(seed_ptr, threshold, offs_m, at, N, BLOCK_M, QUARTER)
                 part += tail * (keep.to(tl.float32) * keep_scale)
-            _store(
-                part, c_ptr, bias_ptr, y_ptr, z_ptr, offs_m, at, end_m, N, stride_bias, SCALED,
-                KEEPS_Z, HAS_BIAS, INT64,
-            )  # fmt: skip
+            store_result(
+                part, c_ptr, bias_ptr, y_ptr, z_ptr, offs_m, at, end_m, N, stride_bias, INT64
+            )
     else:
-        _store(
-            acc, c_ptr, bias_ptr, y_ptr, z_ptr, offs_m, start_n, end_m, N, stride_bias, False,
-            False, HAS_BIAS, INT64,
-        )  # fmt: skip
+        store_result(
+            acc, c_ptr, bias_ptr, y_ptr, z_ptr, offs_m, start_n, end_m, N, stride_bias, INT64
+        )
 
 
 class Shrink(NamedTuple):
@@ -379,23 +338,19 @@ def expand(
     N = w.shape[-1]
     R = s.shape[1]
     tail = rank_tail(x.dtype, b.dtype, config.tma, dropout is not None)
-    # A float32 s that is to be rounded passes through registers.
-    chunk = (
-        min(config.rank_chunk, 16)
-        if tail == "rounded" and s.dtype == torch.float32
-        else config.rank_chunk
-    )
+    chunk = config.rank_chunk
+    if tail == "rounded" and s.dtype == torch.float32:  # it passes through registers
+        chunk = min(chunk, 16)
     y = x.new_empty((M, N))
     rows = Rows.of(M, config.block_m, offsets)
     tma = config.tma and w.ndim == 2 and tma_applies(x, w)
     w_k_major = tma and not describable(w)
     x_operand, w_operand = x, w
     if tma:
-        stored_w = w.t() if w_k_major else w
-        w_block = (
-            [config.block_n, config.block_k] if w_k_major else [config.block_k, config.block_n]
-        )
         x_operand = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
+        stored_w, w_block = w, [config.block_k, config.block_n]
+        if w_k_major:
+            stored_w, w_block = w.t(), w_block[::-1]
         w_operand = TensorDescriptor.from_tensor(stored_w, w_block)
     programs = rows.blocks * cdiv(N, config.block_n)
     a = whole = state = None
@@ -445,18 +400,11 @@ def expand(
         EVEN_K=K % config.block_k == 0,
         PRECISION=base_precision(x.dtype),
         TAIL=tail,
-        SCALED=c is not None,
-        KEEPS_Z=z is not None,
-        HAS_BIAS=bias is not None,
-        DROPOUT=dropout is not None,
         INT64=needs_int64(x, w, s, a, b, bias, y),
         TMA=tma,
         W_K_MAJOR=w_k_major,
-        GROUPED=offsets is not None,
         PDL=late_wait,
-        SHRINKS=first is not None,
         ALPHA_IS_PTR=alpha_is_ptr,
-        DROPOUT_IN=first is not None and first.dropout is not None,
     )
     return y
 

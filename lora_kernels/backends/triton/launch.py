@@ -51,7 +51,7 @@ def launch(
 class Mask(NamedTuple):
     """A dropout as kernels take it: arguments that are never read where there is none."""
 
-    seed: Tensor | None
+    seed_ptr: Tensor | None
     threshold: int  # the bits of a uint32 in an int32, so that the argument's type never changes
     keep_scale: float
 
@@ -122,9 +122,7 @@ def needs_int64(*operands: Tensor | None) -> bool:
     To a matrix of a stack kernels go by a 64-bit offset.
     """
     return any(
-        t is not None
-        and sum((n - 1) * step for n, step in zip(t.shape[-2:], t.stride()[-2:], strict=True))
-        >= 2**31
+        sum((n - 1) * step for n, step in zip(t.shape[-2:], t.stride()[-2:], strict=True)) >= 2**31
         for t in operands
         if t is not None and t.numel()
     )

@@ -27,6 +27,7 @@ from lora_kernels.backends.triton.tiles import (
     keep_tile,
     rank_product,
     scale_value,
+    store_result,
 )
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Scale
@@ -70,10 +71,6 @@ def _one_pass_kernel(
     SHRINK_PRECISION: tl.constexpr,
     TAIL: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
-    SCALED: tl.constexpr,
-    KEEPS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
     INT64: tl.constexpr,
 ):
     pid_m, pid_n = grouped_order(
@@ -102,7 +99,7 @@ def _one_pass_kernel(
         w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         a = tl.load(a_ptrs, mask=mask_k[:, None] & (offs_r < R)[None, :], other=0.0)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        if DROPOUT:
+        if seed_ptr is not None:
             x *= keep_tile(seed_ptr, threshold, offs_m, k, K, BLOCK_M, BLOCK_K).to(x.dtype)
         s = tl.dot(x.to(a.dtype), a, s, input_precision=SHRINK_PRECISION)
 
@@ -120,7 +117,7 @@ def _one_pass_kernel(
                 a_ptrs = a_ptr + term[:, None] * stride_ak + at_r[None, :] * stride_ar
                 x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
                 a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
-                if DROPOUT:
+                if seed_ptr is not None:
                     x *= keep_tile(seed_ptr, threshold, offs_m, k, K, BLOCK_M, BLOCK_K).to(x.dtype)
                 s = tl.dot(x.to(a.dtype), a, s, input_precision=SHRINK_PRECISION)
         # An infinite x makes a padded column NaN (inf·0), which must not reach y.
@@ -132,15 +129,9 @@ def _one_pass_kernel(
             s_ptrs = s_ptr + offs_m.to(tl.int64)[:, None] * R + rank[None, :]
             tl.store(s_ptrs, scaled, mask=mask_m[:, None] & mask_r[None, :])
 
-    if KEEPS_Z:
-        z_ptrs = z_ptr + row[:, None] * N + col[None, :]
-        tl.store(z_ptrs, acc.to(z_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
-    if SCALED:
-        acc *= tl.load(c_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + col * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + row[:, None] * N + col[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    store_result(
+        acc, c_ptr, bias_ptr, y_ptr, z_ptr, offs_m, pid_n * BLOCK_N, M, N, stride_bias, INT64
+    )
 
 
 def one_pass(
@@ -198,10 +189,6 @@ def one_pass(
         SHRINK_PRECISION=shrink_precision(x.dtype, a.dtype),
         TAIL=rank_tail(x.dtype, b.dtype, config.tma),
         ALPHA_IS_PTR=alpha_is_ptr,
-        SCALED=c is not None,
-        KEEPS_Z=z is not None,
-        HAS_BIAS=bias is not None,
-        DROPOUT=dropout is not None,
         INT64=needs_int64(x, w, a, b, bias, y),
     )
     return y, s

@@ -45,7 +45,7 @@ def _store_block(
 
 @triton.jit(do_not_specialize=["M", "s_blocks"])
 def _parts_kernel(
-    s_ptr,  # [M, R], where HAS_S
+    s_ptr,  # [M, R], or None
     b_ptr,  # [N, R]: b transposed
     s_out_ptr,  # [M, 3·R], rows of unit stride
     b_out_ptr,  # [N, 3·R]
@@ -62,14 +62,13 @@ def _parts_kernel(
     stride_out_r,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    HAS_S: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
         # The dependent product may start at once: it reads the parts only after its own K loop, behind a wait.
         tl.extra.cuda.gdc_launch_dependents()
     block = tl.program_id(0)
-    if HAS_S:
+    if s_ptr is not None:
         if block < s_blocks:
             _store_block(
                 block, s_ptr, s_out_ptr, M, R, stride_sm, stride_sr, stride_out_m, 1, BLOCK_C,
@@ -121,7 +120,6 @@ def parts(
         b_out.stride(0),
         BLOCK_C=_BLOCK // ranks,
         BLOCK_R=ranks,
-        HAS_S=s is not None,
         PDL=release,
     )
     return s_out, b_out

@@ -54,9 +54,14 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
-def _multiply(left_slot, right_slot, left, right, acc, RIGHT_K_MAJOR: gl.constexpr):
-    """acc + one step's product, which is under way, and no other: the slots of the steps before are free."""
-    right_block = block(right_slot, right)
+def _multiply(
+    left, right, acc, lefts, rights, bars, done, STAGES: gl.constexpr, RIGHT_K_MAJOR: gl.constexpr
+):
+    """acc + the product of step `done`, which is under way, and no other: the slots of the steps before are free."""
+    slot = done % STAGES
+    mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
+    left_slot = lefts.index(slot)
+    right_block = block(rights.index(slot), right)
     if RIGHT_K_MAJOR:
         right_block = right_block.permute((1, 0))
     acc = warpgroup_mma(block(left_slot, left), right_block, acc, is_async=True)
@@ -64,10 +69,9 @@ def _multiply(left_slot, right_slot, left, right, acc, RIGHT_K_MAJOR: gl.constex
 
 
 @gluon.jit
-def _copy(
-    left_slot, right_slot, left, right, row, col, k, bar, go, RIGHT_K_MAJOR: gl.constexpr
-):  # fmt: skip
+def _copy(left, right, row, col, k, go, lefts, rights, bars, slot, RIGHT_K_MAJOR: gl.constexpr):
     """Starts the copies of one step's blocks, of x and w or of s and b, into a slot of the ring; nothing unless `go`."""
+    left_slot, right_slot, bar = lefts.index(slot), rights.index(slot), bars.index(slot)
     mbarrier.expect(bar, left.block_type.nbytes + right.block_type.nbytes, pred=go)
     _load(left, [row, k], bar, block(left_slot, left), pred=go)
     if RIGHT_K_MAJOR:
@@ -85,15 +89,10 @@ def _copy_ahead(
     """`_copy` of the step that is NUMBER steps behind a tile's sum over K: of s and b, then of the next tile."""
     slot = copied % STAGES
     if NUMBER < RANK_STEPS:
-        _copy(
-            lefts.index(slot), rights.index(slot), s, b, row, col, NUMBER * BLOCK_R,
-            bars.index(slot), True, B_K_MAJOR,
-        )  # fmt: skip
+        _copy(s, b, row, col, NUMBER * BLOCK_R, True, lefts, rights, bars, slot, B_K_MAJOR)
     else:
-        _copy(
-            lefts.index(slot), rights.index(slot), x, w, next_row, next_col,
-            (NUMBER - RANK_STEPS) * BLOCK_K, bars.index(slot), more, W_K_MAJOR,
-        )  # fmt: skip
+        k = (NUMBER - RANK_STEPS) * BLOCK_K
+        _copy(x, w, next_row, next_col, k, more, lefts, rights, bars, slot, W_K_MAJOR)
 
 
 @gluon.jit
@@ -192,35 +191,34 @@ def _persistent_kernel(
     N,
     K,
     stride_bias,
-    a,  # of x·a, where SHRINKS: describes [K, R] in blocks [BLOCK_K, BLOCK_S], or aᵀ where A_K_MAJOR
-    s_ptr,  # what s describes, rows of unit stride
-    whole_ptr,  # [M, R] float32, contiguous: s before it is rounded
-    state_ptr,  # int32, zero before: programs that have started, blocks of rows that are taken, a flag for each block
-    alpha,
-    shrinking,  # programs that compute s first
-    R,
-    stride_sm,
-    seed_ptr,
-    threshold,
-    keep_scale,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
     BLOCK_R: gl.constexpr,
-    BLOCK_S: gl.constexpr,
     RANK_STEPS: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
     W_K_MAJOR: gl.constexpr,
-    A_K_MAJOR: gl.constexpr,
     B_K_MAJOR: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr,
     RELEASE: gl.constexpr,
-    SHRINKS: gl.constexpr,
-    ALPHA_IS_PTR: gl.constexpr,
-    MASKED: gl.constexpr,
+    a=None,  # where this launch computes s as well: describes [K, R] in blocks [BLOCK_K, BLOCK_S], or aᵀ where A_K_MAJOR
+    s_ptr=None,  # what s describes, rows of unit stride
+    whole_ptr=None,  # [M, R] float32, contiguous: s before it is rounded
+    state_ptr=None,  # int32, zero before: programs that have started, blocks of rows taken, a flag for each block
+    alpha=None,
+    shrinking=None,  # programs that compute s first
+    R=None,
+    stride_sm=None,
+    seed_ptr=None,  # of a mask of s·b
+    threshold=0,
+    keep_scale=1.0,
+    BLOCK_S: gl.constexpr = None,
+    A_K_MAJOR: gl.constexpr = False,
+    ALPHA_IS_PTR: gl.constexpr = False,
 ):
+    SHRINKS: gl.constexpr = a is not None
+    MASKED: gl.constexpr = seed_ptr is not None
     AHEAD: gl.constexpr = STAGES - 1  # steps that are under way while one is multiplied
     HALF: gl.constexpr = BLOCK_N // 2
     warps: gl.constexpr = gl.num_warps()
@@ -261,22 +259,15 @@ def _persistent_kernel(
             acc = warpgroup_mma_init(gl.zeros((BLOCK_M, BLOCK_S), gl.float32, s_layout))
             for i in gl.static_range(AHEAD):
                 slot = copied % STAGES
-                _copy(
-                    lefts.index(slot), rights.index(slot), x, a, row, 0, i * BLOCK_K,
-                    bars.index(slot), True, A_K_MAJOR,
-                )  # fmt: skip
+                _copy(x, a, row, 0, i * BLOCK_K, True, lefts, rights, bars, slot, A_K_MAJOR)
                 copied += 1
             for step in range(AHEAD, steps + AHEAD):
-                slot = done % STAGES
-                mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
-                acc = _multiply(lefts.index(slot), rights.index(slot), x, a, acc, A_K_MAJOR)
+                acc = _multiply(x, a, acc, lefts, rights, bars, done, STAGES, A_K_MAJOR)
                 done += 1
                 slot = copied % STAGES
-                _copy(
-                    lefts.index(slot), rights.index(slot), x, a, row, 0, step * BLOCK_K,
-                    bars.index(slot), step < steps, A_K_MAJOR,
-                )  # fmt: skip
-                copied += gl.where(step < steps, 1, 0)
+                k, go = step * BLOCK_K, step < steps
+                _copy(x, a, row, 0, k, go, lefts, rights, bars, slot, A_K_MAJOR)
+                copied += gl.where(go, 1, 0)
             s_block = warpgroup_mma_wait(0, (acc,)) * _scale_value(alpha, ALPHA_IS_PTR)
             _store_s(s_block, s_ptr, whole_ptr, state_ptr + 2 + taken, row, M, R, stride_sm)
             taken = gl.atomic_add(state_ptr + 1, 1, sem="relaxed")
@@ -285,23 +276,15 @@ def _persistent_kernel(
     col = block_n * BLOCK_N
     for i in gl.static_range(AHEAD):
         slot = copied % STAGES
-        _copy(
-            lefts.index(slot), rights.index(slot), x, w, row, col, i * BLOCK_K, bars.index(slot),
-            has_tile, W_K_MAJOR,
-        )  # fmt: skip
+        _copy(x, w, row, col, i * BLOCK_K, has_tile, lefts, rights, bars, slot, W_K_MAJOR)
         copied += 1
     while tile < tiles:
         acc = warpgroup_mma_init(gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout))
         for step in range(AHEAD, steps):
-            slot = done % STAGES
-            mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
-            acc = _multiply(lefts.index(slot), rights.index(slot), x, w, acc, W_K_MAJOR)
+            acc = _multiply(x, w, acc, lefts, rights, bars, done, STAGES, W_K_MAJOR)
             done += 1
             slot = copied % STAGES
-            _copy(
-                lefts.index(slot), rights.index(slot), x, w, row, col, step * BLOCK_K,
-                bars.index(slot), True, W_K_MAJOR,
-            )  # fmt: skip
+            _copy(x, w, row, col, step * BLOCK_K, True, lefts, rights, bars, slot, W_K_MAJOR)
             copied += 1
         following = tile + gl.num_programs(0)
         if PDL:
@@ -319,12 +302,10 @@ def _persistent_kernel(
         next_col = block_n * BLOCK_N
         # The last steps of x·w and all of s·b. What is copied meanwhile: s and b, then the next tile's first steps.
         for i in gl.static_range(AHEAD if MASKED else AHEAD + RANK_STEPS):
-            slot = done % STAGES
-            mbarrier.wait(bars.index(slot), (done // STAGES) & 1)
             if i < AHEAD:
-                acc = _multiply(lefts.index(slot), rights.index(slot), x, w, acc, W_K_MAJOR)
+                acc = _multiply(x, w, acc, lefts, rights, bars, done, STAGES, W_K_MAJOR)
             else:
-                acc = _multiply(lefts.index(slot), rights.index(slot), s, b, acc, B_K_MAJOR)
+                acc = _multiply(s, b, acc, lefts, rights, bars, done, STAGES, B_K_MAJOR)
             done += 1
             _copy_ahead(
                 x, w, s, b, lefts, rights, bars, copied, row, col, next_row, next_col,
@@ -350,7 +331,7 @@ def _persistent_kernel(
         for i in gl.static_range(2):
             part = halves[i]
             start = col + i * HALF
-            if HAS_BIAS:
+            if bias_ptr is not None:
                 offs = start + gl.arange(0, HALF, gl.SliceLayout(0, part.type.layout))
                 # N is a multiple of 8: written so, two columns are one load.
                 mask = offs < N // 8 * 8
@@ -402,20 +383,24 @@ def persistent(
     y = x.new_empty((M, N))
     block_r = rank_block(R, config.block_k)
     w_k_major, b_k_major = not describable(w), not describable(b)
+    own: dict[str, Any] = {"RELEASE": release}
     kernel, parts = _persistent_kernel, 2
     if config.ctas:
+        if release:
+            raise ValueError(f"release is made for sm_90, not for tensor memory, got {config}")
         # Its Gluon has names that the Gluon of older Tritons has not.
         from lora_kernels.backends.triton import persistent_tcgen05
 
-        kernel, parts = persistent_tcgen05._persistent_kernel, 4
+        kernel, parts, own = persistent_tcgen05._persistent_kernel, 4, {}
         programs = max(1, programs // config.ctas)
     blocks = cdiv(M, config.block_m)
     most = tiles = blocks * cdiv(N, config.block_n)
-    if dropout is not None and (reason := masks_no_tail(config, R)):
-        raise ValueError(reason)
-    if dropout is not None and bias is not None:
-        raise ValueError("dropout is that of dx, which has no bias, got both")
-    own: dict[str, Any] = {} if config.ctas else _NOT_SHRINKING
+    if dropout is not None:
+        if reason := masks_no_tail(config, R):
+            raise ValueError(reason)
+        if bias is not None:
+            raise ValueError("dropout is that of dx, which has no bias, got both")
+        own |= Mask.of(dropout)._asdict()
     if first is not None:
         masks = first.dropout, dropout
         if config.ctas or masks != (None, None) or R > FUSED_RANK:
@@ -425,13 +410,7 @@ def persistent(
             )
         most = tiles + blocks  # a program without a tile may compute s
         shrinking = shrinking or shrinking_programs(blocks, tiles, programs, config.block_n)
-        own = _shrinking(first, s, shrinking, blocks, config)
-    if config.ctas and release:
-        raise ValueError(f"release is made for sm_90, not for tensor memory, got {config}")
-    if not config.ctas:
-        seed, threshold, keep_scale = Mask.of(dropout)
-        own = own | {"seed_ptr": seed, "threshold": threshold, "keep_scale": keep_scale}
-        own |= {"MASKED": dropout is not None, "RELEASE": release}
+        own |= _shrinking(first, s, shrinking, blocks, config)
     launch(
         kernel,
         min(programs, most),
@@ -458,16 +437,9 @@ def persistent(
         GROUP_M=config.group_m,
         W_K_MAJOR=w_k_major,
         B_K_MAJOR=b_k_major,
-        HAS_BIAS=bias is not None,
         PDL=late_wait,
     )
     return y
-
-
-# The arguments of a launch that computes no s.
-_NOT_SHRINKING = dict.fromkeys(
-    ("a", "s_ptr", "whole_ptr", "state_ptr", "alpha", "shrinking", "R", "stride_sm", "BLOCK_S")
-) | {"A_K_MAJOR": False, "SHRINKS": False, "ALPHA_IS_PTR": False}
 
 
 def _shrinking(
@@ -489,7 +461,6 @@ def _shrinking(
         "stride_sm": s.stride(0),
         "BLOCK_S": block_s,
         "A_K_MAJOR": k_major,
-        "SHRINKS": True,
         "ALPHA_IS_PTR": alpha_is_ptr,
     }
 

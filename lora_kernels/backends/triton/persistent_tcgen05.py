@@ -77,7 +77,6 @@ class _Product:
     GROUP_M: gl.constexpr
     W_K_MAJOR: gl.constexpr
     B_K_MAJOR: gl.constexpr
-    HAS_BIAS: gl.constexpr
     PDL: gl.constexpr
 
     @gluon.jit
@@ -169,7 +168,7 @@ def _stores(p, bias_ptr, stride_bias):
         for i in gl.static_range(p.BLOCK_N // PART):
             part = acc.slice(i * PART, PART).load()
             start = col + i * PART
-            if p.HAS_BIAS:
+            if bias_ptr is not None:
                 offs = start + gl.arange(0, PART, gl.SliceLayout(0, part.type.layout))
                 # N is a multiple of 8: written so, eight columns are one load.
                 mask = offs < p.N // 8 * 8
@@ -207,7 +206,6 @@ def _persistent_kernel(
     GROUP_M: gl.constexpr,
     W_K_MAJOR: gl.constexpr,
     B_K_MAJOR: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr,
 ):
     lefts = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK_M, BLOCK_K], x.layout)
@@ -237,7 +235,7 @@ def _persistent_kernel(
         x, w, s, b, y, gl.to_tensor(M), gl.to_tensor(N), gl.to_tensor(K),
         lefts, rights, full, free, accs, acc_full, acc_free,
         BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, RANK_STEPS, STAGES, GROUP_M, W_K_MAJOR, B_K_MAJOR,
-        HAS_BIAS, PDL,
+        PDL,
     )  # fmt: skip
     gl.warp_specialize(
         [(_stores, (p, bias_ptr, gl.to_tensor(stride_bias))), (_copies, (p,)), (_multiplies, (p,))],

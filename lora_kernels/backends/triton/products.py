@@ -20,7 +20,6 @@ from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Adapter, Groups, QuantizedWeight, Scale, Weight
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import (
-    FUSED_RANK,
     WGRAD_BESIDE,
     TileConfig,
     Tiles,
@@ -69,13 +68,7 @@ class TritonProducts(Products):
         return self._shrink_expand(x, w, adapter, bias, None)
 
     def shrink_expand_scaled(
-        self,
-        x: Tensor,
-        w: Weight,
-        adapter: Adapter,
-        bias: Tensor | None = None,
-        *,
-        keeps_z: bool,
+        self, x: Tensor, w: Weight, adapter: Adapter, bias: Tensor | None = None, *, keeps_z: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         z = x.new_empty((x.shape[0], w.shape[-1])) if keeps_z else None
         y, s = self._shrink_expand(x, w, adapter, bias, z)
@@ -101,17 +94,8 @@ class TritonProducts(Products):
 
             config = self.tiles.config("one_pass")
             return one_pass(x, w, A, B, scale, bias, config, dropout_in, c=c, z=z)
-        if self._one_launch_takes(x, adapter):
-            from lora_kernels.backends.triton.expand import Shrink, expand
-
-            s = x.new_empty((x.shape[0], A.shape[-1]), dtype=torch.float32)
-            rounded = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device)
-            first = Shrink(A, scale, s, dropout_in)
-            config = self.tiles.config("one_launch")
-            return expand(x, w, rounded, B, bias, config, c=c, z=z, first=first), s
-        if self._persistent_one_launch_takes(x, w, adapter):
-            s = x.new_empty((x.shape[0], A.shape[-1]), dtype=torch.float32)
-            return self._persistent_one_launch(x, w, adapter, bias, s), s
+        if self._one_launch_takes(x, w, adapter):
+            return self._one_launch(x, w, adapter, bias, z)
         # Between the two kernels the second waits by itself, where the hardware lets it start early.
         config = self.tiles.config("shrink")
         overlap = self.target.tma and config.split == 1
@@ -121,7 +105,8 @@ class TritonProducts(Products):
             _, b = self._tail(x, None, B)  # what is made of B is launched before, not between
             rounded = rank_operand(x.shape[0], b.shape[0], b.dtype, x.device)
             s = self._shrink(x, adapter, config, release=overlap, rounded=rounded)
-            return self._persistent(x, w, rounded, b, bias, overlap, dropout_out), s
+            how: dict[str, Any] = {"late_wait": overlap, "dropout": dropout_out}
+            return self._persistent(x, w, rounded, b, bias, **how), s
         if not x.dtype == B.dtype == torch.bfloat16:
             s = self._shrink(x, adapter, config, release=overlap)
             return self._expand(x, w, s, adapter, bias, z, late_wait=overlap), s
@@ -134,7 +119,8 @@ class TritonProducts(Products):
     ) -> Tensor:
         (M, C), D = left.shape, right.shape[1]
         if 0 in (M, C, D):
-            return left.new_zeros((*self._stack, C, D), dtype=dtype)
+            stack = () if self.groups is None else (self.groups.count,)
+            return left.new_zeros((*stack, C, D), dtype=dtype)
         from lora_kernels.backends.triton.wgrad import wgrad
 
         wide = left if left_is_wide(left, right, dropout) else right
@@ -173,7 +159,7 @@ class TritonProducts(Products):
         rounded = rank_operand(M, R, dy.dtype, dy.device)
         config = replace(self._lowrank(dy.shape[1]).config("shrink"), split=1)
         q = self._shrink(dy, adapter, config, release=True, rounded=rounded)
-        dx = self._persistent(dy, dense, rounded, b, None, True, None, release=True)
+        dx = self._persistent(dy, dense, rounded, b, None, late_wait=True, release=True)
         tile = WGRAD_BESIDE[self.target.name]
         dB = wgrad(s, dy, dtype, tile, beside=True)
         dA = wgrad(x, rounded, dtype, tile, beside=True)
@@ -242,22 +228,10 @@ class TritonProducts(Products):
     def _offsets(self) -> Tensor | None:
         return None if self.groups is None else self.groups.offsets
 
-    @property
-    def _stack(self) -> tuple[int, ...]:
-        """The first sizes of a gradient: how many groups there are, if any."""
-        return () if self.groups is None else (self.groups.count,)
-
-    def _shrink(
-        self,
-        x: Tensor,
-        adapter: Adapter,
-        config: TileConfig,
-        release: bool = False,
-        rounded: Tensor | None = None,
-    ) -> Tensor:
+    def _shrink(self, x: Tensor, adapter: Adapter, config: TileConfig, **own: Any) -> Tensor:
         from lora_kernels.backends.triton.shrink import shrink
 
-        own: dict[str, Any] = {"offsets": self._offsets, "release": release, "rounded": rounded}
+        own["offsets"] = self._offsets
         return shrink(x, adapter.A, adapter.scale, config, adapter.dropout_in, **own)
 
     def _expand(
@@ -280,8 +254,8 @@ class TritonProducts(Products):
             tail, b = self._tail(x, s, adapter.B)
             # Parts of s and B are made by one launch, just before.
             early = b.shape[0] > s.shape[1]
-            s = cast(Tensor, tail)
-            return self._persistent(x, w, s, b, bias, early, adapter.dropout_out)
+            how: dict[str, Any] = {"late_wait": early, "dropout": adapter.dropout_out}
+            return self._persistent(x, w, cast(Tensor, tail), b, bias, **how)
         from lora_kernels.backends.triton.expand import expand
 
         b, config = adapter.B, self.tiles.config("expand")
@@ -293,12 +267,41 @@ class TritonProducts(Products):
         own |= {"c": adapter.column_scale, "z": z}
         return expand(x, w, s, b, bias, config, adapter.dropout_out, **own)
 
-    def _one_launch_takes(self, x: Tensor, adapter: Adapter) -> bool:
-        """Whether a call is computed by the launch that computes s too: operands of one type, no mask of results."""
-        if self.algorithm != "one_launch" or adapter.dropout_out is not None:
+    def _one_launch_takes(self, x: Tensor, w: Tensor, adapter: Adapter) -> bool:
+        """Whether a call is computed by the launch that computes s too: operands of one type, no mask of results.
+
+        The persistent one has neither a mask of x nor a scale of results, and copies take its x and w.
+        """
+        if not self.algorithm.endswith("one_launch") or adapter.dropout_out is not None:
             return False
-        fits = adapter.A.shape[1] <= one_launch_ranks(adapter.dropout_in is not None)
-        return fits and x.dtype == adapter.A.dtype == adapter.B.dtype == torch.bfloat16
+        masked = adapter.dropout_in is not None
+        fits = adapter.A.shape[1] <= one_launch_ranks(masked)
+        if not (fits and x.dtype == adapter.A.dtype == adapter.B.dtype == torch.bfloat16):
+            return False
+        if self.algorithm == "one_launch":
+            return True
+        from lora_kernels.backends.triton.persistent import applies
+
+        return not masked and adapter.column_scale is None and applies(x, w)
+
+    def _one_launch(
+        self, x: Tensor, w: Tensor, adapter: Adapter, bias: Tensor | None, z: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(y, s) by the launch that computes both."""
+        from lora_kernels.backends.triton.expand import Shrink, expand
+
+        A, B, scale, dropout_in, _, c = adapter
+        s = x.new_empty((x.shape[0], A.shape[1]), dtype=torch.float32)
+        rounded = rank_operand(x.shape[0], A.shape[1], x.dtype, x.device)
+        config = self.tiles.config(self.algorithm)
+        if self.algorithm == "one_launch":
+            first = Shrink(A, scale, s, dropout_in)
+            return expand(x, w, rounded, B, bias, config, c=c, z=z, first=first), s
+        from lora_kernels.backends.triton.persistent import fetchable, persistent
+
+        first = Shrink(fetchable(A.t()).t(), scale, s, None)
+        b, programs = fetchable(B), self._programs(x)
+        return persistent(x, w, rounded, b, bias, config, programs, first=first), s
 
     def _persistent_takes(
         self, x: Tensor, w: Tensor, adapter: Adapter, bias: Tensor | None
@@ -319,30 +322,6 @@ class TritonProducts(Products):
         """Whether low-rank kernels run beside this persistent product."""
         return runs_beside(self.tiles.config("persistent"), self.problem, self.target)
 
-    def _persistent_one_launch_takes(self, x: Tensor, w: Tensor, adapter: Adapter) -> bool:
-        """Whether a call is computed by the persistent product that computes s too: no mask or scale, one type."""
-        masked = (adapter.dropout_in, adapter.dropout_out) != (None, None)
-        if self.algorithm != "persistent_one_launch" or masked or adapter.column_scale is not None:
-            return False
-        if not x.dtype == adapter.A.dtype == adapter.B.dtype == torch.bfloat16:
-            return False
-        from lora_kernels.backends.triton.persistent import applies
-
-        return adapter.A.shape[1] <= FUSED_RANK and applies(x, w)
-
-    def _persistent_one_launch(
-        self, x: Tensor, w: Tensor, adapter: Adapter, bias: Tensor | None, s: Tensor
-    ) -> Tensor:
-        """y; s gets what it is in float32."""
-        from lora_kernels.backends.triton.expand import Shrink
-        from lora_kernels.backends.triton.persistent import fetchable, persistent
-
-        rounded = rank_operand(s.shape[0], s.shape[1], x.dtype, x.device)
-        first = Shrink(fetchable(adapter.A.t()).t(), adapter.scale, s, None)
-        config = self.tiles.config("persistent_one_launch")
-        b = fetchable(adapter.B)
-        return persistent(x, w, rounded, b, bias, config, self._programs(x), first=first)
-
     def _programs(self, x: Tensor) -> int:
         """The programs of a persistent product: the multiprocessors of x's device."""
         if x.is_cuda:
@@ -362,22 +341,13 @@ class TritonProducts(Products):
         return s, fetchable(B)
 
     def _persistent(
-        self,
-        x: Tensor,
-        w: Tensor,
-        s: Tensor,
-        b: Tensor,
-        bias: Tensor | None,
-        late_wait: bool,
-        dropout: Dropout | None,
-        release: bool = False,
+        self, x: Tensor, w: Tensor, s: Tensor, b: Tensor, bias: Tensor | None, **own: Any
     ) -> Tensor:
         """The persistent product; s and b come from `_tail`."""
         from lora_kernels.backends.triton.persistent import persistent
 
-        config, programs = self.tiles.config("persistent"), self._programs(x)
-        how: dict[str, Any] = {"late_wait": late_wait, "release": release, "dropout": dropout}
-        return persistent(x, w, s, b, bias, config, programs, **how)
+        config = self.tiles.config("persistent")
+        return persistent(x, w, s, b, bias, config, self._programs(x), **own)
 
     def _decoded(self, w: QuantizedWeight) -> AbstractContextManager[Tensor]:
         """w as a dense tensor, for the products that are launched while it is entered."""

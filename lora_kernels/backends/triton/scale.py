@@ -29,7 +29,6 @@ def _scale_kernel(
     stride_dn,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_Z: tl.constexpr,
     INT64: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -47,10 +46,10 @@ def _scale_kernel(
         dy_ptrs = dy_ptr + row[:, None] * stride_dm + col[None, :] * stride_dn
         dy = tl.load(dy_ptrs, mask=mask, other=0.0)
         at = row[:, None] * N + col[None, :]
-        product = scaled_tile(dy, c, z_ptr, dz_ptr, at, mask, HAS_Z)
-        if HAS_Z:
+        product = scaled_tile(dy, c, z_ptr, dz_ptr, at, mask)
+        if z_ptr is not None:
             dc += product
-    if HAS_Z:
+    if z_ptr is not None:
         tl.store(dc_ptr + part.to(tl.int64) * N + offs_n, tl.sum(dc, 0), mask=mask_n)
 
 
@@ -79,7 +78,6 @@ def scaled_gradient(
         *dy.stride(),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        HAS_Z=z is not None,
         INT64=needs_int64(dy, dz),
     )
     return dz, None if parts is None else sum_partials(parts, parts.new_empty(N), config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -39,7 +38,7 @@ from lora_kernels.tuning.config import TileConfig, rank_block
 @triton.jit(do_not_specialize=["M", "split", "threshold", "groups"])
 def _shrink_kernel(
     x_ptr,  # [M, K]
-    a_ptr,  # [K, R]; where GROUPED, each group's lies stride_ag behind the last one's
+    a_ptr,  # [K, R]; over groups each group's lies stride_ag behind the last one's
     out_ptr,  # [split, M, R] float32
     squares_ptr,  # [split, M] float32: the sums of x² over its columns
     rounded_ptr,  # [M, ROUNDED·R] in a half type where ROUNDED
@@ -65,13 +64,10 @@ def _shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
     SCALED: tl.constexpr,
-    SQUARES: tl.constexpr,
     EVEN_K: tl.constexpr,
     FORM: tl.constexpr,
     ALPHA_IS_PTR: tl.constexpr,
-    DROPOUT: tl.constexpr,
     INT64: tl.constexpr,
-    GROUPED: tl.constexpr,
     ROUNDED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -83,7 +79,7 @@ def _shrink_kernel(
     part = pid // blocks_r % split
     pid_m = pid // (blocks_r * split)
     start_m, end_m = pid_m * BLOCK_M, M
-    if GROUPED:
+    if offsets_ptr is not None:
         group, start_m, end_m = row_block(pid_m, offsets_ptr, groups, M, BLOCK_M, BLOCK_G)
         if start_m >= end_m:
             return
@@ -106,7 +102,7 @@ def _shrink_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     small = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    if SQUARES:
+    if squares_ptr is not None:
         squares = tl.zeros((BLOCK_M,), tl.float32)
     for k in range(k_start, k_end, BLOCK_K):
         mask_x = mask_m[:, None]
@@ -116,9 +112,9 @@ def _shrink_kernel(
             mask_a = mask_a & (offs_k < K - k)[:, None]
         x = tl.load(x_ptrs, mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
         a = tl.load(a_ptrs, mask=mask_a, other=0.0)  # [BLOCK_K, BLOCK_R]
-        if DROPOUT:
+        if seed_ptr is not None:
             x *= keep_tile(seed_ptr, threshold, offs_m, k, K, BLOCK_M, BLOCK_K).to(x.dtype)
-        if SQUARES:
+        if squares_ptr is not None:
             squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
         acc, small = lowrank_product(x, a, acc, small, FORM)
         x_ptrs += step * stride_xk
@@ -133,22 +129,14 @@ def _shrink_kernel(
     if ROUNDED:
         rounded_ptrs = rounded_ptr + out_row[:, None] * stride_rounded + offs_r[None, :]
         store_rounded(rounded_ptrs, acc, mask, R, ROUNDED)
-    if SQUARES:  # noqa: SIM102, a constant decides which branch is compiled
+    if squares_ptr is not None:  # noqa: SIM102, a constant decides which branch is compiled
         if pid % blocks_r == 0:  # every block of the rank has them
             tl.store(squares_ptr + out_row, squares, mask=mask_m)
 
 
-def _side_by_side(matrices: Sequence[Tensor]) -> Tensor:
-    """The operands copied into one [K, ΣR_i], so that x is read once for all of them."""
-    if len({(a.shape[0], a.dtype) for a in matrices}) != 1:
-        given = [(*a.shape, a.dtype) for a in matrices]
-        raise ValueError(f"a must be matrices [K, R_i] of one K and one dtype, got {given}")
-    return torch.cat(tuple(matrices), dim=1)
-
-
 def shrink(
     x: Tensor,
-    a: Tensor | Sequence[Tensor],
+    a: Tensor,
     alpha: Scale,
     config: TileConfig,
     dropout: Dropout | None = None,
@@ -156,47 +144,15 @@ def shrink(
     offsets: Tensor | None = None,
     release: bool = False,
     rounded: Tensor | None = None,
+    squares: Tensor | None = None,
 ) -> Tensor:
     """s = alpha·(mask∘x)·a: x [M, K], a [K, R], any strides -> s [M, R] float32. K may be zero, M and R may not.
 
-    `a` may be several matrices [K, R_i] of one dtype, of layers that share x: s is then [M, ΣR_i], in their order, and x is
-    read once for each `config.rank_chunk` columns. With `offsets`, as in `expand`, a is [G, K, R] and alpha may be [G].
+    x is read once for each `config.rank_chunk` columns. With `offsets`, as in `expand`, a is [G, K, R] and alpha may be [G].
     `release` lets a dependent launch that follows start early (sm_90 and newer). `rounded` [M, R], rows of unit stride, gets
-    s in its own type beside; [M, 3·R] bfloat16 gets it in parts, see `parts`.
+    s in its own type beside; [M, 3·R] bfloat16 gets it in parts, see `parts`. `squares` [split, M] float32 gets the sums of
+    x² over the columns of each part.
     """
-    if not isinstance(a, Tensor):
-        a = _side_by_side(a)
-    return _shrink(x, a, alpha, config, dropout, offsets, release, None, rounded)
-
-
-def shrink_squares(x: Tensor, a: Tensor, config: TileConfig) -> tuple[Tensor, Tensor]:
-    """(x·a [M, R], the sums of x² over columns [M]), float32, from one reading of x for `config.rank_chunk` columns."""
-    if x.dtype == torch.float32 and a.shape[1] > 32:  # the squares take registers of their own
-        config = replace(config, block_m=16)
-    split = _split(x, config)
-    parts = x.new_empty((split, x.shape[0]), dtype=torch.float32)
-    lowrank = _shrink(x, a, 1.0, config, None, None, False, parts, None)
-    if split == 1:
-        return lowrank, parts[0]
-    return lowrank, sum_partials(parts, x.new_empty(x.shape[0], dtype=torch.float32), config)
-
-
-def _split(x: Tensor, config: TileConfig) -> int:
-    """How many parts of K are summed apart."""
-    return min(config.split, max(1, cdiv(x.shape[1], config.block_k)))
-
-
-def _shrink(
-    x: Tensor,
-    a: Tensor,
-    alpha: Scale,
-    config: TileConfig,
-    dropout: Dropout | None,
-    offsets: Tensor | None,
-    release: bool,
-    squares: Tensor | None,
-    rounded: Tensor | None,
-) -> Tensor:
     M, K = x.shape
     R = a.shape[-1]
     rows = Rows.of(M, config.block_m, offsets)
@@ -233,13 +189,10 @@ def _shrink(
         BLOCK_R=block_r,
         BLOCK_G=group_block(offsets),
         SCALED=scaled,
-        SQUARES=squares is not None,
         EVEN_K=K % config.block_k == 0,
         FORM=shrink_form(x.dtype, a.dtype),
         ALPHA_IS_PTR=alpha_is_ptr,
-        DROPOUT=dropout is not None,
         INT64=needs_int64(x, a),
-        GROUPED=offsets is not None,
         ROUNDED=rounded.shape[1] // R if rounded is not None and split == 1 else 0,
         PDL=release and split == 1,
     )
@@ -248,3 +201,20 @@ def _shrink(
     whole = x.new_empty((M, R), dtype=torch.float32)
     scales = () if scaled else (alpha, mask.keep_scale)
     return sum_partials(parts, whole, config, *scales, rounded=rounded)
+
+
+def shrink_squares(x: Tensor, a: Tensor, config: TileConfig) -> tuple[Tensor, Tensor]:
+    """(x·a [M, R], the sums of x² over columns [M]), float32, from one reading of x for `config.rank_chunk` columns."""
+    if x.dtype == torch.float32 and a.shape[1] > 32:  # the squares take registers of their own
+        config = replace(config, block_m=16)
+    split = _split(x, config)
+    parts = x.new_empty((split, x.shape[0]), dtype=torch.float32)
+    lowrank = shrink(x, a, 1.0, config, squares=parts)
+    if split == 1:
+        return lowrank, parts[0]
+    return lowrank, sum_partials(parts, x.new_empty(x.shape[0], dtype=torch.float32), config)
+
+
+def _split(x: Tensor, config: TileConfig) -> int:
+    """How many parts of K are summed apart."""
+    return min(config.split, max(1, cdiv(x.shape[1], config.block_k)))

@@ -7,6 +7,8 @@ column scale c the same reading gives dz = c∘dy and dc = Σ dy∘z, whose cont
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -52,8 +54,6 @@ def _shrink_wgrad_kernel(
     BLOCK_R: tl.constexpr,
     Q_FORM: tl.constexpr,
     DB_FORM: tl.constexpr,
-    SCALED: tl.constexpr,
-    HAS_Z: tl.constexpr,
     INT64: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -67,7 +67,7 @@ def _shrink_wgrad_kernel(
     rank = as_int64(offs_r, INT64)
     b_ptrs = b_ptr + col[:, None] * stride_bn + rank[None, :] * stride_br
     b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
-    if SCALED:
+    if c_ptr is not None:
         c = tl.load(c_ptr + offs_n, mask=mask_n, other=0.0)
         b = (b.to(tl.float32) * c[:, None]).to(b.dtype)
         dc = tl.zeros((BLOCK_N,), tl.float32)
@@ -91,18 +91,18 @@ def _shrink_wgrad_kernel(
         tl.store(
             q_ptr + q_row[:, None] * R + offs_r[None, :], q, mask=mask_m[:, None] & mask_r[None, :]
         )
-        if SCALED:
+        if c_ptr is not None:
             at, mask = row[:, None] * N + col[None, :], mask_m[:, None] & mask_n[None, :]
-            product = scaled_tile(dy, c, z_ptr, dz_ptr, at, mask, HAS_Z)
-            if HAS_Z:
+            product = scaled_tile(dy, c, z_ptr, dz_ptr, at, mask)
+            if z_ptr is not None:
                 dc += tl.sum(product, 0)
 
     db = lowrank_sum(db, small, DB_FORM)
-    if SCALED:
+    if c_ptr is not None:
         db *= c[:, None]
     db_ptrs = db_ptr + part.to(tl.int64) * R * N + col[:, None] + rank[None, :] * N
     tl.store(db_ptrs, db, mask=mask_n[:, None] & mask_r[None, :])
-    if HAS_Z:
+    if z_ptr is not None:
         tl.store(dc_ptr + part.to(tl.int64) * N + offs_n, dc, mask=mask_n)
 
 
@@ -113,7 +113,7 @@ def shrink_wgrad(
 
     q is float32, but bfloat16 where dy and dB are: a product then takes it as it is.
     """
-    return _launch(dy, b_t, alpha, s, dtype, config, config.block_m, None, None, None)[:2]
+    return _launch(dy, b_t, alpha, s, dtype, config)[:2]
 
 
 def scaled_shrink_wgrad(
@@ -131,8 +131,8 @@ def scaled_shrink_wgrad(
     q and dB as those of `shrink_wgrad`, dz in dy's dtype, dc [N] float32; no dc without z.
     """
     dz = dy.new_empty(dy.shape)
-    block_m = 16  # z and dz take registers beside dy's tile
-    q, dB, dc = _launch(dy, b_t, alpha, s, dtype, config, block_m, c.contiguous(), z, dz)
+    config = replace(config, block_m=16)  # z and dz take registers beside dy's tile
+    q, dB, dc = _launch(dy, b_t, alpha, s, dtype, config, c.contiguous(), z, dz)
     return q, dB, dz, dc
 
 
@@ -143,15 +143,14 @@ def _launch(
     s: Tensor,
     dtype: torch.dtype,
     config: TileConfig,
-    block_m: int,
-    c: Tensor | None,
-    z: Tensor | None,
-    dz: Tensor | None,
+    c: Tensor | None = None,
+    z: Tensor | None = None,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(q, dB, dc); dz is written where it is given."""
     (M, N), R = dy.shape, s.shape[1]
     blocks = cdiv(N, config.block_n)
-    split = min(config.split, cdiv(M, block_m))
+    split = min(config.split, cdiv(M, config.block_m))
     q_parts = dy.new_empty((blocks, M, R), dtype=torch.float32)
     db_parts = dy.new_empty((split, R, N), dtype=torch.float32)
     dc_parts = None if z is None else dy.new_empty((split, N), dtype=torch.float32)
@@ -176,13 +175,11 @@ def _launch(
         *dy.stride(),
         *b_t.stride(),
         *s.stride(),
-        BLOCK_M=block_m,
+        BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=rank_block(R, config.rank_chunk),
         Q_FORM=shrink_form(dy.dtype, b_t.dtype),
         DB_FORM=lowrank_form(dy.dtype, dtype),
-        SCALED=c is not None,
-        HAS_Z=z is not None,
         INT64=needs_int64(dy, b_t, s, db_parts, dz),
     )
     if dy.dtype == dtype == torch.bfloat16:

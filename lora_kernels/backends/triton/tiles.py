@@ -152,20 +152,43 @@ def store_parts(ptrs, values, mask, step, LEFT: tl.constexpr):
 
 
 @triton.jit
-def nf4_scale(
-    absmax_ptr,
-    code2_ptr,
-    absmax2_ptr,
-    offset_ptr,
-    block,
-    mask,
-    DOUBLE: tl.constexpr,
+def store_result(
+    acc,
+    c_ptr,
+    bias_ptr,
+    y_ptr,
+    z_ptr,
+    offs_m,
+    start,
+    M,
+    N,
+    stride_bias,
+    INT64: tl.constexpr,
 ):
+    """z = acc and y = c∘acc + bias, for the columns from `start` on."""
+    offs_n = start + tl.arange(0, acc.shape[1])
+    mask_n = offs_n < N
+    if z_ptr is not None:
+        z_ptrs = z_ptr + as_int64(offs_m, INT64)[:, None] * N + as_int64(offs_n, INT64)[None, :]
+        mask_z = (offs_m < M)[:, None] & mask_n[None, :]
+        tl.store(z_ptrs, acc.to(z_ptr.dtype.element_ty), mask=mask_z)
+    if c_ptr is not None:
+        acc *= tl.load(c_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + as_int64(offs_n, INT64) * stride_bias, mask=mask_n, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    y_ptrs = y_ptr + as_int64(offs_m, INT64)[:, None] * N + as_int64(offs_n, INT64)[None, :]
+    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def nf4_scale(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, mask):
     """The float32 scales of these blocks of 64 elements of an NF4 weight; 0 where masked.
 
-    Where DOUBLE, code2[absmax]·absmax2 + offset: the kernel must be launched with `contract` False.
+    With code2, code2[absmax]·absmax2 + offset: the kernel must be launched with `contract` False.
     """
-    if DOUBLE:
+    if code2_ptr is not None:
         index = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
         code2 = tl.load(code2_ptr + index, mask=mask, other=0.0)
         return code2 * tl.load(absmax2_ptr + block // 256, mask=mask, other=0.0) + tl.load(
@@ -203,24 +226,18 @@ def fp8_scale(scales_ptr, row, col, mask, K, SCALE_ROWS: tl.constexpr, SCALE_COL
 
 
 @triton.jit
-def scaled_tile(dy, c, z_ptr, dz_ptr, at, mask, HAS_Z: tl.constexpr):
+def scaled_tile(dy, c, z_ptr, dz_ptr, at, mask):
     """Stores dz = c∘dy of a tile [rows, columns] at the offsets `at`; gives dy∘z in float32, or dy where there is no z."""
     wide = dy.to(tl.float32)
     tl.store(dz_ptr + at, (wide * c[None, :]).to(dz_ptr.dtype.element_ty), mask=mask)
-    if HAS_Z:
+    if z_ptr is not None:
         wide *= tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
     return wide
 
 
 @triton.jit
 def keep_tile(
-    seed_ptr,
-    threshold,
-    offs_m,
-    col_start,
-    cols,
-    BLOCK_M: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
+    seed_ptr, threshold, offs_m, col_start, cols, BLOCK_M: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):
     """The mask of `lora_kernels.dropout` for rows offs_m and BLOCK_COLS columns from col_start, a multiple of four.
 

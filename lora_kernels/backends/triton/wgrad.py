@@ -11,13 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.backends.base import left_is_wide
-from lora_kernels.backends.triton.launch import (
-    Mask,
-    cdiv,
-    launch,
-    lowrank_form,
-    needs_int64,
-)
+from lora_kernels.backends.triton.launch import Mask, cdiv, launch, lowrank_form, needs_int64
 from lora_kernels.backends.triton.partials import sum_partials
 from lora_kernels.backends.triton.tiles import (
     as_int64,
@@ -40,7 +34,7 @@ def _wgrad_kernel(
     keep_scale,
     split,
     offsets_ptr,
-    groups,  # 1 where not GROUPED
+    groups,  # 1 without offsets
     M,
     C,
     R,
@@ -55,9 +49,7 @@ def _wgrad_kernel(
     BLOCK_R: tl.constexpr,
     WHOLE: tl.constexpr,
     FORM: tl.constexpr,
-    DROPOUT: tl.constexpr,
     INT64: tl.constexpr,
-    GROUPED: tl.constexpr,
     BESIDE: tl.constexpr,
 ):
     if BESIDE:
@@ -75,7 +67,7 @@ def _wgrad_kernel(
     rank = as_int64(offs_r, INT64)
 
     start_m, end_m = 0, M
-    if GROUPED:
+    if offsets_ptr is not None:
         group = pid // (blocks_r * split * tl.cdiv(C, BLOCK_C))
         start_m, end_m = rows_of(group, offsets_ptr, groups, M)
         out_ptr += group.to(tl.int64) * C * R
@@ -91,7 +83,7 @@ def _wgrad_kernel(
         lowrank_ptrs = lowrank_ptr + row[:, None] * stride_tm + rank[None, :] * stride_tr
         wide = tl.load(wide_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
         lowrank = tl.load(lowrank_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        if DROPOUT:
+        if seed_ptr is not None:
             wide *= keep_tile(seed_ptr, threshold, offs_m, c_start, C, BLOCK_M, BLOCK_C).to(
                 wide.dtype
             )
@@ -160,9 +152,7 @@ def wgrad(
         BLOCK_R=block_r,
         WHOLE=split == 1,
         FORM=lowrank_form(wide.dtype, dtype),
-        DROPOUT=dropout is not None,
         INT64=needs_int64(wide, lowrank, out),
-        GROUPED=offsets is not None,
         BESIDE=beside,
         dependent=beside,
     )
