@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import LinearWithLoRA, Problem, explain, lora_linear, use_backend
-from tests.oracle import assert_budget, reference
+from tests.oracle import assert_bits, check_function, reference, with_gradients
 
 NAMES = ("x", "weight", "A", "B", "bias")
 
@@ -30,35 +30,14 @@ def operands(M=9, N=7, K=6, R=3, dtype=torch.float32, adapter_dtype=None, bias=T
     return made if bias else [*made[:4], None]
 
 
-def grads_of(function, tensors, dy):
-    """y and the gradient of each tensor of <function(*tensors), dy>."""
-    y = function(*tensors)
-    wanted = [t for t in tensors if t is not None]
-    return [y, *torch.autograd.grad(y, wanted, dy)]
-
-
-def compare(tensors, alpha=0.75, dy=None, **options):
+def compare(tensors, alpha=0.75, dy=None):
     """Our result and gradients against eager's, both measured from float64's."""
-
-    def ours(x, weight, A, B, bias):
-        return lora_linear(x, weight, A, B, alpha, bias, **options)
-
-    def plain(x, weight, A, B, bias):
-        return reference(x, weight, A, B, alpha, bias)
-
-    def exact(x, weight, A, B, bias):
-        wide = [None if t is None else t.double() for t in (x, weight, A, B)]
-        return reference(*wide, alpha, None if bias is None else bias.double())
-
+    ours, plain = (
+        lambda x, weight, A, B, bias, f=f: f(x, weight, A, B, alpha, bias)
+        for f in (lora_linear, reference)
+    )
     leaves = [t if t is None else t.detach().requires_grad_() for t in tensors]
-    if dy is None:
-        dy = torch.randn_like(ours(*leaves))
-    actual = grads_of(ours, leaves, dy)
-    eager = grads_of(plain, leaves, dy)
-    doubles = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
-    true = grads_of(exact, doubles, dy.double())
-    for name, *triple in zip(("y", *NAMES), actual, eager, true, strict=False):
-        assert_budget(*triple, what=name)
+    check_function(ours, plain, leaves, dy)
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3), (2, 1, 3, 2), (0,), (2, 0)], ids=str)
@@ -260,11 +239,9 @@ class TestNumerics:
     def test_equal_calls_give_equal_bits(self, backend):
         tensors = operands(65, 100, 130, 12)
         with use_backend(backend):
-            first, second = (
-                grads_of(lambda *t: lora_linear(*t[:4], 0.5, t[4]), tensors, torch.ones(65, 100))
-                for _ in range(2)
+            assert_bits(
+                *(with_gradients(lambda *t: lora_linear(*t[:4], 0.5, t[4]), tensors) for _ in "ab")
             )
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     def test_offsets_pass_two_to_the_31(self, backend):
         """Rows 2³⁰ elements apart in a buffer that is mostly never touched."""
@@ -436,8 +413,8 @@ def test_explain_says_who_computes_and_why_not_the_others():
 
 
 def test_operands_that_nobody_trains_make_no_graph():
-    tensors = [t.detach() for t in operands()]
-    assert not lora_linear(*tensors[:4], 1.0, tensors[4]).requires_grad
+    x, weight, A, B, bias = (t.detach() for t in operands())
+    assert not lora_linear(x, weight, A, B, 1.0, bias).requires_grad
     with torch.no_grad():
         assert not lora_linear(*operands()[:4], 1.0).requires_grad
     with torch.inference_mode():
@@ -461,9 +438,8 @@ def test_fake_tensors_have_shapes_strides_and_a_backward(backend):
 
 def test_autocast_is_off_within_a_call():
     """The half operands are rounded once: float32 adapters and sums stay as they are."""
-    tensors = [t.detach() for t in operands(M=17, N=20, K=48, R=4)]
-    halved = [tensors[0].bfloat16(), tensors[1].bfloat16(), *tensors[2:4]]
-    bias = tensors[4]
+    x, weight, A, B, bias = (t.detach() for t in operands(M=17, N=20, K=48, R=4))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = lora_linear(*tensors[:4], 0.5, bias, backend="eager")
-    assert torch.equal(y, lora_linear(*halved, 0.5, bias.bfloat16(), backend="eager"))
+        y = lora_linear(x, weight, A, B, 0.5, bias, backend="eager")
+    x, weight, bias = (t.bfloat16() for t in (x, weight, bias))
+    assert torch.equal(y, lora_linear(x, weight, A, B, 0.5, bias, backend="eager"))

@@ -30,7 +30,8 @@ from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.tuning import tables
 from lora_kernels.tuning.targets import TARGETS
 from tests import toy_backend
-from tests.test_functional import grads_of, operands
+from tests.oracle import assert_bits, check_function, reference, saved_inside, with_gradients
+from tests.test_functional import operands
 from tests.toy_format import Int8Rows
 
 PROBLEM = Problem(9, 7, 6, 3, "float32", "float32")
@@ -602,29 +603,25 @@ class TestABackendFromOutside:
 
     @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
     def test_it_computes_a_call_and_its_backward(self, toy, dropout_p):
-        leaves = operands()
-        dy = torch.randn(9, 7)
+        mask = scaled_mask(Dropout(dropout_p, torch.tensor(5)), 9, 6, torch.float32)
         options = {"dropout_p": dropout_p, "seed": 5}
-        found = grads_of(lambda *t: lora_linear(*t[:4], 0.75, t[4], **options), leaves, dy)
+        check_function(
+            lambda x, weight, A, B, bias: lora_linear(x, weight, A, B, 0.75, bias, **options),
+            lambda x, weight, A, B, bias: reference(x, weight, A, B, 0.75, bias, mask),
+            operands(),
+            torch.randn(9, 7),
+        )
         assert toy.calls.count("expand Tensor") == 2 and "wgrad" in toy.calls
-        wide = [t.detach().double().requires_grad_() for t in leaves]
-        x, weight, A, B, bias = wide
-        dropped = x * scaled_mask(Dropout(dropout_p, torch.tensor(5)), 9, 6, torch.float64)
-        y = x @ weight.t() + bias + 0.75 * (dropped if dropout_p else x) @ A @ B
-        exact = [y, *torch.autograd.grad(y, wide, dy.double())]
-        for mine, true in zip(found, exact, strict=True):
-            torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
     def test_it_trains_a_layer(self, toy, compiled):
         layer = LinearWithLoRA(torch.nn.Linear(6, 7), 3, 1.0)
         x = torch.randn(9, 6, requires_grad=True)
         with use_backend("eager"):
-            expected = grads_of(lambda x: layer(x), [x], torch.ones(9, 7))
+            expected = with_gradients(layer, [x])
         assert not toy.calls
         call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
-        found = grads_of(lambda x: call(x), [x], torch.ones(9, 7))
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(with_gradients(call, [x]), expected)
         assert sum("expand" in each for each in toy.calls) == 2
 
     def test_it_refuses_what_it_cannot_compute(self, toy):
@@ -667,20 +664,17 @@ class TestAFormatFromOutside:
         x, weight, A, B, bias = operands()
         return x, Int8Rows.quantize(weight.detach()), A, B, bias.detach()
 
-    @staticmethod
-    def exact(x, weight, A, B, bias):
-        return x @ weight.to(torch.float64).dense().t() + bias.double() + 0.75 * (x @ A @ B)
-
     def check(self, given, **options):
         """y, dx, dA and dB against float64's."""
         x, weight, A, B, bias = given
-        dy = torch.randn(9, 7)
-        call = functools.partial(lora_linear, alpha=0.75, **options)
-        found = grads_of(lambda x, A, B: call(x, weight, A, B, bias=bias), [x, A, B], dy)
-        wide = [t.detach().double().requires_grad_() for t in (x, A, B)]
-        true = grads_of(lambda x, A, B: self.exact(x, weight, A, B, bias), wide, dy.double())
-        for name, mine, right in zip(("y", "dx", "dA", "dB"), found, true, strict=True):
-            torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5, msg=name)
+
+        def ours(x, A, B):
+            return lora_linear(x, weight, A, B, 0.75, bias, **options)
+
+        def plain(x, A, B):
+            return reference(x, weight.dense().to(x.dtype), A, B, 0.75, bias.to(x.dtype))
+
+        check_function(ours, plain, [x, A, B], torch.randn(9, 7))
 
     def test_who_does_not_read_it_gets_a_dense_copy(self, given, backend):
         told = explain(*given[:4], 0.75, given[4], backend=backend)
@@ -713,16 +707,14 @@ class TestAFormatFromOutside:
 
     def test_packed_tensors_are_kept_for_the_backward(self, given, backend):
         x, weight, A, B, bias = given
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with saved_inside() as kept:
             y = lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
         assert any(t is weight.codes for t in kept) and any(t is weight.scales for t in kept)
         assert not any(t.is_floating_point() and t.shape in ((7, 6), (6, 7)) for t in kept)
         y.sum().backward()
         for t in (x, A):
             t.requires_grad_(False)
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with saved_inside() as kept:
             lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
         assert not any(t is weight.codes for t in kept)  # dB reads no weight
 
@@ -733,17 +725,16 @@ class TestAFormatFromOutside:
         def step(x):
             return lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
 
-        dy = torch.randn(9, 7)
-        found = grads_of(lambda x: checkpoint(step, x, use_reentrant=False), [x], dy)
-        torch.testing.assert_close(found, grads_of(step, [x], dy), rtol=0, atol=0)
+        again = functools.partial(checkpoint, step, use_reentrant=False)
+        assert_bits(with_gradients(again, [x]), with_gradients(step, [x]))
 
     def test_without_gradients(self, given, backend):
         x, weight, A, B, bias = given
-        true = self.exact(x.double(), weight, A.double(), B.double(), bias)
+        true = reference(x, weight.dense(), A, B, 0.75, bias)
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
                 y = lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
-            torch.testing.assert_close(y.double(), true, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(y, true, rtol=1e-5, atol=1e-5)
 
     def test_autocast_decodes_to_its_type(self, given):
         x, weight, A, B, bias = given
@@ -797,8 +788,7 @@ class TestAFormatFromOutside:
             return lora_linear(x, weight, A, B, 0.75, bias)
 
         compiled = torch.compile(step, backend=compiler, fullgraph=True)
-        found = grads_of(compiled, [x, A, B], torch.ones(9, 7))
-        torch.testing.assert_close(found, grads_of(step, [x, A, B], torch.ones(9, 7)))
+        torch.testing.assert_close(*(with_gradients(f, [x, A, B]) for f in (compiled, step)))
 
     def test_who_reads_it_gets_the_packed_weight(self, given, monkeypatch):
         monkeypatch.setattr(backends, "BACKENDS", {"toy": "tests.toy_backend", **backends.BACKENDS})
