@@ -611,7 +611,7 @@ def test_initial_values_that_change_the_base(tmp_path, init):
         *(
             r"(?:mlp)\.[^]1]",
             r"mlp\.0)|(mlp\.2",
-            "|".join([*("x" * n for n in range(1, 2000)), r"^mlp\.[0-9]+$"]),
+            "|".join([*(f"x{n}" for n in range(1, 2000)), r"^mlp\.[0-9]+$"]),
         ),
     ],
 )

@@ -270,7 +270,7 @@ class TestTheProduct:
                 args = tuple(torch.stack([t.detach(), 2 * t.detach()]) for t in args)
             torch.testing.assert_close(transform(loss)(*args), transform(plain)(*args))
 
-    @pytest.mark.parametrize("needs", [(1, 1, 1), (0, 1, 1), (0, 0, 1), (1, 0, 0)], ids=str)
+    @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 1)], ids=str)
     def test_the_operators_are_registered_as_they_behave(self, given, needs):
         x, weight, A, B, bias = (t if isinstance(t, NF4Weight) else t.detach() for t in given)
         for t, need in zip((x, A, B), needs, strict=True):
