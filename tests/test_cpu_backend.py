@@ -71,6 +71,19 @@ def test_products(case, isa, poisoned):
     check_products(PRODUCTS, case)
 
 
+def same_on_any_threads(results):
+    """The tensors that `results` makes are the same on one thread and on more."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = results()
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, first, results())), f"{threads} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("case", BLOCKED, ids=str)
 def test_any_number_of_threads_gives_the_same_bits(case):
     o = case.operands()
@@ -81,15 +94,7 @@ def test_any_number_of_threads_gives_the_same_bits(case):
         dA = PRODUCTS.wgrad(o.x, q, o.a.dtype, o.dropout)
         return y, s, dx, q, dA, PRODUCTS.wgrad(s, o.dy, o.b.dtype)
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        first = results()
-        for threads in (2, 3, 7):
-            torch.set_num_threads(threads)
-            assert all(map(torch.equal, first, results())), f"{threads} threads"
-    finally:
-        torch.set_num_threads(before)
+    same_on_any_threads(results)
 
 
 def test_python_threads_do_not_disturb_one_another():
