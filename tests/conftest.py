@@ -48,6 +48,18 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture
+def trained_together(monkeypatch):
+    """Projections of small problems are trained together too."""
+    from lora_kernels import plan
+    from lora_kernels.backends import cpu
+
+    monkeypatch.setattr(cpu, "_TRAINED_TOGETHER", 0)
+    plan.forget()
+    yield
+    plan.forget()
+
+
 @pytest.fixture(params=["eager", "cpu"])
 def backend(request):
     """The name of each backend that computes on CPU tensors here."""
