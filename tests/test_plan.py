@@ -65,16 +65,22 @@ class Fake(EagerBackend):
         return [self.candidate]
 
 
+@pytest.fixture(autouse=True)
+def _no_choice_of_before(monkeypatch):
+    """Neither the environment nor an earlier plan has a say."""
+    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
+    plan.forget()
+    yield
+    plan.forget()
+
+
 @pytest.fixture
 def install(monkeypatch):
     """install(fake): `fake` is the backend of its name within the test."""
     real = backends.get
     fakes = {}
     monkeypatch.setattr(backends, "get", lambda name: fakes.get(name) or real(name))
-    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
-    plan.forget()
-    yield lambda fake: fakes.setdefault(fake.name, fake)
-    plan.forget()
+    return lambda fake: fakes.setdefault(fake.name, fake)
 
 
 def call(**options):
@@ -158,18 +164,15 @@ def test_the_innermost_block_counts_and_ends_after_an_error(install):
     assert explain(PROBLEM).backend == "cpu"
 
 
-def test_a_calls_own_word_goes_before_the_blocks(install):
+def test_a_calls_own_word_goes_before_the_blocks_and_holds_for_its_backward(install):
     cpu = install(Fake("cpu"))
     with use_backend("eager"):
-        call(backend="cpu")
+        y = call(backend="cpu")
     assert cpu.products == 1
-
-
-def test_backward_takes_the_forwards_word(install):
-    cpu = install(Fake("cpu"))
-    y = call(backend="eager")
     y.sum().backward()
-    assert cpu.products == 0
+    assert cpu.products == 2
+    call(backend="eager").sum().backward()
+    assert cpu.products == 2
 
 
 def test_a_block_holds_for_autograds_and_other_threads(install):
@@ -185,18 +188,12 @@ def test_the_environment_names_what_auto_means(install, monkeypatch):
     cpu = install(Fake("cpu"))
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "eager")
     call()
+    with use_backend("cpu"), use_backend("auto"):
+        call()
     assert cpu.products == 0 and explain(PROBLEM).backend == "eager"
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "fpga")
     with pytest.raises(ValueError, match=r"^LORA_KERNELS_BACKEND must be one of .* got 'fpga'"):
         call()
-
-
-def test_a_block_of_auto_leaves_the_environments_word(install, monkeypatch):
-    cpu = install(Fake("cpu"))
-    monkeypatch.setenv("LORA_KERNELS_BACKEND", "eager")
-    with use_backend("cpu"), use_backend("auto"):
-        call()
-    assert cpu.products == 0
 
 
 def test_explain_describes_the_call(install):
@@ -251,11 +248,6 @@ class TestGPU:
         install(Fake("cuda", unavailable="the extension is not built"))
         return install(Fake("triton"))
 
-    def test_triton_when_there_is_no_extension(self, gpu):
-        told = explain(self.problem)
-        assert told.backend == "triton" and told.rejected["cuda"] == "the extension is not built"
-        assert "cpu tensors only" in told.rejected["cpu"]
-
     def test_a_backend_that_failed_its_self_test_is_not_used(self, gpu, monkeypatch):
         monkeypatch.setattr(selftest, "trusted", lambda backend, device: "dA is off by 3.0")
         plan.forget()
@@ -295,6 +287,8 @@ class TestGPU:
 
     def test_what_can_run_is_compared_and_nothing_else(self, gpu):
         told = explain(self.problem)
+        assert told.backend == "triton" and told.rejected["cuda"] == "the extension is not built"
+        assert "cpu tensors only" in told.rejected["cpu"]
         assert [candidate.name for candidate in told.compared] == ["triton", "eager"]
         gpu.candidate = replace(gpu.candidate, refusal="too old")
         told = explain(self.problem)
@@ -304,13 +298,9 @@ class TestGPU:
     def test_a_gpu_problem_without_a_gpu(self, monkeypatch):
         """`explain` answers on any machine."""
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        plan.forget()
         told = explain(self.problem)
-        assert told.backend == "eager" and told.rejected["triton"] in (
-            "PyTorch finds no GPU",
-            "triton is not installed",
-        )
-        plan.forget()
+        why = "PyTorch finds no GPU", "triton is not installed"
+        assert told.backend == "eager" and told.rejected["triton"] in why
 
 
 class TestTritonOrCUDA:
@@ -323,14 +313,10 @@ class TestTritonOrCUDA:
         from lora_kernels.backends import cuda, triton
 
         monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
-        monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
         monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
         monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_90"])
         monkeypatch.setattr(cuda.CudaBackend, "unavailable", lambda self: None)
         monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self: None)
-        plan.forget()
-        yield
-        plan.forget()
 
     def tuned(self, M=16, **times):
         problem = Problem(M, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
@@ -542,22 +528,13 @@ def test_choices_do_not_depend_on_values_or_layout_of_x():
 @pytest.mark.parametrize(
     "changed",
     [
-        {"M": 10},
-        {"N": 8},
-        {"K": 8},
-        {"R": 4},
-        {"dtype": torch.bfloat16},
-        {"adapter_dtype": torch.bfloat16},
-        {"bias": True},
-        {"dropout": True},
-        {"transposed": True},
-        {"device": "cuda:1"},
-        {"backend": "eager"},
+        *({"M": 10}, {"N": 8}, {"K": 8}, {"R": 4}, {"bias": True}, {"dropout": True}),
+        *({"dtype": torch.bfloat16}, {"adapter_dtype": torch.bfloat16}, {"transposed": True}),
+        *({"device": "cuda:1"}, {"backend": "eager"}),
     ],
     ids=str,
 )
 def test_a_remembered_plan_is_another_calls_where_any_fact_differs(changed, monkeypatch):
-    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
     made = []
     monkeypatch.setattr(plan, "make_plan", lambda *facts: made.append(facts) or facts)
 
@@ -572,14 +549,12 @@ def test_a_remembered_plan_is_another_calls_where_any_fact_differs(changed, monk
         name = others.get("backend", "auto")
         return plan.plan_call(name, x, weight, A, bias, "dropout" in others)
 
-    plan.forget()
     first = planned()
     other = planned(**changed)
     if "device" in changed:
         assert planned(device="cuda:0") != other
     assert first != other and planned() is first and planned(**changed) is other
     assert len(made) == len(set(made)) == 2 + ("device" in changed)
-    plan.forget()
 
 
 class TestABackendFromOutside:
@@ -589,11 +564,8 @@ class TestABackendFromOutside:
     def toy(self, monkeypatch):
         # In front: where no times are known the first that can compute a problem is taken.
         monkeypatch.setattr(backends, "BACKENDS", {"toy": "tests.toy_backend", **backends.BACKENDS})
-        monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
-        plan.forget()
         toy_backend.BACKEND.products.calls.clear()
-        yield toy_backend.BACKEND.products
-        plan.forget()
+        return toy_backend.BACKEND.products
 
     def test_it_is_chosen_and_explained(self, toy):
         told = explain(PROBLEM)
@@ -650,13 +622,6 @@ class TestABackendFromOutside:
 
 class TestAFormatFromOutside:
     """tests/toy_format.py: no backend of the package reads it, so that the plan gives each a dense copy."""
-
-    @pytest.fixture(autouse=True)
-    def _auto(self, monkeypatch):
-        monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
-        plan.forget()
-        yield
-        plan.forget()
 
     @pytest.fixture
     def given(self):
@@ -804,14 +769,11 @@ class TestAFormatFromOutside:
     def test_bad_ones_are_refused_in_words(self, given):
         x, weight, A, B, bias = given
         on_meta = weight.with_tensors([t.to("meta") for t in weight.tensors])
+        partly = weight.with_tensors([weight.codes, on_meta.scales])
         trained = weight.with_tensors([weight.codes, weight.scales.clone().requires_grad_()])
         for bad, error, message in (
             (on_meta, ValueError, "weight must be on x's device, cpu, got meta"),
-            (
-                weight.with_tensors([weight.codes, on_meta.scales]),
-                ValueError,
-                "weight must be on x's device, cpu, got meta",
-            ),
+            (partly, ValueError, "weight must be on x's device, cpu, got meta"),
             (weight.to(torch.float16), TypeError, "weight must have x's dtype, torch.float32, got"),
             (weight.to(torch.int32), TypeError, "weight must be float32, .* got torch.int32"),
             (weight.t(), ValueError, r"x must be \[..., K\] with K = 7 as in weight, got \[9, 6\]"),
