@@ -90,18 +90,14 @@ def check_function(
     ours: Callable, plain: Callable, tensors: Iterable[Tensor | None], dy: Tensor | None = None
 ) -> None:
     """y and every gradient of `ours` are within the budget of `plain`, which is also computed in float64."""
-
-    def leaves(dtype: torch.dtype | None = None) -> list[Tensor | None]:
-        return [
-            t if t is None else t.detach().to(dtype or t.dtype).requires_grad_(t.requires_grad)
-            for t in tensors
-        ]
-
     tensors = list(tensors)
+    wide = [
+        t if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors
+    ]
     if dy is None:
         dy = torch.randn_like(ours(*tensors))
-    actual, eager = (with_gradients(function, leaves(), dy) for function in (ours, plain))
-    exact = with_gradients(plain, leaves(torch.float64), dy)
+    actual, eager = (with_gradients(function, tensors, dy) for function in (ours, plain))
+    exact = with_gradients(plain, wide, dy)
     places = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
     for name, *triple in zip(
         ("y", *(f"gradient of operand {i}" for i in places)), actual, eager, exact, strict=True

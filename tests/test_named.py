@@ -184,14 +184,9 @@ def test_models_that_read_the_linear_of_a_layer(tmp_path):
     """By its weight, past it, and through a tied one."""
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=20,
-        d_model=8,
-        d_kv=4,
-        d_ff=8,
-        num_layers=1,
-        num_heads=2,
+        vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2,
         decoder_start_token_id=0,
-    )
+    )  # fmt: skip
     t5, tokens = T5ForConditionalGeneration(config).eval(), torch.randint(20, (2, 5))
     before = t5(input_ids=tokens, labels=tokens).loss
     add_adapter(t5, "fr", 2, 1.0)

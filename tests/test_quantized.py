@@ -6,15 +6,16 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
 
-from lora_kernels import (
-    LinearWithLoRA,
-    explain,
-    lora_linear,
-    ops,
-)
+from lora_kernels import explain, lora_linear, ops
 from lora_kernels.quantized import NF4Weight, from_bitsandbytes
+from tests.oracle import (
+    check_function,
+    reference,
+    saved_inside,
+    second_derivatives,
+    with_gradients,
+)
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -43,18 +44,6 @@ def by_formula(weight):
             scale = scale + state.offset
         values.append(state.code[nibbles[e]] * scale)
     return torch.stack(values).view(state.shape)
-
-
-def linear4bit(K=96, N=40, **options):
-    torch.manual_seed(5)
-    return bnb.nn.Linear4bit(K, N, quant_type="nf4", **options).to("cpu")
-
-
-def layer_of(linear, **options):
-    """A layer over it whose adapter is not zero."""
-    layer = LinearWithLoRA(linear, 4, 0.5, **options)
-    nn.init.normal_(layer.lora.B)
-    return layer
 
 
 class TestTheFormat:
@@ -211,14 +200,14 @@ class TestTheProduct:
 
     def test_values_and_gradients(self, given, backend):
         x, weight, A, B, bias = given
-        y = lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
-        dy = torch.randn(9, 40)
-        found = y, *torch.autograd.grad(y, (x, A, B), dy)
-        xd, Ad, Bd = (t.detach().double().requires_grad_() for t in (x, A, B))
-        exact = xd @ weight.dense().double().t() + bias + 0.75 * (xd @ Ad @ Bd)
-        true = exact, *torch.autograd.grad(exact, (xd, Ad, Bd), dy.double())
-        for mine, right in zip(found, true, strict=True):
-            torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-4)
+
+        def ours(x, A, B):
+            return lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
+
+        def plain(x, A, B):
+            return reference(x, weight.dense().to(x.dtype), A, B, 0.75, bias.to(x.dtype))
+
+        check_function(ours, plain, (x, A, B))
         told = explain(x, weight, A, B, 0.75, bias, backend=backend)
         assert "nf4 weight on cpu" in str(told)
 
@@ -228,20 +217,17 @@ class TestTheProduct:
     def test_compiled_from_the_parameter(self, given, compiler):
         x, _, A, B, bias = given
         packed = params(40, 96)
-        kept = []
 
         def step(x, A, B):
             return lora_linear(x, from_bitsandbytes(packed), A, B, 0.75, bias)
 
         compiled = torch.compile(step, backend=compiler, fullgraph=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            y = compiled(x, A, B)
+        with saved_inside() as kept:
+            found = with_gradients(compiled, (x, A, B))
         # W, in any dtype, as a matrix or its transpose, is not among what the backward keeps.
         assert kept and not any(t.numel() == 40 * 96 for t in kept)
         assert any(t.dtype == torch.uint8 and t.numel() == 40 * 48 for t in kept)
-        found = torch.autograd.grad(y.square().sum(), (x, A, B))
-        true = torch.autograd.grad(step(x, A, B).square().sum(), (x, A, B))
-        torch.testing.assert_close(found, true)
+        torch.testing.assert_close(found, with_gradients(step, (x, A, B)))
 
     def test_every_derivative_of_the_operator(self, given):
         _, weight, A, B, _ = given
@@ -251,24 +237,25 @@ class TestTheProduct:
         alpha = torch.tensor(0.75, dtype=torch.float64)
         packed = list(wide.tensors), "nf4", list(wide.sizes)
 
-        def loss(x, A, B):
+        def ours(x, A, B):
             y, _ = ops.lora_linear_quantized(x, *packed, A, B, None, alpha, 0.0, None, "auto")
-            return y.pow(2).sum()
+            return y
 
         def plain(x, A, B):
-            return (x @ wide.dense().t() + 0.75 * (x @ A @ B)).pow(2).sum()
+            return reference(x, wide.dense(), A, B, 0.75)
 
-        for f in (loss, plain):
-            first = torch.autograd.grad(f(small, A, B), (small, A, B), create_graph=True)
-            second = torch.autograd.grad(sum(g.sin().sum() for g in first), (small, A, B))
-            if f is loss:
-                found = first, second
-        torch.testing.assert_close(found, (first, second))
-        for transform in (torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f))):
-            args = (small, A, B)
-            if transform is not torch.func.grad:
-                args = tuple(torch.stack([t.detach(), 2 * t.detach()]) for t in args)
-            torch.testing.assert_close(transform(loss)(*args), transform(plain)(*args))
+        def gradient(f):
+            return torch.func.grad(lambda *t: f(*t).square().sum())
+
+        args = small, A, B
+        batch = tuple(torch.stack([t.detach(), 2 * t.detach()]) for t in args)
+        for derivative in (
+            lambda f: with_gradients(f, args),
+            lambda f: second_derivatives(f, args),
+            lambda f: gradient(f)(*args),
+            lambda f: torch.func.vmap(gradient(f))(*batch),
+        ):
+            torch.testing.assert_close(derivative(ours), derivative(plain))
 
     @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 1)], ids=str)
     def test_the_operators_are_registered_as_they_behave(self, given, needs):
