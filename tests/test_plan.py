@@ -303,26 +303,17 @@ class TestGPU:
         assert told.backend == "eager" and told.rejected["triton"] in why
 
 
+@pytest.mark.usefixtures("machine")
 class TestTritonOrCUDA:
     """Both GPU backends can compute it: one table, one cost model, one decision."""
 
     problem = Problem(8, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
 
-    @pytest.fixture(autouse=True)
-    def gpu(self, monkeypatch, tmp_path):
-        from lora_kernels.backends import cuda, triton
-
-        monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
-        monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
-        monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_90"])
-        monkeypatch.setattr(cuda.CudaBackend, "unavailable", lambda self: None)
-        monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self: None)
-
     def tuned(self, M=16, **times):
         problem = Problem(M, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
         tables.save([tables.Entry(problem, times, ())], TARGETS["sm_90"])
 
-    def test_the_persistent_product_where_tune_has_timed_it(self, monkeypatch):
+    def test_the_persistent_product_where_tune_has_timed_it(self, machine, monkeypatch):
         """By prediction it is never taken, and `explain` says why: with this Triton, on this GPU, for these sizes."""
         monkeypatch.setattr(configs, "untried", lambda *_: None)
         large = replace(self.problem, M=4096)
@@ -371,9 +362,9 @@ class TestTritonOrCUDA:
             ("sm_100", "it is taken where `tune` has timed it: Gluon is experimental"),
             ("sm_120", "sm_120 has no tensor descriptors"),
         ):
-            monkeypatch.setattr(plan, "current_target", lambda *device, name=name: TARGETS[name])
+            machine.target = name
             assert plan.explain(large, "triton").passed_over["persistent"] == reason
-        monkeypatch.setattr(plan, "current_target", lambda *_: TARGETS["sm_100"])
+        machine.target = "sm_100"
         told = plan.explain(back, "triton")
         assert told.passed_over["persistent"].startswith("tensor memory has no columns")
 
@@ -393,7 +384,9 @@ class TestTritonOrCUDA:
         back = explain(large.adjoint())
         assert back.passed_over["one_launch"].startswith("in a backward q comes with dB")
 
-    def test_the_persistent_product_that_computes_s_where_tune_has_timed_it(self, monkeypatch):
+    def test_the_persistent_product_that_computes_s_where_tune_has_timed_it(
+        self, machine, monkeypatch
+    ):
         monkeypatch.setattr(configs, "untried", lambda *_: None)
         name, large = "persistent_one_launch", replace(self.problem, M=4096)
         reason = "it is taken where `tune` has timed it: Gluon is experimental"
@@ -417,7 +410,7 @@ class TestTritonOrCUDA:
             ("sm_100", "persistent_one_launch is not made for the tensor memory of sm_100"),
             ("sm_120", "sm_120 has no tensor descriptors"),
         ):
-            monkeypatch.setattr(plan, "current_target", lambda *_, target=target: TARGETS[target])
+            machine.target = target
             assert plan.explain(large, "triton").passed_over[name] == reason
 
     @pytest.mark.parametrize(
@@ -472,11 +465,9 @@ class TestTritonOrCUDA:
         assert explain(replace(backward, backward=False)).candidate.name == "decode"
         assert explain(backward).candidate.name == "two_kernel"
 
-    def test_without_triton_its_kernels_do_not_count(self, monkeypatch):
-        from lora_kernels.backends import triton
-
+    def test_without_triton_its_kernels_do_not_count(self, machine):
         self.tuned(decode=11.0, cuda_decode=12.0, eager=18.0)
-        monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self: "it rains")
+        machine.missing.add("triton")
         told = explain(self.problem)
         assert told.backend == "cuda" and told.rejected["triton"] == "it rains"
 
@@ -655,9 +646,8 @@ class TestAFormatFromOutside:
         assert explain(*given[:4]).backend == explain(*dense).backend
         self.check(given)
 
-    def test_a_copy_has_its_price_where_times_are_known(self, monkeypatch):
-        monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_90"])
-        monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
+    @pytest.mark.usefixtures("machine")
+    def test_a_copy_has_its_price_where_times_are_known(self):
         problem = Problem(64, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
         packed = explain(replace(problem, weight_format="int8_rows"))
         dense = explain(problem)
