@@ -71,6 +71,16 @@ def machine(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def fresh_dynamo():
+    """What an earlier test compiled is not counted, and nothing is left for the next."""
+    import torch
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def trained_together(monkeypatch):
     """Projections of small problems are trained together too."""
     from lora_kernels import plan

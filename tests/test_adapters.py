@@ -33,7 +33,7 @@ from lora_kernels import (
 from lora_kernels.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from lora_kernels.modules import lora_layers
 from tests.oracle import assert_bits
-from tests.test_modules import Block
+from tests.test_modules import Block, Doubled
 
 ROOT = Path(__file__).parent.parent
 
@@ -628,10 +628,6 @@ def test_saving_a_model_without_values(tmp_path):
 
 
 def test_a_parametrized_adapter_is_saved_as_it_computes_and_not_loaded_into(folder, tmp_path):
-    class Doubled(nn.Module):
-        def forward(self, weight):
-            return 2 * weight
-
     model = block()
     parametrize.register_parametrization(model.mlp[2].lora, "B", Doubled())
     assert_refused(model, folder, ValueError, r"'mlp\.2' must have a plain parameter B")

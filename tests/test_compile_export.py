@@ -26,12 +26,7 @@ from lora_kernels.integrations.peft import FusedLinear, accelerate
 from lora_kernels.reference import LinearWithLoRA as ReferenceLayer
 from tests.oracle import assert_bits, named_gradients, reference, saved_inside
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Block(nn.Module):

@@ -286,18 +286,6 @@ class TestNorms:
         assert torch.isfinite(norms).tolist() == [False, False] + [True] * 5 and norms[2] == 0
 
 
-def swap_data(weight):
-    weight.data = weight.data * 2
-
-
-def edit_without_version(weight):
-    weight.data.mul_(2)
-
-
-def edit_memory(weight):
-    weight.detach().numpy()[:] *= 2
-
-
 def refill_storage(weight):
     """As sharded training frees and gathers a weight: the same tensor and storage, an unchanged version."""
     values, version = weight.detach() * 2, weight._version
@@ -309,14 +297,16 @@ def refill_storage(weight):
     assert weight._version == version
 
 
-def edit(weight):
-    with torch.no_grad():
-        weight.mul_(2)
+CHANGES = {
+    "data swapped": lambda weight: setattr(weight, "data", weight.data * 2),
+    "data edited, which keeps the version": lambda weight: weight.data.mul_(2),
+    "memory edited": lambda weight: weight.detach().numpy().fill(0.5),
+    "storage refilled": refill_storage,
+    "edited": torch.no_grad()(lambda weight: weight.mul_(2)),
+}
 
 
-@pytest.mark.parametrize(
-    "change", (swap_data, edit_without_version, edit_memory, refill_storage, edit)
-)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_the_norms_are_never_those_of_another_weight(backend, change):
     tensors = [t.detach() for t in operands()]
     tensors[1] = nn.Parameter(tensors[1], requires_grad=False)
@@ -347,13 +337,8 @@ class TestDropout:
         assert not torch.equal(ours(*tensors, dropout_p=0.5), first[0])
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 class TestTraced:
-    @pytest.fixture(autouse=True)
-    def _fresh(self):
-        torch._dynamo.reset()
-        yield
-        torch._dynamo.reset()
-
     @pytest.fixture
     def tensors(self):
         made = operands()

@@ -563,13 +563,13 @@ def test_nan_and_inf_stay_with_their_token():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_compile(family):
     """One graph, forward and backward, that another routing does not compile again."""
     net = block(family, dtype=torch.float32)
     accelerate(net)
     want = run(net, batch(torch.float32))
-    torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = torch.compile(net, fullgraph=True)
         got = run(net, batch(torch.float32), compiled)

@@ -154,11 +154,11 @@ def test_float32_adapters_on_a_half_base(dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_compile():
     """One graph, which another batch's indices do not compile again."""
     made = layer(nn.Linear(7, 5))
     x = torch.randn(4, 3, 7, requires_grad=True)
-    torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = torch.compile(made, fullgraph=True)
         for index in (torch.tensor([0, -1, 2, 1]), torch.tensor([1, 1, 0, -1])):

@@ -42,6 +42,21 @@ class Block(nn.Module):
         return self.head(self.norm(x + self.mlp(self.q_proj(x))))
 
 
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+
+def reloaded(value, **options):
+    """What torch.load gives of what torch.save keeps."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
 def pair(rank=4, alpha=2.0):
     """The same model twice, from one seed: with the reference layer and with ours."""
     models = []
@@ -288,11 +303,8 @@ class TestCopies:
 
     def test_saving_the_state_with_weights_only(self):
         layer = fill(LinearWithLoRA(nn.Linear(6, 3), 2, 2.0))
-        file = io.BytesIO()
-        torch.save(layer.state_dict(), file)
-        file.seek(0)
         other = LinearWithLoRA(nn.Linear(6, 3), 2, 2.0)
-        other.load_state_dict(torch.load(file, weights_only=True))
+        other.load_state_dict(reloaded(layer.state_dict(), weights_only=True))
         self.check(other, layer)
 
 
@@ -319,10 +331,6 @@ class TestHooks:
         assert is_plain(layer.linear, layer.lora) and seen[0] is y
 
     def test_parametrized_weight(self, layer):
-        class Doubled(nn.Module):
-            def forward(self, weight):
-                return 2 * weight
-
         x = torch.randn(4, 6)
         expected = nn.functional.linear(x, 2 * layer.weight, layer.bias) + layer.lora(x)
         parametrize.register_parametrization(layer.linear, "weight", Doubled())
@@ -589,11 +597,6 @@ class TestManagement:
 
     def test_a_parametrized_adapter(self):
         """What A is computed from is the adapter's: trained, and part of its state."""
-
-        class Doubled(nn.Module):
-            def forward(self, weight):
-                return 2 * weight
-
         model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
         replace_linear_with_lora(model, 2, 1.0)
         parametrize.register_parametrization(model[0].lora, "A", Doubled())

@@ -18,12 +18,7 @@ from lora_kernels import LinearWithLoRA, lora_linear, ops, use_backend
 from tests.oracle import check_function, reference
 from tests.test_functional import NAMES, operands
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def arguments(tensors, p=0.0):

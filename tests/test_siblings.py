@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import pickle
 import threading
 import warnings
@@ -30,6 +29,7 @@ from lora_kernels import (
     unmerge_lora,
 )
 from lora_kernels.backends import cpu
+from tests.test_modules import reloaded
 
 GROUP = ("q", "k", "v")
 
@@ -252,7 +252,11 @@ def test_gradient_checkpointing(reentrant, calls):
 
 @pytest.mark.parametrize(
     "copied",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: reloaded(m)],
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        partial(reloaded, weights_only=False),
+    ],
     ids=["deepcopy", "pickle", "torch.save"],
 )
 def test_a_copy_is_fused_and_on_its_own(copied, calls):
@@ -266,13 +270,6 @@ def test_a_copy_is_fused_and_on_its_own(copied, calls):
     assert unfuse_projections(other) == [GROUP] and type(other.q) is LinearWithLoRA
     model(X)
     assert calls == [3] * 5
-
-
-def reloaded(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def test_threads_have_results_of_their_own():
