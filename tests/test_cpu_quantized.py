@@ -28,28 +28,20 @@ isa = test_cpu_backend.isa  # a fixture
 def _nf4(N, K, dtype, doubly):
     """Every code and byte occurs; the values of the codes are not bitsandbytes' own, the kernels must read them."""
     generator = torch.Generator().manual_seed(N * K)
-    elements = N * K
-    blocks = -(-elements // 64)
+    blocks, size = -(-N * K // 64), max(K, 1) ** -0.5
 
     def codes(count):
         return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
 
-    packed = codes((elements + 1) // 2)
+    packed = codes((N * K + 1) // 2)
     code = torch.randn(16, generator=generator).sort().values
     if not doubly:
-        scales = torch.rand(blocks, generator=generator) / max(K, 1) ** 0.5
+        scales = torch.rand(blocks, generator=generator) * size
         return NF4Weight(packed, scales, code, N=N, K=K, dtype=dtype)
-    return NF4Weight(
-        packed,
-        codes(blocks),
-        code,
-        torch.randn(256, generator=generator) / max(K, 1) ** 0.5,
-        torch.rand(-(-blocks // 256), generator=generator) + 0.5,
-        torch.tensor(0.02),
-        N=N,
-        K=K,
-        dtype=dtype,
-    )
+    code2 = torch.randn(256, generator=generator) * size
+    absmax2 = torch.rand(-(-blocks // 256), generator=generator) + 0.5
+    scales = codes(blocks), code, code2, absmax2, torch.tensor(0.02)
+    return NF4Weight(packed, *scales, N=N, K=K, dtype=dtype)
 
 
 def _int8(N, K, dtype):

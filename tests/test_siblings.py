@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -178,25 +179,6 @@ def test_no_result_outlives_what_it_depends_on(name):
             results.append(each(X.clone()))
     same(results[0][1:2], results[1][1:2])
     assert torch.isfinite(results[0][1]).all()
-
-
-@pytest.mark.filterwarnings("ignore:q, k, v of Attention")
-@pytest.mark.parametrize("mode", ["grad", "autocast"])
-def test_no_result_of_another_mode(mode):
-    model, _ = made()
-    enters = {"grad": torch.no_grad, "autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
-    seen = {}
-
-    def forward(x):
-        model.q(x)
-        with enters[mode]():
-            seen["k"] = model.k(x)
-        return model.v(x)
-
-    model.forward = forward
-    model(X)
-    assert seen["k"].requires_grad is (mode != "grad")
-    assert seen["k"].dtype == (torch.bfloat16 if mode == "autocast" else torch.float32)
 
 
 def test_another_x_is_computed_for_itself_with_a_warning(calls):
@@ -505,28 +487,27 @@ def test_a_parametrized_base_is_computed_by_itself(when):
 
 
 @pytest.mark.filterwarnings("ignore:.*were computed together")
-@pytest.mark.parametrize("change", ["x", "requires_grad", "grad mode"])
-def test_what_happens_between_two_siblings(change):
-    """A result is given only for the x, the state and the mode that it was computed for."""
-    model, twin = made()
+@pytest.mark.parametrize("mode", [torch.no_grad, partial(torch.autocast, "cpu", torch.bfloat16)])
+def test_no_result_of_another_mode(mode):
+    """A mode that begins between two siblings."""
     found = []
-    for each in (model, twin):
+    for each in made():
+        with contextlib.ExitStack() as modes:
+            each.between = lambda x, modes=modes: modes.enter_context(mode())
+            found.append(each(X))
+        assert [y.requires_grad for y in found[-1]] == [True, *[mode is not torch.no_grad] * 2]
+    same(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*were computed together")
+def test_an_x_that_requires_grad_from_then_on():
+    found = []
+    for each in made():
         x = X.clone()
-        if change == "requires_grad":
-            each.between = lambda x: x.requires_grad_()
-            ys = each(x)
-            sum(y.sum() for y in ys).backward()
-            found.append([*ys, x.grad])
-        elif change == "x":
-            found.append(each(x, x + 1))
-        else:
-            modes = []
-            each.between = lambda x, modes=modes: (
-                modes.append(torch.no_grad()) or modes[0].__enter__()
-            )
-            found.append(each(x))
-            modes[0].__exit__(None, None, None)
-            assert [y.requires_grad for y in found[-1]] == [True, False, False]
+        each.between = lambda x: x.requires_grad_()
+        ys = each(x)
+        sum(y.sum() for y in ys).backward()
+        found.append([*ys, x.grad])
     same(*found)
 
 
