@@ -6,8 +6,8 @@ import itertools
 import shutil
 import subprocess
 import sys
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -113,11 +113,8 @@ def test_python_threads_do_not_disturb_one_another():
             if not torch.equal(product(operands[which]), expected[which]):
                 wrong.append(cases[which])
 
-    workers = [threading.Thread(target=work, args=(start,)) for start in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     assert not wrong
 
 

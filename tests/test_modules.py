@@ -503,14 +503,9 @@ class TestReplace:
             assert replace_linear_with_lora(model, 2, 1.0, target_modules=target) == names
 
     def test_a_shared_module_is_wrapped_once(self):
-        class Shared(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.first = nn.Linear(4, 4)
-                self.second = self.first
-                self.inner = nn.ModuleDict({"third": self.first})
-
-        model = Shared()
+        model = nn.Module()
+        model.first = model.second = nn.Linear(4, 4)
+        model.inner = nn.ModuleDict({"third": model.first})
         assert replace_linear_with_lora(model, 2, 1.0) == ["first", "second", "inner.third"]
         assert model.first is model.second is model.inner["third"]
         assert len(list(lora_parameters(model))) == 2

@@ -20,6 +20,7 @@ from lora_kernels.named import (
     save_named_adapter,
     select_adapters,
 )
+from tests.test_adapters import snapshot, unchanged
 
 
 class Net(nn.Module):
@@ -125,8 +126,7 @@ def test_a_step_trains_the_adapters_of_the_batch():
 def test_bad_requests_change_nothing(tmp_path):
     net = model()
     save_named_adapter(net, "fr", tmp_path / "fr")
-    names = ["fr", "de"]
-    state, kinds = copy.deepcopy(net.state_dict()), {n: type(m) for n, m in net.named_modules()}
+    names, before = ["fr", "de"], snapshot(net)
     narrow = nn.ModuleDict({"first": nn.Linear(8, 11), "second": nn.Linear(12, 8)})
     with pytest.raises(ValueError, match=r"'first' must be \[8, 11\], got \[8, 12\]"):
         load_named_adapter(narrow, "fr", tmp_path / "fr")
@@ -148,8 +148,7 @@ def test_bad_requests_change_nothing(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    assert {n: type(m) for n, m in net.named_modules()} == kinds
-    assert all(torch.equal(t, state[key]) for key, t in net.state_dict().items())
+    assert unchanged(net, before)
 
 
 def test_an_adapter_on_adapted_layers_is_no_second_wrapper():

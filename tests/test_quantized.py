@@ -107,27 +107,11 @@ class TestBadInput:
         "change, error, message",
         [
             ({"block": 128}, ValueError, "block must be 64, got 128"),
-            (
-                {"K": 97},
-                ValueError,
-                r"packed must have 340 elements for a weight \[7, 97\], got 336",
-            ),
-            (
-                {"packed": None},
-                ValueError,
-                r"packed must be a tensor for a weight \[7, 96\], got None",
-            ),
-            (
-                {"absmax": None},
-                ValueError,
-                r"absmax must be a tensor for a weight \[7, 96\], got None",
-            ),
+            ({"K": 97}, ValueError, r"packed must have 340 elements for a weight \[7, 97\], got 336"),
+            ({"packed": None}, ValueError, r"packed must be a tensor for a weight \[7, 96\], got None"),
+            ({"absmax": None}, ValueError, r"absmax must be a tensor for a weight \[7, 96\], got None"),
             ({"absmax": 1.0}, TypeError, "absmax must be a Tensor, got float"),
-            (
-                {"absmax": torch.ones(11)},
-                TypeError,
-                "absmax must be torch.uint8 .* got torch.float",
-            ),
+            ({"absmax": torch.ones(11)}, TypeError, "absmax must be torch.uint8 .* got torch.float"),
             ({"code": torch.ones(15)}, ValueError, "code must have 16 elements .* got 15"),
             ({"code2": None}, ValueError, "code2, absmax2 and offset must be given together"),
             ({"offset": None}, ValueError, "code2, absmax2 and offset must be given together"),
@@ -135,7 +119,7 @@ class TestBadInput:
             ({"dtype": torch.int8}, TypeError, "dtype must be float32, .* got torch.int8"),
         ],
         ids=str,
-    )
+    )  # fmt: skip
     def test_parts(self, change, error, message):
         weight = from_bitsandbytes(params(7, 96))
         A, B = torch.randn(96, 2), torch.randn(2, 7)
@@ -154,26 +138,15 @@ class TestBadInput:
         repacked.quant_state.packing_format_for_cpu = True
         new = bnb.nn.Params4bit(torch.randn(4, 64), quant_type="nf4")
         unknown = bnb.nn.Int8Params(torch.randn(4, 64))
+        parameter = "weight must be a parameter .* got a"
         for weight, error, message in (
             (params(4, 64, kind="fp4"), ValueError, "weight must have quant_type 'nf4', got 'fp4'"),
             (params(4, 64, blocksize=128), ValueError, "weight must have blocksize 64, got 128"),
-            (
-                repacked,
-                ValueError,
-                "weight must be packed row after row, got packing_format_for_cpu",
-            ),
-            (new, TypeError, "weight must be a parameter .* got a Params4bit without quant_state"),
-            (
-                params(64, 1).quant_state,
-                TypeError,
-                "weight must be a parameter .* got a QuantState",
-            ),
-            (torch.randn(4, 64), TypeError, "weight must be a parameter .* got a Tensor"),
-            (
-                unknown,
-                TypeError,
-                "weight must be quantised, int8 with a tensor SCB .* got torch.float32",
-            ),
+            (repacked, ValueError, "packed row after row, got packing_format_for_cpu"),
+            (new, TypeError, f"{parameter} Params4bit without quant_state"),
+            (params(64, 1).quant_state, TypeError, f"{parameter} QuantState"),
+            (torch.randn(4, 64), TypeError, f"{parameter} Tensor"),
+            (unknown, TypeError, "quantised, int8 with a tensor SCB .* got torch.float32"),
         ):
             with pytest.raises(error, match=message):
                 from_bitsandbytes(weight)

@@ -9,6 +9,7 @@ import pickle
 import threading
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -258,14 +259,10 @@ def test_threads_have_results_of_their_own():
     model, twin = made()
     barrier = threading.Barrier(2, timeout=30)
     model.between = lambda x: barrier.wait()
-    xs, got = [X, X * 3], {}
-    threads = [threading.Thread(target=lambda i=i: got.update({i: model(xs[i])})) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(2):
-        same(got[i], twin(xs[i]))
+    xs = [X, X * 3]
+    with ThreadPoolExecutor(2) as pool:
+        for x, got in zip(xs, pool.map(model, xs), strict=True):
+            same(got, twin(x))
 
 
 @pytest.mark.parametrize("part", ["", ".linear", ".lora"])
