@@ -392,47 +392,33 @@ def truncate(folder):
 
 
 KEY = "base_model.model.mlp.0.lora_A.weight"
-DAMAGE = {
-    "must exist": (FileNotFoundError, lambda folder: (folder / CONFIG_FILE).unlink()),
-    "adapter_model.safetensors must exist": (
-        FileNotFoundError,
-        lambda folder: (folder / WEIGHTS_FILE).unlink(),
-    ),
-    "must be JSON": (ValueError, lambda folder: (folder / CONFIG_FILE).write_text("{")),
-    '"peft_type": "LORA"': (ValueError, edit_config(peft_type="IA3")),
-    "must be a safetensors file": (ValueError, truncate),
-    "must come from one save": (ValueError, edit_config(lora_alpha=1234)),
-    "every tensor must be a LoRA A or B": (
-        ValueError,
-        edit_weights(lambda t: t.update({"base_model.model.head.weight": torch.ones(2)})),
-    ),
-    "must have both A and B": (ValueError, edit_weights(lambda t: t.pop(KEY))),
-    "must have rank 4 as its configuration says": (
-        ValueError,
-        edit_weights(lambda t: t.update({KEY: torch.ones(3, 12)})),
-    ),
-    "must be a Linear of the model, which has no module": (
-        ValueError,
-        edit_weights(renamed("mlp.0", "mlp.7", keep=True)),
-    ),
-    "must be a Linear of the model, which has a LayerNorm": (
-        ValueError,
-        edit_weights(renamed("mlp.0", "norm", keep=True)),
-    ),
-    "must hold every LoRA layer of the model": (
-        ValueError,
-        edit_weights(lambda t: [t.pop(k) for k in list(t) if "mlp.0" in k]),
-    ),
-    "must have A [12, 4] and B [4, 20], got [13, 4]": (
-        ValueError,
-        edit_weights(lambda t: t.update({KEY: torch.ones(4, 13)})),
-    ),
-}
 
 
-@pytest.mark.parametrize("message", DAMAGE)
-def test_a_damaged_or_foreign_file_changes_nothing(folder, message):
-    error, damage = DAMAGE[message]
+@pytest.mark.parametrize(
+    "message, error, damage",
+    [
+        ("must exist", FileNotFoundError, lambda folder: (folder / CONFIG_FILE).unlink()),
+        (f"{WEIGHTS_FILE} must exist", FileNotFoundError, lambda folder: (folder / WEIGHTS_FILE).unlink()),
+        ("must be JSON", ValueError, lambda folder: (folder / CONFIG_FILE).write_text("{")),
+        ('"peft_type": "LORA"', ValueError, edit_config(peft_type="IA3")),
+        ("must be a safetensors file", ValueError, truncate),
+        ("must come from one save", ValueError, edit_config(lora_alpha=1234)),
+        ("every tensor must be a LoRA A or B", ValueError,
+         edit_weights(lambda t: t.update({"base_model.model.head.weight": torch.ones(2)}))),
+        ("must have both A and B", ValueError, edit_weights(lambda t: t.pop(KEY))),
+        ("must have rank 4 as its configuration says", ValueError,
+         edit_weights(lambda t: t.update({KEY: torch.ones(3, 12)}))),
+        ("must be a Linear of the model, which has no module", ValueError,
+         edit_weights(renamed("mlp.0", "mlp.7", keep=True))),
+        ("must be a Linear of the model, which has a LayerNorm", ValueError,
+         edit_weights(renamed("mlp.0", "norm", keep=True))),
+        ("must hold every LoRA layer of the model", ValueError,
+         edit_weights(lambda t: [t.pop(k) for k in list(t) if "mlp.0" in k])),
+        ("must have A [12, 4] and B [4, 20], got [13, 4]", ValueError,
+         edit_weights(lambda t: t.update({KEY: torch.ones(4, 13)}))),
+    ],
+)  # fmt: skip
+def test_a_damaged_or_foreign_file_changes_nothing(folder, message, error, damage):
     damage(folder)
     assert_refused(block(), folder, error, re.escape(message))
 
