@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from importlib.metadata import version
+from types import SimpleNamespace
 
 # Tests run in several processes beside each other: a thread that waits must not keep a core busy. Read when torch loads.
 os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -46,6 +47,49 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_KERNELS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with a GPU and nothing tuned: its `target` may be changed, and `missing` names backends that cannot run."""
+    from lora_kernels import plan, selftest
+    from lora_kernels.backends import cuda, triton
+    from lora_kernels.tuning.targets import TARGETS
+
+    made = SimpleNamespace(target="sm_90", missing=set())
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS[made.target])
+    monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
+    for backend in (cuda.CudaBackend, triton.TritonBackend):
+        monkeypatch.setattr(
+            backend, "unavailable", lambda self: "it rains" if self.name in made.missing else None
+        )
+    plan.forget()
+    yield made
+    plan.forget()
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """What an earlier test compiled is not counted, and nothing is left for the next."""
+    import torch
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def trained_together(monkeypatch):
+    """Projections of small problems are trained together too."""
+    from lora_kernels import plan
+    from lora_kernels.backends import cpu
+
+    monkeypatch.setattr(cpu, "_TRAINED_TOGETHER", 0)
+    plan.forget()
+    yield
+    plan.forget()
 
 
 @pytest.fixture(params=["eager", "cpu"])

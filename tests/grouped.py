@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,6 +16,25 @@ from tests.oracle import assert_budget, reference
 NAMES = ("x", "weight", "A", "B", "bias")
 EVERY = (True,) * 5
 SEED = 0x1234_5678_9ABC
+
+
+def loop(tensors: Sequence[Tensor | None], offsets: Sequence[int], scale, mask=None) -> Tensor:
+    """The definition, one group after another: of x, weight, A, B and bias, with a number or a tensor as scale."""
+    x, weight, A, B, bias = tensors
+    scales = torch.as_tensor(scale).expand(A.shape[0]).tolist()
+    parts = [
+        reference(
+            x[begin:end],
+            weight[g] if weight.ndim == 3 else weight,
+            A[g],
+            B[g],
+            scales[g],
+            bias if bias is None or bias.ndim == 1 else bias[g],
+            None if mask is None else mask[begin:end],
+        )
+        for g, (begin, end) in enumerate(pairwise(offsets))
+    ]
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -90,24 +110,11 @@ class Grouped:
             t if t is None or dtype is None else t.to(dtype) for t in self.operands()
         )
         leaves = _leaves(tensors, needed)
-        x, weight, A, B, bias = leaves
-        mask = torch.ones_like(x)
+        mask = None
         if self.dropout:
             dropout = Dropout(self.dropout, torch.tensor(SEED, device=self.device))
-            mask = scaled_mask(dropout, self.T, self.K, x.dtype)
-        parts = [
-            reference(
-                x[begin:end],
-                weight if self.shared else weight[g],
-                A[g],
-                B[g],
-                scale[g].item(),
-                bias if bias is None or bias.ndim == 1 else bias[g],
-                mask[begin:end],
-            )
-            for g, (begin, end) in enumerate(zip(self.offsets, self.offsets[1:], strict=False))
-        ]
-        return _with_gradients(torch.cat(parts), leaves, dy)
+            mask = scaled_mask(dropout, self.T, self.K, leaves[0].dtype)
+        return _with_gradients(loop(leaves, self.offsets, scale, mask), leaves, dy)
 
     def check(self, backend: str, needed: Sequence[bool] = EVERY) -> None:
         """`backend` is within budget; gradients that are not needed are None."""

@@ -7,7 +7,7 @@ NaN and infinities must stand where eager's stand, except that a kernel may be f
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -61,6 +61,63 @@ def assert_budget(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "res
 
 def _where(mask: Tensor) -> list[int]:
     return mask.nonzero()[0].tolist()
+
+
+def assert_bits(actual, expected) -> None:
+    """The same tensors in the same dtypes, nested alike in lists or dicts; None where None is expected, NaN where NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def with_gradients(function: Callable, tensors: Iterable[Tensor | None], dy=None) -> list[Tensor]:
+    """y = function(*tensors) and the gradient of each that requires one: of <y, dy>, without dy of y's squares."""
+    tensors = list(tensors)
+    y = function(*tensors)
+    wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+    loss, dy = (y.square().sum(), None) if dy is None else (y, dy.to(y.dtype))
+    return [y, *(torch.autograd.grad(loss, wanted, dy) if wanted else ())]
+
+
+def second_derivatives(function: Callable, tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """Of a penalty on the gradient of y's squares: its gradient for each tensor that requires one."""
+    tensors = list(tensors)
+    wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+    loss = function(*tensors).square().sum()
+    first = torch.autograd.grad(loss, wanted, create_graph=True)
+    return list(torch.autograd.grad(sum(g.square().sum() for g in first), wanted))
+
+
+def check_function(
+    ours: Callable, plain: Callable, tensors: Iterable[Tensor | None], dy: Tensor | None = None
+) -> None:
+    """y and every gradient of `ours` are within the budget of `plain`, which is also computed in float64."""
+    tensors = list(tensors)
+    wide = [
+        t if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors
+    ]
+    if dy is None:
+        dy = torch.randn_like(ours(*tensors))
+    actual, eager = (with_gradients(function, tensors, dy) for function in (ours, plain))
+    exact = with_gradients(plain, wide, dy)
+    places = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+    for name, *triple in zip(
+        ("y", *(f"gradient of operand {i}" for i in places)), actual, eager, exact, strict=True
+    ):
+        assert_budget(*triple, what=name)
+
+
+def named_gradients(net: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of the gradient of each parameter that has one, which is cleared."""
+    found = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    return found
+
+
+@contextmanager
+def saved_inside() -> Iterator[list[Tensor]]:
+    """A list of the tensors that the forward passes inside save for their backward."""
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        yield saved
 
 
 @dataclass(frozen=True)
@@ -272,14 +329,13 @@ _SIZES = [  # (M, N, K, R): prime, one, block edges, rank above either side, not
     (5, 8, 8, 0),
 ]
 
+_MIXED = Case(33, 65, 47, 12, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+
 AWKWARD: list[Case] = (
     [Case(*sizes) for sizes in _SIZES]
     + [Case(*sizes, dtype=torch.bfloat16) for sizes in _SIZES[:11]]
     + [Case(*sizes, dtype=torch.float16, bias=False) for sizes in _SIZES[1:9]]
-    + [
-        Case(33, 65, 47, 12, dtype=d, adapter_dtype=torch.float32)
-        for d in (torch.bfloat16, torch.float16)
-    ]
+    + [replace(_MIXED, dtype=d) for d in (torch.bfloat16, torch.float16)]
     + [
         Case(31, 37, 41, 5, dtype=d, layout=layout, bias=layout != "plain")
         for d in (torch.float32, torch.bfloat16)
@@ -290,18 +346,7 @@ AWKWARD: list[Case] = (
         Case(33, 17, 5, 12, dropout=0.3),  # the masked operand is the narrower one
         Case(9, 80, 112, 4, dtype=torch.bfloat16),  # multiples of 16 and of no larger tile
     ]
-    + [
-        Case(
-            33,
-            65,
-            47,
-            12,
-            dtype=torch.bfloat16,
-            adapter_dtype=torch.float32,
-            dropout=0.5,
-            layout="peft",
-        )
-    ]
+    + [replace(_MIXED, dropout=0.5, layout="peft")]
     # An infinite alpha is left out: s = alpha·xA is infinite of either sign, and sums of those are NaN where eager,
     # which scales last, has infinities.
     + [Case(16, 24, 32, 4, alpha=value) for value in (0.0, -2.5, 1e-30, float("nan"))]

@@ -5,18 +5,18 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import lora_linear, use_backend
 from lora_kernels.dropout import Dropout, scaled_mask
-from tests.oracle import reference
+from tests.oracle import assert_bits, reference, saved_inside, with_gradients
 from tests.test_functional import NAMES, operands
 
 SUBSETS = [s for n in range(1, 6) for s in itertools.combinations(NAMES, n)]
@@ -60,21 +60,12 @@ class TestSubsets:
             ours(*tensors).backward(dy := torch.randn(9, 7))
         assert [t.grad is not None for t in tensors] == [name in needed for name in NAMES]
         wanted = [t for t in tensors if t.requires_grad]
-        for mine, theirs in zip(
-            wanted, torch.autograd.grad(plain(*tensors), wanted, dy), strict=True
-        ):
-            torch.testing.assert_close(mine.grad, theirs)
+        expected = list(torch.autograd.grad(plain(*tensors), wanted, dy))
+        torch.testing.assert_close([t.grad for t in wanted], expected)
 
     def test_only_what_a_needed_gradient_reads_is_saved(self, needed):
-        saved = []
-        tensors = dict(zip(NAMES, doubles(needed, M=11, N=13, K=17, R=3), strict=True))
-
-        def pack(t):
-            saved.append(tuple(t.shape))
-            return t
-
-        with saved_tensors_hooks(pack, lambda t: t):
-            ours(*tensors.values())
+        with saved_inside() as saved:
+            ours(*doubles(needed, M=11, N=13, K=17, R=3))
         expected = []
         if {"weight", "A"} & {*needed}:
             expected.append((11, 17))  # x
@@ -84,7 +75,7 @@ class TestSubsets:
             expected.append((3, 13))  # B
         if "B" in needed:
             expected.append((11, 3))  # s
-        assert sorted(saved) == sorted(expected)
+        assert sorted(tuple(t.shape) for t in saved) == sorted(expected)
 
 
 class _Products(TorchDispatchMode):
@@ -133,10 +124,9 @@ def test_memory_that_backward_does_not_read_is_free_after_forward():
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_saved_bytes_of_a_half_layer_are_x_and_s(half):
     x, weight, A, B, _ = operands(M=64, N=48, K=40, R=4, dtype=half, adapter_dtype=torch.float32)
-    saved = []
     weight.requires_grad_(False)
     own = {t.data_ptr() for t in (weight, A, B)}
-    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with saved_inside() as saved:
         lora_linear(x, weight, A, B, 1.0)
     assert sum(t.nbytes for t in saved if t.data_ptr() not in own) == 64 * 40 * 2 + 64 * 4 * 4
 
@@ -153,8 +143,7 @@ class TestHigherOrder:
             )
             penalty = dx.square().sum()
             totals.append(torch.autograd.grad(penalty, (weight, A, B)))
-        for mine, theirs in zip(*totals, strict=True):
-            torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(*totals)
 
     @pytest.mark.parametrize("transform", [jacrev, jacfwd, hessian], ids=lambda t: t.__name__)
     @pytest.mark.parametrize("argument", range(5), ids=NAMES)
@@ -171,10 +160,7 @@ class TestHigherOrder:
     def test_jvp(self):
         tensors = tuple(t.detach() for t in doubles())
         tangents = tuple(torch.randn_like(t) for t in tensors)
-        for mine, theirs in zip(
-            jvp(ours, tensors, tangents), jvp(plain, tensors, tangents), strict=True
-        ):
-            torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(*(jvp(f, tensors, tangents) for f in (ours, plain)))
 
     @pytest.mark.parametrize("p", [0.0, 0.5])
     def test_forward_mode_in_alpha(self, p):
@@ -245,17 +231,7 @@ class TestHigherOrder:
 
         with use_backend(backend):
             mine = derivatives(ours)
-        for actual, expected in zip(mine, derivatives(plain), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-
-    def test_dual_numbers(self):
-        tensors = [t.detach() for t in doubles()]
-        tangent = torch.randn_like(tensors[2])
-        with forward_ad.dual_level():
-            tensors[2] = forward_ad.make_dual(tensors[2], tangent)
-            mine = forward_ad.unpack_dual(ours(*tensors)).tangent
-            theirs = forward_ad.unpack_dual(plain(*tensors)).tangent
-        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(mine, derivatives(plain), rtol=1e-4, atol=1e-4)
 
     def test_per_sample_gradients(self):
         x, weight, A, B, bias = (t.detach() for t in doubles())
@@ -269,8 +245,7 @@ class TestHigherOrder:
             )(A, B, x)
             for f in (ours, plain)
         ]
-        for mine, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(*results)
 
     def test_an_ensemble_of_adapters(self):
         x, weight, A, B, bias = (t.detach() for t in doubles())
@@ -293,8 +268,7 @@ class TestHigherOrder:
                 x, p["linear.weight"], p["lora.A"], p["lora.B"], 1.0, p["linear.bias"]
             )
         )(parameters)
-        for name in parameters:
-            torch.testing.assert_close(jacobian[name], expected[name])
+        torch.testing.assert_close(jacobian, expected)
 
 
 class TestInPlace:
@@ -307,14 +281,9 @@ class TestInPlace:
             y.sum().backward()
 
     def test_the_result_may_be_changed(self):
+        both = (lambda *t: ours(*t).add_(1.0).mul_(2.0)), (lambda *t: 2 * (plain(*t) + 1))
         tensors = operands()
-        y = ours(*tensors)
-        y += 1.0
-        y.mul_(2.0)
-        y.sum().backward()
-        expected = torch.autograd.grad((2 * (plain(*tensors) + 1)).sum(), tensors)
-        for t, theirs in zip(tensors, expected, strict=True):
-            torch.testing.assert_close(t.grad, theirs)
+        torch.testing.assert_close(*(with_gradients(f, tensors) for f in both))
 
     def test_no_operand_is_changed(self, backend):
         tensors = operands()
@@ -332,7 +301,7 @@ class TestInPlace:
             y = ours(*tensors)
             first = torch.autograd.grad(y, tensors, torch.ones_like(y), retain_graph=True)
             second = torch.autograd.grad(y, tensors, torch.ones_like(y))
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert_bits(first, second)
 
 
 class TestCheckpoint:
@@ -340,22 +309,17 @@ class TestCheckpoint:
     @pytest.mark.parametrize("p", [0.0, 0.4])
     def test_recomputed_gradients_are_the_same_bits(self, reentrant, p):
         """The mask's seed is drawn again in the replay, from the restored generator."""
+
+        def forward(*t):
+            return ours(*t, dropout_p=p).relu()
+
         grads = []
-        for replay in (False, True):
+        for function in (forward, partial(checkpoint, forward, use_reentrant=reentrant)):
             torch.manual_seed(3)
             tensors = operands()
-
-            def forward(*t):
-                return ours(*t, dropout_p=p).relu()
-
-            y = (
-                checkpoint(forward, *tensors, use_reentrant=reentrant)
-                if replay
-                else forward(*tensors)
-            )
-            y.square().sum().backward()
+            function(*tensors).square().sum().backward()
             grads.append([t.grad for t in tensors])
-        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        assert_bits(*grads)
 
     def test_a_frozen_input_needs_the_form_without_reentry(self):
         x, weight, A, B, bias = operands()

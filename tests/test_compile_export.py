@@ -14,30 +14,19 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
 
-from lora_kernels import (
-    LinearWithLoRA,
-    formulas,
-    freeze_base,
-    lora_linear,
-    lora_parameters,
-    ops,
-)
+from lora_kernels import LinearWithLoRA, formulas, freeze_base, lora_linear
 from lora_kernels.integrations.peft import FusedLinear, accelerate
 from lora_kernels.reference import LinearWithLoRA as ReferenceLayer
-from tests.oracle import reference
+from tests.oracle import assert_bits, named_gradients, reference, saved_inside
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Block(nn.Module):
@@ -76,25 +65,18 @@ def inputs(*lead):
 
 
 def run(net, x):
-    """y and every gradient; x itself is frozen, as the first layer's input is."""
-    for p in net.parameters():
-        p.grad = None
+    """y and every gradient by its parameter's name; x itself is frozen, as the first layer's input is."""
     y = net(x)
     y.float().square().sum().backward()
-    grads = {
-        name.removeprefix("_orig_mod."): p.grad.clone()
-        for name, p in net.named_parameters()
-        if p.grad is not None
+    grads = named_gradients(net)
+    return y.detach(), {
+        n.removeprefix("_orig_mod.").removeprefix("net."): g for n, g in grads.items()
     }
-    return y.detach(), grads
 
 
-def assert_same(actual, expected, **tolerance):
-    tolerance = tolerance or {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(actual[0], expected[0], **tolerance)
-    assert actual[1].keys() == expected[1].keys() and expected[1]
-    for name, gradient in expected[1].items():
-        torch.testing.assert_close(actual[1][name], gradient, **tolerance)
+def assert_same(actual, expected):
+    assert expected[1]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 class TestCompile:
@@ -126,22 +108,16 @@ class TestCompile:
         y.sum().backward()
         assert net.up.lora.A.grad.dtype == torch.float32
 
-    def test_a_tensor_scaling_of_peft_compiles_nothing_more(self):
-        net = fused_peft_block()
+    @pytest.mark.parametrize("kind", MODELS)
+    def test_one_graph_serves_every_alpha_and_tensor_scaling(self, kind):
+        net = MODELS[kind]()
         counter = CompileCounter()
         compiled = torch.compile(net, backend=counter, fullgraph=True)
         for value in (0.5, 1.0, -3.0):
-            for layer in (net[0], net[2]):
-                layer.scaling["default"] = torch.tensor(value)
-            torch.testing.assert_close(compiled(inputs(5)), net(inputs(5)))
-        assert counter.frame_count == 1
-
-    def test_one_graph_serves_every_alpha_of_a_whole_model(self):
-        net = Block()
-        counter = CompileCounter()
-        compiled = torch.compile(net, backend=counter, fullgraph=True)
-        for alpha in (0.5, 1.0, -3.0, 16):
-            net.up.lora.alpha = alpha
+            if kind == "ours":
+                net.up.lora.alpha = value
+            else:
+                net[0].scaling["default"] = net[2].scaling["default"] = torch.tensor(value)
             torch.testing.assert_close(compiled(inputs(5)), net(inputs(5)))
         assert counter.frame_count == 1
 
@@ -302,10 +278,7 @@ class TestCheckpointing:
         net = MODELS[kind]()
         plain = run(net, inputs(6))
         x = inputs(6).requires_grad_(reentrant)
-        y, grads = run(_Checkpointed(net, use_reentrant=reentrant), x)
-        assert torch.equal(y, plain[0])
-        for name, gradient in plain[1].items():
-            assert torch.equal(grads["net." + name], gradient)
+        assert_bits(run(_Checkpointed(net, use_reentrant=reentrant), x), plain)
 
     @pytest.mark.parametrize(
         "policy, products",
@@ -326,9 +299,9 @@ class TestCheckpointing:
         compiled = torch.compile(wrapped, fullgraph=True, backend="aot_eager_decomp_partition")
         run(compiled, inputs(6))
         count.clear()
-        y, grads = run(compiled, inputs(6))
+        found = run(compiled, inputs(6))
         assert len(count) == products
-        assert_same((y, {n.removeprefix("net."): g for n, g in grads.items()}), expected)
+        assert_same(found, expected)
 
     @pytest.mark.parametrize(
         "policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE]
@@ -337,9 +310,9 @@ class TestCheckpointing:
         net = Block()
         expected = run(net, inputs(6))
         context = partial(create_selective_checkpoint_contexts, lambda *args, **kwargs: policy)
-        wrapped = _Checkpointed(net, use_reentrant=False, context_fn=context)
-        y, grads = run(wrapped, inputs(6))
-        assert_same((y, {n.removeprefix("net."): g for n, g in grads.items()}), expected)
+        assert_same(
+            run(_Checkpointed(net, use_reentrant=False, context_fn=context), inputs(6)), expected
+        )
 
 
 class _Checkpointed(nn.Module):
@@ -355,19 +328,14 @@ class TestSavedMemory:
     """What forward keeps for backward, parameters aside: x and, in float32, the [M, rank] product s."""
 
     def saved_bytes(self, layer, x):
-        parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-        kept = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saved_inside() as saved:
             y = layer(x)
         assert y.requires_grad
-        return sum(kept.values())
+        kept, own = (
+            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+            for tensors in (saved, layer.parameters())
+        )
+        return sum(size for pointer, size in kept.items() if pointer not in own)
 
     @pytest.mark.parametrize("dropout", [0.0, 0.25])
     def test_a_peft_layer_with_float32_adapters_on_a_bfloat16_base(self, dropout):
@@ -391,29 +359,17 @@ class TestSavedMemory:
     def test_what_is_trained_decides(self):
         layer = LinearWithLoRA(nn.Linear(48, 40), 4, 1.0)
         freeze_base(layer)
-        assert len(list(lora_parameters(layer))) == 2
         assert self.saved_bytes(layer, torch.randn(64, 48)) == 4 * 64 * (48 + 4)
         layer.lora.A.requires_grad_(False)
         assert self.saved_bytes(layer, torch.randn(64, 48)) == 4 * 64 * 4
 
 
-def test_the_operator_is_what_traces_hold():
-    """make_fx sees one operator for a layer, so that a graph pass can find it."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    x, w, A, B = torch.randn(5, 8), torch.randn(6, 8), torch.randn(8, 2), torch.randn(2, 6)
-    graph = make_fx(lambda *t: ops.lora_linear(*t, None, torch.tensor(0.5), 0.0, None, "auto")[0])(
-        x, w, A, B
-    )
-    assert "lora_kernels.lora_linear" in graph.code
-    torch.testing.assert_close(
-        graph(x, w, A, B), F.linear(x, w) + 0.5 * x @ A @ B, atol=1e-4, rtol=1e-4
-    )
-
-
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_a_jit_trace_holds_it_too():
-    net = Block().eval()
-    traced = torch.jit.trace(net, (inputs(3, 5),))
-    assert "lora_kernels::lora_linear" in str(traced.inlined_graph)
-    torch.testing.assert_close(traced(inputs(3, 5)), net(inputs(3, 5)))
+def test_the_operator_is_what_traces_hold():
+    """One for each layer, so that a graph pass can find it."""
+    net, x = Block().eval(), inputs(3, 5)
+    jit, fx = torch.jit.trace(net, (x,)), make_fx(net)(x)
+    assert str(jit.inlined_graph).count("lora_kernels::lora_linear") == 2
+    assert fx.code.count("lora_kernels.lora_linear") == 2
+    for traced in (jit, fx):
+        torch.testing.assert_close(traced(x), net(x))

@@ -6,8 +6,8 @@ import itertools
 import shutil
 import subprocess
 import sys
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from lora_kernels.dropout import Dropout, _philox, keep_mask, scaled_mask
 from lora_kernels.functional import explain, lora_linear
 from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
-from tests.oracle import AWKWARD, Case, assert_budget, check_products, reference
+from tests.oracle import AWKWARD, Case, check_function, check_products, reference
 
 if (_why_not := BACKEND.unavailable()) is not None:
     pytest.skip(f"cpu backend: {_why_not}", allow_module_level=True)
@@ -71,6 +71,19 @@ def test_products(case, isa, poisoned):
     check_products(PRODUCTS, case)
 
 
+def same_on_any_threads(results):
+    """The tensors that `results` makes are the same on one thread and on more."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = results()
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, first, results())), f"{threads} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("case", BLOCKED, ids=str)
 def test_any_number_of_threads_gives_the_same_bits(case):
     o = case.operands()
@@ -81,15 +94,7 @@ def test_any_number_of_threads_gives_the_same_bits(case):
         dA = PRODUCTS.wgrad(o.x, q, o.a.dtype, o.dropout)
         return y, s, dx, q, dA, PRODUCTS.wgrad(s, o.dy, o.b.dtype)
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        first = results()
-        for threads in (2, 3, 7):
-            torch.set_num_threads(threads)
-            assert all(map(torch.equal, first, results())), f"{threads} threads"
-    finally:
-        torch.set_num_threads(before)
+    same_on_any_threads(results)
 
 
 def test_python_threads_do_not_disturb_one_another():
@@ -108,11 +113,8 @@ def test_python_threads_do_not_disturb_one_another():
             if not torch.equal(product(operands[which]), expected[which]):
                 wrong.append(cases[which])
 
-    workers = [threading.Thread(target=work, args=(start,)) for start in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     assert not wrong
 
 
@@ -121,24 +123,10 @@ def test_every_subset_of_gradients(needed):
     """Gradients of x, weight, A, B, bias, whichever are asked for, against autograd through the plain formula."""
     K, N, R = 21, 34, 6
     shapes = ((2, 9, K), (N, K), (K, R), (R, N), (N,))
-    values = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    dy = torch.randn(2, 9, N, dtype=torch.float64)
-
-    def gradients(function, dtype):
-        operands = [
-            v.to(dtype).requires_grad_(need) for v, need in zip(values, needed, strict=True)
-        ]
-        wanted = [t for t, need in zip(operands, needed, strict=True) if need]
-        return torch.autograd.grad(function(*operands), wanted, dy.to(dtype))
-
-    def plain(x, weight, A, B, bias):
-        return reference(x, weight, A, B, 0.5, bias)
-
+    tensors = [torch.randn(s).requires_grad_(n) for s, n in zip(shapes, needed, strict=True)]
+    ours, plain = (lambda *t, f=f: f(*t[:4], 0.5, t[4]) for f in (lora_linear, reference))
     with plan.use_backend("cpu"):
-        actual = gradients(lambda *o: lora_linear(*o[:4], 0.5, o[4]), torch.float32)
-    eager, exact = gradients(plain, torch.float32), gradients(plain, torch.float64)
-    for ours, theirs, right in zip(actual, eager, exact, strict=True):
-        assert_budget(ours, theirs, right, f"gradients {needed}")
+        check_function(ours, plain, tensors)
 
 
 @pytest.mark.parametrize("cols", [1, 3, 4, 5, 63, 64, 130, 1030])

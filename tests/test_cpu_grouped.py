@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,8 @@ from lora_kernels import explain, grouped_lora_linear, lora_linear
 from lora_kernels.backends.cpu import BACKEND
 from lora_kernels.quantized import NF4Weight
 from tests import test_cpu_backend
+from tests.oracle import assert_bits, with_gradients
+from tests.test_cpu_backend import same_on_any_threads
 
 if (_why_not := BACKEND.unavailable()) is not None:
     pytest.skip(f"cpu backend: {_why_not}", allow_module_level=True)
@@ -66,25 +69,14 @@ def test_each_group_has_the_bits_of_lora_linear(case, isa, poisoned):
         one = tuple(t.detach().requires_grad_() for t in (x[begin:end], A[g], B[g]))
         right = lora_linear(one[0], weight[g], *one[1:], 0.75, bias[g], backend="cpu")
         grads = torch.autograd.grad(right, one, dy[begin:end])
-        for got, same in zip(
-            (y[begin:end], dx[begin:end], dA[g], dB[g]), (right, *grads), strict=True
-        ):
-            assert torch.equal(got, same), f"group {g}"
+        assert_bits((y[begin:end], dx[begin:end], dA[g], dB[g]), (right, *grads))
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["experts", "shared"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_any_number_of_threads_gives_the_same_bits(shared, dropout_p):
     tensors = operands(K=600, N=700, shared=shared)
-    before, made = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            made.append(results(*tensors, as_offsets(OFFSETS), dropout_p=dropout_p, seed=3))
-    finally:
-        torch.set_num_threads(before)
-    for other in made[1:]:
-        assert all(map(torch.equal, made[0], other))
+    same_on_any_threads(lambda: results(*tensors, as_offsets(OFFSETS), dropout_p=dropout_p, seed=3))
 
 
 @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
@@ -110,15 +102,16 @@ def test_a_shared_quantised_weight_is_read_packed(T):
     x, dy = torch.randn(T, K).requires_grad_(), torch.randn(T, N)
     stacks = A.expand(2, K, R), B.expand(2, R, N)
     assert explain(x, weight, *stacks, 0.5, offsets=offsets).dequantises is False
-    y = grouped_lora_linear(x, weight, *stacks, offsets, 0.5, backend="cpu")
-    right = lora_linear(x, weight, A, B, 0.5, backend="cpu")
-    torch.testing.assert_close(y, right)
-    for got, same in zip(
-        torch.autograd.grad(y, (x, A, B), dy),
-        torch.autograd.grad(right, (x, A, B), dy),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, same, rtol=1e-5, atol=1e-4)
+
+    def grouped(x, A, B):
+        stacks = A.expand(2, K, R), B.expand(2, R, N)
+        return grouped_lora_linear(x, weight, *stacks, offsets, 0.5, backend="cpu")
+
+    def alone(x, A, B):
+        return lora_linear(x, weight, A, B, 0.5, backend="cpu")
+
+    found = (with_gradients(f, (x, A, B), dy) for f in (grouped, alone))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-4)
 
 
 def test_the_weight_gradient_is_written_for_every_group(poisoned):
@@ -148,9 +141,8 @@ def test_offsets_are_checked_before_anything_is_read(numbers, message):
         lambda: OPS.grouped_wgrad(x, s, offsets, f32, 0, 0, 1.0),
         lambda: OPS.grouped_weight_grad(x, x, offsets),
     ):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match=message):
             call()
-        assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +163,8 @@ def test_the_operator_refuses_operands_of_other_sizes(change, message):
     good = {"x": x, "w": weight.mT, "s": torch.randn(241, 8), "b": B, "bias": bias}
     good |= {"offsets": as_offsets(OFFSETS), "threshold": 0, "seed": 0, "keep_scale": 1.0}
     OPS.grouped_expand(**good)
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(RuntimeError, match=re.escape(message)):
         OPS.grouped_expand(**good | change)
-    assert message in str(caught.value)
 
 
 def test_a_storage_that_was_freed_is_an_error():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from lora_kernels import autograd, lora_linear
 from lora_kernels.autograd import Call
 from lora_kernels.backends.cpu import BACKEND, PRODUCTS
 from lora_kernels.samples import SAMPLES, sample
-from tests.oracle import AWKWARD
+from tests.oracle import (
+    AWKWARD,
+    assert_bits,
+    saved_inside,
+    second_derivatives,
+    with_gradients,
+)
 from tests.test_functional import NAMES, operands
 
 if (_why_not := BACKEND.unavailable()) is not None:
@@ -37,11 +44,14 @@ def calls(monkeypatch):
     return seen
 
 
-def frozen(needed=("x", "A", "B"), **options):
+def frozen(needed=("x", "A", "B"), kind="dense", **options):
+    """Operands of which `needed` require grad; a weight of another kind is quantised."""
     torch.manual_seed(0)
     tensors = operands(**options)
     for name, t in zip(NAMES, tensors, strict=True):
         t.requires_grad_(name in needed)
+    if kind != "dense":
+        tensors[1] = sample(kind, *tensors[1].shape, tensors[0].dtype)
     return tensors
 
 
@@ -57,123 +67,106 @@ def by_function(x, weight, A, B, bias, dropout_p=0.0, seed=None):
     return y if x.ndim == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
+BOTH = called, by_function
+every_weight = pytest.mark.parametrize("kind", ["dense", *SAMPLES])
+
+
 @trained
 @pytest.mark.parametrize("case", [c for c in AWKWARD if c.K and c.layout != "broadcast"], ids=str)
 def test_bits_of_forward_and_backward_are_those_of_the_products(case, needed, calls):
     o = case.operands()
-    tensors = [o.x, o.w.t(), o.a, o.b]
-    leaves = dict(zip(NAMES, tensors, strict=False))
+    named = zip(NAMES, (o.x, o.w.t(), o.a, o.b), strict=False)
+    tensors = [*(t.detach().requires_grad_(n in needed) for n, t in named), o.bias]
     options = {"dropout_p": case.dropout, "seed": 7} if case.dropout else {}
-    results = []
-    for function in (called, by_function):
-        own = [t.detach().requires_grad_(n in needed) for n, t in leaves.items()]
-        y = function(*own, o.bias, **options)
-        if needed:
-            y.backward(o.dy)
-        results.append([y, *(t.grad for t in own)])
+    assert_bits(*(with_gradients(partial(f, **options), tensors, o.dy) for f in BOTH))
     assert len(calls) == 1
-    for mine, theirs in zip(*results, strict=True):
-        assert (mine is None) == (theirs is None)
-        if mine is not None:
-            assert torch.equal(mine.nan_to_num(7.0), theirs.nan_to_num(7.0))
-            assert torch.equal(mine.isnan(), theirs.isnan())
+
+
+@every_weight
+@trained
+@pytest.mark.parametrize("lead", [(9,), (2, 10), (0,)], ids=str)
+def test_bits_with_a_mask_over_every_kind_of_weight(kind, needed, lead, calls):
+    tensors = frozen(needed, kind, lead=lead, N=70, K=64)
+    functions = (partial(f, dropout_p=0.4, seed=7) for f in BOTH)
+    assert_bits(*(with_gradients(f, tensors) for f in functions))
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (2, 1, 3, 2), (0,), (2, 0)], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_any_leading_shape_and_its_gradient(lead, transposed, calls):
-    def build():
-        tensors = frozen(lead=lead)
-        if transposed and len(lead) > 1:
-            tensors[0] = tensors[0].detach().transpose(0, 1).requires_grad_()
-        return tensors
-
-    results = []
-    for function in (called, by_function):
-        tensors = build()
-        y = function(*tensors)
-        y.backward(torch.arange(float(y.numel())).view(y.shape))
-        results.append([y, *(tensors[i].grad for i in (0, 2, 3))])
+    tensors = frozen(lead=lead)
+    if transposed and len(lead) > 1:
+        tensors[0] = tensors[0].detach().transpose(0, 1).requires_grad_()
+    assert_bits(*(with_gradients(function, tensors) for function in BOTH))
     assert len(calls) == 1
-    for mine, theirs in zip(*results, strict=True):
-        assert mine.shape == theirs.shape and torch.equal(mine, theirs)
 
 
+@every_weight
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("needed", TRAINED[1:], ids="+".join)
 @pytest.mark.parametrize("lead", [(9,), (3, 3)], ids=str)
-def test_second_derivatives(needed, dropout_p, lead, calls):
+def test_second_derivatives(kind, needed, dropout_p, lead, calls):
     """Of a gradient penalty: through dx, dA and dB, back to every operand."""
-    options = {"dropout_p": dropout_p, "seed": 3} if dropout_p else {}
-    results = []
-    for function in (called, by_function):
-        tensors = frozen(needed, lead=lead)
-        wanted = [t for t in tensors if t.requires_grad]
-        first = torch.autograd.grad(
-            function(*tensors, **options).square().sum(), wanted, create_graph=True
-        )
-        penalty = sum(g.square().sum() for g in first)
-        results.append([*first, *torch.autograd.grad(penalty, wanted)])
+    tensors = frozen(needed, kind, lead=lead)
+    functions = (partial(f, dropout_p=dropout_p, seed=3) for f in BOTH)
+    results = [second_derivatives(f, tensors) for f in functions]
     assert len(calls) == 1
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("function", [called, by_function])
-def test_a_batch_of_gradients_at_once(function, calls):
+@every_weight
+@pytest.mark.parametrize("function", BOTH)
+def test_a_batch_of_gradients_at_once(function, kind, calls):
     """`is_grads_batched` runs the backward under vmap."""
-    tensors = frozen()
+    tensors = frozen(kind=kind)
     wanted = [tensors[i] for i in (0, 2, 3)]
     y = function(*tensors)
     vectors = torch.randn(4, *y.shape)
     together = torch.autograd.grad(y, wanted, vectors, is_grads_batched=True, retain_graph=True)
-    for i, v in enumerate(vectors):
-        for mine, alone in zip(
-            together, torch.autograd.grad(y, wanted, v, retain_graph=True), strict=True
-        ):
-            torch.testing.assert_close(mine[i], alone)
+    each = [torch.autograd.grad(y, wanted, v, retain_graph=True) for v in vectors]
+    torch.testing.assert_close(list(together), [torch.stack(t) for t in zip(*each, strict=True)])
     assert len(calls) == (function is called)
 
 
+@every_weight
 @trained
-def test_only_what_a_needed_gradient_reads_is_saved_beside_the_adapters(needed, calls):
-    saved = []
-    with saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        called(*frozen(needed, M=11, N=13, K=17, R=3))
+def test_only_what_a_needed_gradient_reads_is_saved_beside_the_adapters(kind, needed, calls):
+    tensors = frozen(needed, kind, M=11, N=13, K=17, R=3)
+    with saved_inside() as saved:
+        called(*tensors)
     expected = [] if not needed else [(17, 3), (3, 13)]
-    expected += [(13, 17)] if "x" in needed else []
+    weight = tensors[1:2] if kind == "dense" else tensors[1].tensors
+    expected += [tuple(t.shape) for t in weight] if "x" in needed else []
     expected += [(11, 17), (11, 3)] if "A" in needed else []
-    assert sorted(saved) == sorted(expected) and calls
+    assert sorted(tuple(t.shape) for t in saved) == sorted(expected) and calls
 
 
-def test_an_operand_changed_in_place_is_noticed(calls):
-    tensors = frozen()
+@every_weight
+def test_an_operand_changed_in_place_is_noticed(kind, calls):
+    tensors = frozen(kind=kind)
     y = called(*tensors)
     with torch.no_grad():
-        tensors[2].add_(1.0)
+        (tensors[2] if kind == "dense" else tensors[1].tensors[1]).zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
     assert calls
 
 
+@every_weight
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_recomputes_the_same_mask(reentrant, calls):
+def test_checkpointing_recomputes_the_same_mask(kind, reentrant, calls):
+    tensors, dropped = frozen(kind=kind), partial(called, dropout_p=0.5)
     results = []
-    for wrap in (False, True):
-        tensors = frozen()
+    for function in (dropped, partial(checkpoint, dropped, use_reentrant=reentrant)):
         torch.manual_seed(0)
-        y = (
-            checkpoint(called, *tensors, dropout_p=0.5, use_reentrant=False)
-            if wrap and not reentrant
-            else checkpoint(lambda *t: called(*t, dropout_p=0.5), *tensors, use_reentrant=True)
-            if wrap
-            else called(*tensors, dropout_p=0.5)
-        )
+        y = function(*tensors)
         y.square().sum().backward()
         results.append([tensors[i].grad for i in (0, 2, 3)])
-    for mine, theirs in zip(*results, strict=True):
-        assert torch.equal(mine, theirs)
-    assert calls
+        for i in (0, 2, 3):
+            tensors[i].grad = None
+    assert_bits(*results)
+    assert len(calls) == 3
 
 
 def test_without_gradients_no_graph_is_kept(calls):
@@ -184,15 +177,6 @@ def test_without_gradients_no_graph_is_kept(calls):
         inside = called(*(t.detach() for t in operands()))
     assert inside.is_inference()
     assert len(calls) == 2
-
-
-def test_a_half_base_with_float32_adapters(calls):
-    tensors = frozen(dtype=torch.bfloat16, adapter_dtype=torch.float32)
-    y = called(*tensors)
-    y.float().sum().backward()
-    assert y.dtype == tensors[0].grad.dtype == torch.bfloat16
-    assert tensors[2].grad.dtype == tensors[3].grad.dtype == torch.float32
-    assert calls
 
 
 ALONE = [
@@ -213,6 +197,13 @@ def test_other_gradients_are_the_functions(needed, calls):
     assert not calls
     with pytest.raises(RuntimeError, match="frozen weight and bias"):
         torch.ops.lora_kernels_cpu.lora_linear(*tensors, 1.0, 0.0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_a_trained_bias_over_a_quantised_weight_is_the_functions(kind, calls):
+    tensors = frozen(("B", "bias"), kind)
+    called(*tensors).sum().backward()
+    assert tensors[3].grad is not None and tensors[4].grad is not None and not calls
 
 
 def test_a_frozen_network_needs_no_frozen_bias_under_no_grad(calls):
@@ -242,23 +233,20 @@ def test_some_of_the_gradients(asked, create_graph, calls):
         assert [t.grad is not None for t in tensors] == [i in asked for i in range(5)]
         results[-1] += tuple(t.grad for t in inputs)
     assert len(calls) == 2
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("lead", [(), (9,), (2, 3)], ids=str)
 def test_the_result_may_be_changed_in_place(lead, calls):
-    results = []
-    for function in (called, by_function):
-        tensors = frozen(lead=lead)
+    def changed(function, *tensors):
         y = function(*tensors)
         y += 1.0
         y[..., :2].mul_(3.0)
-        torch.nn.functional.relu_(y).sum().backward()
-        results.append([tensors[i].grad for i in (0, 2, 3)])
+        return torch.nn.functional.relu_(y)
+
+    tensors = frozen(lead=lead)
+    assert_bits(*(with_gradients(partial(changed, function), tensors) for function in BOTH))
     assert len(calls) == 1
-    for mine, theirs in zip(*results, strict=True):
-        assert torch.equal(mine, theirs)
 
 
 def negated(t):
@@ -290,18 +278,16 @@ def test_a_lazy_operand_is_what_it_stands_for(kind, which, needed, calls):
         tensors = frozen(needed)
         i = NAMES.index(which)
         tensors[i] = make(kind(tensors[i].detach())).requires_grad_(which in needed)
-        y = called(*tensors)
-        wanted = [t for t in tensors if t.requires_grad]
-        results.append([y, *(torch.autograd.grad(y.square().sum(), wanted) if wanted else ())])
+        results.append(with_gradients(called, tensors))
     assert len(calls) == 2
-    assert all(map(torch.equal, *results))
+    assert_bits(*results)
 
 
 def sparse(t):
     return t.to_sparse()
 
 
-@pytest.mark.parametrize("function", [called, by_function])
+@pytest.mark.parametrize("function", BOTH)
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("lead", [(9,), (3, 3)], ids=str)
 @pytest.mark.parametrize("kind", [*LAZY.values(), sparse], ids=[*LAZY, "sparse"])
@@ -337,7 +323,7 @@ def test_gradients_as_torch_makes_them(loss):
         y = called(*tensors)
         loss(y if sparse else y * 1.0, sparse).sum().backward()
         results.append([tensors[i].grad for i in (0, 2, 3)])
-    assert all(map(torch.equal, *results))
+    assert_bits(*results)
 
 
 def freed(t):
@@ -426,120 +412,27 @@ def test_saved_tensors_come_back_as_hooks_give_them(kind):
             y = called(*tensors)
             y.backward(torch.ones_like(y))
         results.append([tensors[i].grad for i in (0, 2, 3)])
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(*results)
 
 
 def test_gradients_of_checkpointed_layers_by_autograd_grad(calls):
     """The recomputation runs within a backward that asks for some gradients only; it must save what forward saved."""
-    results = []
-    for wrap in (False, True):
-        first, second = frozen(("A", "B"), N=6), frozen(("A", "B"), N=6)
-        wanted = [*first[2:4], *second[2:4]]
+    first, second = frozen(("A", "B"), N=6), frozen(("A", "B"), N=6)
 
-        def run(x, first=first, second=second):
-            return called(called(x, *first[1:]), *second[1:])
+    def run(x):
+        return called(called(x, *first[1:]), *second[1:])
 
-        x = first[0]
-        y = checkpoint(run, x, use_reentrant=False) if wrap else run(x)
-        results.append(torch.autograd.grad(y.square().sum(), wanted))
+    ys = run(first[0]), checkpoint(run, first[0], use_reentrant=False)
+    wanted = [*first[2:4], *second[2:4]]
+    assert_bits(*(torch.autograd.grad(y.square().sum(), wanted) for y in ys))
     assert calls
-    for mine, theirs in zip(*results, strict=True):
-        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("sizes", [{"K": 0}, {"N": 0}, {"R": 0}, {"M": 0}], ids=str)
 def test_second_derivatives_of_an_empty_extent(sizes, calls):
-    results = []
-    for function in (called, by_function):
-        tensors = frozen(**sizes)
-        wanted = [tensors[i] for i in (0, 2, 3)]
-        first = torch.autograd.grad(
-            function(*tensors).square().sum(), wanted, create_graph=True, allow_unused=True
-        )
-        loss = sum(g.square().sum() for g in first if g is not None)
-        results.append([*first, *torch.autograd.grad(loss, wanted, allow_unused=True)])
+    tensors = frozen(**sizes)
+    torch.testing.assert_close(*(second_derivatives(function, tensors) for function in BOTH))
     assert len(calls) == 1
-    for mine, theirs in zip(*results, strict=True):
-        if mine is not None and theirs is not None:
-            torch.testing.assert_close(mine, theirs)
-
-
-def packed(kind, needed=("x", "A", "B"), **options):
-    """Operands of which the weight is quantised."""
-    tensors = frozen(needed, **options)
-    tensors[1] = sample(kind, *tensors[1].shape, tensors[0].dtype)
-    return tensors
-
-
-@pytest.mark.parametrize("kind", SAMPLES)
-class TestAQuantisedWeight:
-    """The same operator over packed tensors."""
-
-    @trained
-    @pytest.mark.parametrize("lead", [(9,), (2, 10), (0,)], ids=str)
-    def test_bits_are_those_of_the_products(self, kind, needed, lead, calls):
-        options = {"dropout_p": 0.4, "seed": 7}
-        results = []
-        for function in (called, by_function):
-            tensors = packed(kind, needed, lead=lead, N=70, K=64)
-            y = function(*tensors, **options)
-            if needed:
-                y.backward(torch.arange(float(y.numel())).view(y.shape))
-            results.append([y, *(tensors[i].grad for i in (0, 2, 3))])
-        assert len(calls) == 1
-        for mine, theirs in zip(*results, strict=True):
-            assert (mine is None) == (theirs is None)
-            assert mine is None or torch.equal(mine, theirs)
-
-    def test_derivatives_of_derivatives_and_batches_of_them(self, kind, calls):
-        results = []
-        for function in (called, by_function):
-            tensors = packed(kind)
-            wanted = [tensors[i] for i in (0, 2, 3)]
-            y = function(*tensors)
-            grads = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
-            penalty = sum(g.square().sum() for g in grads)
-            second = torch.autograd.grad(penalty, wanted, retain_graph=True)
-            vectors = torch.linspace(-1, 1, 3 * y.numel()).view(3, *y.shape)
-            batch = torch.autograd.grad(y, wanted, vectors, is_grads_batched=True)
-            results.append([*grads, *second, *batch])
-        assert len(calls) == 1
-        for mine, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-
-    @trained
-    def test_packed_tensors_are_saved_where_dx_is_needed(self, kind, needed, calls):
-        saved = []
-        tensors = packed(kind, needed, M=11, N=13, K=17, R=3)
-        with saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-            called(*tensors)
-        expected = [] if not needed else [(17, 3), (3, 13)]
-        expected += [tuple(t.shape) for t in tensors[1].tensors] if "x" in needed else []
-        expected += [(11, 17), (11, 3)] if "A" in needed else []
-        assert sorted(saved) == sorted(expected) and calls
-
-    def test_a_packed_tensor_changed_in_place_is_noticed(self, kind, calls):
-        tensors = packed(kind)
-        y = called(*tensors)
-        tensors[1].tensors[1].zero_()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            y.sum().backward()
-        assert calls
-
-    def test_a_checkpoint_recomputes_it(self, kind, calls):
-        results = []
-        for wrap in (False, True):
-            tensors = packed(kind)
-            y = checkpoint(called, *tensors, use_reentrant=False) if wrap else called(*tensors)
-            y.square().sum().backward()
-            results.append([tensors[i].grad for i in (0, 2, 3)])
-        assert len(calls) == 3 and all(map(torch.equal, *results))
-
-    def test_other_gradients_are_the_functions(self, kind, calls):
-        tensors = packed(kind, ("B", "bias"))
-        called(*tensors).sum().backward()
-        assert tensors[3].grad is not None and tensors[4].grad is not None and not calls
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from lora_kernels.backends.cpu import BACKEND, PRODUCTS
 from lora_kernels.functional import explain, lora_linear
 from lora_kernels.operands import Adapter
 from lora_kernels.quantized import FP8Weight, Int8Weight, NF4Weight
+from tests import test_cpu_backend
 from tests.oracle import assert_budget, made_inside
+from tests.test_cpu_backend import same_on_any_threads
 
 if (_why_not := BACKEND.unavailable()) is not None:
     pytest.skip(f"cpu backend: {_why_not}", allow_module_level=True)
@@ -20,33 +22,26 @@ if (_why_not := BACKEND.unavailable()) is not None:
 OPS = torch.ops.lora_kernels_cpu
 f32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [f32, bf16, fp16]
+isa = test_cpu_backend.isa  # a fixture
 
 
 def _nf4(N, K, dtype, doubly):
     """Every code and byte occurs; the values of the codes are not bitsandbytes' own, the kernels must read them."""
     generator = torch.Generator().manual_seed(N * K)
-    elements = N * K
-    blocks = -(-elements // 64)
+    blocks, size = -(-N * K // 64), max(K, 1) ** -0.5
 
     def codes(count):
         return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
 
-    packed = codes((elements + 1) // 2)
+    packed = codes((N * K + 1) // 2)
     code = torch.randn(16, generator=generator).sort().values
     if not doubly:
-        scales = torch.rand(blocks, generator=generator) / max(K, 1) ** 0.5
+        scales = torch.rand(blocks, generator=generator) * size
         return NF4Weight(packed, scales, code, N=N, K=K, dtype=dtype)
-    return NF4Weight(
-        packed,
-        codes(blocks),
-        code,
-        torch.randn(256, generator=generator) / max(K, 1) ** 0.5,
-        torch.rand(-(-blocks // 256), generator=generator) + 0.5,
-        torch.tensor(0.02),
-        N=N,
-        K=K,
-        dtype=dtype,
-    )
+    code2 = torch.randn(256, generator=generator) * size
+    absmax2 = torch.rand(-(-blocks // 256), generator=generator) + 0.5
+    scales = codes(blocks), code, code2, absmax2, torch.tensor(0.02)
+    return NF4Weight(packed, *scales, N=N, K=K, dtype=dtype)
 
 
 def _int8(N, K, dtype):
@@ -79,15 +74,6 @@ WEIGHTS = {
     "nf4": lambda N, K, dtype: _nf4(N, K, dtype, False),
     "nf4-doubly": lambda N, K, dtype: _nf4(N, K, dtype, True),
 }
-
-
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2"])
-def isa(request):
-    """Each instruction set that this processor runs, used by the kernels within the test."""
-    if not OPS.use_isa(request.param):
-        pytest.skip(f"this processor does not run the {request.param} kernels")
-    yield request.param
-    OPS.use_isa("")
 
 
 def rows(M, width, dtype, seed=0):
@@ -171,17 +157,8 @@ def test_every_code_of_fp8_by_every_instruction_set(dtype, flushed, isa):
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("M", [1, 4, 9, 16, 70])
 def test_any_number_of_threads_gives_the_same_bits(kind, M):
-    weight = WEIGHTS[kind](600, 1100, bf16)
-    before = torch.get_num_threads()
-    for x, w, adapter in both_ways(weight, M, 9, bf16):
-        try:
-            torch.set_num_threads(1)
-            first = PRODUCTS.shrink_expand(x, w, adapter)[0]
-            for threads in (2, 3, 7):
-                torch.set_num_threads(threads)
-                assert torch.equal(first, PRODUCTS.shrink_expand(x, w, adapter)[0])
-        finally:
-            torch.set_num_threads(before)
+    both = list(both_ways(WEIGHTS[kind](600, 1100, bf16), M, 9, bf16))
+    same_on_any_threads(lambda: [PRODUCTS.shrink_expand(*operands)[0] for operands in both])
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -312,19 +289,9 @@ def test_packed_tensors_may_be_views(N, K, M):
 def test_the_operator_reads_no_packed_tensor_that_does_not_fit(place, other, message):
     packed = list(_nf4(5, 80, f32, True).tensors)
     packed[place : place + 1] = [] if other is None else [other]
+    rest = rows(2, 3, f32), rows(3, 5, f32), None, 0, 0, 1.0
     with pytest.raises((RuntimeError, NotImplementedError), match=message):
-        OPS.expand_quantized(
-            rows(2, 80, f32),
-            packed,
-            "nf4",
-            [5, 80, 1],
-            rows(2, 3, f32),
-            rows(3, 5, f32),
-            None,
-            0,
-            0,
-            1.0,
-        )
+        OPS.expand_quantized(rows(2, 80, f32), packed, "nf4", [5, 80, 1], *rest)
 
 
 def test_memory_that_was_freed_is_not_read():

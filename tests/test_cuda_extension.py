@@ -107,9 +107,8 @@ def test_a_failing_build_shows_nvccs_words(tmp_path):
 def test_explain_says_why_it_is_not_used():
     reason = cuda.BACKEND.unavailable()
     assert torch.version.cuda is not None or reason == "this PyTorch was built without CUDA"
-    assert (
-        "cuda tensors only" in explain(Problem(1, 8, 8, 2, "float32", "float32")).rejected["cuda"]
-    )
+    told = explain(Problem(1, 8, 8, 2, "float32", "float32"))
+    assert "cuda tensors only" in told.rejected["cuda"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no library"])
@@ -130,11 +129,8 @@ def test_splits_cover_k_in_whole_steps(K, dtype):
     for blocks in (1, 64, 132, 2004):
         splits, chunk = cuda.split_of(blocks, K, dtype, 132)
         step = 16 if dtype == torch.float32 else 32
-        assert (
-            splits >= 1
-            and chunk % step == 0
-            and splits * chunk >= K > (splits - 1) * chunk - (K == 0)
-        )
+        assert splits >= 1 and chunk % step == 0
+        assert splits * chunk >= K > (splits - 1) * chunk - (K == 0)
 
 
 @pytest.mark.parametrize("tiles", [1, 131, 132, 133, 224, 264, 2004])

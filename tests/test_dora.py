@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import grad, jvp, vmap
@@ -41,7 +41,18 @@ from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.integrations.peft import accelerate, restore, why_not_fused
 from lora_kernels.operands import Adapter
 from lora_kernels.samples import sample
-from tests.oracle import AWKWARD, FLOAT64, assert_budget
+from tests.oracle import (
+    AWKWARD,
+    FLOAT64,
+    assert_bits,
+    assert_budget,
+    check_function,
+    named_gradients,
+    saved_inside,
+    second_derivatives,
+    with_gradients,
+)
+from tests.test_adapters import assert_refused, edit_weights
 from tests.toy_format import Int8Rows
 
 NAMES = ("x", "weight", "A", "B", "bias", "magnitude")
@@ -79,32 +90,17 @@ def ours(x, weight, A, B, bias, magnitude, alpha=0.75, **options):
     return lora_linear(x, weight, A, B, alpha, bias, magnitude=magnitude, **options)
 
 
-def compare(tensors, alpha=0.75, dy=None, **options):
-    """Our result and gradients against PEFT's sum, both measured from float64's."""
-    given = [t is not None for t in tensors]
-
-    def run(function, tensors, dy):
-        leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-        y = function(*leaves)
-        return [y, *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)]
-
-    def plain(x, weight, A, B, bias, magnitude):
-        return reference(x, weight, A, B, alpha, bias, magnitude)
-
-    if dy is None:
-        dy = torch.randn(*tensors[0].shape[:-1], tensors[1].shape[0]).to(tensors[0].dtype)
-    wide = [None if t is None else t.double() for t in tensors]
-    actual = run(lambda *t: ours(*t, alpha=alpha, **options), tensors, dy)
-    eager, exact = run(plain, tensors, dy), run(plain, wide, dy.double())
-    names = ("y", *itertools.compress(NAMES, given))
-    for name, *triple in zip(names, actual, eager, exact, strict=True):
-        assert_budget(*triple, what=name)
+def plain(x, weight, A, B, bias, magnitude, alpha=0.75, mask=None):
+    """`reference` of the operands in our order."""
+    return reference(x, weight, A, B, alpha, bias, magnitude, mask)
 
 
 def of_case(case):
+    """(operands that require grad, dy, alpha)."""
     o = case.operands()
     magnitude = torch.linspace(-1.0, 2.0, case.N).to(o.a.dtype)
-    return [o.x, o.w.t(), o.a, o.b, o.bias, magnitude], o.dy
+    tensors = o.x, o.w.t(), o.a, o.b, o.bias, magnitude
+    return [t if t is None else t.detach().requires_grad_() for t in tensors], o.dy, case.alpha
 
 
 CASES = [
@@ -116,39 +112,32 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values_and_gradients(backend, case):
-    tensors, dy = of_case(case)
+    tensors, dy, alpha = of_case(case)
     with use_backend(backend):
-        compare(tensors, case.alpha, dy)
+        check_function(partial(ours, alpha=alpha), partial(plain, alpha=alpha), tensors, dy)
 
 
 @pytest.mark.parametrize("case", [c for c in FLOAT64 if 0 not in (c.N, c.K)], ids=str)
 def test_values_and_gradients_in_float64(case):
-    tensors, dy = of_case(case)
-    results = []
-    for function in (ours, lambda *t, alpha: reference(*t[:4], alpha, *t[4:])):
-        leaves = [t.detach().requires_grad_() for t in tensors if t is not None]
-        y = function(*leaves, *[None] * (6 - len(leaves)), alpha=case.alpha)
-        results.append([y, *torch.autograd.grad(y, leaves, dy)])
-    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+    tensors, dy, alpha = of_case(case)
+    found = [with_gradients(partial(f, alpha=alpha), tensors, dy) for f in (ours, plain)]
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("case", CASES[:11:3] + CASES[15:20], ids=str)
 def test_without_gradients(backend, case):
     """The scale in the product's own store, or in place: no z is kept."""
-    tensors, _ = of_case(case)
-    wide = [None if t is None else t.double() for t in tensors]
+    tensors, _, alpha = of_case(case)
+    tensors = [t if t is None else t.detach() for t in tensors]
     with use_backend(backend), torch.no_grad():
-        actual = ours(*tensors, alpha=case.alpha)
-        again = ours(*tensors, alpha=case.alpha)
-    assert torch.equal(actual, again)
-    eager, exact = (reference(*t[:4], case.alpha, *t[4:]) for t in (tensors, wide))
-    assert_budget(actual, eager, exact)
+        check_function(partial(ours, alpha=alpha), partial(plain, alpha=alpha), tensors)
+        assert torch.equal(*(ours(*tensors, alpha=alpha) for _ in range(2)))
 
 
 @pytest.mark.parametrize("lead", [(), (2, 3), (2, 1, 3, 2), (0,), (2, 0)], ids=str)
 def test_any_leading_shape(backend, lead):
     with use_backend(backend):
-        compare(operands(lead=lead))
+        check_function(ours, plain, operands(lead=lead))
 
 
 @pytest.mark.parametrize("sizes", [(5, 0, 8, 4), (5, 8, 0, 4)], ids=str)
@@ -164,12 +153,11 @@ def test_nothing_to_multiply(backend, sizes):
 def test_a_magnitude_of_zero_still_learns(backend, dtype):
     """dm is a sum over z, which y does not hold where its scale is 0."""
     tensors = operands(dtype=dtype)
-    tensors[5] = torch.zeros_like(tensors[5])
+    tensors[5] = torch.zeros_like(tensors[5]).requires_grad_()
     with use_backend(backend):
-        compare(tensors)
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        ours(*leaves).sum().backward()
-    assert (leaves[5].grad != 0).all() and (leaves[0].grad == 0).all()
+        check_function(ours, plain, tensors)
+        ours(*tensors).sum().backward()
+    assert (tensors[5].grad != 0).all() and (tensors[0].grad == 0).all()
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -217,11 +205,9 @@ class TestSubsets:
         single = [t.detach().float().requires_grad_(t.requires_grad) for t in tensors]
         with use_backend(backend):
             ours(*single).backward(torch.ones(4, 3))
-        reference(*tensors[:4], 0.75, *tensors[4:]).backward(torch.ones(4, 3, dtype=torch.float64))
-        for mine, exact in zip(single, tensors, strict=True):
-            assert (mine.grad is None) == (exact.grad is None)
-            if mine.grad is not None:
-                torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+        plain(*tensors).backward(torch.ones(4, 3, dtype=torch.float64))
+        mine, exact = ([t.grad for t in each] for each in (single, tensors))
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
 def test_a_gradient_penalty():
@@ -233,18 +219,14 @@ def test_a_gradient_penalty():
         (dx,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
         return torch.autograd.grad(dx.square().sum(), tensors)
 
-    plain = penalty(lambda *t: reference(*t[:4], 0.75, *t[4:]))
-    for actual, exact in zip(penalty(ours), plain, strict=True):
-        torch.testing.assert_close(actual, exact)
+    torch.testing.assert_close(penalty(ours), penalty(plain))
 
 
 def test_function_transforms():
     tensors = [t.detach() for t in operands(dtype=torch.float64)]
     tangents = [torch.randn_like(t) for t in tensors]
     # The reference's norms are detached for forward mode as well.
-    mine = jvp(lambda *t: ours(*t), tuple(tensors), tuple(tangents))
-    plain = jvp(lambda *t: reference(*t[:4], 0.75, *t[4:]), tuple(tensors), tuple(tangents))
-    torch.testing.assert_close(mine, plain)
+    torch.testing.assert_close(*(jvp(f, tuple(tensors), tuple(tangents)) for f in (ours, plain)))
 
     def loss(function, x, magnitude):
         return function(x, *tensors[1:5], magnitude).square().sum()
@@ -253,7 +235,7 @@ def test_function_transforms():
         vmap(grad(lambda x, m, f=f: loss(f, x, m), argnums=(0, 1)), in_dims=(0, None))(
             tensors[0], tensors[5]
         )
-        for f in (ours, lambda *t: reference(*t[:4], 0.75, *t[4:]))
+        for f in (ours, plain)
     ]
     torch.testing.assert_close(*both)
     batched = torch.stack([tensors[2], 2 * tensors[2]])
@@ -266,11 +248,13 @@ def test_a_sparse_gradient(backend):
     """A gather with sparse_grad hands one over."""
     index = torch.tensor([[0, 2]] * 9)
     with use_backend(backend):
-        results = []
-        for sparse in (False, True):
-            tensors = operands()
-            torch.gather(ours(*tensors), 1, index, sparse_grad=sparse).sum().backward()
-            results.append([t.grad for t in tensors])
+        results = [
+            with_gradients(
+                lambda *t, sparse=sparse: torch.gather(ours(*t), 1, index, sparse_grad=sparse),
+                operands(),
+            )
+            for sparse in (False, True)
+        ]
     torch.testing.assert_close(*results)
 
 
@@ -303,18 +287,6 @@ class TestNorms:
         assert torch.isfinite(norms).tolist() == [False, False] + [True] * 5 and norms[2] == 0
 
 
-def swap_data(weight):
-    weight.data = weight.data * 2
-
-
-def edit_without_version(weight):
-    weight.data.mul_(2)
-
-
-def edit_memory(weight):
-    weight.detach().numpy()[:] *= 2
-
-
 def refill_storage(weight):
     """As sharded training frees and gathers a weight: the same tensor and storage, an unchanged version."""
     values, version = weight.detach() * 2, weight._version
@@ -326,96 +298,70 @@ def refill_storage(weight):
     assert weight._version == version
 
 
-def edit(weight):
-    with torch.no_grad():
-        weight.mul_(2)
+CHANGES = {
+    "data swapped": lambda weight: setattr(weight, "data", weight.data * 2),
+    "data edited, which keeps the version": lambda weight: weight.data.mul_(2),
+    "memory edited": lambda weight: weight.detach().numpy().fill(0.5),
+    "storage refilled": refill_storage,
+    "edited": torch.no_grad()(lambda weight: weight.mul_(2)),
+}
 
 
-@pytest.mark.parametrize(
-    "change", (swap_data, edit_without_version, edit_memory, refill_storage, edit)
-)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_the_norms_are_never_those_of_another_weight(backend, change):
     tensors = [t.detach() for t in operands()]
     tensors[1] = nn.Parameter(tensors[1], requires_grad=False)
     with use_backend(backend):
         ours(*tensors)
         change(tensors[1])
-        torch.testing.assert_close(ours(*tensors), reference(*tensors[:4], 0.75, *tensors[4:]))
+        torch.testing.assert_close(ours(*tensors), plain(*tensors))
 
 
 class TestDropout:
-    def masked(self, tensors, p, seed):
-        rows, cols = tensors[0].shape
-        return scaled_mask(Dropout(p, torch.tensor(seed)), rows, cols, tensors[0].dtype)
-
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
     def test_it_takes_the_base_product_of_what_is_dropped(self, backend, dtype):
-        tensors = operands(33, 20, 40, 4, dtype)
-        mask = self.masked(tensors, 0.4, 11)
-        dy = torch.randn(33, 20).to(dtype)
-
-        def run(function, cast=lambda t: t):
-            leaves = [cast(t.detach()).requires_grad_() for t in tensors]
-            y = function(*leaves)
-            return [y, *torch.autograd.grad(y, leaves, cast(dy))]
-
-        def plain(*t):
-            return reference(*t[:4], 0.75, *t[4:], mask=mask)
-
+        mask = scaled_mask(Dropout(0.4, torch.tensor(11)), 33, 40, dtype)
+        dropped = partial(ours, dropout_p=0.4, seed=11), partial(plain, mask=mask)
         with use_backend(backend):
-            actual = run(lambda *t: ours(*t, dropout_p=0.4, seed=11))
-        eager, exact = run(plain), run(plain, torch.Tensor.double)
-        for name, *triple in zip(("y", *NAMES), actual, eager, exact, strict=True):
-            assert_budget(*triple, what=name)
+            check_function(*dropped, operands(33, 20, 40, 4, dtype))
 
     def test_its_generator_and_a_checkpoint(self):
-        tensors = operands()
-
-        def step(function):
+        tensors, dropped = operands(), partial(ours, dropout_p=0.5)
+        again = partial(checkpoint, dropped, use_reentrant=False)
+        found = []
+        for function in (dropped, again):
             torch.manual_seed(5)
-            y = function()
-            return y.detach(), torch.autograd.grad(y.square().sum(), tensors)
-
-        first = step(lambda: ours(*tensors, dropout_p=0.5))
-        again = step(lambda: checkpoint(ours, *tensors, dropout_p=0.5, use_reentrant=False))
-        torch.testing.assert_close(first, again)
+            found.append(with_gradients(function, tensors))
+        torch.testing.assert_close(*found)
+        first = found[0]
         torch.manual_seed(6)
         assert not torch.equal(ours(*tensors, dropout_p=0.5), first[0])
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 class TestTraced:
-    @pytest.fixture(autouse=True)
-    def _fresh(self):
-        torch._dynamo.reset()
-        yield
-        torch._dynamo.reset()
+    @pytest.fixture
+    def tensors(self):
+        made = operands()
+        made[1].requires_grad_(False)
+        return made
 
-    def step(self, function, tensors, alpha=0.75):
-        leaves = [t.detach().requires_grad_(i != 1) for i, t in enumerate(tensors)]
-        y = function(*leaves, alpha)
-        wanted = [t for t in leaves if t.requires_grad]
-        return [y, *torch.autograd.grad(y.square().sum(), wanted)]
-
-    def test_compiled_once_for_every_alpha(self):
+    def test_compiled_once_for_every_alpha(self, tensors):
         counter = CompileCounter()
-        layer = torch.compile(lambda *t: ours(*t[:6], alpha=t[6]), backend=counter, fullgraph=True)
-        tensors = operands()
+        layer = torch.compile(ours, backend=counter, fullgraph=True)
         for alpha in (0.5, -1.0, 3.0):
-            found = self.step(layer, tensors, torch.tensor(alpha))
-            torch.testing.assert_close(
-                found, self.step(lambda *t: ours(*t[:6], alpha=t[6]), tensors, alpha)
-            )
+            found = with_gradients(partial(layer, alpha=torch.tensor(alpha)), tensors)
+            expected = with_gradients(partial(ours, alpha=alpha), tensors)
+            torch.testing.assert_close(found, expected)
         assert counter.frame_count == 1
 
     @pytest.mark.slow
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-    def test_inductor(self, dtype):
-        tensors = operands(dtype=dtype)
-        layer = torch.compile(lambda *t: ours(*t[:6], alpha=0.75), fullgraph=True)
+    def test_inductor(self, dtype, tensors):
+        tensors = [t.detach().to(dtype).requires_grad_(t.requires_grad) for t in tensors]
         tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {}
-        torch.testing.assert_close(
-            self.step(layer, tensors), self.step(lambda *t: ours(*t[:6]), tensors), **tolerance
-        )
+        layers = torch.compile(ours, fullgraph=True), ours
+        torch.testing.assert_close(*(with_gradients(f, tensors) for f in layers), **tolerance)
 
     def test_exported(self):
         class Layer(nn.Module):
@@ -428,19 +374,11 @@ class TestTraced:
         longer = (torch.cat([tensors[0]] * 2), *tensors[1:])
         torch.testing.assert_close(program.module()(*longer), ours(*longer))
 
-    def test_a_quantised_weight(self):
-        weight = Int8Rows.quantize(operands()[1].detach())
-        tensors = operands()
-        layer = torch.compile(
-            lambda x, A, B, b, m: ours(x, weight, A, B, b, m), backend="aot_eager", fullgraph=True
-        )
-        rest = [tensors[0], *tensors[2:]]
-        for function in (layer, lambda x, A, B, b, m: ours(x, weight, A, B, b, m)):
-            y = function(*rest)
-            grads = torch.autograd.grad(y.square().sum(), rest)
-            plain = reference(tensors[0], weight.dense(), *tensors[2:4], 0.75, *tensors[4:])
-            exact = torch.autograd.grad(plain.square().sum(), rest)
-            torch.testing.assert_close([y, *grads], [plain, *exact])
+    def test_a_quantised_weight(self, tensors):
+        tensors[1] = Int8Rows.quantize(tensors[1])
+        expected = with_gradients(plain, [tensors[0], tensors[1].dense(), *tensors[2:]])
+        for function in (torch.compile(ours, backend="aot_eager", fullgraph=True), ours):
+            torch.testing.assert_close(with_gradients(function, tensors), expected)
 
     def test_the_operator_of_the_norms(self):
         _, weight, A, B, *_ = (t.detach() for t in operands())
@@ -455,7 +393,7 @@ def test_autocast(backend, half):
     tensors = operands(33, 20, 40, 4)
     with use_backend(backend), torch.autocast("cpu", half):
         y = ours(*tensors)
-    exact = reference(*(t.double() for t in tensors[:4]), 0.75, *(t.double() for t in tensors[4:]))
+    exact = plain(*(t.double() for t in tensors))
     assert y.dtype == half
     torch.testing.assert_close(y.double(), exact, rtol=2e-2, atol=2e-2)
     grads = torch.autograd.grad(y.sum(), tensors)
@@ -491,29 +429,21 @@ def test_no_temporary_of_the_weights_size(backend, trained, dtype):
     assert peak_bytes(step, "cpu") < 0.7 * 4 * N * K  # eager's blocks take up to 2 MB
 
 
-BAD = [
-    (lambda t: t.update(magnitude=torch.ones(8)), ValueError, r"magnitude must be \[N\] = \[7\]"),
-    (lambda t: t.update(magnitude=torch.ones(7, 1)), ValueError, "magnitude must be"),
-    (lambda t: t.update(magnitude=1.0), TypeError, "magnitude must be a Tensor, got float"),
-    (lambda t: t.update(magnitude=torch.ones(7, dtype=torch.int32)), TypeError, "magnitude must"),
-    (
-        lambda t: t.update(magnitude=torch.ones(7, device="meta")),
-        ValueError,
-        "magnitude must be on",
-    ),
-]
-
-
-@pytest.mark.parametrize("change, error, words", BAD)
-def test_bad_magnitudes(change, error, words):
-    tensors = dict(zip(NAMES, (t.detach() for t in operands()), strict=True))
-    change(tensors)
-    with pytest.raises(error, match=words):
-        ours(**tensors)
-    with pytest.raises(error, match=words):
-        explain(
-            *(tensors[n] for n in NAMES[:4]), 0.75, tensors["bias"], magnitude=tensors["magnitude"]
-        )
+@pytest.mark.parametrize(
+    "magnitude, error, words",
+    [
+        (torch.ones(8), ValueError, r"magnitude must be \[N\] = \[7\]"),
+        (torch.ones(7, 1), ValueError, "magnitude must be"),
+        (1.0, TypeError, "magnitude must be a Tensor, got float"),
+        (torch.ones(7, dtype=torch.int32), TypeError, "magnitude must"),
+        (torch.ones(7, device="meta"), ValueError, "magnitude must be on"),
+    ],
+)
+def test_bad_magnitudes(magnitude, error, words):
+    x, weight, A, B, bias, _ = (t.detach() for t in operands())
+    for call in (lora_linear, explain):
+        with pytest.raises(error, match=words):
+            call(x, weight, A, B, 0.75, bias, magnitude=magnitude)
 
 
 class Net(nn.Module):
@@ -522,21 +452,20 @@ class Net(nn.Module):
     def __init__(self, dtype=torch.float32):
         super().__init__()
         torch.manual_seed(4)
-        self.up, self.down = (
-            nn.Linear(12, 20, bias=False, dtype=dtype),
-            nn.Linear(20, 9, dtype=dtype),
-        )
+        self.up = nn.Linear(12, 20, bias=False, dtype=dtype)
+        self.down = nn.Linear(20, 9, dtype=dtype)
 
     def forward(self, x):
         return self.down(torch.tanh(self.up(x)))
 
 
 def moved(model):
-    """The model with adapters that are not those it began with."""
+    """The model, ours or PEFT's, with adapters that are not those it began with."""
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
-        for p in lora_parameters(model):
-            p.add_(torch.randn(p.shape, generator=generator).mul(0.3).to(p.dtype))
+        for name, p in model.named_parameters():
+            if "lora" in name:
+                p.add_(torch.randn(p.shape, generator=generator).mul(0.3).to(p.dtype))
     return model
 
 
@@ -547,9 +476,9 @@ def dora_net(dtype=torch.float32, **options):
     return model
 
 
-def peft_net(dtype=torch.float32, **options):
+def peft_net(dtype=torch.float32, cast=True, **options):
     config = LoraConfig(r=3, lora_alpha=2, target_modules=["up", "down"], use_dora=True, **options)
-    return get_peft_model(Net(dtype), config)
+    return moved(get_peft_model(Net(dtype), config, autocast_adapter_dtype=cast))
 
 
 def batch(dtype=torch.float32):
@@ -559,10 +488,8 @@ def batch(dtype=torch.float32):
 class TestModules:
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
     def test_it_begins_as_the_base(self, dtype):
-        x = batch(dtype)
-        torch.testing.assert_close(dora_net(dtype)(x), Net(dtype)(x), rtol=0.02, atol=0.02)
-        if dtype == torch.float32:
-            torch.testing.assert_close(dora_net()(x), Net()(x))
+        x, rounding = batch(dtype), {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(dora_net(dtype)(x), Net(dtype)(x), **rounding)
 
     def test_its_parameters(self):
         model = dora_net()
@@ -572,9 +499,7 @@ class TestModules:
         model(batch()).sum().backward()
         trained = {name for name, p in model.named_parameters() if p.grad is not None}
         assert trained == set(keys)
-        assert "magnitude" not in dict(
-            LinearWithLoRA(nn.Linear(3, 3), 1, 1.0).lora.named_parameters()
-        )
+        assert "lora.magnitude" not in LinearWithLoRA(nn.Linear(3, 3), 1, 1.0).state_dict()
 
     def test_the_state_comes_back(self):
         model, other = moved(dora_net()), dora_net()
@@ -609,7 +534,7 @@ class TestModules:
         torch.testing.assert_close(model(batch(dtype)), expected, **rounding)
         if not unload:
             unmerge_lora(model)
-            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+            assert_bits(dict(model.state_dict()), before)
             assert torch.equal(model(batch(dtype)), expected)
 
     def test_a_conv1d(self):
@@ -619,12 +544,11 @@ class TestModules:
         base = Conv1D(9, 12)
         layer = LinearWithLoRA(base, 3, 2.0, dora=True)
         torch.testing.assert_close(layer(batch()), base(batch()))
-        moved(layer)
-        lora = layer.lora
-        plain = reference(batch(), base.weight.t(), lora.A, lora.B, 2.0, base.bias, lora.magnitude)
-        torch.testing.assert_close(layer(batch()), plain)
+        A, B, magnitude = moved(layer).lora.parameters()
+        expected = plain(batch(), base.weight.t(), A, B, base.bias, magnitude, alpha=2.0)
+        torch.testing.assert_close(layer(batch()), expected)
         merge_lora(layer)
-        torch.testing.assert_close(layer(batch()), plain)
+        torch.testing.assert_close(layer(batch()), expected)
 
     def test_sharding_by_tensor_parallel_styles_is_refused(self):
         from lora_kernels.distributed import ColwiseLoRA
@@ -654,42 +578,26 @@ class TestFiles:
         replace_linear_with_lora(plain, 3, 2.0)
         save_adapter(plain, tmp_path / "plain")
         for model, file in ((plain, "dora"), (dora_net(), "plain")):
-            before = copy.deepcopy(model.state_dict())
-            with pytest.raises(ValueError, match="DoRA"):
-                load_adapter(model, tmp_path / file)
-            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+            assert_refused(model, tmp_path / file, ValueError, "DoRA")
         mixed = dora_net()
         mixed.up.lora.magnitude = None
         with pytest.raises(ValueError, match="all be DoRA or all plain"):
             save_adapter(mixed, tmp_path / "mixed")
         assert not (tmp_path / "mixed").exists()
 
-    def damaged(self, folder, change):
-        save_adapter(moved(dora_net()), folder)
-        weights = folder / "adapter_model.safetensors"
-        tensors = load_file(weights)
-        change(tensors)
-        save_file(tensors, weights)
-
     @pytest.mark.parametrize("value", (None, torch.ones(4), torch.ones(20, 1)), ids=str)
     def test_a_damaged_magnitude(self, tmp_path, value):
         key = "base_model.model.up.lora_magnitude_vector"
-        self.damaged(tmp_path, lambda t: t.pop(key) if value is None else t.update({key: value}))
-        model = dora_net()
-        before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match="magnitude"):
-            load_adapter(model, tmp_path)
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        save_adapter(moved(dora_net()), tmp_path)
+        edit_weights(lambda t: t.pop(key) if value is None else t.update({key: value}))(tmp_path)
+        assert_refused(dora_net(), tmp_path, ValueError, "magnitude")
 
 
 def peft_step(model, x, training=True):
     """y and the gradients of what PEFT trains."""
-    model.train(training)
-    model.zero_grad()
-    y = model(x)
+    y = model.train(training)(x)
     y.float().square().sum().backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return y.detach(), grads
+    return y.detach(), named_gradients(model)
 
 
 class TestPeft:
@@ -699,13 +607,7 @@ class TestPeft:
         ids=str,
     )
     def test_fused_and_restored(self, dtype, cast):
-        config = LoraConfig(r=3, lora_alpha=2, target_modules=["up", "down"], use_dora=True)
-        model = get_peft_model(Net(dtype), config, autocast_adapter_dtype=cast)
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "lora_" in name:
-                    p.add_(torch.randn(p.shape, generator=generator).mul(0.3).to(p.dtype))
+        model = peft_net(dtype, cast)
         plain = peft_step(model, batch(dtype))
         report = accelerate(model)
         assert len(report.fused) == 2 and not report.left_alone
@@ -718,8 +620,7 @@ class TestPeft:
 
     def test_dropout_is_peft_s(self):
         """Both draw a mask of x by torch's own dropout."""
-        torch.manual_seed(0)
-        model = peft_net(lora_dropout=0.5, init_lora_weights=False)
+        model = peft_net(lora_dropout=0.5)
         torch.manual_seed(7)
         plain = peft_step(model, batch())
         accelerate(model)
@@ -731,7 +632,7 @@ class TestPeft:
         )
 
     def test_merging_takes_peft_s_own_path(self):
-        model = peft_net(init_lora_weights=False)
+        model = peft_net()
         expected = model(batch())
         accelerate(model)
         model.merge_adapter()
@@ -740,7 +641,7 @@ class TestPeft:
         torch.testing.assert_close(model(batch()), expected)
 
     def test_hooks_on_the_magnitude_are_left_to_peft(self):
-        model = peft_net(init_lora_weights=False)
+        model = peft_net()
         accelerate(model)
         layer, calls = model.base_model.model.up, []
         layer.lora_magnitude_vector["default"].register_forward_hook(lambda *_: calls.append(1))
@@ -791,15 +692,15 @@ class TestOneOperator:
     )
     trained = pytest.mark.parametrize("needed", TRAINED, ids="+".join)
 
-    def both(self, needed, lead=None, bias=True, **options):
-        """Leaves of which `needed` require grad, and the same in float64."""
-        single = operands(33, 24, 40, 5, lead=lead, **options)
-        for name, t in zip(NAMES, single, strict=True):
-            t.requires_grad_(name in needed)
-        wide = [t.detach().double().requires_grad_(t.requires_grad) for t in single]
-        if not bias:
-            single[4] = wide[4] = None
-        return single, wide
+    def operands(self, needed, **options):
+        """Leaves of which `needed` require grad."""
+        made = operands(33, 24, 40, 5, **options)
+        return [t.requires_grad_(n in needed) for n, t in zip(NAMES, made, strict=True)]
+
+    def both(self, needed, **options):
+        """Such leaves, and the same in float64."""
+        single = self.operands(needed, **options)
+        return single, [t.detach().double().requires_grad_(t.requires_grad) for t in single]
 
     @trained
     @pytest.mark.parametrize("bias", (True, False), ids=("bias", ""))
@@ -809,64 +710,33 @@ class TestOneOperator:
         ids=str,
     )
     def test_values_and_gradients(self, needed, bias, dtype, adapter_dtype):
-        single, wide = self.both(needed, bias=bias, dtype=dtype, adapter_dtype=adapter_dtype)
-        dy = torch.randn(33, 24).to(dtype)
-
-        def run(function, tensors, dy):
-            y = function(*tensors)
-            leaves = [t for t in tensors if t is not None and t.requires_grad]
-            return [y, *torch.autograd.grad(y, leaves, dy)]
-
-        def plain(*t):
-            return reference(*t[:4], 0.75, *t[4:])
-
-        found = run(ours, single, dy), run(plain, single, dy), run(plain, wide, dy.double())
-        names = ("y", *(name for name in NAMES if name in needed))
-        for name, *triple in zip(names, *found, strict=True):
-            assert_budget(*triple, what=name)
+        tensors = self.operands(needed, dtype=dtype, adapter_dtype=adapter_dtype)
+        check_function(ours, plain, tensors if bias else [*tensors[:4], None, tensors[5]])
 
     @trained
     def test_a_second_derivative(self, needed):
         """It is that of the sums as they are, norms held still, also of the gradient of m."""
-        found = []
-        for function, tensors in zip((ours, None), self.both(needed, lead=(2, 3)), strict=True):
-            function = function or (lambda *t: reference(*t[:4], 0.75, *t[4:]))
-            leaves = [t for t in tensors if t.requires_grad]
-            y = function(*tensors)
-            first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
-            penalty = sum(g.square().sum() for g in first)
-            found.append(torch.autograd.grad(penalty, leaves))
-        for actual, exact in zip(*found, strict=True):
-            torch.testing.assert_close(actual.double(), exact, rtol=1e-4, atol=1e-3)
+        both = zip((ours, plain), self.both(needed, lead=(2, 3)), strict=True)
+        found = [second_derivatives(function, tensors) for function, tensors in both]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3, check_dtype=False)
 
     def test_a_part_of_the_gradients(self):
         """What is asked for may be less than what requires a gradient."""
-        single, wide = self.both(self.TRAINED[0])
+        both = list(zip((ours, plain), self.both(self.TRAINED[0]), strict=True))
         for asked in (0, 2, 3, 5):
-            exact = reference(*wide[:4], 0.75, *wide[4:]).square().sum()
-            (actual,) = torch.autograd.grad(ours(*single).square().sum(), single[asked])
-            (expected,) = torch.autograd.grad(exact, wide[asked])
-            torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+            found = [torch.autograd.grad(f(*t).square().sum(), t[asked]) for f, t in both]
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4, check_dtype=False)
 
     def test_z_is_kept_for_m_alone(self):
         for needed, held in ((("x", "A", "B"), 0), (("x", "A", "B", "magnitude"), 1)):
-            single, _ = self.both(needed)
-            shapes = []
-
-            def keep(t, shapes=shapes):
-                shapes.append(tuple(t.shape))
-                return t
-
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-                ours(*single)
-            assert shapes.count((33, 24)) == held
+            with saved_inside() as saved:
+                ours(*self.operands(needed))
+            assert [t.shape for t in saved].count((33, 24)) == held
 
     def test_y_may_be_changed_in_place(self):
-        single, _ = self.both(self.TRAINED[0])
-        leaves = [t for t in single if t.requires_grad]
-        expected = torch.autograd.grad(ours(*single).relu().sum(), leaves)
-        assert_equal = torch.testing.assert_close
-        assert_equal(torch.autograd.grad(ours(*single).relu_().sum(), leaves), expected)
+        tensors = self.operands(self.TRAINED[0])
+        functions = (lambda *t: ours(*t).relu()), (lambda *t: ours(*t).relu_())
+        torch.testing.assert_close(*(with_gradients(f, tensors) for f in functions))
 
 
 @pytest.mark.parametrize("format", ("nf4", "int8"))
@@ -874,42 +744,43 @@ class TestPackedWeights:
     """The packed weight and its dense copy make the same layer."""
 
     def operands(self, format, dtype=torch.float32):
-        tensors = operands(20, 48, 64, 4, dtype)
+        """The packed weight, its dense copy, and x, A, B, bias, magnitude."""
+        x, _, *others = operands(20, 48, 64, 4, dtype)
         weight = sample(format, 48, 64, dtype)
-        return weight, [weight.dense(), *(tensors[i] for i in (0, 2, 3, 4, 5))]
+        return weight, weight.dense(), [x, *others]
 
-    def step(self, weight, tensors, **options):
-        x, A, B, bias, magnitude = tensors
-        y = ours(x, weight, A, B, bias, magnitude, **options)
-        return [y, *torch.autograd.grad(y.square().sum(), tensors)]
+    def over(self, weight, **options):
+        """The layer over a weight as a function of all else."""
+        return lambda x, *others: ours(x, weight.to(x.dtype), *others, **options)
 
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
     def test_gradients(self, backend, format, dtype):
-        weight, (dense, *tensors) = self.operands(format, dtype)
-        wide = [t.detach().double().requires_grad_() for t in tensors]
+        packed, dense, tensors = self.operands(format, dtype)
         with use_backend(backend):
-            found = self.step(weight, tensors), self.step(dense, tensors)
-        exact = self.step(dense.double(), wide)
+            dy = torch.randn(20, 48).to(dtype)
+            found = [with_gradients(self.over(w), tensors, dy) for w in (packed, dense)]
+        wide = [t.detach().double().requires_grad_() for t in tensors]
+        exact = with_gradients(self.over(dense), wide, dy)
         for name, *triple in zip(("y", "x", "A", "B", "bias", "m"), *found, exact, strict=True):
             assert_budget(*triple, what=name)
 
     @pytest.mark.parametrize("rows", (1, 4, 20, 0), ids=str)
     def test_without_gradients(self, backend, format, rows):
         """Few rows take other kernels over the codes."""
-        weight, (dense, x, *rest) = self.operands(format)
+        packed, dense, (x, *others) = self.operands(format)
         with use_backend(backend), torch.no_grad():
-            y = ours(x[:rows], weight, rest[0], rest[1], *rest[2:])
-            plain = ours(x[:rows], dense, rest[0], rest[1], *rest[2:])
-        torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-5)
+            ys = [self.over(w)(x[:rows], *others) for w in (packed, dense)]
+        torch.testing.assert_close(*ys, rtol=1e-5, atol=1e-5)
 
     def test_dropout(self, backend, format):
-        weight, (dense, *tensors) = self.operands(format)
+        packed, dense, tensors = self.operands(format)
         with use_backend(backend):
-            found = [self.step(w, tensors, dropout_p=0.5, seed=3) for w in (weight, dense)]
+            both = (self.over(w, dropout_p=0.5, seed=3) for w in (packed, dense))
+            found = [with_gradients(function, tensors) for function in both]
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
     def test_transforms_and_compiled_code(self, format):
-        weight, (dense, x, A, B, bias, magnitude) = self.operands(format)
+        weight, dense, (x, A, B, bias, magnitude) = self.operands(format)
         rest = A.detach(), B.detach(), bias.detach()
 
         def gradient(w):
@@ -950,13 +821,10 @@ def test_a_layer_over_bitsandbytes(kind):
     with torch.no_grad():
         layer.lora.B.normal_()
         layer.lora.magnitude.mul_(2)
-    weight = bases.quantized_weight(base)
-    y = layer(x)
-    leaves = [x, layer.lora.A, layer.lora.B, layer.lora.magnitude]
-    found = [y, *torch.autograd.grad(y.square().sum(), leaves)]
-    again = reference(x, weight.dense().float(), *leaves[1:3], 2.0, base.bias, leaves[3])
-    exact = [again, *torch.autograd.grad(again.square().sum(), leaves)]
-    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-3)
+    weight = bases.quantized_weight(base).dense().float()
+    both = (lambda x, *_: layer(x)), (lambda x, A, B, m: plain(x, weight, A, B, base.bias, m, 2.0))
+    found = [with_gradients(function, [x, *layer.lora.parameters()]) for function in both]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
 
 
 def test_what_explain_says_of_the_scale():

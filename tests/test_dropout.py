@@ -8,7 +8,7 @@ import torch
 
 from lora_kernels import LinearWithLoRA, lora_linear, use_backend
 from lora_kernels.dropout import Dropout, _philox, keep_mask, scaled_mask, threshold
-from tests.oracle import assert_budget, reference
+from tests.oracle import check_function, reference
 from tests.test_functional import operands
 
 
@@ -70,25 +70,20 @@ def test_threshold_is_a_probability():
 
 @pytest.mark.parametrize("seed", [12345, -7, -(2**63)])
 def test_forward_and_every_gradient_use_one_mask(backend, seed):
-    x, weight, A, B, bias = operands(M=24, N=20, K=30, R=4)
     mask = scaled_mask(Dropout(0.4, torch.tensor(seed)), 24, 30, torch.float64)
-    leaves = (x, weight, A, B, bias)
+
+    def ours(x, weight, A, B, bias):
+        return lora_linear(x, weight, A, B, 0.75, bias, dropout_p=0.4, seed=seed)
+
+    def plain(x, weight, A, B, bias):
+        return reference(x, weight, A, B, 0.75, bias, mask=mask)
+
     with use_backend(backend):
-        y = lora_linear(x, weight, A, B, 0.75, bias, dropout_p=0.4, seed=seed)
-    dy = torch.randn_like(y)
-    actual = [y, *torch.autograd.grad(y, leaves, dy)]
-
-    def plain(dtype):
-        cast = [t.detach().to(dtype).requires_grad_() for t in leaves]
-        out = reference(*cast[:4], 0.75, cast[4], mask=mask)
-        return [out, *torch.autograd.grad(out, cast, dy.to(dtype))]
-
-    for mine, eager, exact in zip(actual, plain(torch.float32), plain(torch.float64), strict=True):
-        assert_budget(mine, eager, exact)
+        check_function(ours, plain, operands(M=24, N=20, K=30, R=4))
 
 
 def test_gradcheck_with_a_fixed_mask():
-    tensors = operands(4, 3, 6, 2, dtype=torch.float64)
+    tensors = operands(2, 2, 6, 1, dtype=torch.float64)
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert check(
             lambda x, w, a, b, c: lora_linear(x, w, a, b, 0.5, c, dropout_p=0.5, seed=9), tensors

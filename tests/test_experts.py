@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import peft
@@ -18,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.integrations.peft import FusedParamWrapper, accelerate, restore, why_not_fused
-from tests.oracle import made_inside
+from tests.oracle import made_inside, named_gradients, saved_inside
 
 SIZES = {"num_experts": 5, "hidden_size": 16, "intermediate_size": 12}
 FAMILIES = {  # a class for each form of the contract
@@ -101,14 +102,27 @@ def batch(dtype=torch.float64, tokens=7, slots=2, experts=5, width=16):
     return x, index, weights.requires_grad_()
 
 
-def run(net, inputs):
+def run(net, inputs, call=None):
     """y and the gradients of x, of the routing weights and of every parameter that is trained."""
     x, index, weights = (t.detach().requires_grad_(t.is_floating_point()) for t in inputs)
-    net.zero_grad()
-    y = net(x, index, weights)
+    y = (net if call is None else call)(x, index, weights)
     y.double().square().sum().backward()
-    gradients = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), "x": x.grad, "weights": weights.grad, **gradients}
+    return {"y": y.detach(), "x": x.grad, "weights": weights.grad, **named_gradients(net)}
+
+
+def in_float64(net, inputs):
+    """`run` of the same values."""
+    wide = [t.double() if t.is_floating_point() else t for t in inputs]
+    return run(copy.deepcopy(net).double(), wide)
+
+
+def assert_as_exact(got, want, exact, unit):
+    """No further from float64 than twice PEFT's own distance, which rounds W + dW, and a rounding."""
+    assert got.keys() == exact.keys() == want.keys()
+    for name, value in exact.items():
+        assert got[name].dtype == want[name].dtype
+        allowed = 2 * (want[name] - value).norm() + unit * value.norm()
+        assert (got[name] - value).norm() <= allowed, name
 
 
 def assert_same(got, want, tolerance=1e-11):
@@ -186,39 +200,23 @@ def test_batches(tokens, slots):
 @pytest.mark.parametrize("float32_adapters", [True, False])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_dtypes(family, dtype, float32_adapters):
-    """No further from float64 than twice PEFT's own distance, which rounds W + dW to the dtype."""
     net = block(family, dtype=dtype, autocast_adapter_dtype=float32_adapters)
-    exact = run(
-        copy.deepcopy(net).double(),
-        [t.double() if t.is_floating_point() else t for t in batch(dtype)],
-    )
-    peft_s = run(net, batch(dtype))
+    exact, want = in_float64(net, batch(dtype)), run(net, batch(dtype))
     assert not accelerate(net).left_alone
-    ours = run(net, batch(dtype))
-    assert ours.keys() == exact.keys() == peft_s.keys()
-    unit = torch.finfo(dtype).eps
-    for name, value in exact.items():
-        assert ours[name].dtype == peft_s[name].dtype
-        allowed = 2 * (peft_s[name] - value).norm() + unit * value.norm()
-        assert (ours[name] - value).norm() <= allowed, name
+    assert_as_exact(run(net, batch(dtype)), want, exact, torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_autocast(half):
     """Products in the half type, the result in x's, gradients in their parameters' types."""
     net = block(dtype=torch.float32, implementation="eager")
-    exact = run(
-        copy.deepcopy(net).double(),
-        [t.double() if t.is_floating_point() else t for t in batch(torch.float32)],
-    )
+    exact = in_float64(net, batch(torch.float32))
     with torch.autocast("cpu", half):
         want = run(net, batch(torch.float32))
         accelerate(net)
         got = run(net, batch(torch.float32))
-    for name, value in exact.items():
-        assert got[name].dtype == want[name].dtype == torch.float32
-        allowed = 2 * (want[name] - value).norm() + torch.finfo(half).eps * value.norm()
-        assert (got[name] - value).norm() <= allowed, name
+    assert all(t.dtype == torch.float32 for t in got.values())
+    assert_as_exact(got, want, exact, torch.finfo(half).eps)
 
 
 def test_x_of_another_dtype_is_left_to_peft():
@@ -248,9 +246,8 @@ def test_some_gradients_only(trained):
     x, index, weights = (t.detach() for t in batch())
     found = []
     for _ in range(2):
-        net.zero_grad()
         net(x, index, weights).square().sum().backward()
-        found.append({n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None})
+        found.append(named_gradients(net))
         accelerate(net)
     assert len(found[0]) == 2
     assert_same(found[1], found[0])
@@ -283,21 +280,13 @@ def test_saved_for_backward(tokens):
     index = torch.stack([torch.randperm(32)[:4] for _ in range(tokens)])
     weights = torch.rand(tokens, 4)
     accelerate(net)
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()} | {
-        x.untyped_storage().data_ptr()
-    }
-    saved = {}
-
-    def pack(t):
-        key = t.untyped_storage().data_ptr()
-        if key not in own:
-            saved[key, t.storage_offset(), t.shape] = t.numel() * t.itemsize
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with saved_inside() as saved:
         y = net(x, index, weights)
     assert y.requires_grad
-    assert sum(saved.values()) / 2**20 <= 1.2 * SPLIT_BYTES[tokens]
+    own = {t.untyped_storage().data_ptr() for t in (x, *net.parameters())}
+    places = {(t.untyped_storage().data_ptr(), t.storage_offset(), t.shape): t for t in saved}
+    bytes_saved = sum(t.numel() * t.itemsize for (at, *_), t in places.items() if at not in own)
+    assert bytes_saved / 2**20 <= 1.2 * SPLIT_BYTES[tokens]
 
 
 def test_expert_parallel():
@@ -306,11 +295,8 @@ def test_expert_parallel():
     experts = net.base_model.model.experts.get_base_layer()
     experts._is_expert_parallel = True
     x, index, weights = batch()
-    index[0], index[2, 1], index[5, 0] = (
-        5,
-        5,
-        7,
-    )  # as a router of a larger group of experts gives them
+    # As a router of a larger group of experts gives them.
+    index[0], index[2, 1], index[5, 0] = 5, 5, 7
     weights = weights.detach().masked_fill(index >= 5, 0.0)
     want = run(net, (x, index, weights))
     kept = index.clone()
@@ -401,11 +387,10 @@ def test_a_hook_on_the_wrapper_inside_leaves_both_alone():
 def test_a_hook_on_the_outer_wrapper_runs():
     net = block()
     calls = []
-    hook_ = wrappers(net)[0].register_forward_hook(lambda *_: calls.append(1))
+    wrappers(net)[0].register_forward_hook(lambda *_: calls.append(1))
     assert not accelerate(net).left_alone
     net(*batch())
     assert calls == [1]
-    hook_.remove()
 
 
 def test_a_global_hook_is_left_to_peft():
@@ -528,10 +513,8 @@ def test_a_square_parameter_without_the_mark(version, fused, monkeypatch):
         accelerate(net)
         assert_same(run(net, inputs), want)
     else:
-        assert (
-            reason
-            == f"PEFT {version} does not say which side of its parameter, [5, 12, 12], lora_A is on"
-        )
+        words = "does not say which side of its parameter, [5, 12, 12], lora_A is on"
+        assert reason == f"PEFT {version} {words}"
 
 
 def test_an_adapter_of_other_shapes_is_left_alone():
@@ -550,15 +533,7 @@ def test_checkpointing():
     want = run(net, batch())
     accelerate(net)
 
-    def again(x, index, weights):
-        return checkpoint(net, x, index, weights, use_reentrant=False)
-
-    x, index, weights = batch()
-    net.zero_grad()
-    y = again(x, index, weights)
-    y.square().sum().backward()
-    got = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
-    assert_same({"y": y.detach(), "x": x.grad, "weights": weights.grad, **got}, want)
+    assert_same(run(net, batch(), partial(checkpoint, net, use_reentrant=False)), want)
 
 
 def test_copies_and_pickles():
@@ -588,20 +563,20 @@ def test_nan_and_inf_stay_with_their_token():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_compile(family):
     """One graph, forward and backward, that another routing does not compile again."""
     net = block(family, dtype=torch.float32)
     accelerate(net)
     want = run(net, batch(torch.float32))
-    torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = torch.compile(net, fullgraph=True)
-        got = run(compiled, batch(torch.float32))
+        got = run(net, batch(torch.float32), compiled)
         x, index, weights = batch(torch.float32)
         other = net(x, index.flip(0), weights)
         torch.testing.assert_close(compiled(x, index.flip(0), weights), other)
-    assert_same({k.removeprefix("_orig_mod."): v for k, v in got.items()}, want, 1e-5)
+    assert_same(got, want, 1e-5)
 
 
 # Whole models.

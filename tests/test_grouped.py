@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import re
 
 import pytest
 import torch
@@ -11,15 +11,14 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from lora_kernels import explain, grouped_lora_linear, lora_linear, plan
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
-from lora_kernels.backends.cpu import BACKEND as CPU
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.operands import Adapter, Groups
 from lora_kernels.problem import Problem
-from tests.oracle import assert_budget
+from tests.grouped import NAMES, loop
+from tests.oracle import assert_bits, check_function, saved_inside, with_gradients
 from tests.toy_format import Int8Rows
 
 f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-NAMES = ("x", "weight", "A", "B", "bias")
 ROUTINGS = {
     "mixed": [0, 3, 3, 4, 11, 40],
     "first": [0, 9, 9, 9, 9, 9],
@@ -27,13 +26,6 @@ ROUTINGS = {
     "ones": [0, 1, 2, 3, 4, 5],
     "no_rows": [0, 0, 0, 0, 0, 0],
 }
-
-
-@pytest.fixture(params=["eager", "cpu"])
-def backend(request):
-    if request.param == "cpu" and (reason := CPU.unavailable()) is not None:
-        pytest.skip(reason)
-    return request.param
 
 
 def operands(offsets, dtype=f32, *, K=13, N=9, R=5, shared=False, adapter_dtype=None):
@@ -51,20 +43,6 @@ def as_offsets(numbers):
     return torch.tensor(numbers, dtype=torch.int32)
 
 
-def loop(tensors, offsets, scale, mask=None, dtype=None):
-    """The definition: one group after another, in the operands' dtypes or in `dtype`."""
-    x, weight, A, B, bias = (t if t is None or dtype is None else t.to(dtype) for t in tensors)
-    masked = x if mask is None else x * mask.to(x.dtype)
-    parts = []
-    for g, (begin, end) in enumerate(pairwise(offsets.tolist())):
-        W = weight[g] if weight.ndim == 3 else weight
-        factor = float(torch.as_tensor(scale).expand(A.shape[0])[g])
-        low = factor * (masked[begin:end].to(A.dtype) @ A[g] @ B[g])
-        y = x[begin:end] @ W.mT + low.to(x.dtype)
-        parts.append(y if bias is None else y + (bias[g] if bias.ndim == 2 else bias))
-    return torch.cat(parts)
-
-
 def called(tensors, offsets, scale, **options):
     x, weight, A, B, bias = tensors
     return grouped_lora_linear(x, weight, A, B, offsets, scale, bias, **options)
@@ -72,22 +50,11 @@ def called(tensors, offsets, scale, **options):
 
 def check(tensors, offsets, scale, mask=None, **options):
     """Forward and the gradients of what requires one are within the budget of the loop's own error."""
-    ours = called(tensors, offsets, scale, **options)
-    eager = loop(tensors, offsets, scale, mask)
-    exact = loop(tensors, offsets, scale, mask, f64)
-    assert_budget(ours, eager, exact.detach(), "y")
-    leaves = {
-        n: t for n, t in zip(NAMES, tensors, strict=True) if t is not None and t.requires_grad
-    }
-    dy = torch.randn(ours.shape, dtype=ours.dtype)
-    grads = [
-        torch.autograd.grad(y, tuple(leaves.values()), dy.to(y.dtype), allow_unused=True)
-        for y in (ours, eager, exact)
-    ]
-    for name, leaf, got, theirs, right in zip(leaves, leaves.values(), *grads, strict=True):
-        nothing = torch.zeros_like(leaf)
-        theirs, right = (nothing if t is None else t for t in (theirs, right))
-        assert_budget(got, theirs, right.double(), f"d{name}")
+    check_function(
+        lambda *t: called(t, offsets, scale, **options),
+        lambda *t: loop(t, offsets.tolist(), scale, mask),
+        tensors,
+    )
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["experts", "shared"])
@@ -128,17 +95,11 @@ def test_any_subset_of_gradients(needs, shared, backend):
 @pytest.mark.parametrize("scale", [0.75, "0-d", "[G]", "[G] float64"])
 @pytest.mark.parametrize("shared", [False, True], ids=["experts", "shared"])
 def test_scales_and_biases(scale, bias, shared, backend):
-    (x, weight, A, B, _), offsets, scales = operands(ROUTINGS["mixed"], shared=shared)
-    given = {"0-d": torch.tensor(0.3), "[G]": scales, "[G] float64": scales.double()}.get(
-        scale, scale
-    )
-    made = {"own": torch.randn(5, 9), "one": torch.randn(9), "none": None}[bias]
-    check(
-        (x, weight, A, B, made if made is None else made.requires_grad_()),
-        offsets,
-        given,
-        backend=backend,
-    )
+    (*tensors, _), offsets, scales = operands(ROUTINGS["mixed"], shared=shared)
+    given = {"0-d": torch.tensor(0.3), "[G]": scales, "[G] float64": scales.double()}
+    shape = {"own": (5, 9), "one": (9,), "none": None}[bias]
+    made = None if shape is None else torch.randn(shape, requires_grad=True)
+    check((*tensors, made), offsets, given.get(scale, scale), backend=backend)
 
 
 def test_layouts_of_peft(backend):
@@ -165,10 +126,8 @@ def test_one_group_has_the_bits_of_lora_linear(backend):
         assert torch.equal(y, plain)
         dy = torch.randn_like(y)
         grads = torch.autograd.grad(y, (tensors[0], *tensors[2:4]), dy)
-        for got, right in zip(
-            grads, torch.autograd.grad(plain, (one[0], *one[2:4]), dy), strict=True
-        ):
-            assert torch.equal(got.reshape(right.shape), right)
+        right = torch.autograd.grad(plain, (one[0], *one[2:4]), dy)
+        assert_bits([grads[0], *(t[0] for t in grads[1:])], list(right))
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["experts", "shared"])
@@ -219,18 +178,21 @@ def test_function_transforms(backend):
         tensors = tuple(t.detach().float().requires_grad_() for t in tensors)
     dy = torch.randn(40, 9, dtype=tensors[0].dtype)
 
-    def loss(function):
-        return lambda *leaves: (function(leaves, offsets, scale) * dy).sum()
-
     scale = scale.double()  # of a wider dtype than s
-    ours = torch.func.grad(loss(called), (0, 1, 2, 3, 4))(*tensors)
-    right = torch.func.grad(loss(loop), (0, 1, 2, 3, 4))(*tensors)
-    torch.testing.assert_close(ours, right)
-    batch = torch.randn(3, *tensors[0].shape, dtype=dy.dtype)
-    each = torch.vmap(lambda x: called((x, *tensors[1:]), offsets, scale))(batch)
-    torch.testing.assert_close(
-        each, torch.stack([loop((x, *tensors[1:]), offsets, scale) for x in batch])
+
+    def ours(*leaves):
+        return called(leaves, offsets, scale)
+
+    def plain(*leaves):
+        return loop(leaves, offsets.tolist(), scale)
+
+    both = (
+        torch.func.grad(lambda *t, f=f: (f(*t) * dy).sum(), (0, 1, 2, 3, 4)) for f in (ours, plain)
     )
+    torch.testing.assert_close(*(gradient(*tensors) for gradient in both))
+    batch = torch.randn(3, *tensors[0].shape, dtype=dy.dtype)
+    each = torch.vmap(lambda x: ours(x, *tensors[1:]))(batch)
+    torch.testing.assert_close(each, torch.stack([plain(x, *tensors[1:]) for x in batch]))
 
 
 def test_a_transform_checks_offsets_that_it_can_read():
@@ -286,15 +248,8 @@ def test_compiled_once_for_every_routing(shared):
     )
     for routing in ([0, 3, 3, 4, 11, 40], [0, 0, 20, 20, 30, 40]):
         offsets = as_offsets(routing)
-        y, right = step(offsets, *tensors), called(tensors, offsets, scale)
-        assert torch.equal(y, right)
-        dy = torch.randn_like(y)
-        for got, same in zip(
-            torch.autograd.grad(y, tensors, dy),
-            torch.autograd.grad(right, tensors, dy),
-            strict=True,
-        ):
-            assert torch.equal(got, same)
+        both = step, lambda offsets, *t: called(t, offsets, scale)
+        assert_bits(*(with_gradients(f, (offsets, *tensors)) for f in both))
     assert counter.frame_count == 1
     with pytest.raises(ValueError, match="offsets must not fall"):
         step(as_offsets([0, 3, 2, 4, 11, 40]), *tensors)
@@ -321,8 +276,7 @@ def test_what_is_saved_for_backward():
         t.requires_grad_(False)
 
     def saved():
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with saved_inside() as kept:
             called(tensors, offsets, 0.5)
         own = {t.data_ptr() for t in (weight, A, B, offsets)}
         return sorted((t.dtype, tuple(t.shape)) for t in kept if t.data_ptr() not in own)
@@ -386,35 +340,28 @@ GOOD |= {"offsets": as_offsets(ROUTINGS["mixed"]), "scale": 0.5}
     ],
 )  # fmt: skip
 def test_bad_operands_are_named(change, error, message, backend):
-    with pytest.raises(error) as caught:
+    with pytest.raises(error, match=re.escape(message)):
         grouped_lora_linear(**{"backend": backend, **GOOD, **change})
-    assert message in str(caught.value)
 
 
 def test_a_quantised_weight_is_every_groups():
     (x, _, A, B, _), offsets, scale = operands(ROUTINGS["mixed"], shared=True, K=16, N=8)
     weight = Int8Rows.quantize(torch.randn(8, 16))
-    y = grouped_lora_linear(x, weight, A, B, offsets, scale)
-    right = grouped_lora_linear(x, weight.dense(), A, B, offsets, scale)
-    assert torch.equal(y, right)
-    dy = torch.randn_like(y)
-    for got, same in zip(
-        torch.autograd.grad(y, (x, A, B), dy),
-        torch.autograd.grad(right, (x, A, B), dy),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, same)
+    found = [
+        with_gradients(
+            lambda x, A, B, w=w: grouped_lora_linear(x, w, A, B, offsets, scale), (x, A, B)
+        )
+        for w in (weight, weight.dense())
+    ]
+    torch.testing.assert_close(*found)
 
 
 def test_batched_gradients(backend):
     """`is_grads_batched`: each of several dy in one backward."""
     tensors, offsets, scale = operands(ROUTINGS["mixed"])
-    leaves = [t for t in tensors if t.requires_grad]
-    y = grouped_lora_linear(*tensors[:4], offsets, scale, tensors[4], backend=backend)
+    y = called(tensors, offsets, scale, backend=backend)
     dys = torch.randn(3, *y.shape)
-    found = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, retain_graph=True)
-    for i, dy in enumerate(dys):
-        for got, right in zip(
-            found, torch.autograd.grad(y, leaves, dy, retain_graph=True), strict=True
-        ):
-            torch.testing.assert_close(got[i], right, atol=1e-4, rtol=1e-4)
+    found = torch.autograd.grad(y, tensors, dys, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, tensors, dy, retain_graph=True) for dy in dys]
+    right = [torch.stack(t) for t in zip(*each, strict=True)]
+    torch.testing.assert_close(list(found), right, atol=1e-4, rtol=1e-4)

@@ -9,7 +9,8 @@ from torch.nn.utils import prune
 
 from lora_kernels import LinearWithLoRA, merge_lora, replace_linear_with_lora, unmerge_lora
 from lora_kernels.modules import lora_layers
-from tests.test_adapters import block, snapshot, unchanged
+from tests.oracle import assert_bits
+from tests.test_adapters import block, fill_adapters, snapshot, unchanged
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -23,19 +24,21 @@ def test_the_weight_is_rounded_once(dtype):
         half_unit = exact.abs() * torch.finfo(dtype).eps / 2
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         summing = 8 * torch.finfo(wide).eps * (before[name].double().abs() + delta.t().abs())
-        assert (
-            (layer.weight.double() - exact).abs()
-            <= half_unit + summing + 1e-7 * (dtype == torch.float16)
-        ).all()
+        allowed = half_unit + summing + 1e-7 * (dtype == torch.float16)
+        assert ((layer.weight.double() - exact).abs() <= allowed).all()
 
 
 def test_merged_and_unmerged_compute_the_same():
+    """With the same parameters: optimizers and tied modules hold on to them."""
     model, x = block(), torch.randn(9, 12)
     expected = model(x)
+    parameter, pointer = model.head.weight, model.head.weight.data_ptr()
     assert merge_lora(model) == ["q_proj", "mlp.0", "mlp.2", "head"]
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+    assert model.head.weight is parameter and parameter.data_ptr() == pointer
     assert unmerge_lora(model) == ["q_proj", "mlp.0", "mlp.2", "head"]
     assert torch.equal(model(x), expected)
+    assert model.head.weight is parameter and parameter.data_ptr() == pointer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,47 +70,23 @@ def test_a_merged_models_state_is_the_unmerged_ones():
     before = {key: value.clone() for key, value in model.state_dict().items()}
     merge_lora(model)
     assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_loading_into_a_merged_model_is_refused():
-    model = block()
-    state = model.state_dict()
-    merge_lora(model)
+    assert_bits(dict(model.state_dict()), before)
     with pytest.raises(RuntimeError, match="is merged: unmerge_lora"):
-        model.load_state_dict(state)
+        model.load_state_dict(before)
 
 
-def test_the_parameter_stays_the_same_object():
-    """Optimizers and tied modules hold on to it."""
-    model = block()
-    parameter, pointer = model.head.weight, model.head.weight.data_ptr()
-    merge_lora(model)
-    assert model.head.weight is parameter and parameter.data_ptr() == pointer
-    unmerge_lora(model)
-    assert model.head.weight is parameter and parameter.data_ptr() == pointer
-
-
-def test_unload_leaves_plain_linears_for_good():
+@pytest.mark.parametrize("merged", [False, True])
+def test_unload_leaves_plain_linears_for_good(merged):
+    """Of a model that was merged before as well."""
     model, x = block(), torch.randn(9, 12)
-    expected = model(x)
-    linear = model.head.linear
+    expected, linear = model(x), model.head.linear
+    if merged:
+        merge_lora(model)
     merge_lora(model, unload=True)
-    assert (
-        not list(lora_layers(model))
-        and model.head is linear
-        and "q_proj.weight" in model.state_dict()
-    )
+    assert not list(lora_layers(model)) and model.head is linear
+    assert "q_proj.weight" in model.state_dict()
+    assert not any("unmerged" in key for key in linear.__dict__)
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
-
-
-def test_unload_after_merge():
-    model, x = block(), torch.randn(9, 12)
-    merge_lora(model)
-    expected = model(x)
-    merge_lora(model, unload=True)
-    assert not list(lora_layers(model)) and torch.equal(model(x), expected)
-    assert not any("unmerged" in key for key in model.head.__dict__)
 
 
 def by_parameter(embedding, head):
@@ -152,35 +131,24 @@ def on_the_meta_device(embedding, head):
     head.weight = nn.Parameter(embedding.weight)
 
 
-TIES = (
-    by_parameter,
-    by_data,
-    by_a_parameter_over_it,
-    by_the_first_rows,
-    by_the_last_row,
-    behind_a_smaller_one,
-    by_a_buffer,
-    by_one_array,
-    on_the_meta_device,
-)
-
-
-@pytest.mark.parametrize("tie", TIES)
 @pytest.mark.parametrize(
-    "names", [("embedding", "head"), ("z", "head")], ids="before the {0[0]}".format
+    "tie",
+    [
+        *(by_parameter, by_data, by_a_parameter_over_it, by_the_first_rows, by_the_last_row),
+        *(behind_a_smaller_one, by_a_buffer, by_one_array, on_the_meta_device),
+    ],
 )
-def test_a_tied_weight_is_refused_and_nothing_is_merged(tie, names):
+@pytest.mark.parametrize("other", ["embedding", "z"])  # its name is before the head's, or behind
+def test_a_tied_weight_is_refused_and_nothing_is_merged(tie, other):
     """However its memory is shared; merging would change the other tensor too."""
-    model = nn.ModuleDict({"other": nn.Linear(6, 6), "head": nn.Linear(6, 10, bias=False)})
-    model[names[0]] = nn.Embedding(10, 6)
-    tie(model[names[0]], model["head"])
+    model = nn.ModuleDict({"linear": nn.Linear(6, 6), "head": nn.Linear(6, 10, bias=False)})
+    model[other] = nn.Embedding(10, 6)
+    tie(model[other], model["head"])
     replace_linear_with_lora(model, 2, 1.0)
-    for _, layer in lora_layers(model):
-        nn.init.normal_(layer.lora.B)
+    fill_adapters(model)
     before = snapshot(model)
-    with pytest.raises(
-        ValueError, match=rf"head\.linear\.weight .* shared, but {names[0]}\.\w+ has"
-    ):
+    words = rf"head\.linear\.weight .* shared, but {other}\.\w+ has"
+    with pytest.raises(ValueError, match=words):
         merge_lora(model)
     assert tie is on_the_meta_device or unchanged(model, before)
     assert not any(layer.merged for _, layer in lora_layers(model))

@@ -20,6 +20,7 @@ from lora_kernels.named import (
     save_named_adapter,
     select_adapters,
 )
+from tests.test_adapters import snapshot, unchanged
 
 
 class Net(nn.Module):
@@ -125,8 +126,7 @@ def test_a_step_trains_the_adapters_of_the_batch():
 def test_bad_requests_change_nothing(tmp_path):
     net = model()
     save_named_adapter(net, "fr", tmp_path / "fr")
-    names = ["fr", "de"]
-    state, kinds = copy.deepcopy(net.state_dict()), {n: type(m) for n, m in net.named_modules()}
+    names, before = ["fr", "de"], snapshot(net)
     narrow = nn.ModuleDict({"first": nn.Linear(8, 11), "second": nn.Linear(12, 8)})
     with pytest.raises(ValueError, match=r"'first' must have A \[8, 2\] and B \[2, 11\]"):
         load_named_adapter(narrow, "fr", tmp_path / "fr")
@@ -153,8 +153,7 @@ def test_bad_requests_change_nothing(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    assert {n: type(m) for n, m in net.named_modules()} == kinds
-    assert all(torch.equal(t, state[key]) for key, t in net.state_dict().items())
+    assert unchanged(net, before)
 
 
 def test_an_adapter_on_adapted_layers_is_no_second_wrapper():
@@ -189,14 +188,9 @@ def test_models_that_read_the_linear_of_a_layer(tmp_path):
     """By its weight, past it, and through a tied one."""
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=20,
-        d_model=8,
-        d_kv=4,
-        d_ff=8,
-        num_layers=1,
-        num_heads=2,
+        vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2,
         decoder_start_token_id=0,
-    )
+    )  # fmt: skip
     t5, tokens = T5ForConditionalGeneration(config).eval(), torch.randint(20, (2, 5))
     before = t5(input_ids=tokens, labels=tokens).loss
     add_adapter(t5, "fr", 2, 1.0)

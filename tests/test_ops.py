@@ -15,15 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import LinearWithLoRA, lora_linear, ops, use_backend
-from tests.oracle import assert_budget, reference
+from tests.oracle import check_function, reference
 from tests.test_functional import NAMES, operands
 
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def arguments(tensors, p=0.0):
@@ -55,30 +50,21 @@ def test_forward_registration_with_strides_and_dropout():
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "needs", [(True,) * 5, (True, False, True, True, False), (False, False, True, True, False)]
+    "needs, dtype",
+    [
+        ((True,) * 5, torch.bfloat16),
+        ((True, False, True, True, False), torch.float32),
+        ((False, False, True, True, False), torch.bfloat16),
+    ],
 )
 def test_backward_registration(needs, dtype):
     """Also of float32 adapters on a half base, whose gradients are float32."""
     x, weight, A, B, _ = (t.detach() for t in operands())
     x, weight, dy = (t.to(dtype) for t in (x, weight, torch.randn(9, 7)))
-    s = torch.randn(9, 3)
-    args = (
-        dy,
-        torch.float32,
-        list(needs),
-        *A.shape,
-        x,
-        weight,
-        A,
-        B,
-        s,
-        torch.tensor(0.5),
-        0.0,
-        None,
-        "eager",
-    )
+    first = dy, torch.float32, list(needs), *A.shape
+    saved = x, weight, A, B, torch.randn(9, 3)
+    args = *first, *saved, torch.tensor(0.5), 0.0, None, "eager"
     torch.library.opcheck(torch.ops.lora_kernels.lora_linear_backward, args)
 
 
@@ -158,15 +144,9 @@ def test_every_derivative_on_every_way_to_the_operator(way, dtype):
     torch.manual_seed(1)
     mine = derivatives(traced)
     torch.manual_seed(1)
-    for actual, expected in zip(
-        mine, derivatives(lambda *t: reference(*t[:4], 0.75, t[4])), strict=True
-    ):
-        torch.testing.assert_close(
-            actual.as_subclass(torch.Tensor),
-            expected.as_subclass(torch.Tensor),
-            rtol=1e-3,
-            atol=1e-3,
-        )
+    plain = derivatives(lambda *t: reference(*t[:4], 0.75, t[4]))
+    mine = [t.as_subclass(torch.Tensor) for t in mine]
+    torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("needs", [(True,) * 5, (False, False, True, True, False)])
@@ -289,39 +269,21 @@ class TestCompile:
             self.check(layer, compiled, x)
         assert counter.frame_count == 1
 
-    def test_a_new_batch_size_compiles_nothing_more(self):
-        layer, compiled, counter = self.count(dynamic=True)
+    @pytest.mark.parametrize("options, graphs", [({"dynamic": True}, 1), ({}, 2)], ids=str)
+    def test_a_new_batch_size_compiles_nothing_more(self, options, graphs):
+        """By default the second size makes the graph dynamic."""
+        layer, compiled, counter = self.count(**options)
         for M in (5, 6, 7, 9, 12, 100):
             self.check(layer, compiled, torch.randn(M, 6))
-        assert counter.frame_count == 1
-
-    def test_by_default_the_second_size_makes_the_graph_dynamic(self):
-        layer, compiled, counter = self.count()
-        for M in (5, 6, 7, 9, 12, 100):
-            self.check(layer, compiled, torch.randn(M, 6))
-        assert counter.frame_count == 2
+        assert counter.frame_count == graphs
 
     @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_inductor_forward_and_backward(self, dtype):
         # Large enough that the largest of many errors is compared, not one of a few.
         tensors = operands(M=33, N=60, K=72, R=12, dtype=dtype, lead=(3, 11))
-        function = torch.compile(
-            lambda x, w, a, b, c: lora_linear(x, w, a, b, 0.75, c).mul(1.0), fullgraph=True
-        )
-
-        def run(f, leaves):
-            y = f(*leaves)
-            return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
-
-        def plain(*t):
-            return reference(*t[:4], 0.75, t[4])
-
-        exact = run(plain, [t.detach().double().requires_grad_() for t in tensors])
-        for mine, eager, true in zip(
-            run(function, tensors), run(plain, tensors), exact, strict=True
-        ):
-            assert_budget(mine, eager, true)
+        function = torch.compile(lambda *t: by_name(*t).mul(1.0), fullgraph=True)
+        check_function(function, lambda *t: reference(*t[:4], 0.75, t[4]), tensors)
 
     def test_inside_a_checkpoint_with_dropout(self):
         """<dB, B> is the sum of what the branch added, if backward replays the mask that forward drew."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels.backends.eager import EagerProducts
-from tests.oracle import Case, assert_budget, check_products, reference
+from tests.oracle import Case, assert_budget, check_function, check_products, reference
 
 CASE = Case(33, 65, 47, 12, dtype=torch.bfloat16, layout="linear")
 DROPOUT = Case(31, 37, 42, 5, dropout=0.3)
@@ -93,6 +93,26 @@ def test_budget_accepts_eager_and_refuses_three_times_its_error():
     worse = exact + 3 * (eager.double() - exact) + 0.05 * exact.sign()
     with pytest.raises(AssertionError, match="off by"):
         assert_budget(worse.to(eager.dtype), eager, exact)
+
+
+@pytest.mark.parametrize("wrong", range(3), ids=["y", "gradient of x", "gradient of A"])
+def test_a_wrong_result_or_gradient_of_a_function_is_noticed(wrong):
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, A):
+            ctx.save_for_backward(x, A)
+            return x @ A * (1.01 if wrong == 0 else 1.0)
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, A = ctx.saved_tensors
+            factors = (1.01 if wrong == place else 1.0 for place in (1, 2))
+            return dy @ A.t() * next(factors), x.t() @ dy * next(factors)
+
+    x, A = torch.randn(4, 3, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    check_function(torch.matmul, torch.matmul, (x, A))
+    with pytest.raises(AssertionError, match=("y", "operand 0", "operand 1")[wrong]):
+        check_function(Scaled.apply, torch.matmul, (x, A))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

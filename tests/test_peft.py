@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from contextlib import nullcontext
+from functools import partial
 
 import peft
 import pytest
@@ -14,12 +15,8 @@ from torch import nn
 
 from lora_kernels import bases, load_adapter, save_adapter
 from lora_kernels.integrations import peft as integration
-from lora_kernels.integrations.peft import (
-    FusedLinear,
-    accelerate,
-    restore,
-    why_not_fused,
-)
+from lora_kernels.integrations.peft import FusedLinear, accelerate, restore, why_not_fused
+from tests.oracle import named_gradients
 from tests.test_functional import LAYOUTS
 
 
@@ -49,17 +46,10 @@ TARGETS = ["first", "second", "conv1d"]
 def model(dtype=torch.float32, **options):
     """A PEFT model whose adapters are not zero."""
     torch.manual_seed(7)
-    settings = {
-        "r": 4,
-        "lora_alpha": 6,
-        "target_modules": TARGETS,
-        "init_lora_weights": False,
-        **options,
-    }
-    autocast_adapter_dtype = settings.pop("autocast_adapter_dtype", True)
-    made = get_peft_model(
-        Net(dtype), LoraConfig(**settings), autocast_adapter_dtype=autocast_adapter_dtype
-    )
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "init_lora_weights": False}
+    settings |= options
+    cast = settings.pop("autocast_adapter_dtype", True)
+    made = get_peft_model(Net(dtype), LoraConfig(**settings), autocast_adapter_dtype=cast)
     with torch.no_grad():
         for name, p in made.named_parameters():
             if "lora_" in name and p.dtype.is_floating_point:
@@ -73,24 +63,21 @@ def tokens():
 
 def run(net, context=None):
     """Logits and every gradient."""
-    net.zero_grad()
     with context or nullcontext():
         y = net(tokens())
     y.float().square().sum().backward()
-    return y.detach(), {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
+    return y.detach(), named_gradients(net)
 
 
 def assert_same(fused, plain, dtype=torch.float32):
-    tolerance = (
-        {"atol": 2e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.15, "rtol": 0.05}
-    )
-    torch.testing.assert_close(fused[0], plain[0], **tolerance)
+    atol, rtol = (2e-5, 1e-4) if dtype == torch.float32 else (0.15, 0.05)
+    torch.testing.assert_close(fused[0], plain[0], atol=atol, rtol=rtol)
     assert fused[1].keys() == plain[1].keys() and fused[1]
     for name, gradient in fused[1].items():
         assert gradient.dtype == plain[1][name].dtype
         if dtype == torch.float32:
             # Where large terms cancel, what is left has their rounding: eight units of the largest.
-            rounding = max(tolerance["atol"], 1e-6 * plain[1][name].abs().max().item())
+            rounding = max(atol, 1e-6 * plain[1][name].abs().max().item())
             torch.testing.assert_close(gradient, plain[1][name], atol=rounding, rtol=1e-4)
         else:
             difference = (gradient - plain[1][name]).float().norm() / plain[1][name].float().norm()
@@ -153,12 +140,25 @@ def test_dropout_is_fused_and_unbiased():
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     torch.testing.assert_close(layer(x), PEFT_FORWARD(layer, x), atol=1e-5, rtol=1e-4)
-    assert (mean - layer(x)).abs().max() < 0.25 * (
-        layer(x) - layer.base_layer(x)
-    ).abs().max() + 0.05
+    branch = (layer(x) - layer.base_layer(x)).abs().max()
+    assert (mean - layer(x)).abs().max() < 0.25 * branch + 0.05
 
 
 PEFT_FORWARD = peft.tuners.lora.Linear.forward
+PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout")
+
+
+def part_of(layer, name):
+    """One of PARTS of a layer; PEFT has the others by the adapter's name."""
+    part = getattr(layer, name)
+    return part if name == "base_layer" else part["default"]
+
+
+def other_adapter(net, **options):
+    """Adds a second adapter, the same to each net."""
+    torch.manual_seed(4)
+    options = {"r": 3, "target_modules": TARGETS, "init_lora_weights": False, **options}
+    net.add_adapter("other", LoraConfig(**options))
 
 
 def left_to_peft(monkeypatch, net, *args, **kwargs):
@@ -224,19 +224,11 @@ class TestState:
 
     def test_set_scale_and_a_tensor_scale(self, pair):
         self.each(pair, lambda net: net.base_model.model.first.set_scale("default", 3))
-        self.each(
-            pair, lambda net: net.base_model.model.first.scaling.update(default=torch.tensor(0.5))
-        )
+        tensor = torch.tensor(0.5)
+        self.each(pair, lambda net: net.base_model.model.first.scaling.update(default=tensor))
 
     def test_adapters_added_later_and_switched(self, pair):
-        def change(net):
-            torch.manual_seed(4)
-            net.add_adapter(
-                "other",
-                LoraConfig(r=3, lora_alpha=9, target_modules=TARGETS, init_lora_weights=False),
-            )
-
-        self.each(pair, change)
+        self.each(pair, partial(other_adapter, lora_alpha=9))
         for name in ("other", "default", "other"):
             self.each(pair, lambda net, name=name: net.set_adapter(name))
         assert not accelerate(pair[0]).left_alone
@@ -245,10 +237,7 @@ class TestState:
     def test_several_active_adapters(self, pair, monkeypatch):
         fused, plain = pair
         for net in pair:
-            torch.manual_seed(4)
-            net.add_adapter(
-                "other", LoraConfig(r=3, target_modules=TARGETS, init_lora_weights=False)
-            )
+            other_adapter(net)
             net.base_model.set_adapter(["default", "other"])
         assert torch.equal(left_to_peft(monkeypatch, fused, tokens()), plain(tokens()))
         report = accelerate(fused, allow_none=True)
@@ -257,10 +246,7 @@ class TestState:
     def test_batches_of_mixed_adapters(self, pair, monkeypatch):
         fused, plain = pair
         for net in pair:
-            torch.manual_seed(4)
-            net.add_adapter(
-                "other", LoraConfig(r=3, target_modules=["first"], init_lora_weights=False)
-            )
+            other_adapter(net, target_modules=["first"])
             net.eval()
         names = ["default", "other", "__base__"]
         want = plain(tokens(), adapter_names=names)
@@ -278,10 +264,7 @@ class TestState:
 
     def test_weighted_adapters(self, pair):
         def change(net):
-            torch.manual_seed(4)
-            net.add_adapter(
-                "other", LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
-            )
+            other_adapter(net, r=4)
             net.add_weighted_adapter(
                 ["default", "other"], [0.5, 0.7], "both", combination_type="linear"
             )
@@ -365,17 +348,20 @@ class TestLeftAlone:
         after = run(net)
         assert torch.equal(after[0], plain[0])
 
+    @pytest.fixture
+    def layer(self):
+        """One layer of an accelerated model."""
+        net = model()
+        accelerate(net)
+        return net.base_model.model.first
+
     @pytest.mark.parametrize(
         "kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"]
     )
-    @pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
-    def test_every_kind_of_hook(self, part, kind):
+    @pytest.mark.parametrize("part", PARTS[:3])
+    def test_every_kind_of_hook(self, layer, part, kind):
         """On the inner layer, then on all modules of the process."""
-        net = model()
-        accelerate(net)
-        layer = net.base_model.model.first
-        inner = getattr(layer, part)
-        inner = inner if part == "base_layer" else inner["default"]
+        inner = part_of(layer, part)
         registers = (
             getattr(inner, f"register_{kind}_hook"),
             getattr(torch.nn.modules.module, f"register_module_{kind}_hook"),
@@ -412,45 +398,30 @@ class TestLeftAlone:
         layer.eval().lora_dropout["default"].train()
         assert not torch.allclose(layer(x), expected)
 
-    def test_an_int8_base(self, monkeypatch):
-        net = model()
-        accelerate(net)
-        layer = net.base_model.model.first
+    def test_an_int8_base(self, layer):
         layer.base_layer.weight = nn.Parameter(torch.ones(24, 16).to(torch.int8), False)
         assert why_not_fused(layer) == (
             "its base weight is a Parameter of torch.int8, no plain floating-point tensor"
         )
 
-    @pytest.mark.parametrize("inner", ["base_layer", "lora_A", "lora_B"])
-    def test_a_replaced_forward(self, inner, monkeypatch):
-        net = model()
-        accelerate(net)
-        layer, x = net.base_model.model.first, torch.randn(3, 16)
-        part = getattr(layer, inner)
-        part = part if inner == "base_layer" else part["default"]
-        part.forward = lambda t: torch.zeros(3, 4 if inner == "lora_A" else 24)
-        assert why_not_fused(layer) == f"the forward of its {inner} was replaced"
+    @pytest.mark.parametrize("part", PARTS[:3])
+    def test_a_replaced_forward(self, layer, part, monkeypatch):
+        x = torch.randn(3, 16)
+        part_of(layer, part).forward = lambda t: torch.zeros(3, 4 if part == "lora_A" else 24)
+        assert why_not_fused(layer) == f"the forward of its {part} was replaced"
         assert torch.equal(left_to_peft(monkeypatch, layer, x), PEFT_FORWARD(layer, x))
 
-    @pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B", "lora_dropout"])
-    def test_hooks(self, part, monkeypatch):
-        net = model()
-        accelerate(net)
-        layer = net.base_model.model.first
-        inner = getattr(layer, part)
-        inner = inner if part == "base_layer" else inner["default"]
+    @pytest.mark.parametrize("part", PARTS)
+    def test_hooks(self, layer, part, monkeypatch):
         x = torch.randn(3, 16)
         before = layer(x)
-        handle = inner.register_forward_hook(lambda module, args, out: out + 1.0)
+        handle = part_of(layer, part).register_forward_hook(lambda module, args, out: out + 1.0)
         assert why_not_fused(layer) == f"its {part} has hooks"
         assert not torch.allclose(left_to_peft(monkeypatch, layer, x), before)
         handle.remove()
         assert torch.equal(layer(x), before)
 
-    def test_parametrizations(self, monkeypatch):
-        net = model()
-        accelerate(net)
-        layer = net.base_model.model.first
+    def test_parametrizations(self, layer, monkeypatch):
         torch.nn.utils.parametrizations.weight_norm(layer.base_layer, "weight")
         assert why_not_fused(layer) == (
             "its base layer is a torch.nn.utils.parametrize.ParametrizedLinear, "

@@ -30,7 +30,8 @@ from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.tuning import tables
 from lora_kernels.tuning.targets import TARGETS
 from tests import toy_backend
-from tests.test_functional import grads_of, operands
+from tests.oracle import assert_bits, check_function, reference, saved_inside, with_gradients
+from tests.test_functional import operands
 from tests.toy_format import Int8Rows
 
 PROBLEM = Problem(9, 7, 6, 3, "float32", "float32")
@@ -64,16 +65,22 @@ class Fake(EagerBackend):
         return [self.candidate]
 
 
+@pytest.fixture(autouse=True)
+def _no_choice_of_before(monkeypatch):
+    """Neither the environment nor an earlier plan has a say."""
+    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
+    plan.forget()
+    yield
+    plan.forget()
+
+
 @pytest.fixture
 def install(monkeypatch):
     """install(fake): `fake` is the backend of its name within the test."""
     real = backends.get
     fakes = {}
     monkeypatch.setattr(backends, "get", lambda name: fakes.get(name) or real(name))
-    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
-    plan.forget()
-    yield lambda fake: fakes.setdefault(fake.name, fake)
-    plan.forget()
+    return lambda fake: fakes.setdefault(fake.name, fake)
 
 
 def call(**options):
@@ -157,18 +164,15 @@ def test_the_innermost_block_counts_and_ends_after_an_error(install):
     assert explain(PROBLEM).backend == "cpu"
 
 
-def test_a_calls_own_word_goes_before_the_blocks(install):
+def test_a_calls_own_word_goes_before_the_blocks_and_holds_for_its_backward(install):
     cpu = install(Fake("cpu"))
     with use_backend("eager"):
-        call(backend="cpu")
+        y = call(backend="cpu")
     assert cpu.products == 1
-
-
-def test_backward_takes_the_forwards_word(install):
-    cpu = install(Fake("cpu"))
-    y = call(backend="eager")
     y.sum().backward()
-    assert cpu.products == 0
+    assert cpu.products == 2
+    call(backend="eager").sum().backward()
+    assert cpu.products == 2
 
 
 def test_a_block_holds_for_autograds_and_other_threads(install):
@@ -184,18 +188,12 @@ def test_the_environment_names_what_auto_means(install, monkeypatch):
     cpu = install(Fake("cpu"))
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "eager")
     call()
+    with use_backend("cpu"), use_backend("auto"):
+        call()
     assert cpu.products == 0 and explain(PROBLEM).backend == "eager"
     monkeypatch.setenv("LORA_KERNELS_BACKEND", "fpga")
     with pytest.raises(ValueError, match=r"^LORA_KERNELS_BACKEND must be one of .* got 'fpga'"):
         call()
-
-
-def test_a_block_of_auto_leaves_the_environments_word(install, monkeypatch):
-    cpu = install(Fake("cpu"))
-    monkeypatch.setenv("LORA_KERNELS_BACKEND", "eager")
-    with use_backend("cpu"), use_backend("auto"):
-        call()
-    assert cpu.products == 0
 
 
 def test_explain_describes_the_call(install):
@@ -250,11 +248,6 @@ class TestGPU:
         install(Fake("cuda", unavailable="the extension is not built"))
         return install(Fake("triton"))
 
-    def test_triton_when_there_is_no_extension(self, gpu):
-        told = explain(self.problem)
-        assert told.backend == "triton" and told.rejected["cuda"] == "the extension is not built"
-        assert "cpu tensors only" in told.rejected["cpu"]
-
     def test_a_backend_that_failed_its_self_test_is_not_used(self, gpu, monkeypatch):
         monkeypatch.setattr(selftest, "trusted", lambda backend, device: "dA is off by 3.0")
         plan.forget()
@@ -294,6 +287,8 @@ class TestGPU:
 
     def test_what_can_run_is_compared_and_nothing_else(self, gpu):
         told = explain(self.problem)
+        assert told.backend == "triton" and told.rejected["cuda"] == "the extension is not built"
+        assert "cpu tensors only" in told.rejected["cpu"]
         assert [candidate.name for candidate in told.compared] == ["triton", "eager"]
         gpu.candidate = replace(gpu.candidate, refusal="too old")
         told = explain(self.problem)
@@ -303,39 +298,22 @@ class TestGPU:
     def test_a_gpu_problem_without_a_gpu(self, monkeypatch):
         """`explain` answers on any machine."""
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        plan.forget()
         told = explain(self.problem)
-        assert told.backend == "eager" and told.rejected["triton"] in (
-            "PyTorch finds no GPU",
-            "triton is not installed",
-        )
-        plan.forget()
+        why = "PyTorch finds no GPU", "triton is not installed"
+        assert told.backend == "eager" and told.rejected["triton"] in why
 
 
+@pytest.mark.usefixtures("machine")
 class TestTritonOrCUDA:
     """Both GPU backends can compute it: one table, one cost model, one decision."""
 
     problem = Problem(8, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
 
-    @pytest.fixture(autouse=True)
-    def gpu(self, monkeypatch, tmp_path):
-        from lora_kernels.backends import cuda, triton
-
-        monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
-        monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
-        monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
-        monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_90"])
-        monkeypatch.setattr(cuda.CudaBackend, "unavailable", lambda self: None)
-        monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self: None)
-        plan.forget()
-        yield
-        plan.forget()
-
     def tuned(self, M=16, **times):
         problem = Problem(M, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
         tables.save([tables.Entry(problem, times, ())], TARGETS["sm_90"])
 
-    def test_the_persistent_product_where_tune_has_timed_it(self, monkeypatch):
+    def test_the_persistent_product_where_tune_has_timed_it(self, machine, monkeypatch):
         """By prediction it is never taken, and `explain` says why: with this Triton, on this GPU, for these sizes."""
         monkeypatch.setattr(configs, "untried", lambda *_: None)
         large = replace(self.problem, M=4096)
@@ -384,9 +362,9 @@ class TestTritonOrCUDA:
             ("sm_100", "it is taken where `tune` has timed it: Gluon is experimental"),
             ("sm_120", "sm_120 has no tensor descriptors"),
         ):
-            monkeypatch.setattr(plan, "current_target", lambda *device, name=name: TARGETS[name])
+            machine.target = name
             assert plan.explain(large, "triton").passed_over["persistent"] == reason
-        monkeypatch.setattr(plan, "current_target", lambda *_: TARGETS["sm_100"])
+        machine.target = "sm_100"
         told = plan.explain(back, "triton")
         assert told.passed_over["persistent"].startswith("tensor memory has no columns")
 
@@ -406,7 +384,9 @@ class TestTritonOrCUDA:
         back = explain(large.adjoint())
         assert back.passed_over["one_launch"].startswith("in a backward q comes with dB")
 
-    def test_the_persistent_product_that_computes_s_where_tune_has_timed_it(self, monkeypatch):
+    def test_the_persistent_product_that_computes_s_where_tune_has_timed_it(
+        self, machine, monkeypatch
+    ):
         monkeypatch.setattr(configs, "untried", lambda *_: None)
         name, large = "persistent_one_launch", replace(self.problem, M=4096)
         reason = "it is taken where `tune` has timed it: Gluon is experimental"
@@ -430,7 +410,7 @@ class TestTritonOrCUDA:
             ("sm_100", "persistent_one_launch is not made for the tensor memory of sm_100"),
             ("sm_120", "sm_120 has no tensor descriptors"),
         ):
-            monkeypatch.setattr(plan, "current_target", lambda *_, target=target: TARGETS[target])
+            machine.target = target
             assert plan.explain(large, "triton").passed_over[name] == reason
 
     @pytest.mark.parametrize(
@@ -485,11 +465,9 @@ class TestTritonOrCUDA:
         assert explain(replace(backward, backward=False)).candidate.name == "decode"
         assert explain(backward).candidate.name == "two_kernel"
 
-    def test_without_triton_its_kernels_do_not_count(self, monkeypatch):
-        from lora_kernels.backends import triton
-
+    def test_without_triton_its_kernels_do_not_count(self, machine):
         self.tuned(decode=11.0, cuda_decode=12.0, eager=18.0)
-        monkeypatch.setattr(triton.TritonBackend, "unavailable", lambda self: "it rains")
+        machine.missing.add("triton")
         told = explain(self.problem)
         assert told.backend == "cuda" and told.rejected["triton"] == "it rains"
 
@@ -541,22 +519,13 @@ def test_choices_do_not_depend_on_values_or_layout_of_x():
 @pytest.mark.parametrize(
     "changed",
     [
-        {"M": 10},
-        {"N": 8},
-        {"K": 8},
-        {"R": 4},
-        {"dtype": torch.bfloat16},
-        {"adapter_dtype": torch.bfloat16},
-        {"bias": True},
-        {"dropout": True},
-        {"transposed": True},
-        {"device": "cuda:1"},
-        {"backend": "eager"},
+        *({"M": 10}, {"N": 8}, {"K": 8}, {"R": 4}, {"bias": True}, {"dropout": True}),
+        *({"dtype": torch.bfloat16}, {"adapter_dtype": torch.bfloat16}, {"transposed": True}),
+        *({"device": "cuda:1"}, {"backend": "eager"}),
     ],
     ids=str,
 )
 def test_a_remembered_plan_is_another_calls_where_any_fact_differs(changed, monkeypatch):
-    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
     made = []
     monkeypatch.setattr(plan, "make_plan", lambda *facts: made.append(facts) or facts)
 
@@ -571,14 +540,12 @@ def test_a_remembered_plan_is_another_calls_where_any_fact_differs(changed, monk
         name = others.get("backend", "auto")
         return plan.plan_call(name, x, weight, A, bias, "dropout" in others)
 
-    plan.forget()
     first = planned()
     other = planned(**changed)
     if "device" in changed:
         assert planned(device="cuda:0") != other
     assert first != other and planned() is first and planned(**changed) is other
     assert len(made) == len(set(made)) == 2 + ("device" in changed)
-    plan.forget()
 
 
 class TestABackendFromOutside:
@@ -588,11 +555,8 @@ class TestABackendFromOutside:
     def toy(self, monkeypatch):
         # In front: where no times are known the first that can compute a problem is taken.
         monkeypatch.setattr(backends, "BACKENDS", {"toy": "tests.toy_backend", **backends.BACKENDS})
-        monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
-        plan.forget()
         toy_backend.BACKEND.products.calls.clear()
-        yield toy_backend.BACKEND.products
-        plan.forget()
+        return toy_backend.BACKEND.products
 
     def test_it_is_chosen_and_explained(self, toy):
         told = explain(PROBLEM)
@@ -602,29 +566,25 @@ class TestABackendFromOutside:
 
     @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
     def test_it_computes_a_call_and_its_backward(self, toy, dropout_p):
-        leaves = operands()
-        dy = torch.randn(9, 7)
+        mask = scaled_mask(Dropout(dropout_p, torch.tensor(5)), 9, 6, torch.float32)
         options = {"dropout_p": dropout_p, "seed": 5}
-        found = grads_of(lambda *t: lora_linear(*t[:4], 0.75, t[4], **options), leaves, dy)
+        check_function(
+            lambda x, weight, A, B, bias: lora_linear(x, weight, A, B, 0.75, bias, **options),
+            lambda x, weight, A, B, bias: reference(x, weight, A, B, 0.75, bias, mask),
+            operands(),
+            torch.randn(9, 7),
+        )
         assert toy.calls.count("expand Tensor") == 2 and "wgrad" in toy.calls
-        wide = [t.detach().double().requires_grad_() for t in leaves]
-        x, weight, A, B, bias = wide
-        dropped = x * scaled_mask(Dropout(dropout_p, torch.tensor(5)), 9, 6, torch.float64)
-        y = x @ weight.t() + bias + 0.75 * (dropped if dropout_p else x) @ A @ B
-        exact = [y, *torch.autograd.grad(y, wide, dy.double())]
-        for mine, true in zip(found, exact, strict=True):
-            torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
     def test_it_trains_a_layer(self, toy, compiled):
         layer = LinearWithLoRA(torch.nn.Linear(6, 7), 3, 1.0)
         x = torch.randn(9, 6, requires_grad=True)
         with use_backend("eager"):
-            expected = grads_of(lambda x: layer(x), [x], torch.ones(9, 7))
+            expected = with_gradients(layer, [x])
         assert not toy.calls
         call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
-        found = grads_of(lambda x: call(x), [x], torch.ones(9, 7))
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(with_gradients(call, [x]), expected)
         assert sum("expand" in each for each in toy.calls) == 2
 
     def test_it_refuses_what_it_cannot_compute(self, toy):
@@ -654,33 +614,23 @@ class TestABackendFromOutside:
 class TestAFormatFromOutside:
     """tests/toy_format.py: no backend of the package reads it, so that the plan gives each a dense copy."""
 
-    @pytest.fixture(autouse=True)
-    def _auto(self, monkeypatch):
-        monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
-        plan.forget()
-        yield
-        plan.forget()
-
     @pytest.fixture
     def given(self):
         """x, weight, A, B, bias of which x, A and B require grad."""
         x, weight, A, B, bias = operands()
         return x, Int8Rows.quantize(weight.detach()), A, B, bias.detach()
 
-    @staticmethod
-    def exact(x, weight, A, B, bias):
-        return x @ weight.to(torch.float64).dense().t() + bias.double() + 0.75 * (x @ A @ B)
-
     def check(self, given, **options):
         """y, dx, dA and dB against float64's."""
         x, weight, A, B, bias = given
-        dy = torch.randn(9, 7)
-        call = functools.partial(lora_linear, alpha=0.75, **options)
-        found = grads_of(lambda x, A, B: call(x, weight, A, B, bias=bias), [x, A, B], dy)
-        wide = [t.detach().double().requires_grad_() for t in (x, A, B)]
-        true = grads_of(lambda x, A, B: self.exact(x, weight, A, B, bias), wide, dy.double())
-        for name, mine, right in zip(("y", "dx", "dA", "dB"), found, true, strict=True):
-            torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-5, msg=name)
+
+        def ours(x, A, B):
+            return lora_linear(x, weight, A, B, 0.75, bias, **options)
+
+        def plain(x, A, B):
+            return reference(x, weight.dense().to(x.dtype), A, B, 0.75, bias.to(x.dtype))
+
+        check_function(ours, plain, [x, A, B], torch.randn(9, 7))
 
     def test_who_does_not_read_it_gets_a_dense_copy(self, given, backend):
         told = explain(*given[:4], 0.75, given[4], backend=backend)
@@ -696,9 +646,8 @@ class TestAFormatFromOutside:
         assert explain(*given[:4]).backend == explain(*dense).backend
         self.check(given)
 
-    def test_a_copy_has_its_price_where_times_are_known(self, monkeypatch):
-        monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_90"])
-        monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
+    @pytest.mark.usefixtures("machine")
+    def test_a_copy_has_its_price_where_times_are_known(self):
         problem = Problem(64, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
         packed = explain(replace(problem, weight_format="int8_rows"))
         dense = explain(problem)
@@ -713,16 +662,14 @@ class TestAFormatFromOutside:
 
     def test_packed_tensors_are_kept_for_the_backward(self, given, backend):
         x, weight, A, B, bias = given
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with saved_inside() as kept:
             y = lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
         assert any(t is weight.codes for t in kept) and any(t is weight.scales for t in kept)
         assert not any(t.is_floating_point() and t.shape in ((7, 6), (6, 7)) for t in kept)
         y.sum().backward()
         for t in (x, A):
             t.requires_grad_(False)
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with saved_inside() as kept:
             lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
         assert not any(t is weight.codes for t in kept)  # dB reads no weight
 
@@ -733,17 +680,16 @@ class TestAFormatFromOutside:
         def step(x):
             return lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
 
-        dy = torch.randn(9, 7)
-        found = grads_of(lambda x: checkpoint(step, x, use_reentrant=False), [x], dy)
-        torch.testing.assert_close(found, grads_of(step, [x], dy), rtol=0, atol=0)
+        again = functools.partial(checkpoint, step, use_reentrant=False)
+        assert_bits(with_gradients(again, [x]), with_gradients(step, [x]))
 
     def test_without_gradients(self, given, backend):
         x, weight, A, B, bias = given
-        true = self.exact(x.double(), weight, A.double(), B.double(), bias)
+        true = reference(x, weight.dense(), A, B, 0.75, bias)
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
                 y = lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
-            torch.testing.assert_close(y.double(), true, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(y, true, rtol=1e-5, atol=1e-5)
 
     def test_autocast_decodes_to_its_type(self, given):
         x, weight, A, B, bias = given
@@ -797,8 +743,7 @@ class TestAFormatFromOutside:
             return lora_linear(x, weight, A, B, 0.75, bias)
 
         compiled = torch.compile(step, backend=compiler, fullgraph=True)
-        found = grads_of(compiled, [x, A, B], torch.ones(9, 7))
-        torch.testing.assert_close(found, grads_of(step, [x, A, B], torch.ones(9, 7)))
+        torch.testing.assert_close(*(with_gradients(f, [x, A, B]) for f in (compiled, step)))
 
     def test_who_reads_it_gets_the_packed_weight(self, given, monkeypatch):
         monkeypatch.setattr(backends, "BACKENDS", {"toy": "tests.toy_backend", **backends.BACKENDS})
@@ -814,14 +759,11 @@ class TestAFormatFromOutside:
     def test_bad_ones_are_refused_in_words(self, given):
         x, weight, A, B, bias = given
         on_meta = weight.with_tensors([t.to("meta") for t in weight.tensors])
+        partly = weight.with_tensors([weight.codes, on_meta.scales])
         trained = weight.with_tensors([weight.codes, weight.scales.clone().requires_grad_()])
         for bad, error, message in (
             (on_meta, ValueError, "weight must be on x's device, cpu, got meta"),
-            (
-                weight.with_tensors([weight.codes, on_meta.scales]),
-                ValueError,
-                "weight must be on x's device, cpu, got meta",
-            ),
+            (partly, ValueError, "weight must be on x's device, cpu, got meta"),
             (weight.to(torch.float16), TypeError, "weight must have x's dtype, torch.float32, got"),
             (weight.to(torch.int32), TypeError, "weight must be float32, .* got torch.int32"),
             (weight.t(), ValueError, r"x must be \[..., K\] with K = 7 as in weight, got \[9, 6\]"),

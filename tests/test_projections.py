@@ -16,18 +16,8 @@ f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 NEEDS = ("x", "weight", "A", "B", "bias")
 
 
-@pytest.fixture(autouse=True)
-def trained_together(monkeypatch):
-    """The small problems of these tests are trained together too."""
-    monkeypatch.setattr(cpu, "_TRAINED_TOGETHER", 0)
-    plan.forget()
-    yield
-    plan.forget()
-
-
-def needs_cpu():
-    if (reason := cpu.BACKEND.unavailable()) is not None:
-        pytest.skip(reason)
+pytestmark = pytest.mark.usefixtures("trained_together")
+needs_cpu = pytest.mark.skipif(cpu.BACKEND.unavailable() is not None, reason="no cpu backend")
 
 
 def operands(
@@ -74,22 +64,18 @@ def in_float64(x, parts):
     """The same values as leaves of their own, whose gradients are added in float64."""
 
     def wide(t):
-        return (
-            t.detach().double().requires_grad_(t.requires_grad)
-            if isinstance(t, torch.Tensor)
-            else t
-        )
+        if not isinstance(t, torch.Tensor):
+            return t
+        return t.detach().double().requires_grad_(t.requires_grad)
 
     return wide(x), [Projection(*map(wide, part)) for part in parts]
 
 
 def gradients(ys, x, parts, used, dys):
-    leaves, ys = (
-        leaves_of(x, parts),
-        [(ys[p], dy) for p, dy in zip(used, dys, strict=True) if ys[p].requires_grad],
-    )
-    dys = [dy.to(y.dtype) for y, dy in ys]
-    found = torch.autograd.grad([y for y, _ in ys], [*leaves.values()], dys, allow_unused=True)
+    leaves = leaves_of(x, parts)
+    given = [(ys[p], dy) for p, dy in zip(used, dys, strict=True) if ys[p].requires_grad]
+    dys = [dy.to(y.dtype) for y, dy in given]
+    found = torch.autograd.grad([y for y, _ in given], [*leaves.values()], dys, allow_unused=True)
     return dict(zip(leaves, found, strict=True))
 
 
@@ -111,53 +97,53 @@ def check(x, parts, used=(0, 1, 2), together=True):
             assert_budget(got[name], theirs[name], right, f"gradient of {name}")
 
 
+@needs_cpu
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("dtype", [f32, bf16, f16], ids=str)
 @pytest.mark.parametrize("lead", [(1,), (3,), (2, 8), (64,), (520,)], ids=str)
 def test_results_and_gradients(lead, dtype, p):
-    needs_cpu()
     check(*operands(dtype, lead=lead, p=p, needs=("x", "A", "B")))
 
 
+@needs_cpu
 @pytest.mark.parametrize(
     "sizes", [(7, (3, 1, 5), (1, 1, 2)), (130, (70, 33, 64), (8, 8, 8))], ids=str
 )
 @pytest.mark.parametrize("M", [1, 5, 513])
 def test_sizes(M, sizes):
-    needs_cpu()
     K, Ns, Rs = sizes
     check(*operands(lead=(M,), K=K, Ns=Ns, Rs=Rs, needs=("x", "A", "B")))
 
 
+@needs_cpu
 def test_dA_of_a_large_x_is_one_reduction():
     """2^20 elements of x: all dA come out of one reading of it."""
-    needs_cpu()
     check(*operands(lead=(1024,), K=1024, Ns=(8, 8, 8), Rs=(3, 1, 2), needs=("x", "A", "B")))
 
 
+@needs_cpu
 @pytest.mark.parametrize("needs", [*NEEDS, "A B", "x weight bias", "x weight A B bias", ""])
 def test_any_subset_of_gradients(needs):
-    needs_cpu()
     check(*operands(needs=needs.split()))
 
 
+@needs_cpu
 @pytest.mark.parametrize("used", [(0,), (2,), (0, 1)], ids=str)
 def test_results_that_are_not_used_take_no_part(used):
-    needs_cpu()
     check(*operands(needs=("x", "A", "B")), used=used)
 
 
+@needs_cpu
 def test_different_needs_of_the_projections():
-    needs_cpu()
     x, parts = operands(needs=("x", "A", "B"))
     parts[1].A.requires_grad_(False)
     parts[2].B.requires_grad_(False)
     check(x, parts)
 
 
+@needs_cpu
 @pytest.mark.parametrize("dtype", [bf16, f16], ids=str)
 def test_float32_adapters_on_a_half_base(dtype):
-    needs_cpu()
     check(*operands(dtype, adapter=f32, needs=("x", "A", "B")))
 
 
@@ -166,8 +152,8 @@ def test_float64_and_no_rows_are_computed_one_by_one():
     check(*operands(lead=(0,)), together=False)
 
 
+@needs_cpu
 def test_strides():
-    needs_cpu()
     x, parts = operands(needs=())
     wide = torch.full((21, 74), float("nan"))
     sliced = wide[:, ::2].copy_(x).requires_grad_()
@@ -182,9 +168,9 @@ def test_strides():
     check(sliced, turned)
 
 
+@needs_cpu
 def test_dx_is_rounded_once():
     """dx is summed in float32: closer to float64 than three bfloat16 sums added to each other."""
-    needs_cpu()
     x, parts = operands(bf16, lead=(64,), needs=("x", "A", "B"))
     dys = [torch.randn(64, part.weight.shape[0]).to(bf16) for part in parts]
     wide = in_float64(x, parts)
@@ -195,8 +181,8 @@ def test_dx_is_rounded_once():
     assert (one - exact).square().mean() < 0.7 * (added - exact).square().mean()
 
 
+@needs_cpu
 def test_each_has_its_own_mask_and_shares_one_on_request():
-    needs_cpu()
     K = 32
     x, eye, zero = torch.ones(4, K), torch.eye(K), torch.zeros(K, K)
     part = Projection(zero, eye, eye, 1.0, None, 0.5)
@@ -213,13 +199,11 @@ def test_each_has_its_own_mask_and_shares_one_on_request():
     assert torch.equal(one, other) and 0 < (one == 0).float().mean() < 1
 
 
+@needs_cpu
 def test_equal_calls_give_equal_bits():
-    needs_cpu()
     x, parts = operands(bf16, lead=(64,), p=0.2)
-    leaves, dys = (
-        list(leaves_of(x, parts).values()),
-        [torch.randn(64, n).to(bf16) for n in (24, 9, 16)],
-    )
+    leaves = list(leaves_of(x, parts).values())
+    dys = [torch.randn(64, n).to(bf16) for n in (24, 9, 16)]
     runs = []
     for _ in range(2):
         ys = lora_projections(x, parts)
@@ -227,21 +211,18 @@ def test_equal_calls_give_equal_bits():
     assert all(map(torch.equal, *runs))
 
 
+@needs_cpu
 def test_results_may_be_changed_in_place():
-    needs_cpu()
     x, parts = operands(lead=(2, 3), needs=("x", "A", "B"))
     ys = lora_projections(x, parts)
-    exact = [y.detach().relu() for y in apart(*in_float64(x, parts))]
-    for y, right in zip(ys, exact, strict=True):
-        torch.testing.assert_close(y.relu_().double(), right, atol=1e-5, rtol=1e-5)
-    sum(y.sum() for y in ys).backward()
-    got = x.grad
-    expected = torch.autograd.grad(sum(y.relu().sum() for y in apart(x, parts)), x)[0]
-    torch.testing.assert_close(got, expected.to(f32), atol=1e-4, rtol=1e-4)
+    both = [y.relu_() for y in ys], [y.relu() for y in apart(x, parts)]
+    torch.testing.assert_close(*both, atol=1e-5, rtol=1e-5)
+    grads = (torch.autograd.grad(sum(y.sum() for y in each), x) for each in both)
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
 
 
+@needs_cpu
 def test_second_derivatives():
-    needs_cpu()
     x, parts = operands(lead=(4,), K=6, Ns=(3, 2, 4), Rs=(2, 1, 3), p=0.3, needs=("x", "A", "B"))
     leaves = list(leaves_of(x, parts).values())
     seconds = []
@@ -250,8 +231,7 @@ def test_second_derivatives():
         grads = torch.autograd.grad(loss, leaves, create_graph=True)
         assert not torch.equal(grads[0], torch.zeros_like(x))
         seconds.append(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
-    for got, right in zip(*seconds, strict=True):
-        torch.testing.assert_close(got, right, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(*seconds, atol=1e-3, rtol=1e-3)
 
 
 def test_every_derivative_in_float64():
@@ -278,15 +258,14 @@ def test_compiled_without_a_graph_break():
     leaves = list(leaves_of(x, parts).values())
     compiled = torch.compile(lora_projections, fullgraph=True, backend="aot_eager")
     both = [
-        (ys, torch.autograd.grad(ys, leaves, [torch.ones_like(y) for y in ys]))
+        [*ys, *torch.autograd.grad(ys, leaves, [torch.ones_like(y) for y in ys])]
         for ys in (compiled(x, parts), apart(x, parts))
     ]
-    for got, right in zip(*map(lambda pair: (*pair[0], *pair[1]), both), strict=True):
-        torch.testing.assert_close(got, right, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4)
 
 
+@needs_cpu
 def test_autocast_casts_as_lora_linear_does():
-    needs_cpu()
     x, parts = operands(p=0.25, needs=("x", "A", "B"))
     with torch.autocast("cpu", torch.bfloat16):
         ys = lora_projections(x, parts)
@@ -307,9 +286,9 @@ def test_a_quantised_weight_and_a_tensor_as_scale_are_computed_one_by_one():
     assert torch.equal(ys[1], lora_linear(x, *scaled[:5]))
 
 
+@needs_cpu
 def test_one_call_of_the_products(monkeypatch):
     """A forward shrinks once for all, a backward sums dx once."""
-    needs_cpu()
     calls = []
     for name in ("shrink", "expand", "expand_sum", "wgrad"):
         inner = getattr(cpu.CpuProjectionProducts, name)
@@ -326,9 +305,9 @@ def test_one_call_of_the_products(monkeypatch):
     assert calls[2:] == ["shrink", "expand_sum", "wgrad", "wgrad"]
 
 
+@needs_cpu
 def test_small_ones_are_trained_one_by_one(monkeypatch):
     """Where a layer's own operator is faster the plan takes it: as measured, see backends/cpu.py."""
-    needs_cpu()
     monkeypatch.undo()
     plan.forget()
     x, parts = operands(needs=("x", "A", "B"))
@@ -371,9 +350,9 @@ def test_no_projections_and_one():
         lora_projections(x, [(parts[0].weight, parts[0].A)])
 
 
+@needs_cpu
 def test_lists_that_do_not_fit_are_errors_of_the_operators():
     """Nothing past the end of a list, or of s, is read."""
-    needs_cpu()
     ops = cpu._OPS
     lora_projections(*operands())  # loads the library
     x, a, w, b = torch.randn(4, 8), torch.randn(8, 2), torch.randn(8, 6), torch.randn(2, 6)

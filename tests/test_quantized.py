@@ -6,15 +6,16 @@ import dataclasses
 
 import pytest
 import torch
-from torch import nn
 
-from lora_kernels import (
-    LinearWithLoRA,
-    explain,
-    lora_linear,
-    ops,
-)
+from lora_kernels import explain, lora_linear, ops
 from lora_kernels.quantized import NF4Weight, from_bitsandbytes
+from tests.oracle import (
+    check_function,
+    reference,
+    saved_inside,
+    second_derivatives,
+    with_gradients,
+)
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -43,18 +44,6 @@ def by_formula(weight):
             scale = scale + state.offset
         values.append(state.code[nibbles[e]] * scale)
     return torch.stack(values).view(state.shape)
-
-
-def linear4bit(K=96, N=40, **options):
-    torch.manual_seed(5)
-    return bnb.nn.Linear4bit(K, N, quant_type="nf4", **options).to("cpu")
-
-
-def layer_of(linear, **options):
-    """A layer over it whose adapter is not zero."""
-    layer = LinearWithLoRA(linear, 4, 0.5, **options)
-    nn.init.normal_(layer.lora.B)
-    return layer
 
 
 class TestTheFormat:
@@ -118,27 +107,11 @@ class TestBadInput:
         "change, error, message",
         [
             ({"block": 128}, ValueError, "block must be 64, got 128"),
-            (
-                {"K": 97},
-                ValueError,
-                r"packed must have 340 elements for a weight \[7, 97\], got 336",
-            ),
-            (
-                {"packed": None},
-                ValueError,
-                r"packed must be a tensor for a weight \[7, 96\], got None",
-            ),
-            (
-                {"absmax": None},
-                ValueError,
-                r"absmax must be a tensor for a weight \[7, 96\], got None",
-            ),
+            ({"K": 97}, ValueError, r"packed must have 340 elements for a weight \[7, 97\], got 336"),
+            ({"packed": None}, ValueError, r"packed must be a tensor for a weight \[7, 96\], got None"),
+            ({"absmax": None}, ValueError, r"absmax must be a tensor for a weight \[7, 96\], got None"),
             ({"absmax": 1.0}, TypeError, "absmax must be a Tensor, got float"),
-            (
-                {"absmax": torch.ones(11)},
-                TypeError,
-                "absmax must be torch.uint8 .* got torch.float",
-            ),
+            ({"absmax": torch.ones(11)}, TypeError, "absmax must be torch.uint8 .* got torch.float"),
             ({"code": torch.ones(15)}, ValueError, "code must have 16 elements .* got 15"),
             ({"code2": None}, ValueError, "code2, absmax2 and offset must be given together"),
             ({"offset": None}, ValueError, "code2, absmax2 and offset must be given together"),
@@ -146,7 +119,7 @@ class TestBadInput:
             ({"dtype": torch.int8}, TypeError, "dtype must be float32, .* got torch.int8"),
         ],
         ids=str,
-    )
+    )  # fmt: skip
     def test_parts(self, change, error, message):
         weight = from_bitsandbytes(params(7, 96))
         A, B = torch.randn(96, 2), torch.randn(2, 7)
@@ -165,26 +138,15 @@ class TestBadInput:
         repacked.quant_state.packing_format_for_cpu = True
         new = bnb.nn.Params4bit(torch.randn(4, 64), quant_type="nf4")
         unknown = bnb.nn.Int8Params(torch.randn(4, 64))
+        parameter = "weight must be a parameter .* got a"
         for weight, error, message in (
             (params(4, 64, kind="fp4"), ValueError, "weight must have quant_type 'nf4', got 'fp4'"),
             (params(4, 64, blocksize=128), ValueError, "weight must have blocksize 64, got 128"),
-            (
-                repacked,
-                ValueError,
-                "weight must be packed row after row, got packing_format_for_cpu",
-            ),
-            (new, TypeError, "weight must be a parameter .* got a Params4bit without quant_state"),
-            (
-                params(64, 1).quant_state,
-                TypeError,
-                "weight must be a parameter .* got a QuantState",
-            ),
-            (torch.randn(4, 64), TypeError, "weight must be a parameter .* got a Tensor"),
-            (
-                unknown,
-                TypeError,
-                "weight must be quantised, int8 with a tensor SCB .* got torch.float32",
-            ),
+            (repacked, ValueError, "packed row after row, got packing_format_for_cpu"),
+            (new, TypeError, f"{parameter} Params4bit without quant_state"),
+            (params(64, 1).quant_state, TypeError, f"{parameter} QuantState"),
+            (torch.randn(4, 64), TypeError, f"{parameter} Tensor"),
+            (unknown, TypeError, "quantised, int8 with a tensor SCB .* got torch.float32"),
         ):
             with pytest.raises(error, match=message):
                 from_bitsandbytes(weight)
@@ -211,14 +173,14 @@ class TestTheProduct:
 
     def test_values_and_gradients(self, given, backend):
         x, weight, A, B, bias = given
-        y = lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
-        dy = torch.randn(9, 40)
-        found = y, *torch.autograd.grad(y, (x, A, B), dy)
-        xd, Ad, Bd = (t.detach().double().requires_grad_() for t in (x, A, B))
-        exact = xd @ weight.dense().double().t() + bias + 0.75 * (xd @ Ad @ Bd)
-        true = exact, *torch.autograd.grad(exact, (xd, Ad, Bd), dy.double())
-        for mine, right in zip(found, true, strict=True):
-            torch.testing.assert_close(mine.double(), right, rtol=1e-5, atol=1e-4)
+
+        def ours(x, A, B):
+            return lora_linear(x, weight, A, B, 0.75, bias, backend=backend)
+
+        def plain(x, A, B):
+            return reference(x, weight.dense().to(x.dtype), A, B, 0.75, bias.to(x.dtype))
+
+        check_function(ours, plain, (x, A, B))
         told = explain(x, weight, A, B, 0.75, bias, backend=backend)
         assert "nf4 weight on cpu" in str(told)
 
@@ -228,20 +190,17 @@ class TestTheProduct:
     def test_compiled_from_the_parameter(self, given, compiler):
         x, _, A, B, bias = given
         packed = params(40, 96)
-        kept = []
 
         def step(x, A, B):
             return lora_linear(x, from_bitsandbytes(packed), A, B, 0.75, bias)
 
         compiled = torch.compile(step, backend=compiler, fullgraph=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            y = compiled(x, A, B)
+        with saved_inside() as kept:
+            found = with_gradients(compiled, (x, A, B))
         # W, in any dtype, as a matrix or its transpose, is not among what the backward keeps.
         assert kept and not any(t.numel() == 40 * 96 for t in kept)
         assert any(t.dtype == torch.uint8 and t.numel() == 40 * 48 for t in kept)
-        found = torch.autograd.grad(y.square().sum(), (x, A, B))
-        true = torch.autograd.grad(step(x, A, B).square().sum(), (x, A, B))
-        torch.testing.assert_close(found, true)
+        torch.testing.assert_close(found, with_gradients(step, (x, A, B)))
 
     def test_every_derivative_of_the_operator(self, given):
         _, weight, A, B, _ = given
@@ -251,26 +210,27 @@ class TestTheProduct:
         alpha = torch.tensor(0.75, dtype=torch.float64)
         packed = list(wide.tensors), "nf4", list(wide.sizes)
 
-        def loss(x, A, B):
+        def ours(x, A, B):
             y, _ = ops.lora_linear_quantized(x, *packed, A, B, None, alpha, 0.0, None, "auto")
-            return y.pow(2).sum()
+            return y
 
         def plain(x, A, B):
-            return (x @ wide.dense().t() + 0.75 * (x @ A @ B)).pow(2).sum()
+            return reference(x, wide.dense(), A, B, 0.75)
 
-        for f in (loss, plain):
-            first = torch.autograd.grad(f(small, A, B), (small, A, B), create_graph=True)
-            second = torch.autograd.grad(sum(g.sin().sum() for g in first), (small, A, B))
-            if f is loss:
-                found = first, second
-        torch.testing.assert_close(found, (first, second))
-        for transform in (torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f))):
-            args = (small, A, B)
-            if transform is not torch.func.grad:
-                args = tuple(torch.stack([t.detach(), 2 * t.detach()]) for t in args)
-            torch.testing.assert_close(transform(loss)(*args), transform(plain)(*args))
+        def gradient(f):
+            return torch.func.grad(lambda *t: f(*t).square().sum())
 
-    @pytest.mark.parametrize("needs", [(1, 1, 1), (0, 1, 1), (0, 0, 1), (1, 0, 0)], ids=str)
+        args = small, A, B
+        batch = tuple(torch.stack([t.detach(), 2 * t.detach()]) for t in args)
+        for derivative in (
+            lambda f: with_gradients(f, args),
+            lambda f: second_derivatives(f, args),
+            lambda f: gradient(f)(*args),
+            lambda f: torch.func.vmap(gradient(f))(*batch),
+        ):
+            torch.testing.assert_close(derivative(ours), derivative(plain))
+
+    @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 1)], ids=str)
     def test_the_operators_are_registered_as_they_behave(self, given, needs):
         x, weight, A, B, bias = (t if isinstance(t, NF4Weight) else t.detach() for t in given)
         for t, need in zip((x, A, B), needs, strict=True):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import (
     LinearWithLoRA,
@@ -24,7 +25,16 @@ from lora_kernels import (
     unmerge_lora,
 )
 from lora_kernels.quantized import FP8Weight, from_bitsandbytes
-from tests.oracle import assert_budget
+from tests.oracle import (
+    assert_bits,
+    check_function,
+    named_gradients,
+    reference,
+    saved_inside,
+    second_derivatives,
+    with_gradients,
+)
+from tests.test_modules import reloaded
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -91,34 +101,26 @@ def given(dtype=torch.float32, width=K):
     return torch.randn(3, 5, width).to(dtype).requires_grad_(), torch.randn(3, 5, N).to(dtype)
 
 
-def results(y, x, A, B, dy):
-    """y and the gradients of x, A and B by name."""
-    found = torch.autograd.grad(y, (x, A, B), dy.to(y.dtype))
-    return {"y": y.detach(), **dict(zip(("dx", "dA", "dB"), found, strict=True))}
-
-
-def formula(weight, bias, layer, x, dy, dtype):
-    """`results` of plain PyTorch in this dtype."""
-    x, A, B = (t.detach().to(dtype).requires_grad_() for t in (x, layer.lora.A, layer.lora.B))
-    bias = None if bias is None else bias.to(dtype)
-    y = nn.functional.linear(x, weight.to(dtype), bias) + layer.lora.scale * (x @ A @ B)
-    return results(y, x, A, B, dy.to(dtype))
+def step(layer, x, dy=None, call=None):
+    """y and the gradients of x and of what the layer trains."""
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    return with_gradients(lambda x, *_: (layer if call is None else call)(x), leaves, dy)
 
 
 class TestTheLayer:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("kind", BASES)
-    def test_values_and_gradients(self, kind, dtype):
-        for bias in (True, False):
-            linear = BASES[kind](bias=bias)
-            layer, (x, dy) = layer_of(linear, dtype=dtype), given(dtype)
-            found = results(layer(x), x, layer.lora.A, layer.lora.B, dy)
-            weight = dense(linear).to(dtype)  # both round it, before anything else
-            eager = formula(weight, linear.bias, layer, x, dy, dtype)
-            exact = formula(weight, linear.bias, layer, x, dy, torch.float64)
-            for name, value in found.items():
-                assert value.dtype == dtype
-                assert_budget(value, eager[name], exact[name], f"{name} of {kind}")
+    def test_values_and_gradients(self, kind, bias, dtype):
+        linear = BASES[kind](bias=bias)
+        layer, (x, dy) = layer_of(linear, dtype=dtype), given(dtype)
+        weight = dense(linear).to(dtype)  # both round it, before anything else
+
+        def plain(x, A, B):
+            bias = None if linear.bias is None else linear.bias.to(x.dtype)
+            return reference(x, weight.to(x.dtype), A, B, 0.5, bias)
+
+        check_function(lambda x, *_: layer(x), plain, (x, *layer.lora.parameters()), dy)
 
     @pytest.mark.parametrize("mode", [None, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -208,9 +210,8 @@ class TestTheLayer:
     def test_the_sizes_are_those_of_the_layer(self):
         linear = linear4bit()
         linear.weight.quant_state.shape = torch.Size([K, N])
-        with pytest.raises(
-            ValueError, match=r"quant_state.shape must be .* = \[64, 128\], got \[128"
-        ):
+        words = r"quant_state.shape must be .* = \[64, 128\], got \[128"
+        with pytest.raises(ValueError, match=words):
             layer_of(linear)
 
 
@@ -219,8 +220,7 @@ class TestGradients:
     def test_packed_tensors_are_saved_and_never_w(self, kind):
         linear = BASES[kind]()
         layer, (x, _) = layer_of(linear), given()
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with saved_inside() as kept:
             layer(x)
         wide = [t for t in kept if t.is_floating_point() and t.itemsize > 1 and t.numel() >= N * K]
         assert not wide
@@ -235,12 +235,12 @@ class TestGradients:
             return torch.func.functional_call(layer, {"lora.A": A, "lora.B": B}, (x,))
 
         def plain(x, A, B):
-            return x @ weight.t() + bias + layer.lora.scale * (x @ A @ B)
+            return reference(x, weight, A, B, 0.5, bias)
 
         x = torch.randn(2, K, dtype=torch.float64, requires_grad=True)
         args = x, layer.lora.A, layer.lora.B
         for transform in (
-            lambda f: second(f, args),
+            lambda f: second_derivatives(f, args),
             lambda f: torch.func.jvp(f, args, tuple(map(torch.ones_like, args))),
             lambda f: torch.func.vmap(f, (0, None, None))(*args),
             lambda f: torch.func.jacrev(f, (0, 1, 2))(*args),
@@ -271,13 +271,12 @@ class TestGradients:
         linear = linear4bit()
         linear.support_avx512bf16_for_cpu = True
         layer, (x, dy) = layer_of(linear), given()
-        before = results(layer(x), x, layer.lora.A, layer.lora.B, dy)
+        before = step(layer, x, dy)
         layer.eval()
         with torch.no_grad():
-            assert torch.equal(layer(x), before["y"])
+            assert torch.equal(layer(x), before[0])
         assert not bases.is_reordered(linear)
-        after = results(layer.train()(x), x, layer.lora.A, layer.lora.B, dy)
-        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert_bits(step(layer.train(), x, dy), before)
 
     def test_a_reordered_weight(self):
         linear = linear4bit()
@@ -286,9 +285,8 @@ class TestGradients:
         linear.weight.data, linear.weight.quant_state = reorder(
             linear.weight.data, linear.weight.quant_state
         )
-        with pytest.raises(
-            RuntimeError, match=r"would compute no gradient of x. Call state_dict\(\)"
-        ):
+        words = r"would compute no gradient of x. Call state_dict\(\)"
+        with pytest.raises(RuntimeError, match=words):
             layer(x)
         with pytest.raises(ValueError, match="packed row after row, got packing_format_for_cpu"):
             layer_of(linear)
@@ -301,25 +299,13 @@ class TestGradients:
 
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_checkpointing(self, reentrant):
-        from torch.utils.checkpoint import checkpoint
-
-        layer, (x, dy) = layer_of(linear4bit(), dropout=0.3), given()
-        torch.manual_seed(1)
-        layer(x).backward(dy)
-        expected = [t.grad.clone() for t in (x, layer.lora.A, layer.lora.B)]
-        for t in (x, layer.lora.A, layer.lora.B):
-            t.grad = None
-        torch.manual_seed(1)
-        checkpoint(layer, x, use_reentrant=reentrant).backward(dy)
-        assert all(
-            torch.equal(t.grad, e)
-            for t, e in zip((x, layer.lora.A, layer.lora.B), expected, strict=True)
-        )
-
-
-def second(f, args):
-    first = torch.autograd.grad(f(*args).pow(2).sum(), args, create_graph=True)
-    return torch.autograd.grad(sum(g.sin().sum() for g in first), args)
+        layer, found = layer_of(linear4bit(), dropout=0.3), []
+        for call in (layer, partial(checkpoint, layer, use_reentrant=reentrant)):
+            x, dy = given()
+            torch.manual_seed(1)
+            call(x).backward(dy)
+            found.append([x.grad, named_gradients(layer)])
+        assert_bits(*found)
 
 
 class TestCompiled:
@@ -337,9 +323,7 @@ class TestCompiled:
         compiled = torch.compile(layer, backend=compiler, fullgraph=True)
         for alpha in (0.5, 2.0):
             layer.lora.alpha = alpha
-            operands = x, layer.lora.A, layer.lora.B, dy
-            found, true = (results(f(x), *operands) for f in (compiled, layer))
-            torch.testing.assert_close(found, true)
+            torch.testing.assert_close(step(layer, x, dy, compiled), step(layer, x, dy))
         assert len(graphs) == 1 and len(calls) == 1
 
     @pytest.mark.parametrize("strict", [True, False])
@@ -360,10 +344,7 @@ class TestKeeping:
     def test_copies(self, kind):
         layer, (x, _) = layer_of(BASES[kind]()), given()
         expected = layer(x)
-        saved = io.BytesIO()
-        torch.save(layer, saved)
-        saved.seek(0)
-        copies = [copy.deepcopy(layer), torch.load(saved, weights_only=False)]
+        copies = [copy.deepcopy(layer), reloaded(layer, weights_only=False)]
         if kind != "fp8":  # torch pickles no tensor of it
             copies.append(pickle.loads(pickle.dumps(layer)))
         for copied in copies:
@@ -516,12 +497,11 @@ class TestDeclined:
     @pytest.mark.parametrize("module", FOREIGN)
     def test_layers_of_other_libraries(self, module):
         made = foreign(module)()
-        with pytest.raises(
-            ValueError, match=f"linear must have .* but a QuantLinear has {FOREIGN[module]}"
-        ):
+        reason = f"must have .* but a QuantLinear has {FOREIGN[module]}"
+        with pytest.raises(ValueError, match=f"linear {reason}"):
             LinearWithLoRA(made, R, 1.0)
         net = nn.Sequential(nn.Linear(4, 4), made)
-        with pytest.raises(ValueError, match=f"1 must have .* a QuantLinear has {FOREIGN[module]}"):
+        with pytest.raises(ValueError, match=f"1 {reason}"):
             replace_linear_with_lora(net, R, 1.0)
         assert type(net[0]) is nn.Linear and net[1] is made
         assert replace_linear_with_lora(net, R, 1.0, target_modules=["0"]) == ["0"]

@@ -13,7 +13,8 @@ from torch import nn
 
 from lora_kernels import bases
 from lora_kernels.integrations.peft import accelerate, restore, why_not_fused
-from tests.test_quantized_layers import K, N, bnb, foreign, fp8_linear, linear4bit, linear8bit
+from tests.oracle import check_function, reference
+from tests.test_quantized_layers import K, bnb, foreign, fp8_linear, linear4bit, linear8bit
 
 KINDS = {
     "nf4": (lambda: linear4bit(), 4),
@@ -23,13 +24,18 @@ KINDS = {
 }
 
 
-def model(kind="nf4", **options):
-    make, bits = KINDS[kind]
-    net = nn.Sequential(make(), nn.ReLU())
+def peft_over(linear, bits):
+    """PEFT's model of a quantised layer and a ReLU."""
+    net = nn.Sequential(linear, nn.ReLU())
     setattr(net, f"is_loaded_in_{bits}bit", True)
     torch.manual_seed(4)
-    options = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, **options}
+    options = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}
     return get_peft_model(net, LoraConfig(target_modules=["0"], **options))
+
+
+def model(kind="nf4"):
+    make, bits = KINDS[kind]
+    return peft_over(make(), bits)
 
 
 def rows(dtype=torch.float32):
@@ -157,13 +163,8 @@ def test_a_whole_model_prepared_for_training():
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
     base = transformers.LlamaForCausalLM(config).bfloat16()
     state = {k: v.clone() for k, v in base.state_dict().items()}
     quantised = transformers.BitsAndBytesConfig(
@@ -214,21 +215,15 @@ class TestLeftAlone:
             fused(rows().requires_grad_())
 
     def test_other_kinds(self):
-        linear = linear4bit(quant_type="fp4")
-        net = nn.Sequential(linear)
-        net.is_loaded_in_4bit = True
-        net = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
+        net = peft_over(linear4bit(quant_type="fp4"), 4)
         with pytest.raises(ValueError, match=r"Linear4bit, cannot be read: .* 'nf4', got 'fp4'"):
             accelerate(net)
 
     def test_outliers(self):
-        net = nn.Sequential(linear8bit(threshold=6.0))
-        net.is_loaded_in_8bit = True
-        fused = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        fused = peft_over(linear8bit(threshold=6.0), 8)
         plain = copy.deepcopy(fused)
-        assert (
-            len(accelerate(fused).fused) == 1
-        )  # bitsandbytes leaves them out in training on a CPU
+        # bitsandbytes leaves them out in training on a CPU.
+        assert len(accelerate(fused).fused) == 1
         for each in (fused, plain):
             each.eval()
         assert "threshold must be 0 where" in str(accelerate(fused, allow_none=True).left_alone)
@@ -241,22 +236,17 @@ class TestLeftAlone:
         assert "its base layer cannot be read: a QuantLinear has GPTQ" in why_not_fused(layer)
 
 
-def test_a_plain_lora_linear_over_fp8(monkeypatch):
+def test_a_plain_lora_linear_over_fp8():
     """Whose own forward cannot run on a CPU: against the formula."""
     base = fp8_linear()
-    net = get_peft_model(
-        nn.Sequential(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
-    )
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    net = get_peft_model(nn.Sequential(base), config)
     assert len(accelerate(net).fused) == 1
     layer = net.base_model.model[0]
-    found = run(net, rows())
-    x = rows().double().requires_grad_()
-    A, B = (
-        m["default"].weight.detach().double().requires_grad_() for m in (layer.lora_A, layer.lora_B)
-    )
-    weight = bases.quantized_weight(base).dense().double()
-    y = x @ weight.t() + base.bias + layer.scaling["default"] * (x @ A.t() @ B.t())
-    exact = y.detach(), *torch.autograd.grad(y.square().sum(), (x, A, B))
-    assert y.shape == (3, 4, N)
-    for mine, right in zip(found, exact, strict=True):
-        torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-2)
+    A, B = (m["default"].weight for m in (layer.lora_A, layer.lora_B))
+    weight, scale = bases.quantized_weight(base).dense(), layer.scaling["default"]
+
+    def plain(x, A, B):
+        return reference(x, weight.to(x.dtype), A.t(), B.t(), scale, base.bias.to(x.dtype))
+
+    check_function(lambda x, *_: net(x), plain, (rows().requires_grad_(), A, B))

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels import plan, selftest
-from lora_kernels.backends import cuda, triton
+from lora_kernels import plan
 from lora_kernels.backends.triton.configs import lowrank_tiles, tiles_for, tiles_of
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost, tables
@@ -26,23 +25,7 @@ PROBLEMS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """Takes the names of the backends that cannot run on this machine with an H100."""
-    monkeypatch.delenv("LORA_KERNELS_BACKEND", raising=False)
-    monkeypatch.setattr(plan, "current_target", lambda *device: TARGETS["sm_90"])
-    monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
-    missing = set()
-    for backend in (cuda.CudaBackend, triton.TritonBackend):
-        monkeypatch.setattr(
-            backend, "unavailable", lambda self: "it rains" if self.name in missing else None
-        )
-    return missing
+pytestmark = pytest.mark.usefixtures("machine")
 
 
 @given(
@@ -123,15 +106,15 @@ def test_who_asks_gets_the_fastest_that_it_can_run(machine):
     assert plan.explain(problem, "eager").candidate.name == "eager"
     forced = plan.explain(problem, "triton", "two_kernel")
     assert forced.plan.endswith(", measured: two_kernel 40.0 us")
-    machine.add("cuda")
+    machine.missing.add("cuda")
     told = plan.explain(problem)
     assert told.candidate.name == "decode" and told.rejected["cuda"] == "it rains"
     assert told.rejected["eager"] == "decode is measured faster: 12.0 us, not 20.0 us"
-    machine.add("triton")
+    machine.missing.add("triton")
     assert plan.explain(problem).candidate.name == "eager"
 
 
-def test_what_was_not_measured_is_not_taken(machine):
+def test_what_was_not_measured_is_not_taken():
     """A kernel that was wrong on this device is in no table, and the model does not bring it back."""
     problem, target = PROBLEMS[0], TARGETS["sm_90"]
     works = {"eager": 20.0}
@@ -148,22 +131,17 @@ def test_what_was_not_measured_is_not_taken(machine):
 
 def test_lowrank_kernels_get_a_tile_and_a_split_of_their_own():
     problem, target = PROBLEMS[1], TARGETS["sm_90"]
-    asked = []
+    asked, wanted = [], {"shrink": 4, "wgrad": 2, "shrink_wgrad": 1}
 
     def measure(choices):
         asked.extend(choices)
-        wanted = {"shrink": 4, "wgrad": 2, "shrink_wgrad": 1}
         return [2.0 - (c.tiles.configs[0].split == wanted[c.algorithm]) for c in choices]
 
     entry, done = search_lowrank(replace(problem, M=1500), target, measure, tiles_of)
     assert len(asked) == len(set(asked)) == len(done)
     assert entry.problem == lowrank(problem) and entry.problem.N == 0
     assert entry.times == {"shrink": 1.0, "wgrad": 1.0, "shrink_wgrad": 1.0}
-    assert {c.kernel: c.split for c in entry.configs} == {
-        "shrink": 4,
-        "wgrad": 2,
-        "shrink_wgrad": 1,
-    }
+    assert {c.kernel: c.split for c in entry.configs} == wanted
     tables.save([entry], target)
     for asks in (problem, problem.adjoint().adjoint(), replace(problem, M=1100, dropout=True)):
         tiles = lowrank_tiles(lowrank(asks), target)

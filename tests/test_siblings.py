@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
-import io
 import pickle
 import threading
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -29,19 +31,17 @@ from lora_kernels import (
     unmerge_lora,
 )
 from lora_kernels.backends import cpu
+from tests.test_modules import reloaded
 
 GROUP = ("q", "k", "v")
 
 
 @pytest.fixture(autouse=True)
-def together(monkeypatch):
-    """The small layers of these tests are trained together too; what cannot be computed together is no test of it."""
+def _together(trained_together):
+    """What cannot be computed together is no test of it."""
     if (reason := cpu.BACKEND.unavailable()) is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(cpu, "_TRAINED_TOGETHER", 0)
-    plan.forget()
     yield
-    plan.forget()
     assert not getattr(siblings._thread, "rounds", [])
 
 
@@ -93,29 +93,27 @@ def calls(monkeypatch):
     return counts
 
 
-def same(got, right):
-    for y, z in zip(got, right, strict=True):
-        torch.testing.assert_close(y, z, atol=1e-5, rtol=1e-5)
-
-
-def trained(model, *inputs):
-    ys = model(*inputs)
-    leaves = [t for t in (*inputs, *model.parameters()) if t.requires_grad]
-    return [*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)]
-
-
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+def same(got, right):
+    torch.testing.assert_close(list(got), list(right), atol=1e-5, rtol=1e-5)
+
+
+def trained(model, call=None):
+    """The results of a call, from one seed, and the gradients of x and of all parameters that have one."""
+    torch.manual_seed(9)
+    x = X.clone().requires_grad_()
+    ys = (model if call is None else call)(x)
+    ys = [ys] if isinstance(ys, torch.Tensor) else list(ys)
+    sum(y.square().sum() for y in ys).backward()
+    return [*ys, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_results_gradients_and_draws_are_those_of_the_layers(dropout, calls):
     model, twin = made(dropout=dropout)
-    x = X.clone().requires_grad_()
-    both = []
-    for each in (model, twin):
-        torch.manual_seed(9)
-        both.append(trained(each, x))
-    same(*both)
+    same(trained(model), trained(twin))
     with torch.no_grad():
         same(model.eval()(X), twin.eval()(X))
     assert calls == [3, 3]
@@ -184,25 +182,6 @@ def test_no_result_outlives_what_it_depends_on(name):
     assert torch.isfinite(results[0][1]).all()
 
 
-@pytest.mark.filterwarnings("ignore:q, k, v of Attention")
-@pytest.mark.parametrize("mode", ["grad", "autocast"])
-def test_no_result_of_another_mode(mode):
-    model, _ = made()
-    enters = {"grad": torch.no_grad, "autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
-    seen = {}
-
-    def forward(x):
-        model.q(x)
-        with enters[mode]():
-            seen["k"] = model.k(x)
-        return model.v(x)
-
-    model.forward = forward
-    model(X)
-    assert seen["k"].requires_grad is (mode != "grad")
-    assert seen["k"].dtype == (torch.bfloat16 if mode == "autocast" else torch.float32)
-
-
 def test_another_x_is_computed_for_itself_with_a_warning(calls):
     model, twin = made()
     with pytest.warns(UserWarning, match="q, k, v of Attention were computed together, but"):
@@ -249,21 +228,18 @@ def test_nothing_is_held_after_the_forward():
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved tensors", "reentrant"])
 def test_gradient_checkpointing(reentrant, calls):
-    model, twin = made(dropout=0.5)
-    grads = []
-    for each in (model, twin):
-        x = X.clone().requires_grad_()
-        torch.manual_seed(4)
-        ys = checkpoint(each, x, use_reentrant=reentrant)
-        sum(y.square().sum() for y in ys).backward()
-        grads.append([x.grad, *(p.grad for p in each.parameters() if p.grad is not None)])
-    same(*grads)
+    both = made(dropout=0.5)
+    same(*(trained(m, partial(checkpoint, m, use_reentrant=reentrant)) for m in both))
     assert calls == [3, 3]
 
 
 @pytest.mark.parametrize(
     "copied",
-    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: reloaded(m)],
+    [
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        partial(reloaded, weights_only=False),
+    ],
     ids=["deepcopy", "pickle", "torch.save"],
 )
 def test_a_copy_is_fused_and_on_its_own(copied, calls):
@@ -279,25 +255,14 @@ def test_a_copy_is_fused_and_on_its_own(copied, calls):
     assert calls == [3] * 5
 
 
-def reloaded(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 def test_threads_have_results_of_their_own():
     model, twin = made()
     barrier = threading.Barrier(2, timeout=30)
     model.between = lambda x: barrier.wait()
-    xs, got = [X, X * 3], {}
-    threads = [threading.Thread(target=lambda i=i: got.update({i: model(xs[i])})) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(2):
-        same(got[i], twin(xs[i]))
+    xs = [X, X * 3]
+    with ThreadPoolExecutor(2) as pool:
+        for x, got in zip(xs, pool.map(model, xs), strict=True):
+            same(got, twin(x))
 
 
 @pytest.mark.parametrize("part", ["", ".linear", ".lora"])
@@ -344,59 +309,45 @@ def test_merged_layers_and_inference_mode_compute_for_themselves(calls):
 def test_compiled_without_a_graph_break():
     model, twin = made()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = X.clone().requires_grad_()
-    same(trained(compiled, x), trained(twin, x))
+    same(trained(model, compiled), trained(twin))
+
+
+def pair_of(model, groups):
+    """(a model with adapters that are not zero, fused, its twin that is not, the labels of what was fused)."""
+    replace_linear_with_lora(model, rank=2, alpha=4.0)
+    for p in lora_parameters(model):
+        nn.init.normal_(p, std=0.1)
+    twin = copy.deepcopy(model)
+    return model, twin, fuse_projections(model, groups)
+
+
+def loss_and_gradients(model, loss):
+    return [loss, *torch.autograd.grad(loss, list(lora_parameters(model)))]
 
 
 def test_the_books_model():
     config = {"vocab_size": 50, "context_length": 8, "emb_dim": 16, "n_heads": 2, "n_layers": 2,
               "drop_rate": 0.0, "qkv_bias": False}  # fmt: skip
-    torch.manual_seed(0)
-    model = GPTModel(config)
-    replace_linear_with_lora(model, rank=2, alpha=4.0)
-    for p in lora_parameters(model):
-        nn.init.normal_(p)
-    twin = copy.deepcopy(model)
-    labels = fuse_projections(model, [("W_query", "W_key", "W_value")])
-    assert labels[1] == tuple(f"trf_blocks.1.att.{n}" for n in ("W_query", "W_key", "W_value"))
+    names = "W_query", "W_key", "W_value"
+    *both, labels = pair_of(GPTModel(config), [names])
+    assert labels[1] == tuple(f"trf_blocks.1.att.{n}" for n in names)
     tokens = torch.randint(50, (2, 8))
-    both = []
-    for each in (model, twin):
-        loss = each(tokens).square().mean()
-        both.append([loss, *torch.autograd.grad(loss, list(lora_parameters(each)))])
-    same(*both)
+    same(*(loss_and_gradients(m, m(tokens).square().mean()) for m in both))
 
 
 def test_llama_with_transformers_checkpointing(calls):
     config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, num_attention_heads=4,
         num_key_value_heads=2, num_hidden_layers=2, intermediate_size=48)  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    replace_linear_with_lora(model, rank=2, alpha=4.0)
-    for p in lora_parameters(model):
-        nn.init.normal_(p, std=0.1)
-    twin = copy.deepcopy(model)
     groups = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
-    assert len(fuse_projections(model, groups)) == 4
-    model.gradient_checkpointing_enable()
+    *both, labels = pair_of(transformers.LlamaForCausalLM(config), groups)
+    assert len(labels) == 4
+    both[0].gradient_checkpointing_enable()
     tokens = torch.randint(64, (2, 9))
-    both = []
-    for each in (model, twin):
-        each.train()
-        loss = each(input_ids=tokens, labels=tokens).loss
-        both.append([loss, *torch.autograd.grad(loss, list(lora_parameters(each)))])
-    same(*both)
+    same(*(loss_and_gradients(m, m.train()(input_ids=tokens, labels=tokens).loss) for m in both))
     assert calls == [3, 2] * 4
     with torch.no_grad():
-        assert torch.equal(
-            *(m.eval().generate(tokens, max_new_tokens=4, do_sample=False) for m in (model, twin))
-        )
-
-
-def bad(change):
-    model, _ = made(fused=False)
-    change(model)
-    return model
+        options = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(*(m.eval().generate(tokens, **options) for m in both))
 
 
 def rewrap(name, in_features=8, **options):
@@ -428,7 +379,8 @@ def rewrap(name, in_features=8, **options):
     ],
 )  # fmt: skip
 def test_what_does_not_qualify_is_named_and_nothing_changes(change, groups, error, message):
-    model = bad(change)
+    model, _ = made(fused=False)
+    change(model)
     before = [type(m) for m in model.modules()], len(model._forward_hooks)
     with pytest.raises(error, match=message):
         fuse_projections(model, groups)
@@ -483,13 +435,7 @@ def test_checkpoints_within_the_forward(call, dropout, reentrant):
     model = Gated(lambda m, x: call(m, x, reentrant), dropout=dropout)
     twin = copy.deepcopy(model)
     fuse_projections(model, [("gate", "up")])
-    both = []
-    for each in (model, twin):
-        torch.manual_seed(1)
-        x = X.clone().requires_grad_()
-        each(x).square().sum().backward()
-        both.append([x.grad, *(p.grad for p in lora_parameters(each))])
-    same(*both)
+    same(trained(model), trained(twin))
 
 
 def test_a_checkpoint_around_the_parent_draws_the_seeds_in_one_order(monkeypatch, calls):
@@ -499,13 +445,9 @@ def test_a_checkpoint_around_the_parent_draws_the_seeds_in_one_order(monkeypatch
     torch.manual_seed(0)
     model = Gated(Gated.whole, dropout=0.5)
     fuse_projections(model, [("gate", "up")])
-    grads = []
-    for how in (lambda x: model(x), lambda x: checkpoint(model, x, use_reentrant=True)):
-        torch.manual_seed(1)
-        x = X.clone().requires_grad_()
-        how(x).square().sum().backward()
-        grads.append([x.grad])
-    same(*grads)
+    plain = trained(model)
+    model.zero_grad()
+    same(trained(model, partial(checkpoint, model, use_reentrant=True)), plain)
 
 
 def test_an_interrupted_forward_leaves_nothing_behind(calls):
@@ -542,28 +484,27 @@ def test_a_parametrized_base_is_computed_by_itself(when):
 
 
 @pytest.mark.filterwarnings("ignore:.*were computed together")
-@pytest.mark.parametrize("change", ["x", "requires_grad", "grad mode"])
-def test_what_happens_between_two_siblings(change):
-    """A result is given only for the x, the state and the mode that it was computed for."""
-    model, twin = made()
+@pytest.mark.parametrize("mode", [torch.no_grad, partial(torch.autocast, "cpu", torch.bfloat16)])
+def test_no_result_of_another_mode(mode):
+    """A mode that begins between two siblings."""
     found = []
-    for each in (model, twin):
+    for each in made():
+        with contextlib.ExitStack() as modes:
+            each.between = lambda x, modes=modes: modes.enter_context(mode())
+            found.append(each(X))
+        assert [y.requires_grad for y in found[-1]] == [True, *[mode is not torch.no_grad] * 2]
+    same(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*were computed together")
+def test_an_x_that_requires_grad_from_then_on():
+    found = []
+    for each in made():
         x = X.clone()
-        if change == "requires_grad":
-            each.between = lambda x: x.requires_grad_()
-            ys = each(x)
-            sum(y.sum() for y in ys).backward()
-            found.append([*ys, x.grad])
-        elif change == "x":
-            found.append(each(x, x + 1))
-        else:
-            modes = []
-            each.between = lambda x, modes=modes: (
-                modes.append(torch.no_grad()) or modes[0].__enter__()
-            )
-            found.append(each(x))
-            modes[0].__exit__(None, None, None)
-            assert [y.requires_grad for y in found[-1]] == [True, False, False]
+        each.between = lambda x: x.requires_grad_()
+        ys = each(x)
+        sum(y.sum() for y in ys).backward()
+        found.append([*ys, x.grad])
     same(*found)
 
 

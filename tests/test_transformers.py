@@ -24,43 +24,34 @@ from lora_kernels import (
 from lora_kernels.adapter_file import CONFIG_FILE
 from lora_kernels.integrations.peft import accelerate, restore
 from lora_kernels.modules import lora_layers
-from tests.oracle import assert_budget
+from tests.oracle import assert_budget, named_gradients
 
 TOKENS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(6))
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4}
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 
 
 def llama():
-    config = transformers.LlamaConfig(
-        **SMALL, num_hidden_layers=2, intermediate_size=48, num_key_value_heads=2
-    )
+    config = transformers.LlamaConfig(**SMALL, num_hidden_layers=2, num_key_value_heads=2)
     return transformers.LlamaForCausalLM(config), "all-linear", 14
 
 
 def qwen2():
     """Biases in q, k and v."""
-    config = transformers.Qwen2Config(
-        **SMALL, num_hidden_layers=1, intermediate_size=48, num_key_value_heads=2
-    )
+    config = transformers.Qwen2Config(**SMALL, num_hidden_layers=1, num_key_value_heads=2)
     return transformers.Qwen2ForCausalLM(config), ["q_proj", "k_proj", "v_proj", "o_proj"], 4
 
 
 def gpt2():
     """Every projection is a transposed Linear, a Conv1D."""
     config = transformers.GPT2Config(
-        vocab_size=64,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=32,
-        bos_token_id=1,
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1,
         eos_token_id=2,
-    )
+    )  # fmt: skip
     return transformers.GPT2LMHeadModel(config), ["c_attn", "c_proj", "c_fc"], 8
 
 
 def bert():
-    config = transformers.BertConfig(**SMALL, num_hidden_layers=2, intermediate_size=48)
+    config = transformers.BertConfig(**SMALL, num_hidden_layers=2)
     return transformers.BertForMaskedLM(config), ["query", "key", "value", "dense"], 13
 
 
@@ -88,13 +79,17 @@ def build(family, **options):
     return get_peft_model(base, config).eval(), layers
 
 
-def run(model, dtype=torch.float32):
+def run(model):
     """Logits and every gradient of the mean loss."""
-    model.zero_grad()
     out = model(input_ids=TOKENS, labels=TOKENS)
     out.loss.backward()
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": out.logits.detach(), **grads}
+    return {"logits": out.logits.detach(), **named_gradients(model)}
+
+
+def original(family):
+    """The base of `build(family)` before it had adapters."""
+    torch.manual_seed(11)
+    return FAMILIES[family]()[0].eval()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -151,19 +146,7 @@ def test_transformers_gradient_checkpointing(reentrant):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         results.append(run(model))
-    for name, value in results[0].items():
-        torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-5)
-
-
-class Sentences(torch.utils.data.Dataset):
-    def __init__(self):
-        self.tokens = torch.randint(3, 60, (12, 8), generator=torch.Generator().manual_seed(9))
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def __getitem__(self, i):
-        return {"input_ids": self.tokens[i], "labels": self.tokens[i]}
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -174,30 +157,21 @@ def test_trainer(tmp_path):
         model, _ = build("llama")
         if kind == "fused":
             accelerate(model)
-        trainer = transformers.Trainer(
-            model=model,
-            args=transformers.TrainingArguments(
-                output_dir=str(tmp_path / kind),
-                max_steps=4,
-                per_device_train_batch_size=4,
-                learning_rate=5e-3,
-                logging_steps=1,
-                save_steps=4,
-                report_to=[],
-                use_cpu=True,
-                disable_tqdm=True,
-                seed=1,
-            ),
-            train_dataset=Sentences(),
-        )
+        args = transformers.TrainingArguments(
+            output_dir=str(tmp_path / kind), max_steps=4, per_device_train_batch_size=4,
+            learning_rate=5e-3, logging_steps=1, save_steps=4, report_to=[], use_cpu=True,
+            disable_tqdm=True, seed=1,
+        )  # fmt: skip
+        tokens = torch.randint(3, 60, (12, 8), generator=torch.Generator().manual_seed(9))
+        sentences = [{"input_ids": t, "labels": t} for t in tokens]
+        trainer = transformers.Trainer(model, args, train_dataset=sentences)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         adapters.append({n: p for n, p in model.named_parameters() if "lora_" in n})
         assert (tmp_path / kind / "checkpoint-4" / "adapter_model.safetensors").exists()
     assert len(losses[0]) == 4 and losses[0][-1] < losses[0][0]
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
-    for name, value in adapters[0].items():
-        torch.testing.assert_close(value, adapters[1][name], rtol=0.05, atol=2e-4)
+    torch.testing.assert_close(*adapters, rtol=0.05, atol=2e-4)
 
 
 def test_files_travel_between_peft_and_our_layer(tmp_path):
@@ -206,23 +180,20 @@ def test_files_travel_between_peft_and_our_layer(tmp_path):
     fused = copy.deepcopy(plain)
     accelerate(fused)
     fused.save_pretrained(tmp_path / "peft")
-    torch.manual_seed(11)
-    ours = bert()[0].eval()
+    ours = original("bert")
     load_adapter(ours, tmp_path / "peft")
     expected = plain(input_ids=TOKENS).logits
     torch.testing.assert_close(ours(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
 
     save_adapter(ours, tmp_path / "ours")
-    torch.manual_seed(11)
-    back = PeftModel.from_pretrained(bert()[0], tmp_path / "ours").eval()
+    back = PeftModel.from_pretrained(original("bert"), tmp_path / "ours").eval()
     accelerate(back)
     torch.testing.assert_close(back(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def wrapped(family, **options):
     """A model of this family with our own layers, whose B is not zero; (model, their names)."""
-    torch.manual_seed(11)
-    model = FAMILIES[family]()[0].eval()
+    model = original(family)
     names = replace_linear_with_lora(model, 4, 1.5, **options)
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora.B, std=0.3)
@@ -236,15 +207,13 @@ def test_our_layers_over_gpt2(tmp_path):
     expected = ours(input_ids=TOKENS).logits
     save_adapter(ours, tmp_path / "ours")
     assert json.loads((tmp_path / "ours" / CONFIG_FILE).read_text())["fan_in_fan_out"] is True
-    torch.manual_seed(11)
-    theirs = PeftModel.from_pretrained(gpt2()[0], tmp_path / "ours").eval()
+    theirs = PeftModel.from_pretrained(original("gpt2"), tmp_path / "ours").eval()
     assert not accelerate(copy.deepcopy(theirs)).left_alone
     torch.testing.assert_close(theirs(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
 
     # Else PEFT saves the head's own weight as well, because the head has an adapter.
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    torch.manual_seed(11)
-    back = gpt2()[0].eval()
+    back = original("gpt2")
     load_adapter(back, tmp_path / "theirs")
     torch.testing.assert_close(back(input_ids=TOKENS).logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -317,11 +286,9 @@ def test_pretrained_weights():
     assert len(accelerate(fused).fused) == 6 * 5 + 1
 
     def results(model, inputs):
-        model.zero_grad()
         hidden = model(**inputs).last_hidden_state
         hidden.square().mean().backward()
-        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        return {"hidden": hidden.detach(), **grads}
+        return {"hidden": hidden.detach(), **named_gradients(model)}
 
     ours, theirs = results(fused, encoded), results(plain, encoded)
     assert ours.keys() == theirs.keys() and len(ours) > 60
