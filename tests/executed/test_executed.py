@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels import lora_linear, plan, use_backend
-from lora_kernels.backends import triton as backend_module
+from lora_kernels import lora_linear
 from lora_kernels.backends.triton.configs import shipped, tiles_for, tiles_of
+from lora_kernels.backends.triton.decode import decode
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import LOWRANK_KERNELS, TileConfig
 from lora_kernels.tuning.targets import TARGETS
-from tests.executed.layer import train
+from tests.executed.layer import emulated, train
 from tests.executed.shipped import compare, execute, launch
 from tests.oracle import Case, assert_budget, reference
 from tests.ptx.launch import emulate
@@ -81,20 +81,6 @@ def test_parts_over_many_steps(target, R):
         compare(actual, o, f"{config} on {target}")
 
 
-@pytest.fixture
-def on(monkeypatch):
-    """on(target): CPU tensors may ask for the Triton backend, which takes `algorithm` as if they were on that GPU."""
-
-    def use(target: str, algorithm: str = "two_kernel") -> None:
-        monkeypatch.setattr(plan, "_target", lambda device: TARGETS[target])
-        monkeypatch.setattr(backend_module.TritonBackend, "devices", ("cpu",))
-        monkeypatch.setattr(backend_module, "predict_us", lambda name, *_: name != algorithm)
-        plan.forget()
-
-    yield use
-    plan.forget()
-
-
 @pytest.mark.parametrize(
     "dtype, adapter_dtype, dropout, schedule",
     [
@@ -120,8 +106,6 @@ def test_a_result_does_not_depend_on_the_order_of_warps_and_blocks(target):
     x, w = torch.randn(20, 264).bfloat16(), torch.randn(72, 264).bfloat16().t()
     a, b = torch.randn(264, 8).bfloat16(), torch.randn(8, 72).bfloat16()
     problem = Problem(20, 72, 264, 8, "bfloat16", "bfloat16", device="cuda")
-    from lora_kernels.backends.triton.decode import decode
-
     config = replace(tiles_for(problem, TARGETS[target]).config("decode"), split=4)
     results = []
     for schedule in (None, 1, 2, 3):
@@ -131,12 +115,11 @@ def test_a_result_does_not_depend_on_the_order_of_warps_and_blocks(target):
 
 
 @pytest.mark.parametrize("target", EXECUTED)
-def test_small_batches_take_one_launch(on, target, monkeypatch):
-    on(target, "decode")
+def test_small_batches_take_one_launch(target):
     x, w = torch.randn(5, 72).bfloat16(), torch.randn(40, 72).bfloat16()
     a, b = torch.randn(72, 8).bfloat16(), torch.randn(8, 40).bfloat16()
-    with emulate(target) as executed, use_backend("triton"):
+    with emulated(target, "decode") as executed:
         y = lora_linear(x, w, a, b, 0.5)
     exact = reference(x.double(), w.double(), a.double(), b.double(), 0.5)
     assert_budget(y, reference(x, w, a, b, 0.5), exact)
-    assert [each.name for each in executed] == ["_decode_kernel"]
+    assert [each.name for each in executed] == ["decode"]

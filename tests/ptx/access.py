@@ -19,14 +19,22 @@ from tests.ptx.parser import (
     PtxError,
     Reg,
 )
-from tests.ptx.strand import DTYPES, Run, Strand, bf16_to_f32, f32_to_bf16, opcode
+from tests.ptx.strand import (
+    DTYPES,
+    WAIT,
+    Pending,
+    Run,
+    Strand,
+    bf16_to_f32,
+    f32_to_bf16,
+    opcode,
+)
 
 
 def address_of(strand: Strand, mem: Mem):
     """A function that gives the [lanes] byte addresses of a memory operand."""
     kind = f"u{mem.base.width}" if isinstance(mem.base, Reg) else "s64"
-    base = strand.source(mem.base, kind)
-    offset = mem.offset
+    base, offset = strand.source(mem.base, kind), mem.offset
     return lambda: np.broadcast_to(base.astype(np.int64) + offset, strand.lanes)
 
 
@@ -155,14 +163,14 @@ def load_polled(
         free[lanes] = polled[lanes] != machine.events
         lanes = lanes[free[lanes]]
         if not len(lanes):
-            return machine.wait, free
+            return WAIT, free
         polled[lanes] = machine.events
         addresses = addresses_of()[lanes]
         for row, address in zip(strand.row[lanes], addresses, strict=True) if acquires else ():
             machine.races.acquire_load(int(row), int(address))
         words = machine.memory.read(addresses, lanes >> 5, dtype, 1, explain(strand, instr, lanes))
         target[lanes] = words[:, 0]
-        return machine.wait, free
+        return WAIT, free
 
     return run
 
@@ -195,13 +203,13 @@ def bind_store(instr: Instr, strand: Strand) -> Run:
     machine, kind, count = strand.machine, instr.mods[-1], vector_of(instr)
     dtype, space = DTYPES[kind], space_of(instr)
     value = instr.operands[1]
-    values = [strand.source(o, kind) for o in (value if isinstance(value, list) else [value])]
+    values = [strand.by_lane(o, kind) for o in (value if isinstance(value, list) else [value])]
     addresses_of = address_of(strand, instr.operands[0])
 
     def run(where):
         lanes = strand.indices(where)
         addresses, warps = addresses_of()[lanes], lanes >> 5
-        words = np.stack([np.broadcast_to(v, strand.lanes)[lanes] for v in values], 1)
+        words = np.stack([v[lanes] for v in values], 1)
         actual, size = resolve_space(space, addresses), dtype.itemsize * count
         if actual == "global":
             machine.memory.write(addresses, warps, words, explain(strand, instr, lanes))
@@ -259,7 +267,7 @@ def bind_atomic(instr: Instr, strand: Strand) -> Run:
     operands = list(instr.operands)
     target = strand.target(operands.pop(0), kind) if instr.base == "atom" else None
     addresses_of = address_of(strand, operands[0])
-    sources = [strand.source(o, kind) for o in operands[1:3]]
+    sources = [strand.by_lane(o, kind) for o in operands[1:3]]
     space = space_of(instr)
     order = next((m for m in instr.mods if m in ("acquire", "release", "acq_rel")), "relaxed")
 
@@ -267,7 +275,7 @@ def bind_atomic(instr: Instr, strand: Strand) -> Run:
         lanes = strand.indices(where)
         addresses = addresses_of()[lanes]
         actual = resolve_space(space, addresses)
-        a, b = ([np.broadcast_to(s, strand.lanes)[lanes] for s in sources] * 2)[:2]
+        a, b = ([s[lanes] for s in sources] * 2)[:2]
         for n, lane in enumerate(lanes):
             function = atomic_function(name, kind, a[n], b[n])
             if actual == "shared":
@@ -287,33 +295,22 @@ def bind_atomic(instr: Instr, strand: Strand) -> Run:
     return run
 
 
-class Copy:
-    """One cp.async of a strand, under way: the lanes not yet landed and what they bring."""
-
-    def __init__(self, index: np.ndarray, data: np.ndarray, group: np.ndarray, lanes: np.ndarray):
-        self.index, self.data, self.group, self.lanes = index, data, group, lanes
-
-    def land(self, machine, chosen: np.ndarray) -> bool:
-        """Writes the chosen lanes' bytes; True while some lanes are still under way."""
-        machine.shared[self.index[chosen]] = self.data[chosen]
-        self.index, self.data = self.index[~chosen], self.data[~chosen]
-        self.group, self.lanes = self.group[~chosen], self.lanes[~chosen]
-        return len(self.lanes) > 0
-
-
 @opcode("cp.async.ca", "cp.async.cg")
 def bind_copy(instr: Instr, strand: Strand) -> Run:
     machine, operands = strand.machine, instr.operands
     size = int(operands[2].text, 0)
     to, source = address_of(strand, operands[0]), address_of(strand, operands[1])
-    useful = strand.source(operands[3] if len(operands) > 3 else operands[2], "u32")
+    useful = strand.by_lane(operands[3] if len(operands) > 3 else operands[2], "u32")
     word = DTYPES[f"u{8 * min(size, 8)}"]
+
+    def land(lanes, given):
+        machine.shared[given["index"]] = given["data"]
 
     def run(where):
         lanes = strand.indices(where)
         start = shared_index(strand, instr, to()[lanes], lanes, size)
         data = np.zeros((len(lanes), size), np.uint8)
-        given = np.broadcast_to(useful, strand.lanes)[lanes]
+        given = useful[lanes]
         if ((given != 0) & (given != size)).any():
             raise PtxError(f"line {instr.line}: {instr.text}: a partial source size")
         full = given == size
@@ -325,16 +322,18 @@ def bind_copy(instr: Instr, strand: Strand) -> Run:
         machine.counters.shared(to()[lanes], lanes >> 5, size)
         groups, cells = strand.commits[lanes], machine.races.shared(start, size)
         machine.races.engine(strand.row[lanes], instr, CP_ASYNC, cells, True, groups)
-        copy = Copy(start[:, None] + np.arange(size), data, groups, lanes)
-        if not machine.lands_early() or copy.land(machine, np.ones(len(lanes), bool)):
+        index = start[:, None] + np.arange(size)
+        copy = Pending(land, lanes, groups, {"index": index, "data": data})
+        if not machine.lands_early() or copy.run(np.ones(len(lanes), bool)):
             strand.copies.append(copy)
 
     return run
 
 
-@opcode("cp.async.commit_group")
+@opcode("cp.async.commit_group", "cp.async.bulk.commit_group")
 def bind_commit(instr: Instr, strand: Strand) -> Run:
-    return lambda where: np.add(strand.commits, 1, out=strand.commits, where=where)
+    commits = strand.bulk_commits if "bulk" in instr.mods else strand.commits
+    return lambda where: np.add(commits, 1, out=commits, where=where)
 
 
 @opcode("cp.async.wait_group", "cp.async.wait_all")
@@ -349,7 +348,7 @@ def bind_wait(instr: Instr, strand: Strand) -> Run:
         strand.machine.races.finish(strand.row[waiting], CP_ASYNC, limit[waiting])
         strand.copies = [
             c for c in strand.copies
-            if c.land(strand.machine, (c.group < limit[c.lanes]) & waiting[c.lanes])
+            if c.run((c.group < limit[c.whose]) & waiting[c.whose])
         ]  # fmt: skip
 
     return run

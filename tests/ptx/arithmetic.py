@@ -9,8 +9,6 @@ import numpy as np
 from tests.ptx.parser import Imm, Instr, Not, PtxError, Reg
 from tests.ptx.strand import DTYPES, Run, Strand, opcode
 
-UNSIGNED_OF = {1: "u8", 2: "u16", 4: "u32", 8: "u64"}
-
 
 def compute(instr: Instr, strand: Strand, function, kinds: list[str]) -> Run:
     """Binds d = function(sources...) with kinds = [kind of d, kinds of the sources]."""
@@ -421,7 +419,8 @@ def bind_elect(instr: Instr, strand: Strand) -> Run:
     return run
 
 
-@opcode("fence", "prefetch", "prefetchu", "createpolicy", "nanosleep", "setmaxnreg",
-        "discard", "applypriority")  # fmt: skip
+@opcode("fence", "prefetch", "prefetchu", "cp.async.bulk.prefetch", "createpolicy", "nanosleep", "setmaxnreg",
+        "discard", "applypriority", "wgmma.fence", "tcgen05.relinquish_alloc_permit",
+        "tcgen05.fence::before_thread_sync", "tcgen05.fence::after_thread_sync")  # fmt: skip
 def bind_nothing(instr: Instr, strand: Strand) -> Run:
     return lambda where: None

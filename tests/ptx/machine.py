@@ -21,16 +21,23 @@ import tests.ptx.tcgen05
 import tests.ptx.tma
 import tests.ptx.wgmma  # noqa: F401, importing these registers their opcodes
 from tests.ptx.cluster import ClusterBarrier
-from tests.ptx.control import JUMP, PARK, STOP, SWITCH, CtaBarrier
+from tests.ptx.control import CtaBarrier
 from tests.ptx.counters import Counters
 from tests.ptx.memory import GlobalMemory
 from tests.ptx.parser import Program, PtxError
 from tests.ptx.races import COLUMNS, LANES, Races
-from tests.ptx.strand import Strand
+from tests.ptx.strand import JUMP, PARK, STOP, SWITCH, WAIT, Strand
 from tests.ptx.tma import Barrier, Descriptor, finish_bulk_stores
 
 MAX_STEPS = 20_000_000
 LONGEST_BURST = 60
+MAY_HOLD = (
+    "mbarrier",
+    "griddepcontrol",
+    "bar",
+    "barrier",
+    "ld",
+)  # what a thread may have to wait at
 MOST_POLLS = 1000  # in vain
 
 
@@ -49,7 +56,6 @@ class Machine:
     counters: Counters
     rng: np.random.Generator | None = None
     primary: Machine | None = None  # the launch that griddepcontrol.wait waits for
-    wait: str = "wait"  # what a try_wait answers with the lanes that are ready
     barriers: dict[tuple[int, int], Barrier] = field(default_factory=dict)
     cluster_barriers: dict[int, ClusterBarrier] = field(default_factory=dict)
     cta_barriers: dict[tuple, CtaBarrier] = field(default_factory=dict)
@@ -255,13 +261,7 @@ class Cursor:
         instr = self.machine.program.code[at]
         run = strand.bound[at] or strand.bind(at)
         guard = None
-        if instr.guard is not None and instr.base in (
-            "mbarrier",
-            "griddepcontrol",
-            "bar",
-            "barrier",
-            "ld",
-        ):
+        if instr.guard is not None and instr.base in MAY_HOLD:
             flag = strand.source(instr.guard, "pred")
             guard = ~flag if instr.negated else flag.copy()
         try:
@@ -302,7 +302,7 @@ class Cursor:
             if held.any():
                 self.pcs[held] = at
                 self.parked |= held
-        elif kind == self.machine.wait:
+        elif kind == WAIT:
             held = np.broadcast_to(where, self.strand.lanes) & ~lanes
             if guard is not None:
                 held = held & guard

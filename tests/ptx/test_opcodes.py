@@ -40,10 +40,6 @@ def as_float(v: int) -> float:
     return struct.unpack("f", struct.pack("I", v))[0]
 
 
-def as_bits(v: float) -> int:
-    return struct.unpack("I", struct.pack("f", v))[0]
-
-
 def truncated(a: int, b: int) -> int:
     return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
 
