@@ -122,20 +122,11 @@ class Machine:
             return np.array([self.grid[at] // along])
         if base == "ntid":
             return np.array([self.block[at]])
-        values = {
-            "laneid": strand.lane,
-            "warpid": strand.warp,
-            "nwarpid": np.array([int(np.prod(self.block)) // 32]),
-            "cluster_ctarank": strand.rank,
-            "cluster_ctaid": strand.rank if at == 0 else np.array([0]),
-            "cluster_nctarank": np.array([self.cluster]),
-            "cluster_nctaid": np.array([self.cluster if at == 0 else 1]),
-            "dynamic_smem_size": np.array([self.shared_size - self.program.static_shared]),
-            "total_smem_size": np.array([self.shared_size]),
-        }
-        if base not in values:
-            raise PtxError(f"unknown special register %{name}")
-        return values[base]
+        if name in ("cluster_ctarank", "cluster_ctaid.x"):
+            return strand.rank
+        if base == "cluster_nctarank":
+            return np.array([self.cluster])
+        raise PtxError(f"unknown special register %{name}")
 
     def finish_tensor_work(self, barrier: Barrier, phase: int) -> None:
         """Runs queued tensor-core work of the barrier's cluster, each CTA's in order, until its phase is complete."""

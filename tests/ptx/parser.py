@@ -12,7 +12,6 @@ PARAM_WINDOW = 0x7000_0000
 LOCAL_WINDOW = 0x6000_0000
 # The shared memory of a cluster: that of the CTA of rank r begins at r·SHARED_WINDOW.
 SHARED_WINDOW = 0x0100_0000
-SHARED_LIMIT = 16 * SHARED_WINDOW
 
 STATEMENT_END = re.compile(r"[^;]*;")
 SKIP = re.compile(r"(?:\s+|\.loc\b[^\n]*)+")
