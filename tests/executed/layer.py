@@ -16,6 +16,8 @@ from tests.oracle import assert_gradients, gradients, reference
 from tests.pretended import on_target
 from tests.ptx.launch import Executed, emulate
 
+EXECUTED = ("sm_80", "sm_90", "sm_100", "sm_120")  # whose code the emulator runs
+
 
 @dataclass(frozen=True)
 class Steps:

@@ -11,13 +11,12 @@ from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS
-from tests.executed.layer import emulated
+from tests.executed.layer import EXECUTED, emulated
 from tests.grouped import Grouped
 from tests.oracle import assert_budget
 from tests.ptx.launch import emulate
 
 pytestmark = pytest.mark.slow
-EXECUTED = ("sm_80", "sm_90", "sm_100", "sm_120")
 EXPAND = TileConfig("expand", 16, 64, 32, 4, 2, group_m=2, rank_chunk=32)
 SHRINK = TileConfig("shrink", 16, 1, 32, 4, 2, split=2)
 WGRAD = TileConfig("wgrad", 16, 32, 16, 4, 2)
