@@ -16,7 +16,7 @@ from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.operands import Adapter
 from lora_kernels.reference import LinearWithLoRA as Reference
-from tests.gpu.conftest import DEVICE, declined
+from tests.gpu.conftest import DEVICE, captured, declined
 from tests.oracle import assert_gradients, gradients, reference
 from tests.planned import Planned
 
@@ -80,15 +80,8 @@ def test_a_captured_graph_computes_new_values(M):
     layer = LinearWithLoRA(torch.nn.Linear(256, 128), rank=8, alpha=2.0).to(DEVICE, torch.bfloat16)
     torch.nn.init.normal_(layer.lora.B)
     x = torch.randn(M, 256, device=DEVICE, dtype=torch.bfloat16)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(side):
-        for _ in range(3):
-            layer(x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        y = layer(x)
+    with torch.no_grad():
+        graph, y = captured(lambda: layer(x), warm=3)
     for _ in range(3):
         x.normal_()
         layer.lora.A.data.normal_()

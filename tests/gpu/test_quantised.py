@@ -12,14 +12,9 @@ from lora_kernels import Problem, explain, lora_linear, plan
 from lora_kernels.backends.device import current_target
 from lora_kernels.operands import Adapter
 from lora_kernels.samples import SAMPLES, sample
-from tests.gpu.conftest import DEVICE, declined
+from tests.gpu.conftest import DEVICE, captured, declined
 from tests.oracle import assert_gradients, gradients, reference
 from tests.planned import Planned
-
-
-@pytest.fixture
-def triton_backend(usable):
-    return usable("triton")
 
 
 def operands(M, N, K, R, dtype, name):
@@ -79,15 +74,7 @@ def test_captured_graphs_and_eager_calls_beside_one_another(M, triton_backend):
         with torch.no_grad():
             return lora_linear(*given, 0.5, backend="triton")
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call(small), call(large)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, z = call(small), call(large)
+    graph, (y, z) = captured(lambda: (call(small), call(large)), warm=3)
     for _ in range(5):
         small[0].data.normal_(), large[0].data.normal_()
         between = call(large)
