@@ -276,6 +276,11 @@ def bind_address(instr: Instr, strand: Strand) -> Run:
     return lambda where: np.copyto(to, source, where=where)
 
 
+def round_to_tf32(a):
+    bits = np.ascontiguousarray(a, np.float32).view(np.uint32)
+    return ((bits + 0x1000) & 0xFFFFE000).view(np.float32)
+
+
 ROUND = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
@@ -287,6 +292,8 @@ def bind_convert(instr: Instr, strand: Strand) -> Run:
         return compute(
             instr, strand, lambda high, low: np.stack([low, high], -1), [to, source, source]
         )
+    if to == "tf32":
+        return compute(instr, strand, round_to_tf32, ["f32", "f32"])
     rounding = next((ROUND[m] for m in mods if m in ROUND), None)
     limits = np.iinfo(DTYPES[to]) if to[0] in "us" else None
 
