@@ -117,9 +117,12 @@ class Grouped:
         return _with_gradients(loop(leaves, self.offsets, scale, mask), leaves, dy)
 
     def check(self, backend: str, needed: Sequence[bool] = EVERY) -> None:
-        """`backend` is within budget; gradients that are not needed are None."""
+        """`backend` is within budget."""
+        self.compare(self.results(backend, needed), needed)
+
+    def compare(self, actual: dict[str, Tensor], needed: Sequence[bool] = EVERY) -> None:
+        """`actual`, of `results`, is within budget."""
         eager, exact = self.expected(None, needed), self.expected(torch.float64, needed)
-        actual = self.results(backend, needed)
         assert actual.keys() == exact.keys()
         for name, value in actual.items():
             assert_budget(value, eager[name], exact[name], f"{name} of {self}")

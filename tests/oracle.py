@@ -7,7 +7,7 @@ NaN and infinities must stand where eager's stand, except that a kernel may be f
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -257,6 +257,38 @@ def check_gradients(products: Products, case: Case) -> None:
     given = o.dy, o.w.t(), o.adapter.t(), o.x, products.shrink(o.x, o.adapter), o.a.dtype
     for name, actual in zip(("dx", "dA", "dB"), products.gradients(*given), strict=True):
         assert_budget(actual, eager[name], exact[name], f"{name} of {case}, beside the others")
+
+
+def gradients(
+    function: Callable[..., Tensor],
+    operands: dict[str, Tensor],
+    dy: Tensor,
+    dtype: torch.dtype | None = None,
+    needed: Collection[str] | None = None,
+) -> dict[str, Tensor]:
+    """y of `function(**operands)` and the `needed` gradients of <y, dy>, by name; in `dtype`, else in the operands' own."""
+    leaves = {
+        name: t.detach().to(dtype or t.dtype).requires_grad_(needed is None or name in needed)
+        for name, t in operands.items()
+    }
+    wanted = [name for name, leaf in leaves.items() if leaf.requires_grad]
+    found = with_gradients(
+        lambda *tensors: function(**dict(zip(leaves, tensors, strict=True))), leaves.values(), dy
+    )
+    return dict(zip(("y", *wanted), found, strict=True))
+
+
+def assert_gradients(
+    actual: dict[str, Tensor],
+    plain: Callable[..., Tensor],
+    operands: dict[str, Tensor],
+    dy: Tensor,
+    what: str = "",
+) -> None:
+    """`actual`, of `gradients`, is within the budget that `plain`, in the operands' dtypes and in float64, defines."""
+    eager, exact = (gradients(plain, operands, dy, to, actual) for to in (None, torch.float64))
+    for name, value in actual.items():
+        assert_budget(value, eager[name], exact[name], f"{name} {what}")
 
 
 @contextmanager

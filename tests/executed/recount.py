@@ -106,12 +106,12 @@ def count(target: str, config: TileConfig, problem: Problem, steps: int, R: int)
 
 def pipe_cycles(target: str, counters: Counters, ctas: int) -> tuple[float, ...]:
     """`counters` of a block of so many CTAs in cycles of each one's multiprocessor, in the order of PIPES."""
-    flops = dict(counters.matrix_flops)
+    flops = counters.matrix_flops.copy()
     tf32 = flops.pop("tf32", 0)
     half = flops_per_clock(target, "bfloat16")
-    matrix = (sum(flops.values()) + 2 * tf32) / half
+    matrix = (flops.total() + 2 * tf32) / half
     shared = counters.wavefronts + counters.unit_bytes / SHARED_BYTES
-    issue = sum(counters.instructions.values()) / INSTRUCTIONS
+    issue = counters.instructions.total() / INSTRUCTIONS
     l2 = sum(t.bytes_loaded + t.bytes_stored for t in counters.tensors.values()) / L2_BYTES
     fma = counters.fma_flops / flops_per_clock(target, "float32")
     return tuple(pipe / ctas for pipe in (matrix or fma, shared, issue, l2))

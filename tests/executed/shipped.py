@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lora_kernels.backends.triton.configs import untried
 from lora_kernels.backends.triton.decode import decode
 from lora_kernels.backends.triton.dequantise import dequantise
 from lora_kernels.backends.triton.expand import Shrink, expand
@@ -16,16 +17,21 @@ from lora_kernels.backends.triton.parts import parts
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 from lora_kernels.backends.triton.wgrad import wgrad
+from lora_kernels.operands import QuantizedWeight
 from lora_kernels.problem import DENSE, Problem
 from lora_kernels.samples import sample
 from lora_kernels.tuning.config import TileConfig
 from tests.oracle import Case, Operands, assert_budget
-from tests.ptx.launch import Executed, emulate
+from tests.ptx.launch import emulate
+
+if untried() is None:
+    from lora_kernels.backends.triton.persistent import fetchable, persistent
 
 
 def small(problem: Problem, config: TileConfig) -> Case:
     """More than one tile and one step, ragged in every size; rows stay 16-byte aligned for tensor descriptors."""
     m, n, k = config.block_m, config.block_n, config.block_k
+    dense = problem.weight_format == DENSE
     sizes = {
         "shrink": (m + 3, 40, k + 8),
         "expand": (m - 5, n + 8, k + 8),
@@ -33,7 +39,7 @@ def small(problem: Problem, config: TileConfig) -> Case:
         "persistent": (m - 5, n + 8, 3 * k + 8),
         "persistent_one_launch": (m + 11, n + 8, 3 * k + 8),
         "one_pass": (m - 5, n + 8, k + 8),
-        "decode": (m - 3, n + 8, 2 * k + 8),
+        "decode": (m - 3, n + 8, 2 * k + 8 if dense else 2 * k // 64 * 64 + 64),
         "wgrad": (m + 3, 40, n + 8),
         "shrink_wgrad": (m + 3, n + 8, 40),
         "dequantise": (m, n + 3, 2 * k + 1),
@@ -42,47 +48,24 @@ def small(problem: Problem, config: TileConfig) -> Case:
     return Case(*sizes, problem.R - 3, dtype=dtype, adapter_dtype=adapter)
 
 
-def execute(
-    target: str, problem: Problem, config: TileConfig, schedule: int | None
-) -> list[Executed]:
-    """Launch, compare within the error budget, and give what was executed. AssertionError when it is wrong."""
-    case = small(problem, config)
-    if config.kernel == "dequantise":
-        return execute_decoder(target, problem.weight_format, case, config, schedule)
-    config = replace(config, split=min(config.split, 2))
+def execute(target: str, problem: Problem, config: TileConfig, schedule: int | None) -> None:
+    """Launch and compare within the error budget; what decodes a weight must give the bits of the weight's own copy."""
+    case, what = small(problem, config), f"{config} on {target}, schedule {schedule}"
+    weight = None
     if problem.weight_format != DENSE:
-        return execute_packed(target, problem.weight_format, case, config, schedule)
+        weight = sample(problem.weight_format, case.N, case.K, case.dtype)
+    if config.kernel == "dequantise":
+        out = torch.full((case.N, case.K), torch.nan, dtype=case.dtype)
+        with emulate(target, schedule):
+            dequantise(weight, out, config)
+        assert torch.equal(out, weight.dense()), what
+        return
     o = case.operands()
-    with emulate(target, schedule) as executed:
-        actual = launch(config, o)
-    compare(actual, o, f"{config} on {target}, schedule {schedule}")
-    return executed
-
-
-def execute_decoder(
-    target: str, weight_format: str, case: Case, config: TileConfig, schedule: int | None
-) -> list[Executed]:
-    """The same for a kernel that decodes: its result has the bits of the weight's own."""
-    weight = sample(weight_format, case.N, case.K, case.dtype)
-    out = torch.full((case.N, case.K), torch.nan, dtype=case.dtype)
-    with emulate(target, schedule) as executed:
-        dequantise(weight, out, config)
-    assert torch.equal(out, weight.dense()), f"{config} on {target}, schedule {schedule}"
-    return executed
-
-
-def execute_packed(
-    target: str, weight_format: str, case: Case, config: TileConfig, schedule: int | None
-) -> list[Executed]:
-    """The same for `decode` over a quantised weight, whose dense copy is the oracle's weight."""
-    case = replace(case, K=case.K // 64 * 64 + 64)
-    weight = sample(weight_format, case.N, case.K, case.dtype)
-    o = replace(case.operands(), w=weight.dense().t())
-    with emulate(target, schedule) as executed:
-        found = decode(o.x, weight.t(), o.a, o.b, case.alpha, o.bias, config)
-    what = f"{weight_format} by {config} on {target}, schedule {schedule}"
-    compare(dict(zip(("y", "s"), found, strict=True)), o, what)
-    return executed
+    if weight is not None:
+        o = replace(o, w=weight.dense().t())
+    with emulate(target, schedule):
+        actual = launch(replace(config, split=min(config.split, 2)), o, weight)
+    compare(actual, o, what)
 
 
 def compare(actual: dict[str, Tensor], o: Operands, what: str) -> None:
@@ -97,19 +80,27 @@ def compare(actual: dict[str, Tensor], o: Operands, what: str) -> None:
 
 def tail(s: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """s and b as a persistent product of an x of `dtype` copies them."""
-    from lora_kernels.backends.triton.persistent import fetchable
-
     if rank_tail(dtype, b.dtype, tma=True) == "split":
         return parts(s.float(), b, TileConfig("shrink", 64, 1, 64, 4, 3))
     return rank_operand(*s.shape, dtype, s.device).copy_(s), fetchable(b)
+
+
+def tile_after_tile(
+    config: TileConfig, o: Operands, programs: int = 1, forward: bool = True
+) -> dict[str, Tensor]:
+    """y by the persistent product or, backward or with dropout, dx; by what eager has for s or q."""
+    if forward and o.dropout is None:
+        s, b = tail(o.results(None)["s"], o.b, o.x.dtype)
+        return {"y": persistent(o.x, o.w, s, b, o.bias, config, programs)}
+    q, a_t = tail(o.results(None)["q"], o.a.t(), o.dy.dtype)
+    dx = persistent(o.dy, o.w.t(), q, a_t, None, config, programs, dropout=o.dropout)
+    return {"dx": dx}
 
 
 def one_launch(
     config: TileConfig, o: Operands, programs: int = 2, shrinking: int | None = None
 ) -> dict[str, Tensor]:
     """y and s by the persistent product that computes both; nothing that it reads is written before."""
-    from lora_kernels.backends.triton.persistent import fetchable, persistent
-
     s = torch.full((o.case.M, o.case.R), torch.nan)
     tail = rank_operand(o.case.M, o.case.R, o.x.dtype, o.x.device).fill_(torch.nan)
     first = Shrink(fetchable(o.a.t()).t(), o.case.alpha, s, None)
@@ -119,8 +110,13 @@ def one_launch(
     return {"y": y, "s": s}
 
 
-def launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
-    """What the kernel of `config` computes of `o`, by name; a product with dropout is that of dx."""
+def launch(
+    config: TileConfig, o: Operands, weight: QuantizedWeight | None = None
+) -> dict[str, Tensor]:
+    """What the kernel of `config` computes of `o`, by name; a product with dropout is that of dx.
+
+    Where `weight` is given, `decode` reads it in place of w.
+    """
     alpha = o.case.alpha
     if config.kernel == "shrink":
         return {"s": shrink(o.x, o.a, alpha, config, o.dropout)}
@@ -137,21 +133,15 @@ def launch(config: TileConfig, o: Operands) -> dict[str, Tensor]:
         first = Shrink(o.a, alpha, s, o.dropout)
         return {"y": expand(o.x, o.w, rounded, o.b, o.bias, config, first=first), "s": s}
     if config.kernel == "persistent":
-        from lora_kernels.backends.triton.persistent import persistent
-
-        if o.dropout is not None:
-            q, a_t = tail(o.results(None)["q"], o.a.t(), o.x.dtype)
-            own = {"programs": 1, "dropout": o.dropout}
-            return {"dx": persistent(o.dy, o.w.t(), q, a_t, None, config, **own)}
-        s, b = tail(o.results(None)["s"], o.b, o.x.dtype)
-        return {"y": persistent(o.x, o.w, s, b, o.bias, config, programs=1)}
+        return tile_after_tile(config, o)
     if config.kernel == "persistent_one_launch":
         return one_launch(config, o)
     if config.kernel == "one_pass":
         found = one_pass(o.x, o.w, o.a, o.b, alpha, o.bias, config, o.dropout)
         return dict(zip(("y", "s"), found, strict=True))
     if config.kernel == "decode":
-        return dict(zip(("y", "s"), decode(o.x, o.w, o.a, o.b, alpha, o.bias, config), strict=True))
+        w = o.w if weight is None else weight.t()
+        return dict(zip(("y", "s"), decode(o.x, w, o.a, o.b, alpha, o.bias, config), strict=True))
     reference = o.results(None)
     s, q = reference["s"].float(), reference["q"].float()
     if config.kernel == "wgrad":

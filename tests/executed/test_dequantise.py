@@ -14,11 +14,12 @@ from lora_kernels.problem import Problem
 from lora_kernels.quantized import NF4Weight
 from lora_kernels.samples import sample
 from lora_kernels.tuning.targets import TARGETS
-from tests.executed.test_executed import EXECUTED
+from tests.executed.layer import EXECUTED
 from tests.ptx.launch import emulate
 
 pytestmark = pytest.mark.slow
 N, K = 96, 256
+BYTES = {"nf4": N * K // 2, "int8": N * K, "fp8": N * K}  # of a packed weight
 
 
 def run(target, weight, schedule=None):
@@ -33,20 +34,24 @@ def run(target, weight, schedule=None):
     return out, launch.counters.tensors
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [(name, torch.bfloat16) for name in BYTES] + [("nf4", torch.float32), ("plain", torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("target", EXECUTED)
-def test_nf4(target, dtype):
-    """Half a byte an element is read and each element is written once, in whole sectors; with either kind of scales."""
-    doubly = sample("nf4", N, K, dtype)
-    plain = NF4Weight(doubly.packed, doubly.scales(), doubly.code, N=N, K=K, dtype=dtype)
-    for weight in (doubly, plain):
-        out, tensors = run(target, weight, schedule=3)
-        assert torch.equal(out, weight.dense())
-        packed, w = tensors["packed_ptr"], tensors["w_ptr"]
-        assert packed.bytes_loaded == N * K // 2 and w.bytes_loaded == 0
-        assert w.bytes_stored == N * K * dtype.itemsize and (w.stores == 1).all()
-        assert packed.load_sectors == packed.fewest_load_sectors
-        assert w.store_sectors == w.fewest_store_sectors
+def test_the_bits_and_one_reading(target, name, dtype):
+    """Each packed byte is read once and each element written once, in whole sectors; nf4 with either kind of scales."""
+    weight = sample("nf4" if name == "plain" else name, N, K, dtype)
+    if name == "plain":
+        weight = NF4Weight(weight.packed, weight.scales(), weight.code, N=N, K=K, dtype=dtype)
+    out, tensors = run(target, weight, schedule=3)
+    assert torch.equal(out, weight.dense())
+    packed, w = tensors.get("packed_ptr") or tensors["codes_ptr"], tensors["w_ptr"]
+    assert packed.bytes_loaded == BYTES[weight.format] and w.bytes_loaded == 0
+    assert w.bytes_stored == N * K * dtype.itemsize and (w.stores == 1).all()
+    assert packed.load_sectors == packed.fewest_load_sectors
+    assert w.store_sectors == w.fewest_store_sectors
 
 
 def test_product_and_sum_of_a_scale_round_one_after_the_other():
@@ -61,21 +66,9 @@ def test_product_and_sum_of_a_scale_round_one_after_the_other():
     assert torch.equal(run("sm_90", weight)[0], weight.dense())
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8"])
+@pytest.mark.parametrize("name", BYTES)
 @pytest.mark.parametrize("target", EXECUTED)
-def test_codes_of_a_byte(target, name):
-    weight = sample(name, N, K, torch.bfloat16)
-    out, tensors = run(target, weight, schedule=3)
-    assert torch.equal(out, weight.dense())
-    codes, w = tensors["codes_ptr"], tensors["w_ptr"]
-    assert codes.bytes_loaded == N * K and (w.stores == 1).all()
-    assert codes.load_sectors == codes.fewest_load_sectors
-    assert w.store_sectors == w.fewest_store_sectors
-
-
-@pytest.mark.parametrize("name, bytes_of_w", [("nf4", N * K // 2), ("int8", N * K), ("fp8", N * K)])
-@pytest.mark.parametrize("target", EXECUTED)
-def test_few_rows_read_the_packed_bytes_once(target, name, bytes_of_w):
+def test_few_rows_read_the_packed_bytes_once(target, name):
     """A quarter, or half, of the bytes of a half w, in whole sectors; what a dense w gives, bit for bit."""
     weight = sample(name, N, K, torch.bfloat16)
     problem = Problem(16, N, K, 16, "bfloat16", "bfloat16", "cuda", weight_format=name)
@@ -88,7 +81,7 @@ def test_few_rows_read_the_packed_bytes_once(target, name, bytes_of_w):
     packed, other = (launch.counters.tensors for launch in executed)
     assert torch.equal(y, dense)
     w = packed["w_ptr"]
-    assert w.bytes_loaded == bytes_of_w and other["w_ptr"].bytes_loaded == 2 * N * K
+    assert w.bytes_loaded == BYTES[name] and other["w_ptr"].bytes_loaded == 2 * N * K
     assert w.load_sectors == w.fewest_load_sectors
     for each in ("x_ptr", "a_ptr", "b_ptr"):
         assert packed[each].bytes_loaded == other[each].bytes_loaded

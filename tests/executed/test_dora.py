@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
-from lora_kernels import lora_linear, plan, use_backend
-from lora_kernels.backends import triton as backend_module
+from lora_kernels import lora_linear
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.scale import scaled_gradient
 from lora_kernels.backends.triton.shrink import shrink_squares
 from lora_kernels.backends.triton.shrink_wgrad import scaled_shrink_wgrad
 from lora_kernels.tuning.config import TileConfig
-from lora_kernels.tuning.targets import TARGETS
-from tests.oracle import assert_budget
+from tests.executed.layer import emulated
+from tests.oracle import assert_budget, assert_gradients, gradients
 from tests.ptx.launch import emulate
 from tests.test_dora import NAMES, operands, reference
 
 pytestmark = pytest.mark.slow
 FORWARDS = {
-    "two_kernel": ["_shrink_kernel", "_expand_kernel"],
-    "one_pass": ["_one_pass_kernel"],
-    "decode": ["_decode_kernel"],
+    "two_kernel": ["shrink", "expand"],
+    "one_pass": ["one_pass"],
+    "decode": ["decode"],
 }
 
 
@@ -34,37 +35,17 @@ FORWARDS = {
         ("sm_120", "decode"),
     ],
 )
-def test_every_gradient_through_the_layer(target, algorithm, monkeypatch):
+def test_every_gradient_through_the_layer(target, algorithm):
     """No kernel but those of LoRA, and one more reading of W: the scale is in their stores, and in the reading of dy."""
-    monkeypatch.setattr(plan, "_target", lambda device: TARGETS[target])
-    monkeypatch.setattr(backend_module.TritonBackend, "devices", ("cpu",))
-    monkeypatch.setattr(backend_module, "predict_us", lambda name, *_: name != algorithm)
-    plan.forget()
-    tensors = operands(33, 88, 72, 12, torch.bfloat16)
+    given = dict(zip(NAMES, operands(33, 88, 72, 12, torch.bfloat16), strict=True))
     dy = torch.randn(33, 88, generator=torch.Generator().manual_seed(7)).bfloat16()
-
-    def run(function, dtype=None):
-        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
-        y = function(*leaves)
-        return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
-
-    with emulate(target, 11) as executed, use_backend("triton"):
-        actual = run(lambda *t: lora_linear(*t[:4], 0.7, t[4], magnitude=t[5]))
-    plan.forget()
-
-    def plain(*t):
-        return reference(*t[:4], 0.7, *t[4:])
-
-    for name, *triple in zip(
-        ("y", *NAMES), actual, run(plain), run(plain, torch.float64), strict=True
-    ):
-        assert_budget(*triple, what=f"{name} on {target}")
-    kernels = [launch.name for launch in executed]
-    kernels = [name for name in kernels if name != "_sum_partials_kernel"]
-    norms, backward = (
-        ["_shrink_kernel"],
-        ["_shrink_wgrad_kernel", "_expand_kernel", "_wgrad_kernel"],
+    with emulated(target, algorithm, 11) as executed:
+        actual = gradients(functools.partial(lora_linear, alpha=0.7), given, dy)
+    assert_gradients(
+        actual, functools.partial(reference, alpha=0.7), given, dy, f"by {algorithm} on {target}"
     )
+    kernels = [launch.name for launch in executed if launch.name != "sum_partials"]
+    norms, backward = ["shrink"], ["shrink_wgrad", "expand", "wgrad"]
     assert kernels == norms + FORWARDS[algorithm] + backward
 
 

@@ -5,39 +5,32 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_kernels import plan
-from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton.configs import shipped
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS
+from tests.executed.layer import EXECUTED, emulated
 from tests.grouped import Grouped
 from tests.oracle import assert_budget
 from tests.ptx.launch import emulate
 
 pytestmark = pytest.mark.slow
-EXECUTED = ("sm_80", "sm_90", "sm_100", "sm_120")
 EXPAND = TileConfig("expand", 16, 64, 32, 4, 2, group_m=2, rank_chunk=32)
 SHRINK = TileConfig("shrink", 16, 1, 32, 4, 2, split=2)
 WGRAD = TileConfig("wgrad", 16, 32, 16, 4, 2)
 
 
 @pytest.mark.parametrize("target", EXECUTED)
-def test_every_gradient_through_the_layer(target, monkeypatch):
+def test_every_gradient_through_the_layer(target):
     """Launches in random order, on one target with tensor descriptors and a dependent launch."""
-    monkeypatch.setattr(plan, "_target", lambda device: TARGETS[target])
-    monkeypatch.setattr(backend_module.TritonBackend, "devices", ("cpu",))
-    plan.forget()
     case = Grouped([0, 2, 2, 3, 21], 40, 24, 6, torch.bfloat16, shared=target == "sm_100")
-    with monkeypatch.context() as patch:
-        patch.setattr(backend_module, "predict_us", lambda name, *_: name != "two_kernel")
-        with emulate(target, 11) as executed:
-            case.check("triton")
-    plan.forget()
+    with emulated(target, "two_kernel", 11) as executed:
+        actual = case.results("triton")
+    case.compare(actual)
     kernels = [launch.name for launch in executed]
-    assert kernels[:2] == ["_shrink_kernel", "_expand_kernel"] and "_wgrad_kernel" in kernels
+    assert kernels[:2] == ["shrink", "expand"] and "wgrad" in kernels
 
 
 @pytest.mark.parametrize("target", EXECUTED)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from dataclasses import replace
 
 import pytest
@@ -11,11 +9,10 @@ import torch
 
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.triton.configs import tiles_of
-from lora_kernels.backends.triton.expand import Shrink, expand
-from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.targets import TARGETS
-from tests.executed.layer import train
+from tests.executed import shipped
+from tests.executed.layer import EXECUTED, train
 from tests.executed.shipped import compare
 from tests.oracle import Case, Operands
 from tests.ptx import launch
@@ -23,7 +20,6 @@ from tests.ptx.launch import emulate
 from tests.ptx.parser import PtxError
 
 pytestmark = pytest.mark.slow
-EXECUTED = ("sm_80", "sm_90", "sm_100", "sm_120")
 PROBLEM = Problem(8192, 4096, 4096, 16, "bfloat16", "bfloat16", device="cuda")
 # Several blocks of rows and of columns, none full.
 CASES = [
@@ -40,11 +36,7 @@ def tile(target: str):
 
 
 def product(o: Operands, target: str) -> dict[str, torch.Tensor]:
-    M, R = o.case.M, o.case.R
-    s = torch.full((M, R), torch.nan)
-    tail = rank_operand(M, R, o.x.dtype, o.x.device).fill_(torch.nan)
-    first = Shrink(o.a, o.case.alpha, s, o.dropout)
-    return {"y": expand(o.x, o.w, tail, o.b, o.bias, tile(target), first=first), "s": s}
+    return shipped.launch(tile(target), o)
 
 
 @pytest.mark.parametrize("case, schedule", CASES, ids=str)
@@ -56,19 +48,14 @@ def test_any_size_layout_and_rank(target, case, schedule):
     compare(found, o, f"{target}, schedule {schedule}")
 
 
-def one_at_a_time(target: str, schedule: int | None, change=None) -> dict[str, torch.Tensor]:
-    """The first case on one multiprocessor that has place for one program; `change`: of the code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "RESIDENT_LANES", 32)
-        if change is not None:
-            changed = functools.partial(_changed, launch.prepare_triton, *change)
-            patch.setattr(launch, "prepare_triton", changed)
-        with emulate(target, schedule):
-            return product(CASES[0][0].operands(), target)
+@pytest.fixture
+def one_at_a_time(monkeypatch):
+    """From here on there is one multiprocessor, which has place for one program."""
+    return lambda: monkeypatch.setattr(launch, "RESIDENT_LANES", 32)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_one_program_at_a_time_in_any_order(target):
+def test_one_program_at_a_time_in_any_order(target, one_at_a_time):
     """What is waited for starts first: nobody needs a second multiprocessor, nor an order of dispatch.
 
     No bit depends on either.
@@ -77,8 +64,10 @@ def test_one_program_at_a_time_in_any_order(target):
     with emulate(target, 3):
         together = product(o, target)
     compare(together, o, target)
+    one_at_a_time()
     for schedule in (None, 1):
-        alone = one_at_a_time(target, schedule)
+        with emulate(target, schedule):
+            alone = product(o, target)
         assert all(torch.equal(alone[name], together[name]) for name in ("y", "s"))
 
 
@@ -86,47 +75,31 @@ def test_one_program_at_a_time_in_any_order(target):
 TICKET = r"@%p\d+ atom\.global\.gpu\.relaxed\.add\.u32 (%r\d+), .*;", r"mov.u32 \1, %ctaid.x;"
 # The compiler puts one of the two.
 BARRIERS = r"bar\.sync \t0;([\s\S]{0,500}?)bar\.sync \t0;(?=[\s\S]{0,500}?release\.exch)"
+RACE = r"unordered: read after write of byte \d+ of s_ptr"
 WEAKER = {
-    "the flag releases nothing": (
-        r"gpu\.release\.exch",
-        "gpu.relaxed.exch",
-        r"unordered: read after write of byte \d+ of s_ptr",
-    ),
-    "the flag is not acquired": (
-        r"ld\.global\.gpu\.acquire",
-        "ld.relaxed.gpu.global",
-        r"unordered: read after write of byte \d+ of s_ptr",
-    ),
-    "nothing stands between s and the flag": (
-        BARRIERS,
-        r"\1",
-        r"unordered: read after write of byte \d+ of s_ptr",
-    ),
+    "the flag releases nothing": (r"gpu\.release\.exch", "gpu.relaxed.exch", RACE),
+    "the flag is not acquired": (r"ld\.global\.gpu\.acquire", "ld.relaxed.gpu.global", RACE),
+    "nothing stands between s and the flag": (BARRIERS, r"\1", RACE),
     "no flag": (r"@%p\d+ atom\.global\.gpu\.release.*;", "", "nobody can go on"),
 }
 
 
 @pytest.mark.parametrize("change", WEAKER)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_a_weaker_order_is_noticed(target, change, monkeypatch):
-    *replaced, message = WEAKER[change]
-    changed = functools.partial(_changed, launch.prepare_triton, *replaced)
-    monkeypatch.setattr(launch, "prepare_triton", changed)
+def test_a_weaker_order_is_noticed(target, change, damage):
+    pattern, new, message = WEAKER[change]
+    damage(pattern, new)
     o = CASES[0][0].operands()
     with pytest.raises(PtxError, match=message), emulate(target):
         product(o, target)
 
 
-def test_without_tickets_one_multiprocessor_does_not_suffice():
+def test_without_tickets_one_multiprocessor_does_not_suffice(damage, one_at_a_time):
     """The seed starts a tile's program before that of its rows."""
-    with pytest.raises(PtxError, match="nobody can go on"):
-        one_at_a_time("sm_80", 1, TICKET)
-
-
-def _changed(prepare, pattern, new, compiled, grid, bound):
-    ptx, count = re.subn(pattern, new, compiled.asm["ptx"])
-    assert count == 1
-    return prepare(compiled, grid, bound, ptx)
+    damage(*TICKET)
+    one_at_a_time()
+    with pytest.raises(PtxError, match="nobody can go on"), emulate("sm_80", 1):
+        product(CASES[0][0].operands(), "sm_80")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
@@ -164,9 +137,6 @@ def test_the_rules():
         ({}, "gfx942", "is made for NVIDIA GPUs, not for gfx942"),
     ):
         problem = replace(PROBLEM, **change)
-        found = {c.name: c for c in _candidates(problem, target)}["one_launch"]
+        candidates = backend_module.BACKEND.candidates(problem, TARGETS[target])
+        (found,) = (c for c in candidates if c.name == "one_launch")
         assert reason in (found.refusal or "")
-
-
-def _candidates(problem: Problem, target: str):
-    return backend_module.BACKEND.candidates(problem, TARGETS[target])

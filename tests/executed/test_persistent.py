@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -27,9 +25,8 @@ from lora_kernels.tuning.config import TileConfig, Tiles
 from lora_kernels.tuning.search import Choice
 from lora_kernels.tuning.targets import TARGETS
 from tests.executed.layer import train
-from tests.executed.shipped import compare, tail
-from tests.oracle import Case, Operands
-from tests.ptx import launch
+from tests.executed.shipped import compare, tile_after_tile
+from tests.oracle import Case
 from tests.ptx.launch import Executed, emulate
 from tests.ptx.parser import PtxError
 
@@ -75,15 +72,6 @@ IN_PARTS = [
 every_type_in_parts = pytest.mark.parametrize("dtype, adapter_dtype", IN_PARTS, ids=str)
 
 
-def product(o: Operands, tile: TileConfig, forward: bool, programs: int) -> dict[str, torch.Tensor]:
-    """y of the operands, or dx, by what eager has for s or q."""
-    x, w, b, bias = (o.x, o.w, o.b, o.bias) if forward else (o.dy, o.w.t(), o.a.t(), None)
-    given = o.results(None)["s" if forward else "q"]
-    s, b = tail(given, b, x.dtype)
-    y = persistent(x, w, s, b, bias, tile, programs)
-    return {"y" if forward else "dx": y}
-
-
 @every_kind
 @pytest.mark.parametrize("case, forward, schedule", CASES, ids=str)
 def test_any_size_layout_and_rank(target, tile, case, forward, schedule):
@@ -92,7 +80,7 @@ def test_any_size_layout_and_rank(target, tile, case, forward, schedule):
     if not applies(*((o.x, o.w) if forward else (o.dy, o.w.t()))):
         o = replace(o, x=o.x.contiguous(), dy=o.dy.contiguous())
     with emulate(target, schedule):
-        found = product(o, tile, forward, programs=2 * each)
+        found = tile_after_tile(tile, o, 2 * each, forward)
     compare(found, o, f"schedule {schedule}")
 
 
@@ -102,7 +90,7 @@ def test_neither_programs_nor_their_order_change_a_bit(target, tile):
     results = []
     for programs, schedule in ((1, None), (6, 1), (132, 2)):
         with emulate(target, schedule):
-            results.append(product(o, tile, True, programs)["y"])
+            results.append(tile_after_tile(tile, o, programs)["y"])
     assert all(torch.equal(y, results[0]) for y in results)
 
 
@@ -142,7 +130,7 @@ def test_an_infinity_stays_where_it_is(target, tile, dtype, adapter_dtype):
     if adapter_dtype == torch.float32:
         o.b[2, 5] = -torch.inf
     with emulate(target), np.errstate(invalid="ignore"):
-        found = product(o, tile, True, 2)
+        found = tile_after_tile(tile, o, 2)
     compare(found, o, "an infinite x")
     others = torch.ones_like(found["y"], dtype=torch.bool)
     others[3] = False
@@ -159,12 +147,6 @@ def test_what_it_does_not_take_is_refused():
         persistent(o.x, o.w, s, o.b, None, KINDS[0][1], 1)
 
 
-def masked(o: Operands, tile: TileConfig, programs: int) -> torch.Tensor:
-    """dx with a mask of q·aᵀ, by what eager has for q."""
-    q, a_t = tail(o.results(None)["q"], o.a.t(), o.dy.dtype)
-    return persistent(o.dy, o.w.t(), q, a_t, None, tile, programs, dropout=o.dropout)
-
-
 MASKED_CASES = [
     (Case(133, 264, 264, 13, dtype=torch.bfloat16, dropout=0.25), None),
     (Case(133, 264, 264, 64, dtype=torch.bfloat16, dropout=0.25, layout="peft"), 1),
@@ -178,7 +160,8 @@ MASKED_CASES = [
 def test_a_mask_of_dx(tile, case, schedule):
     o = case.operands()
     with emulate("sm_90", schedule):
-        compare({"dx": masked(o, tile, programs=2)}, o, f"schedule {schedule}")
+        found = tile_after_tile(tile, o, 2)
+    compare(found, o, f"schedule {schedule}")
 
 
 @pytest.mark.parametrize("tile", tiles_of("persistent", PROBLEM, SM_90), ids=str)
@@ -198,9 +181,9 @@ def test_a_mask_that_it_has_not_is_refused():
     o = Case(16, 24, 24, 65, dtype=torch.bfloat16, dropout=0.25).operands()
     (_, wide), (_, pair) = KINDS[0], KINDS[-1]
     with pytest.raises(ValueError, match=r"^the mask of dx is on one step .* 64 ranks, got 65$"):
-        masked(o, wide, 1)
+        tile_after_tile(wide, o)
     with pytest.raises(ValueError, match=r"^tensor memory has no columns for the rank tail apart"):
-        masked(o, pair, 1)
+        tile_after_tile(pair, o)
     with pytest.raises(ValueError, match=r"^dropout is that of dx, which has no bias"):
         s = rank_operand(16, 16, torch.bfloat16, o.x.device)
         persistent(o.x, o.w, s, o.b[:16], o.bias, wide, 1, dropout=o.dropout)
@@ -230,6 +213,12 @@ def test_a_layers_forward_and_every_gradient(target, dtype, adapter_dtype, dropo
     assert steps.forward == [*["parts"] * in_parts, "shrink", "persistent"]
 
 
+def fill_with_nan(patch: pytest.MonkeyPatch, module) -> None:
+    """What a kernel is to write holds no results of an earlier call in the same memory."""
+    unwritten = module.rank_operand
+    patch.setattr(module, "rank_operand", lambda *a, **own: unwritten(*a, **own).fill_(torch.nan))
+
+
 def gradients_on_sm_90(case: Case, schedule: int | None) -> dict[str, torch.Tensor]:
     """dx, dA and dB by four launches that run beside each other, of two programs' dx; compared with float64."""
     o, sm_90 = case.operands(), TARGETS["sm_90"]
@@ -237,9 +226,7 @@ def gradients_on_sm_90(case: Case, schedule: int | None) -> dict[str, torch.Tens
     products = TritonProducts("persistent", back, sm_90, tiles_for(back, sm_90))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "_programs", lambda x: 2)
-        # Not what an earlier call has left in the same memory.
-        unwritten = products_module.rank_operand
-        patch.setattr(products_module, "rank_operand", lambda *at: unwritten(*at).fill_(torch.nan))
+        fill_with_nan(patch, products_module)
         with emulate("sm_90", schedule) as executed:
             s = o.results(None)["s"].float()
             given = o.dy, o.w.t(), o.adapter.t(), o.x, s, o.a.dtype
@@ -269,17 +256,8 @@ def test_dA_and_dB_run_beside_dx(R, schedules):
     ],
     ids=["at its end", "at the beginning"],
 )
-def test_what_is_beside_waits_where_it_must(kernel, instead, what, monkeypatch):
-    prepare = launch.prepare_triton
-
-    def damaged(compiled, grid, bound):
-        text = compiled.asm["ptx"]
-        if f".entry {kernel}" in text:
-            text, count = re.subn(r"griddepcontrol\.wait *;", instead, text)
-            assert count
-        return prepare(compiled, grid, bound, text)
-
-    monkeypatch.setattr(launch, "prepare_triton", damaged)
+def test_what_is_beside_waits_where_it_must(kernel, instead, what, damage):
+    damage(r"griddepcontrol\.wait *;", instead, kernel)
     with pytest.raises((AssertionError, PtxError), match=what):
         gradients_on_sm_90(BESIDE_CASE, None)
 
@@ -340,64 +318,45 @@ def test_tune_takes_no_product_whose_gradients_are_wrong(monkeypatch):
 
 
 def names_of(executed: list[Executed]) -> list[str]:
-    return [launch.name.strip("_").removesuffix("_kernel") for launch in executed]
+    return [launch.name for launch in executed]
 
 
+@pytest.mark.parametrize("in_parts", [False, True], ids=["s", "parts of q"])
 @every_kind
-def test_s_is_waited_for_where_the_product_starts_early(target, tile, monkeypatch):
-    """In lockstep the dependent launch goes as far as it can before `shrink` has stored anything: too far without a wait."""
-    o = Case(133, 264, 136, 16, dtype=torch.bfloat16, layout="peft").operands()
-    unwritten = products_module.rank_operand
-    # Not what an earlier call has left in the same memory.
-    monkeypatch.setattr(
-        products_module, "rank_operand", lambda *shape: unwritten(*shape).fill_(torch.nan)
-    )
+def test_what_starts_early_waits(target, tile, in_parts, monkeypatch, damage):
+    """In lockstep the dependent launch goes as far as it can before s, or q, is stored: too far without a wait.
+
+    Parts of q and of A are made by one launch, beside which the product's loop runs.
+    """
+    case = Case(133, 264, 136, 16, dtype=torch.bfloat16, layout="peft")
+    if in_parts:
+        case = Case(133, 136, 264, 13, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    fill_with_nan(monkeypatch, parts_module if in_parts else products_module)
     others = [c for c in tiles_for(PROBLEM, TARGETS[target]).configs if c.kernel != "persistent"]
     products = TritonProducts("persistent", PROBLEM, TARGETS[target], Tiles((*others, tile)))
-    for schedule in (None, 1):
-        with emulate(target, schedule) as executed:
-            y, s = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
-        compare({"y": y, "s": s}, o, f"schedule {schedule}")
-        assert names_of(executed) == ["shrink", "persistent"] and executed[1].dependent
-
-    monkeypatch.setattr(
-        launch, "prepare_triton", functools.partial(_without_wait, launch.prepare_triton)
-    )
-    with pytest.raises(PtxError, match="ended before"), emulate(target):
-        y, _ = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
-    with pytest.raises(AssertionError):
-        compare({"y": y}, o, "without a wait")
-
-
-@every_kind
-def test_parts_of_q_are_waited_for(target, tile, monkeypatch):
-    """Those of q and of A are made by one launch, beside which the product's loop runs."""
-    case = Case(133, 136, 264, 13, dtype=torch.bfloat16, adapter_dtype=torch.float32)
     o = case.operands()
-    unwritten = parts_module.rank_operand
-    monkeypatch.setattr(
-        parts_module, "rank_operand", lambda *a, **own: unwritten(*a, **own).fill_(torch.nan)
-    )
-    others = [c for c in tiles_for(PROBLEM, TARGETS[target]).configs if c.kernel != "persistent"]
-    products = TritonProducts("persistent", PROBLEM, TARGETS[target], Tiles((*others, tile)))
     q = o.results(None)["q"]
+
+    def computed() -> dict[str, torch.Tensor]:
+        if in_parts:
+            return {"dx": products.expand(o.dy, o.w.t(), q, o.adapter.t())}
+        return dict(
+            zip(("y", "s"), products.shrink_expand(o.x, o.w, o.adapter, o.bias), strict=True)
+        )
+
     for schedule in (None, 1):
         with emulate(target, schedule) as executed:
-            dx = products.expand(o.dy, o.w.t(), q, o.adapter.t())
-        compare({"dx": dx}, o, f"schedule {schedule}")
-        assert names_of(executed) == ["parts", "persistent"] and executed[1].dependent
+            found = computed()
+        compare(found, o, f"schedule {schedule}")
+        before = "parts" if in_parts else "shrink"
+        assert names_of(executed) == [before, "persistent"] and executed[1].dependent
 
-    monkeypatch.setattr(
-        launch, "prepare_triton", functools.partial(_without_wait, launch.prepare_triton)
-    )
+    damage(r"griddepcontrol\.wait ;", "", "_persistent_kernel")
     with pytest.raises(PtxError, match="ended before"), emulate(target):
-        dx = products.expand(o.dy, o.w.t(), q, o.adapter.t())
+        found = computed()
+    found.pop("s", None)
     with pytest.raises(AssertionError):
-        compare({"dx": dx}, o, "without a wait")
-
-
-def _without_wait(prepare, compiled, grid, bound):
-    return prepare(compiled, grid, bound, compiled.asm["ptx"].replace("griddepcontrol.wait ;", ""))
+        compare(found, o, "without a wait")
 
 
 def test_operands_that_copies_cannot_fetch_take_the_other_product():
@@ -418,7 +377,7 @@ def test_bytes_and_flops(target, tile):
     M, N, K, R = 256, 512, 256, 16
     o = Case(M, N, K, R, dtype=torch.bfloat16, layout="peft").operands()
     with emulate(target) as executed:
-        product(o, tile, True, programs=2)
+        tile_after_tile(tile, o, 2)
     counters = executed[0].counters
     tensors = counters.tensors
     assert tensors["x"].bytes_loaded == N // tile.block_n * M * K * 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from lora_kernels.tuning.config import CUDA_DECODE_ROWS
 from tests.planned import Planned
 
 DEVICE = "cuda"
+T = TypeVar("T")
 
 
 def pytest_addoption(parser):
@@ -44,6 +47,25 @@ def usable(request):
         return backend
 
     return get
+
+
+@pytest.fixture
+def triton_backend(usable):
+    return usable("triton")
+
+
+def captured(call: Callable[[], T], warm: int = 1) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of `call` and its results, after so many calls beside the current stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warm):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
 
 
 @pytest.fixture(params=["triton", "cuda"])

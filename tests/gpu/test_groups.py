@@ -12,7 +12,7 @@ from lora_kernels.backends.device import current_target
 from lora_kernels.backends.triton.configs import shipped
 from lora_kernels.backends.triton.expand import expand
 from tests.executed.test_groups import assert_product
-from tests.gpu.conftest import DEVICE
+from tests.gpu.conftest import DEVICE, captured
 from tests.grouped import Grouped
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -27,11 +27,6 @@ CASES = [
     Grouped([0, 0, 0], 64, 48, 8, BF16),
     Grouped(list(range(65)), 64, 48, 8, BF16),
 ]
-
-
-@pytest.fixture
-def triton_backend(usable):
-    return usable("triton")
 
 
 @pytest.mark.parametrize("name", ["auto", "eager", "triton"])
@@ -95,14 +90,7 @@ def test_a_graphs_replay_sees_another_routing(triton_backend):
     case = Grouped(RAGGED, 136, 264, 16, BF16, device=DEVICE)
     operands = trained(case)
     offsets = torch.tensor(RAGGED, dtype=torch.int32, device=DEVICE)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(operands, offsets)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step(operands, offsets)
+    graph, results = captured(lambda: step(operands, offsets))
     offsets.copy_(torch.tensor([0, 100, 100, 200, 200, 250, 300], dtype=torch.int32))
     graph.replay()
     torch.cuda.synchronize()

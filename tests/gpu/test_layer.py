@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,8 +16,8 @@ from lora_kernels.backends.device import current_target
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.operands import Adapter
 from lora_kernels.reference import LinearWithLoRA as Reference
-from tests.gpu.conftest import DEVICE, declined
-from tests.oracle import assert_budget
+from tests.gpu.conftest import DEVICE, captured, declined
+from tests.oracle import assert_gradients, gradients, reference
 from tests.planned import Planned
 
 BACKENDS = ["auto", "eager", "triton", "cuda"]
@@ -29,40 +30,24 @@ def operands(M, K, N, R, dtype=torch.float32):
     return {n: t.to(dtype).requires_grad_() for n, t in made.items()}
 
 
-def gradients(function, given, dy):
-    y = function(**given)
-    return [y.detach(), *torch.autograd.grad(y, list(given.values()), dy.to(y.dtype))]
-
-
-def plain(x, weight, A, B, bias, mask=1.0):
-    return torch.nn.functional.linear(x, weight, bias) + 0.5 * ((x * mask) @ A @ B)
-
-
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("M", "p"), [(8, 0.0), (300, 0.0), (300, 0.25)])
 def test_every_gradient(name, dtype, M, p, usable):
     given = operands(M, 256, 192, 8, dtype)
-    dy = torch.randn(M, 192, device=DEVICE)
+    dy = torch.randn(M, 192, device=DEVICE).to(dtype)
     if name in ("triton", "cuda"):
         kind = str(dtype).removeprefix("torch.")
         problem = Problem(M, 192, 256, 8, kind, kind, DEVICE, dropout=p > 0)
         if reason := declined(usable(name), problem):
             pytest.skip(reason)
 
-    def ours(**t):
-        return lora_linear(**t, alpha=0.5, dropout_p=p, seed=7, backend=name)
-
-    def masked(**t):
-        dropout = Dropout(p, torch.tensor(7, device=DEVICE))
-        return plain(**t, mask=scaled_mask(dropout, M, 256, t["x"].dtype) if p else 1.0)
-
+    mask = None
+    if p:
+        mask = scaled_mask(Dropout(p, torch.tensor(7, device=DEVICE)), M, 256, torch.float64)
+    ours = functools.partial(lora_linear, alpha=0.5, dropout_p=p, seed=7, backend=name)
     actual = gradients(ours, given, dy)
-    eager = gradients(masked, given, dy)
-    wide = {n: t.detach().double().requires_grad_() for n, t in given.items()}
-    exact = gradients(masked, wide, dy.to(dtype).double())
-    for what, *each in zip(("y", *given), actual, eager, exact, strict=True):
-        assert_budget(*each, what)
+    assert_gradients(actual, functools.partial(reference, alpha=0.5, mask=mask), given, dy)
 
 
 def test_autocast_gives_the_dtype_of_linear():
@@ -84,11 +69,10 @@ def test_compiled_is_eager(dtype):
     def function(x, weight, A, B, bias):
         return lora_linear(x, weight, A, B, 0.5, bias)
 
-    compiled = torch.compile(function, fullgraph=True)
-    for ours, theirs in zip(
-        gradients(compiled, given, dy), gradients(function, given, dy), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    found, eager = (
+        gradients(call, given, dy) for call in (torch.compile(function, fullgraph=True), function)
+    )
+    assert all(map(torch.equal, found.values(), eager.values()))
 
 
 @pytest.mark.parametrize("M", [4, 256])
@@ -96,15 +80,8 @@ def test_a_captured_graph_computes_new_values(M):
     layer = LinearWithLoRA(torch.nn.Linear(256, 128), rank=8, alpha=2.0).to(DEVICE, torch.bfloat16)
     torch.nn.init.normal_(layer.lora.B)
     x = torch.randn(M, 256, device=DEVICE, dtype=torch.bfloat16)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(side):
-        for _ in range(3):
-            layer(x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        y = layer(x)
+    with torch.no_grad():
+        graph, y = captured(lambda: layer(x), warm=3)
     for _ in range(3):
         x.normal_()
         layer.lora.A.data.normal_()

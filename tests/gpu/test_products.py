@@ -16,7 +16,7 @@ from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import KERNELS, LOWRANK_KERNELS
 from lora_kernels.tuning.search import Choice
-from tests.gpu.conftest import DEVICE, declined
+from tests.gpu.conftest import DEVICE, captured, declined
 from tests.oracle import AWKWARD, Case, assert_budget, check_gradients, check_products
 from tests.planned import Planned
 
@@ -58,11 +58,6 @@ def test_selftest_passes(gpu_backend):
     assert results and all(result.passed for result in results), [
         str(result) for result in results if not result.passed
     ]
-
-
-@pytest.fixture
-def triton_backend(usable):
-    return usable("triton")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -130,10 +125,7 @@ def test_one_launch_in_a_graph(triton_backend):
     if refusal is not None:
         pytest.skip(refusal)
     o = case.operands()
-    products.shrink_expand(o.x, o.w, o.adapter, o.bias)  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, s = products.shrink_expand(o.x, o.w, o.adapter, o.bias)
+    graph, (y, s) = captured(lambda: products.shrink_expand(o.x, o.w, o.adapter, o.bias))
     for factor in (-2.0, 0.5):
         o.x.mul_(factor)
         graph.replay()

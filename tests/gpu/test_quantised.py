@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,14 +12,9 @@ from lora_kernels import Problem, explain, lora_linear, plan
 from lora_kernels.backends.device import current_target
 from lora_kernels.operands import Adapter
 from lora_kernels.samples import SAMPLES, sample
-from tests.gpu.conftest import DEVICE, declined
-from tests.oracle import assert_budget, reference
+from tests.gpu.conftest import DEVICE, captured, declined
+from tests.oracle import assert_gradients, gradients, reference
 from tests.planned import Planned
-
-
-@pytest.fixture
-def triton_backend(usable):
-    return usable("triton")
 
 
 def operands(M, N, K, R, dtype, name):
@@ -57,18 +53,13 @@ def test_every_gradient(backend, M, N, K, name, dtype, triton_backend):
         pytest.skip(reason)
     x, weight, A, B = operands(M, N, K, 8, dtype, name)
     dy = torch.randn(M, N, device=DEVICE).to(dtype)
-    y = lora_linear(x, weight, A, B, 0.5, backend=backend)
-    actual = y, *torch.autograd.grad(y, (x, A, B), dy)
+    ours = functools.partial(lora_linear, weight=weight, alpha=0.5, backend=backend)
 
-    def plain(to):
-        leaves = [t.detach().to(to).requires_grad_() for t in (x, A, B)]
-        out = reference(leaves[0], weight.dense().to(to), *leaves[1:], 0.5)
-        return out, *torch.autograd.grad(out, leaves, dy.to(to))
+    def plain(x, A, B):
+        return reference(x, weight.dense().to(x.dtype), A, B, 0.5)
 
-    for what, *each in zip(
-        ("y", "x", "A", "B"), actual, plain(dtype), plain(torch.float64), strict=True
-    ):
-        assert_budget(*each, what)
+    given = {"x": x, "A": A, "B": B}
+    assert_gradients(gradients(ours, given, dy), plain, given, dy)
 
 
 @pytest.mark.parametrize("M", [4, 256])
@@ -83,15 +74,7 @@ def test_captured_graphs_and_eager_calls_beside_one_another(M, triton_backend):
         with torch.no_grad():
             return lora_linear(*given, 0.5, backend="triton")
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call(small), call(large)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, z = call(small), call(large)
+    graph, (y, z) = captured(lambda: (call(small), call(large)), warm=3)
     for _ in range(5):
         small[0].data.normal_(), large[0].data.normal_()
         between = call(large)

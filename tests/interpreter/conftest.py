@@ -1,8 +1,4 @@
-"""What the interpreter's tests share: the Triton backend on CPU tensors, with tiles so small that small problems need many.
-
-Nothing in the package lets Triton compute on the CPU. Here two of its seams are replaced for a test: the target, which
-asks a GPU what it is, and the devices that the backend runs on.
-"""
+"""What the interpreter's tests share: Triton on CPU tensors, with tiles so small that small problems need many."""
 
 from __future__ import annotations
 
@@ -26,6 +22,7 @@ from lora_kernels.tuning.config import (
     Tiles,
 )
 from lora_kernels.tuning.targets import TARGETS, Target
+from tests import pretended
 from tests.planned import Planned
 
 if importlib.util.find_spec("triton") is None:  # an optional dependency
@@ -102,16 +99,8 @@ def triton_products(monkeypatch):
 
 
 def on_target(monkeypatch: pytest.MonkeyPatch, target: str, algorithm: str | None = None) -> None:
-    """The GPU is `target`, CPU tensors count as being on it, and `algorithm` as the fastest one."""
-    monkeypatch.setattr(plan, "_target", lambda device: TARGETS[target])
-    monkeypatch.setattr(backend_module.TritonBackend, "devices", ("cpu",))
-    if algorithm is not None:
-        monkeypatch.setattr(backend_module, "predict_us", lambda name, *_: name != algorithm)
-        slower = backend_module._slower  # but for what only `tune` has not timed
-        monkeypatch.setattr(
-            backend_module, "_slower", lambda name, p, _, config: slower(name, p, True, config)
-        )
+    """`on_target` of tests/pretended.py, for what the interpreter runs."""
+    pretended.on_target(monkeypatch, target, algorithm)
     monkeypatch.setattr(configs, "untried", lambda *_: "the interpreter does not run Gluon")
     # A question of bytes, not of results, which small tiles always answer with no.
     monkeypatch.setattr(products, "one_reading_pays", lambda itemsize, R, *rest: R <= 40)
-    plan.forget()

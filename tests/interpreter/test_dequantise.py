@@ -18,7 +18,14 @@ from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter import strict
 from tests.interpreter.test_memory import reserved
-from tests.oracle import Case, assert_budget, made_inside, reference
+from tests.oracle import (
+    Case,
+    assert_budget,
+    assert_gradients,
+    gradients,
+    made_inside,
+    reference,
+)
 
 CONFIG = TileConfig("dequantise", 1, 16, 64, 4, 1)
 # One element; odd sizes; blocks that straddle rows; a last block that is a part of one; whole blocks, and so many that
@@ -305,25 +312,23 @@ def test_a_layers_gradients(dtype, triton_products):
     torch.manual_seed(2)
     weight = sample("nf4", 48, 72, dtype)
     shapes = {"x": (2, 9, 72), "A": (72, 6), "B": (6, 48)}
-    leaves = [
-        (torch.randn(shape) / shape[-1] ** 0.5).to(dtype).requires_grad_()
-        for shape in shapes.values()
-    ]
+    given = {n: (torch.randn(size) / size[-1] ** 0.5).to(dtype) for n, size in shapes.items()}
     dy, kept = torch.randn(2, 9, 48).to(dtype), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = lora_linear(leaves[0], weight, *leaves[1:], 0.7, backend="triton")
-    assert not any(t.numel() == weight.shape[0] * weight.shape[1] for t in kept)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+
+    def ours(**given):
+        with hooks:
+            return lora_linear(**given, weight=weight, alpha=0.7, backend="triton")
+
+    def plain(x, A, B):
+        return reference(x, weight.dense().to(x.dtype), A, B, 0.7)
+
     with strict.recording() as launches:
-        found = y, *torch.autograd.grad(y, leaves, dy)
-    assert [launch.kernel for launch in launches].count("_dequantise_nf4_kernel") == 1
-
-    def plain(to):
-        x, A, B = (t.detach().to(to).requires_grad_() for t in leaves)
-        y = reference(x, weight.dense().to(to), A, B, 0.7)
-        return y, *torch.autograd.grad(y, (x, A, B), dy.to(to))
-
-    for name, *each in zip(("y", *shapes), found, plain(dtype), plain(torch.float64), strict=True):
-        assert_budget(*each, what=name)
+        actual = gradients(ours, given, dy)
+    assert kept and not any(t.numel() == weight.shape[0] * weight.shape[1] for t in kept)
+    # In the forward, and for dx.
+    assert [launch.kernel for launch in launches].count("_dequantise_nf4_kernel") == 2
+    assert_gradients(actual, plain, given, dy)
 
 
 def test_explain_says_so(triton_products):
@@ -434,7 +439,7 @@ def test_the_self_test_covers_every_format(monkeypatch):
             return [c for c in found if c.name == ("decode" if few else "two_kernel")]
 
     monkeypatch.setattr(selftest, "_SIZES", ())
-    monkeypatch.setattr(selftest, "_DTYPES", ((torch.bfloat16, torch.float32),))
+    monkeypatch.setattr(selftest, "_DTYPES", (("bfloat16", "float32"),))
     with strict.recording() as launches:
         results = selftest.run(OnSm80, "cpu")
     assert results and all(result.passed for result in results)

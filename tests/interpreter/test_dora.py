@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from lora_kernels import explain, formulas, lora_linear
 from lora_kernels.operands import Adapter
 from tests.interpreter import strict
 from tests.interpreter.conftest import VARIANTS
-from tests.oracle import assert_budget
+from tests.oracle import assert_gradients, gradients
 from tests.test_dora import NAMES, norms_of, operands, reference
 
 
@@ -17,28 +19,13 @@ from tests.test_dora import NAMES, norms_of, operands, reference
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_every_gradient(variant, dtype, triton_products):
     triton_products(variant)
-    tensors = operands(9, 38, 44, 6, dtype)
+    given = dict(zip(NAMES, operands(9, 38, 44, 6, dtype), strict=True))
     dy = torch.randn(9, 38, generator=torch.Generator().manual_seed(7)).to(dtype)
-
-    def ours(*t):
-        return lora_linear(*t[:4], 0.7, t[4], magnitude=t[5], backend="triton")
-
-    def run(function, dtype=None):
-        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
-        y = function(*leaves)
-        return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
-
-    def plain(*t):
-        return reference(*t[:4], 0.7, *t[4:])
-
     with strict.recording() as launches:
-        actual = run(ours)
+        actual = gradients(functools.partial(lora_linear, alpha=0.7, backend="triton"), given, dy)
     assert launches
-    for name, *triple in zip(
-        ("y", *NAMES), actual, run(plain), run(plain, torch.float64), strict=True
-    ):
-        assert_budget(*triple, what=name)
-    told = str(explain(*tensors[:4], 0.7, tensors[4], magnitude=tensors[5], backend="triton"))
+    assert_gradients(actual, functools.partial(reference, alpha=0.7), given, dy)
+    told = str(explain(**given, alpha=0.7, backend="triton"))
     assert "DoRA's scale in the same product" in told
 
 

@@ -18,6 +18,7 @@ from lora_kernels.backends.triton import shrink as shrink_module
 from lora_kernels.backends.triton import shrink_wgrad as shrink_wgrad_module
 from lora_kernels.backends.triton import wgrad as wgrad_module
 from lora_kernels.bench import tiles as tiles_module
+from lora_kernels.bench.linear import Effort
 from lora_kernels.bench.tiles import Product
 from lora_kernels.cli import tune as command
 from lora_kernels.operands import Adapter
@@ -43,6 +44,11 @@ class StoppedClock:
         return 1.0
 
 
+def tune(*problems: Problem, **own):
+    """(entries, what was told, failures) of `tune` on sm_80."""
+    return command.tune(problems, TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock(), **own)
+
+
 @pytest.fixture(autouse=True)
 def _target(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
@@ -55,14 +61,8 @@ def _target(tmp_path, monkeypatch):
 def test_candidates_are_right_and_become_the_table():
     problems = [PROBLEM, Problem(16, 72, 40, 5, "float32", "float32", "cuda", w_k_major=False)]
     kept = []
-    entries, told, failures = command.tune(
-        problems,
-        TARGETS["sm_80"],
-        0.01,
-        device="cpu",
-        clock=StoppedClock(),
-        keep=lambda entries, told: kept.append((len(entries), len(told))),
-    )
+    keep = lambda entries, told: kept.append((len(entries), len(told)))  # noqa: E731
+    entries, told, failures = tune(*problems, keep=keep)
     assert [count for count, _ in kept] == [1, 2, 3, 4] and kept[-1][1] == len(told)
     assert failures == [] and {each["us"] for each in told} == {1.0}
     assert [entry.problem for entry in entries] == [*problems, *map(lowrank, problems)]
@@ -88,11 +88,8 @@ def test_a_wrong_candidate_does_not_count(monkeypatch):
     product = Product(PROBLEM, "cpu")
     assert product.wrong(Choice("eager")) is None
     shrink = configs.tiles_of("shrink", PROBLEM, TARGETS["sm_80"])[0]
-    found = product.measure(
-        [Choice.of("two_kernel", shrink, broken), Choice("eager")],
-        _effort(),
-        StoppedClock(),
-    )
+    choices = [Choice.of("two_kernel", shrink, broken), Choice("eager")]
+    found = product.measure(choices, Effort(0.01, (1, 1)), StoppedClock())
     assert found[0].startswith("the result is off by") and found[1] == 1.0
 
 
@@ -144,9 +141,7 @@ def test_a_wrong_lowrank_kernel_does_not_count(monkeypatch):
     real = shrink_wgrad_module.shrink_wgrad
     wrong = lambda *args: (lambda q, dB: (q, dB + 0.01))(*real(*args))  # noqa: E731
     monkeypatch.setattr(shrink_wgrad_module, "shrink_wgrad", wrong)
-    entries, told, failures = command.tune(
-        [PROBLEM], TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
-    )
+    entries, told, failures = tune(PROBLEM)
     assert {each["algorithm"] for each in told if each["failure"]} == {"shrink_wgrad"}
     assert failures and all("off by" in failure for failure in failures)
     assert entries[1].times.keys() == {"shrink", "wgrad"}
@@ -157,16 +152,12 @@ def test_the_cuda_kernel_is_timed_where_it_is_usable(monkeypatch):
     eager = backends.get("eager").candidates(PROBLEM, None)[0].products
     monkeypatch.setattr(cuda, "PRODUCTS", eager)
     problems = [PROBLEM, replace(PROBLEM, M=64)]
-    entries, _, failures = command.tune(
-        problems, TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
-    )
+    entries, _, failures = tune(*problems)
     assert not failures
     assert ["cuda_decode" in entry.times for entry in entries[:2]] == [True, False]
     wrong = SimpleNamespace(shrink_expand=lambda x, w, adapter: (x @ w + 0.01, None))
     monkeypatch.setattr(cuda, "PRODUCTS", wrong)
-    entries, _, failures = command.tune(
-        [PROBLEM], TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
-    )
+    entries, _, failures = tune(PROBLEM)
     assert "cuda_decode" not in entries[0].times and "cuda_decode: not counted" in failures[0]
 
 
@@ -175,26 +166,16 @@ def test_a_candidate_that_raises_does_not_count(monkeypatch):
         raise RuntimeError("out of resource: shared memory\nmore")
 
     monkeypatch.setattr(kernel, "expand", expand)
-    entries, told, failures = command.tune(
-        [PROBLEM], TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
-    )
+    entries, told, failures = tune(PROBLEM)
     assert {each["algorithm"] for each in told if each["failure"]} == {"two_kernel"}
     assert failures and all("RuntimeError: out of resource: shared memory" in f for f in failures)
     assert "expand" not in {config.kernel for config in entries[0].configs}
 
 
-def _effort():
-    from lora_kernels.bench.linear import Effort
-
-    return Effort(0.01, (1, 1))
-
-
 def test_a_format_is_timed_as_a_call_computes_it():
     """Triton's algorithms over the packed weight, eager over a dense copy that is made within the time."""
     problem = replace(PROBLEM, K=64, weight_format="nf4")
-    entries, _, failures = command.tune(
-        [problem], TARGETS["sm_80"], 0.01, device="cpu", clock=StoppedClock()
-    )
+    entries, _, failures = tune(problem)
     assert not failures
     assert entries[0].times.keys() == {*ALGORITHMS, "eager"}
     assert "dequantise" in {config.kernel for config in entries[0].configs}

@@ -11,7 +11,7 @@ from lora_kernels.backends import triton as backend_module
 from lora_kernels.backends.base import fastest
 from lora_kernels.backends.triton import configs, decode, one_pass, partials, parts, shrink
 from lora_kernels.backends.triton.expand import describable
-from lora_kernels.dropout import Dropout, _philox, keep_mask, scaled_mask
+from lora_kernels.dropout import Dropout, _philox, keep_mask
 from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import TileConfig
@@ -54,23 +54,6 @@ def test_a_word_that_is_the_threshold_is_kept(triton_products):
     for limit, kept in ((word, True), (word + 1, False)):
         s = products.shrink(one, Adapter(one, one, 1.0, Dropout(limit / 2**32, seed)))
         assert (s.item() > 0) == kept
-
-
-@pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shrink_for_several_layers_at_once(dtype, split):
-    """x·[a₁ a₂ a₃] in any layouts, with a mask: the columns are those of each alone, in order."""
-    config = TileConfig("shrink", 16, 1, 16, 4, 2, split=split, rank_chunk=16)
-    dropout = Dropout(0.25, torch.tensor(7))
-    x = torch.randn(21, 45).to(dtype)
-    matrices = [torch.randn(45, 9), torch.randn(6, 45).t(), torch.randn(45, 10)[:, ::2]]
-    matrices = [a.to(dtype) for a in matrices]
-    s = shrink.shrink(x, torch.cat(matrices, 1), 0.5, config, dropout)
-    alone = [shrink.shrink(x, a, 0.5, config, dropout) for a in matrices]
-    for part, own, a in zip(s.split([9, 6, 5], 1), alone, matrices, strict=True):
-        assert torch.equal(part, own)
-        masked = x.double() * scaled_mask(dropout, 21, 45, torch.float64)
-        assert_budget(part, (0.5 * masked.to(dtype) @ a).float(), 0.5 * masked @ a.double())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -11,7 +11,6 @@ from tests.ptx.memory import MemoryFault
 from tests.ptx.parser import (
     LOCAL_WINDOW,
     PARAM_WINDOW,
-    SHARED_LIMIT,
     SHARED_WINDOW,
     Imm,
     Instr,
@@ -19,14 +18,20 @@ from tests.ptx.parser import (
     PtxError,
     Reg,
 )
-from tests.ptx.strand import DTYPES, Run, Strand, bf16_to_f32, f32_to_bf16, opcode
+from tests.ptx.strand import (
+    DTYPES,
+    WAIT,
+    Pending,
+    Run,
+    Strand,
+    opcode,
+)
 
 
 def address_of(strand: Strand, mem: Mem):
     """A function that gives the [lanes] byte addresses of a memory operand."""
     kind = f"u{mem.base.width}" if isinstance(mem.base, Reg) else "s64"
-    base = strand.source(mem.base, kind)
-    offset = mem.offset
+    base, offset = strand.source(mem.base, kind), mem.offset
     return lambda: np.broadcast_to(base.astype(np.int64) + offset, strand.lanes)
 
 
@@ -92,23 +97,23 @@ def _space_of(opcode: str) -> str | None:
     return next((m for m in named if m in spaces), None)
 
 
-def resolve_space(space: str | None, addresses: np.ndarray) -> str:
-    if space is not None:
-        return space
-    first = int(addresses[0])
-    if first < SHARED_LIMIT:
-        return "shared"
-    return "local" if LOCAL_WINDOW <= first < PARAM_WINDOW else "global"
+def named_space(instr: Instr) -> str:
+    """The state space of a load or a store: none of ours is by a generic address."""
+    space = space_of(instr)
+    if space is None:
+        raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
+    return space
 
 
 def vector_of(instr: Instr) -> int:
     return next((int(m[1:]) for m in instr.mods if m in ("v2", "v4", "v8")), 1)
 
 
-@opcode("ld", "ldu")
+@opcode("ld")
 def bind_load(instr: Instr, strand: Strand) -> Run:
     machine, kind, count = strand.machine, instr.mods[-1], vector_of(instr)
-    dtype, space = DTYPES[kind], space_of(instr)
+    dtype, space = DTYPES[kind], named_space(instr)
+    size = dtype.itemsize * count
     first = instr.operands[0]
     targets = [strand.target(o, kind) for o in (first if isinstance(first, list) else [first])]
     addresses_of = address_of(strand, instr.operands[1])
@@ -120,13 +125,12 @@ def bind_load(instr: Instr, strand: Strand) -> Run:
     def run(where):
         lanes = strand.indices(where)
         addresses, warps = addresses_of()[lanes], lanes >> 5
-        actual, size = resolve_space(space, addresses), dtype.itemsize * count
-        if actual == "global":
+        if space == "global":
             machine.races.loaded(strand, instr, lanes, addresses, size)
             words = machine.memory.read(
                 addresses, warps, dtype, count, explain(strand, instr, lanes)
             )
-        elif actual == "shared":
+        elif space == "shared":
             index = shared_access(strand, instr, addresses, lanes, size, False) // dtype.itemsize
             words = machine.shared.view(dtype)[index[:, None] + np.arange(count)]
             machine.counters.shared(addresses, warps, size)
@@ -155,14 +159,14 @@ def load_polled(
         free[lanes] = polled[lanes] != machine.events
         lanes = lanes[free[lanes]]
         if not len(lanes):
-            return machine.wait, free
+            return WAIT, free
         polled[lanes] = machine.events
         addresses = addresses_of()[lanes]
         for row, address in zip(strand.row[lanes], addresses, strict=True) if acquires else ():
             machine.races.acquire_load(int(row), int(address))
         words = machine.memory.read(addresses, lanes >> 5, dtype, 1, explain(strand, instr, lanes))
         target[lanes] = words[:, 0]
-        return machine.wait, free
+        return WAIT, free
 
     return run
 
@@ -193,20 +197,19 @@ def load_param(strand: Strand, dtype: np.dtype, targets: list, mem: Mem) -> Run:
 @opcode("st")
 def bind_store(instr: Instr, strand: Strand) -> Run:
     machine, kind, count = strand.machine, instr.mods[-1], vector_of(instr)
-    dtype, space = DTYPES[kind], space_of(instr)
-    value = instr.operands[1]
-    values = [strand.source(o, kind) for o in (value if isinstance(value, list) else [value])]
+    dtype, space = DTYPES[kind], named_space(instr)
+    size, value = dtype.itemsize * count, instr.operands[1]
+    values = [strand.by_lane(o, kind) for o in (value if isinstance(value, list) else [value])]
     addresses_of = address_of(strand, instr.operands[0])
 
     def run(where):
         lanes = strand.indices(where)
         addresses, warps = addresses_of()[lanes], lanes >> 5
-        words = np.stack([np.broadcast_to(v, strand.lanes)[lanes] for v in values], 1)
-        actual, size = resolve_space(space, addresses), dtype.itemsize * count
-        if actual == "global":
+        words = np.stack([v[lanes] for v in values], 1)
+        if space == "global":
             machine.memory.write(addresses, warps, words, explain(strand, instr, lanes))
             machine.races.stored(strand, instr, lanes, addresses, size)
-        elif actual == "shared":
+        elif space == "shared":
             start = shared_access(strand, instr, addresses, lanes, size, True, words)
             machine.shared.view(dtype)[start[:, None] // dtype.itemsize + np.arange(count)] = words
             machine.counters.shared(addresses, warps, size)
@@ -232,73 +235,39 @@ def bind_proxy_fence(instr: Instr, strand: Strand) -> Run:
 
 
 ATOMICS = {
-    "add": lambda old, a: old + a, "min": min, "max": max, "exch": lambda old, a: a,
-    "and": lambda old, a: old & a, "or": lambda old, a: old | a, "xor": lambda old, a: old ^ a,
+    "add": lambda old, a: old + a,
+    "max": max,
+    "exch": lambda old, a: a,
+    "or": lambda old, a: old | a,
     "inc": lambda old, a: 0 if old >= a else old + 1,
-    "dec": lambda old, a: a if old == 0 or old > a else old - 1,
-}  # fmt: skip
+}
 
 
-def atomic_function(name: str, kind: str, a, b):
-    """old word -> new word."""
-    if name == "cas":
-        return lambda old: b if old == a else old
-    if kind in ("bf16x2", "f16x2"):
-        raise PtxError(f"atomic on {kind}")
-    if kind == "bf16":
-        total = bf16_to_f32(np.array([a]))
-        return lambda old: f32_to_bf16(bf16_to_f32(np.array([old])) + total)[0]
-    return lambda old: old.dtype.type(ATOMICS[name](old, a))
-
-
-@opcode("atom", "red")
+@opcode("atom")
 def bind_atomic(instr: Instr, strand: Strand) -> Run:
-    """Lane after lane, in lane order."""
+    """Of a 32-bit word in global memory; lane after lane, in lane order."""
     machine, kind = strand.machine, instr.mods[-1]
-    name = next(m for m in instr.mods if m in ATOMICS or m == "cas")
-    operands = list(instr.operands)
-    target = strand.target(operands.pop(0), kind) if instr.base == "atom" else None
-    addresses_of = address_of(strand, operands[0])
-    sources = [strand.source(o, kind) for o in operands[1:3]]
-    space = space_of(instr)
+    function = next((ATOMICS[m] for m in instr.mods if m in ATOMICS), None)
+    if function is None or space_of(instr) != "global" or kind not in ("b32", "u32", "s32"):
+        raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
+    dtype, target = DTYPES[kind], strand.target(instr.operands[0], kind)
+    addresses_of = address_of(strand, instr.operands[1])
+    value = strand.by_lane(instr.operands[2], kind)
     order = next((m for m in instr.mods if m in ("acquire", "release", "acq_rel")), "relaxed")
 
     def run(where):
         lanes = strand.indices(where)
-        addresses = addresses_of()[lanes]
-        actual = resolve_space(space, addresses)
-        a, b = ([np.broadcast_to(s, strand.lanes)[lanes] for s in sources] * 2)[:2]
-        for n, lane in enumerate(lanes):
-            function = atomic_function(name, kind, a[n], b[n])
-            if actual == "shared":
-                index = shared_access(strand, instr, addresses[n : n + 1], lanes[n : n + 1],
-                                      DTYPES[kind].itemsize, False) // DTYPES[kind].itemsize  # fmt: skip
-                view = machine.shared.view(DTYPES[kind])
-                old = view[index[0]].copy()
-                view[index[0]] = function(old)
-            else:
-                machine.races.atomic(int(strand.row[lane]), int(addresses[n]), order)
-                old = machine.memory.update(int(addresses[n]), DTYPES[kind], function,
-                                            explain(strand, instr, lanes)(n))  # fmt: skip
-            if target is not None:
-                target[lane] = old
+        told = explain(strand, instr, lanes)
+        for n, (lane, address) in enumerate(zip(lanes, addresses_of()[lanes], strict=True)):
+
+            def change(old, operand=value[lane]):
+                return dtype.type(function(old, operand))
+
+            machine.races.atomic(int(strand.row[lane]), int(address), order)
+            target[lane] = machine.memory.update(int(address), dtype, change, told(n))
         machine.events += 1
 
     return run
-
-
-class Copy:
-    """One cp.async of a strand, under way: the lanes not yet landed and what they bring."""
-
-    def __init__(self, index: np.ndarray, data: np.ndarray, group: np.ndarray, lanes: np.ndarray):
-        self.index, self.data, self.group, self.lanes = index, data, group, lanes
-
-    def land(self, machine, chosen: np.ndarray) -> bool:
-        """Writes the chosen lanes' bytes; True while some lanes are still under way."""
-        machine.shared[self.index[chosen]] = self.data[chosen]
-        self.index, self.data = self.index[~chosen], self.data[~chosen]
-        self.group, self.lanes = self.group[~chosen], self.lanes[~chosen]
-        return len(self.lanes) > 0
 
 
 @opcode("cp.async.ca", "cp.async.cg")
@@ -306,14 +275,17 @@ def bind_copy(instr: Instr, strand: Strand) -> Run:
     machine, operands = strand.machine, instr.operands
     size = int(operands[2].text, 0)
     to, source = address_of(strand, operands[0]), address_of(strand, operands[1])
-    useful = strand.source(operands[3] if len(operands) > 3 else operands[2], "u32")
+    useful = strand.by_lane(operands[3] if len(operands) > 3 else operands[2], "u32")
     word = DTYPES[f"u{8 * min(size, 8)}"]
+
+    def land(lanes, given):
+        machine.shared[given["index"]] = given["data"]
 
     def run(where):
         lanes = strand.indices(where)
         start = shared_index(strand, instr, to()[lanes], lanes, size)
         data = np.zeros((len(lanes), size), np.uint8)
-        given = np.broadcast_to(useful, strand.lanes)[lanes]
+        given = useful[lanes]
         if ((given != 0) & (given != size)).any():
             raise PtxError(f"line {instr.line}: {instr.text}: a partial source size")
         full = given == size
@@ -325,31 +297,32 @@ def bind_copy(instr: Instr, strand: Strand) -> Run:
         machine.counters.shared(to()[lanes], lanes >> 5, size)
         groups, cells = strand.commits[lanes], machine.races.shared(start, size)
         machine.races.engine(strand.row[lanes], instr, CP_ASYNC, cells, True, groups)
-        copy = Copy(start[:, None] + np.arange(size), data, groups, lanes)
-        if not machine.lands_early() or copy.land(machine, np.ones(len(lanes), bool)):
+        index = start[:, None] + np.arange(size)
+        copy = Pending(land, lanes, groups, {"index": index, "data": data})
+        if not machine.lands_early() or copy.run(np.ones(len(lanes), bool)):
             strand.copies.append(copy)
 
     return run
 
 
-@opcode("cp.async.commit_group")
+@opcode("cp.async.commit_group", "cp.async.bulk.commit_group")
 def bind_commit(instr: Instr, strand: Strand) -> Run:
-    return lambda where: np.add(strand.commits, 1, out=strand.commits, where=where)
+    commits = strand.bulk_commits if "bulk" in instr.mods else strand.commits
+    return lambda where: np.add(commits, 1, out=commits, where=where)
 
 
-@opcode("cp.async.wait_group", "cp.async.wait_all")
+@opcode("cp.async.wait_group")
 def bind_wait(instr: Instr, strand: Strand) -> Run:
     """Lands every copy of the waiting lanes that is older than the groups still allowed."""
-    everything = instr.opcode.startswith("cp.async.wait_all")
-    pending = 0 if everything else int(instr.operands[0].text, 0)
+    pending = int(instr.operands[0].text, 0)
 
     def run(where):
-        limit = strand.commits + 1 if everything else strand.commits - pending
+        limit = strand.commits - pending
         waiting = np.broadcast_to(where, strand.lanes)
         strand.machine.races.finish(strand.row[waiting], CP_ASYNC, limit[waiting])
         strand.copies = [
             c for c in strand.copies
-            if c.land(strand.machine, (c.group < limit[c.lanes]) & waiting[c.lanes])
+            if c.run((c.group < limit[c.whose]) & waiting[c.whose])
         ]  # fmt: skip
 
     return run

@@ -9,8 +9,6 @@ import numpy as np
 from tests.ptx.parser import Imm, Instr, Not, PtxError, Reg
 from tests.ptx.strand import DTYPES, Run, Strand, opcode
 
-UNSIGNED_OF = {1: "u8", 2: "u16", 4: "u32", 8: "u64"}
-
 
 def compute(instr: Instr, strand: Strand, function, kinds: list[str]) -> Run:
     """Binds d = function(sources...) with kinds = [kind of d, kinds of the sources]."""
@@ -60,7 +58,6 @@ BINARY = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": divide,
     "min": np.fmin, "max": np.fmax, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "rem": lambda a, b: a - divide(a, b) * b,
-    "copysign": lambda a, b: np.copysign(b, a),
 }  # fmt: skip
 
 
@@ -74,9 +71,8 @@ def bind_binary(instr: Instr, strand: Strand) -> Run:
         return compute(instr, strand, high_half, [kind] * 3)
     if len(mods) > 1 and mods[-2] == "f32" and kind in ("f16", "bf16"):
         return compute(instr, strand, function, ["f32", kind, "f32"])
-    if isinstance(function, np.ufunc) and is_native(kind):
-        return direct(instr, strand, function, [kind] * 3)
-    return compute(instr, strand, function, [kind] * 3)
+    form = direct if isinstance(function, np.ufunc) and is_native(kind) else compute
+    return form(instr, strand, function, [kind] * 3)
 
 
 def compute_wide(instr: Instr, strand: Strand, function) -> Run:
@@ -114,9 +110,7 @@ def count_leading_zeros(a):
 
 
 UNARY = {
-    "neg": np.negative, "abs": np.abs, "not": np.invert, "ex2": np.exp2, "lg2": np.log2,
-    "rcp": np.reciprocal, "sqrt": np.sqrt, "rsqrt": lambda a: 1 / np.sqrt(a), "tanh": np.tanh,
-    "sin": np.sin, "cos": np.cos,
+    "neg": np.negative, "abs": np.abs, "not": np.invert, "sqrt": np.sqrt,
 }  # fmt: skip
 COUNTS = {"popc": np.bitwise_count, "clz": count_leading_zeros}
 
@@ -228,7 +222,6 @@ COMPARE = {
     "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b), "gtu": lambda a, b: ~(a <= b),
     "geu": lambda a, b: ~(a < b),
 }  # fmt: skip
-COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
 @opcode("setp")
@@ -238,23 +231,10 @@ def bind_compare(instr: Instr, strand: Strand) -> Run:
         function = np.not_equal if kind[0] in "bus" else lambda a, b: (a < b) | (a > b)
     else:
         function = COMPARE[mods[0]]
-    combine = next((COMBINE[m] for m in mods[1:-1] if m in COMBINE), None)
-    if not isinstance(instr.operands[0], Reg):
+    if len(instr.operands) != 3 or not isinstance(instr.operands[0], Reg):
         raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
-    if combine is None and isinstance(function, np.ufunc) and is_native(kind):
-        return direct(instr, strand, function, ["pred", kind, kind])
-    if combine is None:
-        return compute(instr, strand, function, ["pred", kind, kind])
-    last = instr.operands[3]
-    flag = strand.source(last.reg if isinstance(last, Not) else last, "pred")
-    out = strand.target(instr.operands[0], "pred")
-    a, b = (strand.reader(o, kind) for o in instr.operands[1:3])
-
-    def run(where):
-        other = ~flag if isinstance(last, Not) else flag
-        np.copyto(out, combine(function(a(), b()), other), where=where)
-
-    return run
+    form = direct if isinstance(function, np.ufunc) and is_native(kind) else compute
+    return form(instr, strand, function, ["pred", kind, kind])
 
 
 @opcode("mov")
@@ -366,29 +346,16 @@ def bind_shuffle(instr: Instr, strand: Strand) -> Run:
     return run
 
 
-@opcode("vote")
-def bind_vote(instr: Instr, strand: Strand) -> Run:
-    mode = next(m for m in instr.mods if m in ("all", "any", "uni", "ballot"))
+@opcode("vote.sync.ballot")
+def bind_ballot(instr: Instr, strand: Strand) -> Run:
     operand = instr.operands[1]
     negated = isinstance(operand, Not)
-    flag = strand.source(operand.reg if negated else operand, "pred")
-    to = strand.target(instr.operands[0], "b32" if mode == "ballot" else "pred")
+    flag = strand.by_lane(operand.reg if negated else operand, "pred")
+    to = strand.target(instr.operands[0], "b32")
 
     def run(where):
-        value = ~flag if negated else flag
-        asked = np.broadcast_to(where, strand.lanes)
-        votes, asked = (
-            (np.broadcast_to(value, strand.lanes) & asked).reshape(-1, 32),
-            asked.reshape(-1, 32),
-        )
-        if mode == "ballot":
-            result = np.where(votes, np.uint32(1) << np.arange(32, dtype=np.uint32), 0).sum(1)
-        elif mode == "any":
-            result = votes.any(1)
-        else:
-            result = (votes | ~asked).all(1)
-            if mode == "uni":
-                result |= ~votes.any(1)
+        votes = ((~flag if negated else flag) & where).reshape(-1, 32)
+        result = np.where(votes, np.uint32(1) << np.arange(32, dtype=np.uint32), 0).sum(1)
         np.copyto(to, np.repeat(result, 32), where=where, casting="unsafe")
 
     return run
@@ -421,7 +388,7 @@ def bind_elect(instr: Instr, strand: Strand) -> Run:
     return run
 
 
-@opcode("fence", "prefetch", "prefetchu", "createpolicy", "nanosleep", "setmaxnreg",
-        "discard", "applypriority")  # fmt: skip
+@opcode("nanosleep", "setmaxnreg", "wgmma.fence", "tcgen05.relinquish_alloc_permit",
+        "tcgen05.fence::before_thread_sync", "tcgen05.fence::after_thread_sync")  # fmt: skip
 def bind_nothing(instr: Instr, strand: Strand) -> Run:
     return lambda where: None

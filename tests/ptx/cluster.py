@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.ptx.parser import SHARED_WINDOW, Instr, PtxError
-from tests.ptx.strand import Run, Strand, opcode
+from tests.ptx.strand import WAIT, Run, Strand, opcode
 
 
 @dataclass
@@ -72,7 +72,7 @@ def bind_wait(instr: Instr, strand: Strand) -> Run:
             ready[passing] = True
             strand.cluster_phases[passing] = -1
             machine.races.acquire(np.unique(strand.row[passing]), barrier.over)
-        return machine.wait, ready
+        return WAIT, ready
 
     return run
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tests.ptx.parser import Instr, PtxError
-from tests.ptx.strand import Run, Strand, opcode
-
-JUMP, SWITCH, STOP, PARK = "jump", "switch", "stop", "park"
+from tests.ptx.strand import JUMP, PARK, STOP, SWITCH, WAIT, Run, Strand, opcode
 
 
 @dataclass
@@ -42,10 +40,10 @@ def bind_branch(instr: Instr, strand: Strand) -> Run:
 
 @opcode("brx.idx")
 def bind_indexed_branch(instr: Instr, strand: Strand) -> Run:
-    index, targets = strand.source(instr.operands[0], "u32"), np.array(instr.targets)
+    index, targets = strand.by_lane(instr.operands[0], "u32"), np.array(instr.targets)
 
     def run(where):
-        chosen = np.broadcast_to(index, strand.lanes)[strand.indices(where)]
+        chosen = index[strand.indices(where)]
         if (chosen >= len(targets)).any():
             raise PtxError(f"line {instr.line}: {instr.text}: {chosen.max()} of {len(targets)}")
         places = np.zeros(strand.lanes, np.int64)
@@ -53,11 +51,6 @@ def bind_indexed_branch(instr: Instr, strand: Strand) -> Run:
         return SWITCH, (where, places)
 
     return run
-
-
-@opcode("setmaxnreg")
-def bind_register_limit(instr: Instr, strand: Strand) -> Run:
-    return lambda where: None
 
 
 @opcode("ret", "exit")
@@ -76,9 +69,7 @@ def bind_trap(instr: Instr, strand: Strand) -> Run:
 
 def number(strand: Strand, operand, where) -> int:
     """The value of an operand that all active lanes agree on."""
-    values = np.unique(
-        np.broadcast_to(strand.source(operand, "u32"), strand.lanes)[strand.indices(where)]
-    )
+    values = np.unique(strand.by_lane(operand, "u32")[strand.indices(where)])
     if len(values) != 1:
         raise PtxError(f"a barrier operand differs between threads: {values}")
     return int(values[0])
@@ -107,11 +98,10 @@ def bind_cta_barrier(instr: Instr, strand: Strand) -> Run:
 @opcode("bar.warp.sync")
 def bind_warp_barrier(instr: Instr, strand: Strand) -> Run:
     """Waits for the lanes of the mask; those that have ended are not waited for."""
-    machine, mask = strand.machine, instr.operands[0]
+    machine, masks = strand.machine, strand.by_lane(instr.operands[0], "u32")
 
     def run(where):
         lanes = strand.indices(where)
-        masks = np.broadcast_to(strand.source(mask, "u32"), strand.lanes)
         held = np.zeros(strand.lanes, bool)
         for first in np.unique(lanes // 32) * 32:
             mine = lanes[lanes // 32 * 32 == first]
@@ -157,6 +147,6 @@ def bind_wait_for_primary(instr: Instr, strand: Strand) -> Run:
 
     def run(where):
         free = machine.primary is None or machine.primary.done
-        return machine.wait, np.full(strand.lanes, free)
+        return WAIT, np.full(strand.lanes, free)
 
     return run

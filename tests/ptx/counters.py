@@ -1,42 +1,14 @@
-"""What a launch did: traffic per tensor, shared memory's, instructions by class, FLOPs."""
+"""What a launch did: traffic per tensor, shared memory's, instructions by opcode, FLOPs."""
 
 from __future__ import annotations
 
-import functools
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
 SECTOR = 32
 BANKS = 32
-
-CLASSES = {
-    "tensor": ("mma", "wgmma.mma_async", "tcgen05.mma"),
-    "global load": ("ld.global",),
-    "global store": ("st.global",),
-    "atomic": ("atom", "red"),
-    "shared load": ("ld.shared", "ldmatrix"),
-    "shared store": ("st.shared", "stmatrix"),
-    "async copy": ("cp.async", "cp.async.bulk"),
-    "tensor memory": ("tcgen05",),
-    "barrier": ("bar", "barrier", "mbarrier", "fence", "membar", "wgmma", "griddepcontrol",
-                "cp.async.wait_group", "cp.async.wait_all", "cp.async.commit_group",
-                "cp.async.bulk.commit_group", "cp.async.bulk.wait_group"),
-    "control": ("bra", "ret", "exit", "trap"),
-}  # fmt: skip
-CLASS_OF = {name: cls for cls, names in CLASSES.items() for name in names}
-
-
-@functools.cache
-def class_of(opcode: str) -> str:
-    """The class of an instruction; what is in no list is arithmetic."""
-    parts = opcode.split(".")
-    if parts[0] in ("ld", "st"):
-        space = next((p for p in ("global", "shared") for m in parts if m.startswith(p)), None)
-        if space:
-            return f"{space} {'load' if parts[0] == 'ld' else 'store'}"
-    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-    return next((CLASS_OF[p] for p in prefixes if p in CLASS_OF), "alu")
 
 
 class PatternCache(dict):
@@ -121,20 +93,20 @@ class Counters:
     """
 
     tensors: dict[str, TensorTraffic] = field(default_factory=dict)
-    instructions: dict[str, int] = field(default_factory=dict)
+    instructions: Counter[str] = field(default_factory=Counter)
     wavefronts: int = 0
     fewest_wavefronts: int = 0
     unit_bytes: int = 0
-    matrix_flops: dict[str, int] = field(default_factory=dict)
+    matrix_flops: Counter[str] = field(default_factory=Counter)
     fma_flops: int = 0
 
     @property
     def flops(self) -> int:
         """Of the matrix instructions."""
-        return sum(self.matrix_flops.values())
+        return self.matrix_flops.total()
 
     def multiplied(self, kind: str, flops: int, operand_bytes: int = 0) -> None:
-        self.matrix_flops[kind] = self.matrix_flops.get(kind, 0) + flops
+        self.matrix_flops[kind] += flops
         self.unit_bytes += operand_bytes
 
     def shared(self, addresses: np.ndarray, warps: np.ndarray, size: int) -> None:
@@ -143,7 +115,6 @@ class Counters:
         self.fewest_wavefronts += fewest
 
     def executed(self, opcode: str, warps: int) -> None:
-        name = class_of(opcode)
-        self.instructions[name] = self.instructions.get(name, 0) + warps
+        self.instructions[opcode] += warps
         if opcode.startswith("fma.") and ".f32" in opcode:
             self.fma_flops += (128 if opcode.endswith("x2") else 64) * warps

@@ -178,7 +178,7 @@ def describe(
         list(value.strides),
         list(meta["block_size"]),
         meta["swizzle"],
-        value.base.element_size(),
+        value.base.itemsize,
     )
 
 
@@ -208,7 +208,7 @@ def prepare_triton(
 
 @dataclass
 class Executed:
-    """One launch that was executed: the kernel's name, what Triton compiled, and the counters."""
+    """One launch that was executed: the kernel's name without "_kernel", what Triton compiled, and the counters."""
 
     name: str
     compiled: Any
@@ -241,7 +241,8 @@ def emulate(target: str, schedule: int | None = None) -> Iterator[list[Executed]
             kwargs.pop("launch_pdl", None)
         compiled, bound = compile_call(kernel, GPU_TARGETS[target], args, kwargs)
         launch = prepare_triton(compiled, grid, bound)
-        executed.append(Executed(kernel.fn.__name__, compiled, launch.counters, dependent))
+        name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+        executed.append(Executed(name, compiled, launch.counters, dependent))
         if not dependent:
             flush()
         held.append(launch)

@@ -21,16 +21,23 @@ import tests.ptx.tcgen05
 import tests.ptx.tma
 import tests.ptx.wgmma  # noqa: F401, importing these registers their opcodes
 from tests.ptx.cluster import ClusterBarrier
-from tests.ptx.control import JUMP, PARK, STOP, SWITCH, CtaBarrier
+from tests.ptx.control import CtaBarrier
 from tests.ptx.counters import Counters
 from tests.ptx.memory import GlobalMemory
 from tests.ptx.parser import Program, PtxError
 from tests.ptx.races import COLUMNS, LANES, Races
-from tests.ptx.strand import Strand
+from tests.ptx.strand import JUMP, PARK, STOP, SWITCH, WAIT, Strand
 from tests.ptx.tma import Barrier, Descriptor, finish_bulk_stores
 
 MAX_STEPS = 20_000_000
 LONGEST_BURST = 60
+MAY_HOLD = (
+    "mbarrier",
+    "griddepcontrol",
+    "bar",
+    "barrier",
+    "ld",
+)  # what a thread may have to wait at
 MOST_POLLS = 1000  # in vain
 
 
@@ -49,7 +56,6 @@ class Machine:
     counters: Counters
     rng: np.random.Generator | None = None
     primary: Machine | None = None  # the launch that griddepcontrol.wait waits for
-    wait: str = "wait"  # what a try_wait answers with the lanes that are ready
     barriers: dict[tuple[int, int], Barrier] = field(default_factory=dict)
     cluster_barriers: dict[int, ClusterBarrier] = field(default_factory=dict)
     cta_barriers: dict[tuple, CtaBarrier] = field(default_factory=dict)
@@ -116,20 +122,11 @@ class Machine:
             return np.array([self.grid[at] // along])
         if base == "ntid":
             return np.array([self.block[at]])
-        values = {
-            "laneid": strand.lane,
-            "warpid": strand.warp,
-            "nwarpid": np.array([int(np.prod(self.block)) // 32]),
-            "cluster_ctarank": strand.rank,
-            "cluster_ctaid": strand.rank if at == 0 else np.array([0]),
-            "cluster_nctarank": np.array([self.cluster]),
-            "cluster_nctaid": np.array([self.cluster if at == 0 else 1]),
-            "dynamic_smem_size": np.array([self.shared_size - self.program.static_shared]),
-            "total_smem_size": np.array([self.shared_size]),
-        }
-        if base not in values:
-            raise PtxError(f"unknown special register %{name}")
-        return values[base]
+        if name in ("cluster_ctarank", "cluster_ctaid.x"):
+            return strand.rank
+        if base == "cluster_nctarank":
+            return np.array([self.cluster])
+        raise PtxError(f"unknown special register %{name}")
 
     def finish_tensor_work(self, barrier: Barrier, phase: int) -> None:
         """Runs queued tensor-core work of the barrier's cluster, each CTA's in order, until its phase is complete."""
@@ -255,13 +252,7 @@ class Cursor:
         instr = self.machine.program.code[at]
         run = strand.bound[at] or strand.bind(at)
         guard = None
-        if instr.guard is not None and instr.base in (
-            "mbarrier",
-            "griddepcontrol",
-            "bar",
-            "barrier",
-            "ld",
-        ):
+        if instr.guard is not None and instr.base in MAY_HOLD:
             flag = strand.source(instr.guard, "pred")
             guard = ~flag if instr.negated else flag.copy()
         try:
@@ -302,7 +293,7 @@ class Cursor:
             if held.any():
                 self.pcs[held] = at
                 self.parked |= held
-        elif kind == self.machine.wait:
+        elif kind == WAIT:
             held = np.broadcast_to(where, self.strand.lanes) & ~lanes
             if guard is not None:
                 held = held & guard

@@ -17,13 +17,11 @@ class MemoryFault(PtxError):
     """An access outside every tensor, or not aligned to its own size."""
 
 
-def geometry(array) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
-    """(address, itemsize, shape, byte strides) of a numpy array or a CPU torch tensor."""
+def geometry(array) -> tuple[int, tuple[int, ...]]:
+    """(address, byte strides) of a numpy array or a CPU torch tensor."""
     if isinstance(array, np.ndarray):
-        return array.ctypes.data, array.itemsize, array.shape, array.strides
-    itemsize = array.element_size()
-    strides = tuple(s * itemsize for s in array.stride())
-    return array.data_ptr(), itemsize, tuple(array.shape), strides
+        return array.ctypes.data, array.strides
+    return array.data_ptr(), tuple(s * array.itemsize for s in array.stride())
 
 
 class Binding:
@@ -31,7 +29,8 @@ class Binding:
 
     def __init__(self, name: str, array):
         self.name, self.array = name, array
-        self.start, self.itemsize, self.shape, self.strides = geometry(array)
+        self.itemsize, self.shape = array.itemsize, tuple(array.shape)
+        self.start, self.strides = geometry(array)
         dims = [(t, s) for t, s in zip(self.strides, self.shape, strict=True) if s > 1 and t > 0]
         self.extent = sum(t * (s - 1) for t, s in dims) + self.itemsize
         if 0 in self.shape:
@@ -75,11 +74,6 @@ class Binding:
     def note_stores(self, addresses: np.ndarray, size: int) -> None:
         offset = addresses[:, None] + np.arange(0, size, self.itemsize) - self.start
         np.add.at(self.traffic.stores, offset // self.itemsize, 1)
-
-    def store_counts(self) -> np.ndarray:
-        """How often each element was stored, in the tensor's own shape."""
-        strides = [s // self.itemsize * self.traffic.stores.itemsize for s in self.strides]
-        return np.lib.stride_tricks.as_strided(self.traffic.stores, self.shape, strides)
 
 
 class GlobalMemory:

@@ -12,7 +12,6 @@ PARAM_WINDOW = 0x7000_0000
 LOCAL_WINDOW = 0x6000_0000
 # The shared memory of a cluster: that of the CTA of rank r begins at r·SHARED_WINDOW.
 SHARED_WINDOW = 0x0100_0000
-SHARED_LIMIT = 16 * SHARED_WINDOW
 
 STATEMENT_END = re.compile(r"[^;]*;")
 SKIP = re.compile(r"(?:\s+|\.loc\b[^\n]*)+")
@@ -118,7 +117,6 @@ class Program:
     symbols: dict[str, int] = field(default_factory=dict)
     static_shared: int = 0
     local_bytes: int = 0
-    threads: int | None = None
     cluster: int = 1  # CTAs
 
 
@@ -320,10 +318,6 @@ def parse(text: str, entry: str | None = None) -> Program:
         program.params.append(Param(param[3], offset, size, param[2]))
         program.symbols[param[3]] = PARAM_WINDOW + offset
         offset += size
-    if threads := re.search(r"\.(?:req|max)ntid\s+([\d,\s]+)", match[3]):
-        program.threads = 1
-        for extent in threads[1].split(","):
-            program.threads *= int(extent)
     if cluster := re.search(r"\.reqnctapercluster\s+([\d,\s]+)", match[3]):
         program.cluster, *others = map(int, cluster[1].split(","))
         if any(extent != 1 for extent in others):

@@ -60,6 +60,8 @@ class Races(Clocks):
         self.writer = np.zeros(cells, np.int16)
         self.written = np.full(cells, NEVER, np.int64)
         self.readers = np.arange(self.warps)  # agents, a column of reads each
+        self.column = np.full(self.world, NEVER)
+        self.column[self.readers] = self.readers
         self.reads = np.full((cells, self.warps), NEVER, np.int64)
         self.stores: dict[
             str, tuple[np.ndarray, np.ndarray]
@@ -230,13 +232,13 @@ class Races(Clocks):
         return again
 
     def _columns(self, agents: np.ndarray) -> np.ndarray:
-        if agents.max() < self.warps:
-            return agents
-        for agent in np.setdiff1d(agents, self.readers):
-            self.readers = np.append(self.readers, agent)
-            self.reads = np.pad(self.reads, ((0, 0), (0, 1)), constant_values=NEVER)
-        order = np.argsort(self.readers)
-        return order[np.searchsorted(self.readers, agents, sorter=order)]
+        """The columns of these agents' reads, which an agent gets with its first one."""
+        new = np.unique(agents[self.column[agents] == NEVER])
+        if len(new):
+            self.column[new] = len(self.readers) + np.arange(len(new))
+            self.readers = np.append(self.readers, new)
+            self.reads = np.pad(self.reads, ((0, 0), (0, len(new))), constant_values=NEVER)
+        return self.column[agents]
 
     def _race(
         self, instr: Instr, place: str, row: int, agent: int, writes: bool, before: str, other: int, stamp: int

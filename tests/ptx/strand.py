@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from tests.ptx.machine import Machine
 
 Run = Callable[[object], object]
+# What `run` may answer beside lanes: where they go on, or what they wait for.
+JUMP, SWITCH, STOP, PARK, WAIT = "jump", "switch", "stop", "park", "wait"
 BINDERS: dict[str, Callable[[Instr, Strand], Run]] = {}
 
 DTYPES = {
@@ -50,6 +53,24 @@ def find_binder(name: str) -> Callable[[Instr, Strand], Run] | None:
         if binder := BINDERS.get(".".join(parts[:n])):
             return binder
     return None
+
+
+@dataclass
+class Pending:
+    """Work of one instruction under way: of which lanes or warps, their commit groups, and its operands as issued."""
+
+    work: Callable[[np.ndarray, dict], None]
+    whose: np.ndarray
+    group: np.ndarray
+    operands: dict[str, np.ndarray]
+
+    def run(self, chosen: np.ndarray) -> bool:
+        """Does it for the chosen ones; True while others are still under way."""
+        if chosen.any():
+            self.work(self.whose[chosen], {k: v[chosen] for k, v in self.operands.items()})
+            self.whose, self.group = self.whose[~chosen], self.group[~chosen]
+            self.operands = {k: v[~chosen] for k, v in self.operands.items()}
+        return len(self.whose) > 0
 
 
 def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
@@ -118,16 +139,15 @@ class Strand:
         }
         self.local = np.full((self.lanes, machine.program.local_bytes), 0xFF, np.uint8)
         self.bound: list[Run | None] = [None] * len(machine.program.code)
-        self.copies: list = []
+        self.copies: list[Pending] = []
         self.commits = np.zeros(self.lanes, np.int64)
-        self.wgmmas: list = []
+        self.wgmmas: list[Pending] = []
         self.wgmma_commits = np.zeros(self.lanes // 32, np.int64)
         self.bulk_stores: list = []
         self.bulk_commits = np.zeros(self.lanes, np.int64)
         self.cluster_phases = np.full(
             self.lanes, -1
         )  # of the barrier, where arrived and not waited
-        self.fragments: list = []
         self.every = np.arange(self.lanes)
         self.every.flags.writeable = False
         self.found: tuple[object, np.ndarray] = True, self.every  # the last `where` and its lanes
@@ -147,6 +167,10 @@ class Strand:
         if isinstance(operand, Special):
             return self.machine.special(self, operand.name).astype(DTYPES[kind])
         raise PtxError(f"cannot read operand {operand}")
+
+    def by_lane(self, operand, kind: str) -> np.ndarray:
+        """The same, [lanes] also for a literal."""
+        return np.broadcast_to(self.source(operand, kind), self.lanes)
 
     def target(self, operand, kind: str) -> np.ndarray:
         """The live row that a result is written to; wider than the kind where it is extended."""

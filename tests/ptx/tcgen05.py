@@ -12,7 +12,7 @@ from tests.ptx.fragments import KIND_BYTES, RegisterBlock, decode, whole_warps
 from tests.ptx.parser import Instr, Mem, PtxError
 from tests.ptx.races import COLUMNS, LANES
 from tests.ptx.strand import Run, Strand, opcode
-from tests.ptx.tma import barrier_at, barriers_of
+from tests.ptx.tma import barrier_at, barriers_of, members
 from tests.ptx.wgmma import operand_addresses, operand_cells, read_operand
 
 
@@ -63,12 +63,6 @@ def bind_wait(instr: Instr, strand: Strand) -> Run:
     return lambda where: strand.machine.races.finish(
         strand.row[32 * whole_warps(strand, instr, where)], engine
     )
-
-
-@opcode("tcgen05.relinquish_alloc_permit", "tcgen05.fence::before_thread_sync",
-        "tcgen05.fence::after_thread_sync")  # fmt: skip
-def bind_nothing(instr: Instr, strand: Strand) -> Run:
-    return lambda where: None
 
 
 @opcode("tcgen05.ld", "tcgen05.st")
@@ -195,16 +189,16 @@ def bind_multiply(instr: Instr, strand: Strand) -> Run:
     if "ws" in instr.mods:
         raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
     target_of = address_of(strand, target)
-    a_of = address_of(strand, a) if in_memory else strand.reader(a, "u64")
-    sources = [strand.source(o, k) for o, k in ((b, "u64"), (shape, "u32"))]
-    flag = strand.source(keep, "pred")
+    descriptor = None if in_memory else strand.by_lane(a, "u64")
+    a_of = address_of(strand, a) if in_memory else lambda: descriptor
+    sources = [strand.by_lane(o, k) for o, k in ((b, "u64"), (shape, "u32"))]
+    flag = strand.by_lane(keep, "pred")
 
     def run(where):
         for lane in strand.indices(where):
             cta = int(strand.cta[lane])
-            values = [int(np.broadcast_to(s, strand.lanes)[lane]) for s in (a_of(), *sources)]
-            kept = bool(np.broadcast_to(flag, strand.lanes)[lane])
-            work = Multiply(kind, int(target_of()[lane]), *values, kept, in_memory, ctas)
+            values = [int(s[lane]) for s in (target_of(), a_of(), *sources)]
+            work = Multiply(kind, *values, bool(flag[lane]), in_memory, ctas)
             work.note(machine, int(strand.row[lane]), instr)
             machine.tensor_work.setdefault(cta, []).append(
                 ((), lambda cta=cta, work=work: work.run(machine, cta))
@@ -219,15 +213,13 @@ def bind_commit(instr: Instr, strand: Strand) -> Run:
     if not re.search(r"arrive::one(\.shared::cluster)?(\.multicast::cluster)?\.b64$", instr.opcode):
         raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
     addresses_of, machine = address_of(strand, instr.operands[0]), strand.machine
-    mask = strand.source(instr.operands[1], "u16") if len(instr.operands) > 1 else None
+    mask = strand.by_lane(instr.operands[1], "u16") if len(instr.operands) > 1 else None
 
     def run(where):
         for lane, *key in barriers_of(strand, addresses_of(), where):
             keys = [tuple(key)]
             if mask is not None:
-                first = int(strand.cta[lane] - strand.rank[lane])
-                bits = int(np.broadcast_to(mask, strand.lanes)[lane])
-                keys = [(first + r, key[1]) for r in range(machine.cluster) if bits >> r & 1]
+                keys = [(cta, key[1]) for cta in members(strand, lane, mask)]
             barriers, rows = [barrier_at(strand, instr, key) for key in keys], strand.row[[lane]]
             for cta, address in keys:
                 own = machine.races.shared(np.array([cta * machine.shared_bytes + address]), 8)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.ptx import machine
+from tests.ptx.counters import Counters
 from tests.ptx.kernels import Compiled, Product, compiled, double_kernel
 from tests.ptx.launch import prepare, run_chain
 from tests.ptx.memory import MemoryFault
@@ -90,12 +91,12 @@ def test_a_group_that_is_waited_for_too_early_is_noticed():
 def test_a_branch_for_some_threads_only():
     """Threads that take a branch and threads that do not both arrive, in their own registers."""
     out = np.zeros(64, np.uint32)
-    ptx = kernel_text(
+    body = (
         "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 10; mov.u32 %r2, 7; @%p1 bra SOME;"
         "add.u32 %r2, %r2, %r1; bra DONE; SOME: mul.lo.u32 %r2, %r1, 3; DONE:" + STORE
     )
     for schedule in (None, 1):
-        prepare(ptx, (1,), 64, [("out", "*", out)]).run(schedule)
+        run_text(body, out, schedule, 64)
         thread = np.arange(64)
         assert (out == np.where(thread < 10, 3 * thread, thread + 7)).all()
 
@@ -197,15 +198,11 @@ class TestFaults:
             replace(kernel, bound={**kernel.bound, "stride_w": 48}).run()
 
     def test_a_deadlock_names_warp_and_instruction(self):
-        ptx = kernel_text(
-            "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 32; @%p1 bra DONE; bar.sync 0, 64; DONE: ret;"
-        )
+        body = "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 32; @%p1 bra DONE; bar.sync 0, 64; DONE: ret;"
+        said = r"nobody can go on\nline \d+: bar.sync 0, 64: CTA \(0, 0, 0\) warp 1"
         for schedule in (None, 1):
-            with pytest.raises(
-                PtxError,
-                match=r"nobody can go on\nline \d+: bar.sync 0, 64: CTA \(0, 0, 0\) warp 1",
-            ):
-                prepare(ptx, (1,), 64, [("out", "*", np.zeros(1, np.uint32))]).run(schedule)
+            with pytest.raises(PtxError, match=said):
+                run_text(body, np.zeros(1, np.uint32), schedule, 64)
 
     def test_a_copy_that_nobody_issued_is_waited_for_in_vain(self):
         product = Product.of(64, 32, 64)
@@ -219,15 +216,15 @@ class TestFaults:
     def test_shared_memory_starts_as_garbage_and_ends(self):
         text = "ld.shared.u32 %r2, [area+{}];" + STORE
         out = np.zeros(32, np.uint32)
-        prepare(kernel_text(text.format(0)), (1,), 32, [("out", "*", out)]).run(None)
+        run_text(text.format(0), out)
         assert (out == 0xFFFFFFFF).all()
         with pytest.raises(MemoryFault, match="shared address 4096"):
-            prepare(kernel_text(text.format(4096)), (1,), 32, [("out", "*", out)]).run(None)
+            run_text(text.format(4096), out)
 
     @pytest.mark.parametrize("text", ["frobnicate.u32 %r2, %r1;", "prmt.b32.f4e %r2, %r1, %r1, 0;"])
     def test_an_unknown_instruction(self, text):
         with pytest.raises(PtxError, match=r"line \d+: unknown opcode: \w+"):
-            prepare(kernel_text(text), (1,), 32, [("out", "*", np.zeros(32, np.uint32))]).run(None)
+            run_text(text, np.zeros(32, np.uint32))
 
     def test_part_of_a_warp_must_not_multiply(self):
         kernel = Product.of(64, 32, 64).compile("sm_80")
@@ -253,13 +250,9 @@ class TestCounters:
         assert (stored.bytes_stored, stored.store_sectors, stored.bytes_loaded) == (1024, 32, 0)
 
     def test_scattered_loads_touch_more_sectors(self):
-        source, out = np.arange(32 * 8, dtype=np.uint32), np.zeros(32, np.uint32)
-        ptx = kernel_text(
-            "mov.u32 %r1, %tid.x; mad.wide.u32 %rd3, %r1, 32, %rd2; ld.global.u32 %r2, [%rd3];"
-            + STORE
-        )
-        launch = prepare(ptx, (1,), 32, [("out", "*", out), ("source", "*", source)])
-        traffic = launch.run(None).tensors["source"]
+        out = np.zeros(32, np.uint32)
+        load = "mov.u32 %r1, %tid.x; mad.wide.u32 %rd3, %r1, 32, %rd2; ld.global.u32 %r2, [%rd3];"
+        traffic = run_text(load + STORE, out).tensors["source"]
         assert (out == 8 * np.arange(32)).all()
         assert (traffic.bytes_loaded, traffic.load_sectors, traffic.fewest_load_sectors) == (
             128,
@@ -269,11 +262,8 @@ class TestCounters:
 
     @pytest.mark.parametrize(("stride", "wavefronts"), [(1, 1), (2, 2), (8, 8), (32, 32), (33, 1)])
     def test_bank_conflicts(self, stride, wavefronts):
-        ptx = kernel_text(
-            f"mov.u32 %r1, %tid.x; mul.lo.u32 %r3, %r1, {4 * stride}; st.shared.u32 [%r3], %r1;",
-            8192,
-        )
-        counters = prepare(ptx, (1,), 32, [("out", "*", np.zeros(1, np.uint32))]).run(None)
+        body = f"mov.u32 %r1, %tid.x; mul.lo.u32 %r3, %r1, {4 * stride}; st.shared.u32 [%r3], %r1;"
+        counters = run_text(body, np.zeros(1, np.uint32), shared=8192)
         assert (counters.wavefronts, counters.fewest_wavefronts) == (wavefronts, 1)
 
     @pytest.mark.parametrize(("target", "tma"), TARGETS)
@@ -285,7 +275,16 @@ class TestCounters:
         product = Product.of()
         kernel = product.compile("sm_80")
         counted = [kernel.run(schedule).counters.instructions for schedule in (None, 1)]
-        assert counted[0] == counted[1] and counted[0]["tensor"] > 0
+        assert counted[0] == counted[1] and any(name.startswith("mma.") for name in counted[0])
+
+
+def run_text(
+    body: str, out: np.ndarray, schedule: int | None = None, threads: int = 32, shared: int = 4096
+) -> Counters:
+    """Executes the body of a kernel by one block; `out` is at %rd1, as many numbers 0, 1, ... at %rd2."""
+    source = np.arange(256, dtype=np.uint32)
+    args = [("out", "*", out), ("source", "*", source)]
+    return prepare(kernel_text(body, shared), (1,), threads, args).run(schedule)
 
 
 STORE = "mov.u32 %r9, %tid.x; mad.wide.u32 %rd9, %r9, 4, %rd1; st.global.u32 [%rd9], %r2;"
@@ -312,7 +311,6 @@ def test_lanes_that_part_meet_again(schedule):
         f"THERE: setp.gt.u32 %p3, %r4, 0; vote.sync.ballot.b32 %r2, %p3, -1; {STORE}"
     )
     out = np.zeros(64, np.uint32)
-    args = [("out", "*", out), ("source", "*", np.zeros(4, np.uint32))]
-    prepare(kernel_text(body), (1,), 64, args).run(schedule)
+    run_text(body, out, schedule, 64)
     wanted = np.arange(64).reshape(2, 32) % 3 > 0
     assert (out.reshape(2, 32) == (wanted << np.arange(32)).sum(1)[:, None]).all()

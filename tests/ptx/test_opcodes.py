@@ -11,24 +11,8 @@ import pytest
 from tests.ptx.launch import prepare
 
 LANES = 128
-EDGES = [
-    0,
-    1,
-    2,
-    7,
-    31,
-    32,
-    33,
-    0x7F,
-    0x80,
-    0xFF,
-    0x7FFF,
-    0x8000,
-    0xFFFF,
-    0x7FFFFFFF,
-    0x80000000,
-    0xFFFFFFFF,
-]
+EDGES = [0, 1, 2, 7, 31, 32, 33, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF]
+EDGES += [0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
 MASK = 0xFFFFFFFF
 
 
@@ -38,10 +22,6 @@ def signed(v: int, bits: int = 32) -> int:
 
 def as_float(v: int) -> float:
     return struct.unpack("f", struct.pack("I", v))[0]
-
-
-def as_bits(v: float) -> int:
-    return struct.unpack("I", struct.pack("f", v))[0]
 
 
 def truncated(a: int, b: int) -> int:
@@ -135,20 +115,23 @@ INTEGER = [
 ]  # fmt: skip
 
 
-def results(text: str, operands: np.ndarray) -> np.ndarray:
-    """%r4 of every lane, %r1 to %r3 being the rows of `operands`."""
+def results(
+    text: str, operands: np.ndarray, schedule: int | None = None, atomics: int = 0
+) -> np.ndarray:
+    """%r4 of every lane, %r1 to %r3 being the rows of `operands`, which are at %rd4, and %r9 the lane's number."""
     out = np.zeros(LANES, np.uint32)
     ptx = f"""
     .visible .entry one(.param .u64 out, .param .u64 source) {{
         .reg .pred %p<3>; .reg .b16 %h<3>; .reg .b32 %r<10>; .reg .b64 %rd<5>;
-        ld.param.u64 %rd1, [out]; ld.param.u64 %rd2, [source];
+        ld.param.u64 %rd1, [out]; ld.param.u64 %rd2, [source]; mov.b64 %rd4, %rd2;
         mov.u32 %r9, %tid.x; mad.wide.u32 %rd1, %r9, 4, %rd1; mad.wide.u32 %rd2, %r9, 4, %rd2;
         ld.global.u32 %r1, [%rd2]; ld.global.u32 %r2, [%rd2+{4 * LANES}]; ld.global.u32 %r3, [%rd2+{8 * LANES}];
         {text};
         st.global.u32 [%rd1], %r4;
         ret;
     }}"""
-    prepare(ptx, (1,), LANES, [("out", "*", out), ("source", "*", operands)]).run(None)
+    launch = prepare(ptx, (1,), LANES, [("out", "*", out), ("source", "*", operands)])
+    assert launch.run(schedule).tensors["source"].atomics == atomics
     return out
 
 
@@ -251,21 +234,9 @@ def test_sums_of_a_warp(operands):
 )
 def test_atomics(name, expected):
     """All lanes on one word; each sees another old value where the operation makes that so."""
-    counter = np.zeros(1, np.uint32)
     operand = "6" if name == "inc" else "%r9"
-    text = f"atom.global.{name}.{'b' if name == 'or' else 'u'}32 %r4, [%rd3], {operand}"
-    ptx_out = np.zeros(LANES, np.uint32)
-    ptx = f"""
-    .visible .entry one(.param .u64 out, .param .u64 counter) {{
-        .reg .b32 %r<10>; .reg .b64 %rd<5>;
-        ld.param.u64 %rd1, [out]; ld.param.u64 %rd3, [counter];
-        mov.u32 %r9, %tid.x; mad.wide.u32 %rd1, %r9, 4, %rd1;
-        {text};
-        st.global.u32 [%rd1], %r4; ret;
-    }}"""
+    text = f"atom.global.{name}.{'b' if name == 'or' else 'u'}32 %r4, [%rd4], {operand}"
     for schedule in (None, 1):
-        counter[:] = 0
-        launch = prepare(ptx, (1,), LANES, [("out", "*", ptx_out), ("counter", "*", counter)])
-        assert launch.run(schedule).tensors["counter"].atomics == LANES
-        assert counter[0] == expected
-    assert ptx_out.min() == 0
+        words = np.zeros((3, LANES), np.uint32)
+        assert results(text, words, schedule, LANES).min() == 0
+        assert words[0, 0] == expected and not words[0, 1:].any()

@@ -17,7 +17,7 @@ from lora_kernels.tuning.cycles import TRITON
 from tests.ptx.kernels import Compiled, Product
 from tests.ptx.launch import prepare
 from tests.ptx.races import DataRace
-from tests.ptx.test_emulator import kernel_text, noticed
+from tests.ptx.test_emulator import noticed, run_text
 
 SCHEDULES = (None, 1, 2, 3)
 # Each of 64 threads has a word, %r3, and that of a thread of the other warp, %r4.
@@ -27,9 +27,7 @@ STORE_MINE, LOAD_OTHER = "st.shared.b32 [%r3], %r1;", "ld.shared.b32 %r2, [%r4];
 
 
 def run(body: str, schedule: int | None = None, threads: int = 64) -> None:
-    source = np.arange(256, dtype=np.uint32)
-    args = [("out", "*", np.zeros(96, np.uint32)), ("source", "*", source)]
-    prepare(kernel_text(WORDS + WARP + body), (1,), threads, args).run(schedule)
+    run_text(WORDS + WARP + body, np.zeros(96, np.uint32), schedule, threads)
 
 
 def races(body: str, threads: int = 64) -> str:

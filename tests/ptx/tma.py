@@ -11,7 +11,7 @@ from tests.ptx.access import address_of, explain, shared_access, shared_index
 from tests.ptx.clocks import INIT, TENSOR_STORE
 from tests.ptx.memory import Binding
 from tests.ptx.parser import PARAM_WINDOW, SHARED_WINDOW, Imm, Instr, PtxError
-from tests.ptx.strand import DTYPES, Run, Strand, opcode
+from tests.ptx.strand import DTYPES, WAIT, Run, Strand, opcode
 from tests.ptx.wgmma import swizzled
 
 SWIZZLE_BYTES = {0: 0, 1: 32, 2: 64, 3: 128}
@@ -84,6 +84,12 @@ def barriers_of(strand: Strand, addresses: np.ndarray, where):
         yield int(lane), int(strand.cta[lane] - strand.rank[lane]) + rank, address
 
 
+def members(strand: Strand, lane: int, mask: np.ndarray) -> list[int]:
+    """The CTAs of this lane's cluster whose ranks are in its mask."""
+    first, bits = int(strand.cta[lane] - strand.rank[lane]), int(mask[lane])
+    return [first + rank for rank in range(strand.machine.cluster) if bits >> rank & 1]
+
+
 def barrier_at(strand: Strand, instr: Instr, key: tuple[int, int]) -> Barrier:
     barrier = strand.machine.barriers.get(key)
     if not strand.machine.live[key[0]]:
@@ -109,13 +115,13 @@ def touch(strand: Strand, instr: Instr, addresses: np.ndarray, where, writes: bo
 def bind_init(instr: Instr, strand: Strand) -> Run:
     addresses_of = address_of(strand, instr.operands[0])
     init = instr.mods[0] == "init"
-    count = strand.source(instr.operands[1], "u32") if init else None
+    count = strand.by_lane(instr.operands[1], "u32") if init else None
 
     def run(where):
         touch(strand, instr, addresses_of(), where, True)
         for lane, *key in barriers_of(strand, addresses_of(), where):
             if init:
-                n = int(np.broadcast_to(count, strand.lanes)[lane])
+                n = int(count[lane])
                 clock = np.zeros_like(strand.machine.races.known[:, 0])
                 strand.machine.barriers[tuple(key)] = Barrier(tuple(key), n, n, clock, clock)
             else:
@@ -129,13 +135,13 @@ def bind_init(instr: Instr, strand: Strand) -> Run:
 def bind_arrive(instr: Instr, strand: Strand) -> Run:
     operands = [o for o in instr.operands if not (isinstance(o, Imm) and o.text == "_")]
     addresses_of = address_of(strand, operands[0])
-    value = strand.source(operands[1] if len(operands) > 1 else Imm("1"), "u32")
+    value = strand.by_lane(operands[1] if len(operands) > 1 else Imm("1"), "u32")
     expects = "expect_tx" in instr.mods
 
     def run(where):
         touch(strand, instr, addresses_of(), where, False)
         for lane, *key in barriers_of(strand, addresses_of(), where):
-            n = int(np.broadcast_to(value, strand.lanes)[lane])
+            n = int(value[lane])
             barrier = barrier_at(strand, instr, tuple(key))
             clock = strand.machine.races.release(strand.row[[lane]])
             barrier.arrive(strand.machine, clock, 1 if expects else n, n if expects else 0)
@@ -153,15 +159,14 @@ def bind_try_wait(instr: Instr, strand: Strand) -> Run:
         raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
     machine = strand.machine
     addresses_of = address_of(strand, instr.operands[1])
-    parity = strand.source(instr.operands[2], "u32")
+    parity = strand.by_lane(instr.operands[2], "u32")
     done = strand.target(instr.operands[0], "pred")
 
     def run(where):
         lanes = strand.indices(where)
         touch(strand, instr, addresses_of(), where, False)
         addresses = addresses_of()[lanes]
-        phases = np.broadcast_to(parity, strand.lanes)[lanes] & 1
-        keys = np.stack([strand.cta[lanes], addresses % SHARED_WINDOW, phases], 1)
+        keys = np.stack([strand.cta[lanes], addresses % SHARED_WINDOW, parity[lanes] & 1], 1)
         ready = np.zeros(strand.lanes, bool)
         for cta, address, phase in np.unique(keys, axis=0):
             barrier = barrier_at(strand, instr, (int(cta), int(address)))
@@ -173,15 +178,14 @@ def bind_try_wait(instr: Instr, strand: Strand) -> Run:
                 ready[passing] = True
                 machine.races.acquire(np.unique(strand.row[passing]), barrier.over)
         np.copyto(done, True, where=ready)
-        return machine.wait, ready
+        return WAIT, ready
 
     return run
 
 
 def coordinates(strand: Strand, mem, lane: int) -> list[int]:
     """Coordinates of a tensor copy, outermost first."""
-    values = [np.broadcast_to(strand.source(o, "s32"), strand.lanes)[lane] for o in mem.coords]
-    return [int(v) for v in reversed(values)]
+    return [int(strand.by_lane(o, "s32")[lane]) for o in reversed(mem.coords)]
 
 
 def descriptor_at(strand: Strand, instr: Instr, mem, lane: int) -> Descriptor:
@@ -209,16 +213,14 @@ def bind_tensor_load(instr: Instr, strand: Strand) -> Run:
     pair, spread = "cta_group::2" in instr.mods, "multicast::cluster" in instr.mods
     if (pair and spread) or (spread and len(instr.operands) != 4):
         raise PtxError(f"line {instr.line}: unknown opcode: {instr.text}")
-    mask = strand.source(instr.operands[3], "u16") if spread else np.zeros(1)
+    mask = strand.by_lane(instr.operands[3], "u16") if spread else None
 
     def places(where):
         """(lane, CTA and shared address of the destination, of the barrier) of every copy."""
         starts, bars = (list(barriers_of(strand, of(), where)) for of in (shared_of, barrier_of))
         for (lane, *start), (_, *bar) in zip(starts, bars, strict=True):
-            first = int(strand.cta[lane] - strand.rank[lane])
             if spread:
-                bits = int(np.broadcast_to(mask, strand.lanes)[lane])
-                for cta in (first + r for r in range(machine.cluster) if bits >> r & 1):
+                for cta in members(strand, lane, mask):
                     yield lane, (cta, start[1]), (cta, bar[1])
                 continue
             if start[0] // 2 != bar[0] // 2 if pair else start[0] != bar[0]:
@@ -310,11 +312,6 @@ class BulkStore:
             machine.memory.write(address[inside], np.zeros(len(words), np.int64), words, text)
 
 
-@opcode("cp.async.bulk.commit_group")
-def bind_bulk_commit(instr: Instr, strand: Strand) -> Run:
-    return lambda where: np.add(strand.bulk_commits, 1, out=strand.bulk_commits, where=where)
-
-
 @opcode("cp.async.bulk.wait_group")
 def bind_bulk_wait(instr: Instr, strand: Strand) -> Run:
     pending = int(instr.operands[0].text)
@@ -337,8 +334,3 @@ def finish_bulk_stores(strand: Strand, where, limit: np.ndarray) -> None:
         else:
             left.append(store)
     strand.bulk_stores = left
-
-
-@opcode("cp.async.bulk.prefetch")
-def bind_prefetch(instr: Instr, strand: Strand) -> Run:
-    return lambda where: None

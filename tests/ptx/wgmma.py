@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from tests.ptx.fragments import (
     whole_warps,
 )
 from tests.ptx.parser import Instr, PtxError
-from tests.ptx.strand import Run, Strand, opcode
+from tests.ptx.strand import Pending, Run, Strand, opcode
 
 # Where a descriptor says how its rows are swizzled, and the bytes of a row for what it says.
 SWIZZLES = {
@@ -72,24 +71,6 @@ def operand_cells(machine, cta: int, addresses: np.ndarray, size: int) -> np.nda
     return machine.races.shared(starts + cta * machine.shared_bytes, size).ravel()
 
 
-@dataclass
-class Pending:
-    """One wgmma under way: its warps, their commit groups and their operands as issued."""
-
-    multiply: object
-    warps: np.ndarray
-    group: np.ndarray
-    operands: dict
-
-    def run(self, chosen: np.ndarray) -> bool:
-        """Multiplies for the chosen warps; True while some warps are still under way."""
-        if chosen.any():
-            self.multiply(self.warps[chosen], {k: v[chosen] for k, v in self.operands.items()})
-            self.warps, self.group = self.warps[~chosen], self.group[~chosen]
-            self.operands = {k: v[~chosen] for k, v in self.operands.items()}
-        return len(self.warps) > 0
-
-
 @opcode("wgmma.mma_async")
 def bind_wgmma(instr: Instr, strand: Strand) -> Run:
     """Runs late, when a wait covers its group: each warp computes its own 16 rows."""
@@ -101,7 +82,7 @@ def bind_wgmma(instr: Instr, strand: Strand) -> Run:
     accumulator = RegisterBlock(strand, d)
     from_registers = RegisterBlock(strand, a) if isinstance(a, list) else None
     a_desc = None if from_registers else strand.source(a, "u64")
-    b_desc, keep = strand.source(b, "u64"), strand.source(scale, "pred")
+    b_desc, keep = strand.source(b, "u64"), strand.by_lane(scale, "pred")
     negations, transposes = flags[:2], [o.text != "0" for o in flags[2:]]
     if any(o.text != "1" for o in negations):
         raise PtxError(f"line {instr.line}: a negated operand: {instr.text}")
@@ -137,8 +118,7 @@ def bind_wgmma(instr: Instr, strand: Strand) -> Run:
         warps = whole_warps(strand, instr, where)
         first = 32 * warps
         left = a_tile(from_registers.read(warps), kind) if from_registers else a_desc[first]
-        keeps = np.broadcast_to(keep, strand.lanes)[first]
-        given = {"a": left, "b": b_desc[first], "keep": keeps}
+        given = {"a": left, "b": b_desc[first], "keep": keep[first]}
         groups = strand.wgmma_commits[warps]
         read = [[right_of(descriptor) for descriptor in given["b"]]]
         if from_registers is None:
@@ -172,12 +152,7 @@ def bind_wait(instr: Instr, strand: Strand) -> Run:
         limit = strand.wgmma_commits - pending
         strand.machine.races.finish(strand.row[::32][waiting], WGMMA, limit[waiting])
         strand.wgmmas = [
-            p for p in strand.wgmmas if p.run((p.group < limit[p.warps]) & waiting[p.warps])
+            p for p in strand.wgmmas if p.run((p.group < limit[p.whose]) & waiting[p.whose])
         ]
 
     return run
-
-
-@opcode("wgmma.fence")
-def bind_fence(instr: Instr, strand: Strand) -> Run:
-    return lambda where: None
