@@ -20,6 +20,7 @@ from lora_kernels.functional import explain, lora_linear
 from lora_kernels.operands import Adapter
 from lora_kernels.problem import Problem
 from tests.oracle import AWKWARD, Case, check_function, check_products, reference
+from tests.processes import python
 
 if (_why_not := BACKEND.unavailable()) is not None:
     pytest.skip(f"cpu backend: {_why_not}", allow_module_level=True)
@@ -217,6 +218,30 @@ def test_forward_and_backward_allocate_results_only(dtype):
     slack = 4 * 2 * (M + 1024 + 64) * R  # the low-rank operand of dA and dB as float32 tiles
     assert 0.9 * results < allocated <= results + slack
     assert slack < item * M * min(N, K) / 4  # nothing as large as x or y hides in it
+
+
+_WITHOUT_MEMORY = """
+import resource, torch
+from pathlib import Path
+from lora_kernels.backends.cpu import BACKEND, PRODUCTS
+assert BACKEND.unavailable() is None  # which loads it
+torch.set_num_threads(1)
+tall = torch.ones(1, 64).expand(200_000, 64)
+PRODUCTS.wgrad(tall[:5], tall[:5], torch.float32)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + (30 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    PRODUCTS.wgrad(tall, tall, torch.float32)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_memory_for_tiles_that_there_is_not_is_pytorchs_error():
+    """By which a training loop knows that its batch is too large."""
+    printed = python("-c", _WITHOUT_MEMORY).stdout
+    assert "DefaultCPUAllocator: can't allocate memory" in printed
 
 
 def test_what_it_cannot_do_is_said():

@@ -289,11 +289,13 @@ void multiply_in_place(int64_t rows, const float* tile, const Matrix& w, int64_t
 }
 
 // c[r][n] = x[r]·w[n] for ROWS x COLS, vectors along k. Beside it `ahead_rows` rows of w are
-// fetched into the L2 cache: memory is read while the multipliers are busy.
+// fetched into the L2 cache: memory is read while the multipliers are busy. A function of its own:
+// inlined into `dots_elements` one row took 15% longer (AVX-512, 768 x 768 in float32 or float16).
 template <class Unit, int ROWS, int COLS>
-void dots_block(const float* x, int64_t x_pitch, const typename Unit::Element* w, int64_t w_pitch,
-                int64_t depth, float* c, int64_t c_pitch, const typename Unit::Element* ahead,
-                int64_t ahead_rows) {
+__attribute__((noinline)) void dots_block(const float* x, int64_t x_pitch,
+                                          const typename Unit::Element* w, int64_t w_pitch,
+                                          int64_t depth, float* c, int64_t c_pitch,
+                                          const typename Unit::Element* ahead, int64_t ahead_rows) {
   constexpr int64_t STEP = Vector::LANES * Unit::PER_LANE;
   Vector acc[ROWS][COLS];
 #pragma GCC unroll 8

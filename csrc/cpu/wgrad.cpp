@@ -2,6 +2,8 @@
 // results in cache.
 #include "wgrad.h"
 
+#include <c10/core/CPUAllocator.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -102,8 +104,9 @@ void compute(std::vector<Wgrad> problems) {
     work += work_of(problem);
     floats += workspace_floats(problem);
   }
-  Scratch workspace;  // of the call alone, since it grows with M
-  float* space = workspace.reserve(floats);
+  // Of the call alone, since it grows with M; from PyTorch, whose error says how much there is not.
+  const c10::DataPtr workspace = c10::GetCPUAllocator()->allocate(floats * sizeof(float));
+  float* space = static_cast<float*>(workspace.get());
   for (Wgrad& problem : problems) {
     problem.workspace = space;
     space += workspace_floats(problem);
