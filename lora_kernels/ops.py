@@ -249,9 +249,8 @@ def _lora_linear_autograd(keys: Any, *args: Any) -> tuple[Tensor, Tensor]:
         return transparent(*args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         return _Registered.apply(*args, keys)
-    if isinstance(
-        args[1], Tensor
-    ):  # what `forward` does, without a call: compiled code comes here in each product
+    # What `forward` does, without a call: compiled code comes here in each product.
+    if isinstance(args[1], Tensor):
         return _below_autograd(lora_linear, keys, args)
     return _Registered.forward(*args, keys)
 
