@@ -31,13 +31,8 @@ from tests.ptx.tma import Barrier, Descriptor, finish_bulk_stores
 
 MAX_STEPS = 20_000_000
 LONGEST_BURST = 60
-MAY_HOLD = (
-    "mbarrier",
-    "griddepcontrol",
-    "bar",
-    "barrier",
-    "ld",
-)  # what a thread may have to wait at
+# What a thread may have to wait at.
+MAY_HOLD = ("mbarrier", "griddepcontrol", "bar", "barrier", "ld")
 MOST_POLLS = 1000  # in vain
 
 

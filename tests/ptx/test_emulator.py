@@ -15,9 +15,8 @@ from tests.ptx.launch import prepare, run_chain
 from tests.ptx.memory import MemoryFault
 from tests.ptx.parser import PtxError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # damaged kernels multiply garbage
+# Damaged kernels multiply garbage.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 TARGETS = [("sm_80", False), ("sm_90", False), ("sm_90", True), ("sm_100", True), ("sm_120", False)]
 SCHEDULES = (1, 2, 3, 4, 5)
