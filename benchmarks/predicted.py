@@ -326,7 +326,7 @@ def count() -> None:
     from tests.executed.recount import counted_tiles, recount
 
     rows = {
-        tile: recount(config, problem, tile.target)
+        tile: tuple(recount(config, problem, tile.target, R) for R in RANKS)
         for tile, (config, problem) in counted_tiles().items()
     }
     cycles.write(cycles.FILE, triton.__version__, rows)

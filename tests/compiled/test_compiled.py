@@ -348,7 +348,7 @@ def test_a_float32_q_beside_bfloat16_operands(target):
     """As where A alone is trained, or DoRA: rounded on its way, with a mask or without, over groups or not; dA reads it."""
     problem = Problem(4096, 4096, 4096, 64, "bfloat16", "bfloat16", device="cuda")
     compiled, wrong = 0, []
-    for groups, dropout in ((0, False), (0, True), (8, False), (8, True)):
+    for groups, dropout in ((0, False), (0, True), (8, True)):
         own = replace(problem, groups=groups, weights=groups or 1, dropout=dropout)
         for kernel in ("expand", "wgrad"):
             for config in tiles_of(kernel, own, TARGETS[target]):

@@ -21,9 +21,7 @@ from lora_kernels.tuning.cycles import (
     COUNTED,
     INSTRUCTIONS,
     L2_BYTES,
-    RANKS,
     SHARED_BYTES,
-    Row,
     Tile,
     flops_per_clock,
 )
@@ -117,12 +115,9 @@ def pipe_cycles(target: str, counters: Counters, ctas: int) -> tuple[float, ...]
     return tuple(pipe / ctas for pipe in (matrix or fma, shared, issue, l2))
 
 
-def recount(config: TileConfig, problem: Problem, target: str) -> Row:
-    """A row of TABLE: at each of RANKS (step, rest)."""
-    row = []
-    for R in RANKS:
-        counts = (count(target, config, problem, steps, R) for steps in DEPTHS)
-        short, long = (pipe_cycles(target, each, max(1, config.ctas)) for each in counts)
-        step = tuple((b - a) / (DEPTHS[1] - DEPTHS[0]) for a, b in zip(short, long, strict=True))
-        row.append((step, tuple(a - DEPTHS[0] * s for a, s in zip(short, step, strict=True))))
-    return tuple(row)
+def recount(config: TileConfig, problem: Problem, target: str, R: int) -> tuple:
+    """What a row of TABLE has at one of RANKS: the cycles of a step, and of the rest."""
+    counts = (count(target, config, problem, steps, R) for steps in DEPTHS)
+    short, long = (pipe_cycles(target, each, max(1, config.ctas)) for each in counts)
+    step = tuple((b - a) / (DEPTHS[1] - DEPTHS[0]) for a, b in zip(short, long, strict=True))
+    return step, tuple(a - DEPTHS[0] * s for a, s in zip(short, step, strict=True))
