@@ -51,7 +51,10 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
     """
     pairs = shipped(TARGETS[target])
     widest = {(config, *_types(p)): p for p, config in pairs}
-    most = most_split(pairs)
+    most: dict[tuple, int] = {}  # the largest split of each tile
+    for p, config in pairs:
+        code = (replace(config, split=0), *_types(p))
+        most[code] = max(config.split, most.get(code, 1))
     once = target in (*NEAR_DUPLICATES, "gfx942", "gfx1100")
     for problem, config in pairs:
         types = _types(problem)
@@ -85,26 +88,13 @@ def _types(problem: Problem) -> tuple[str, str, str]:
     return problem.dtype, problem.adapter_dtype, problem.weight_format
 
 
-def most_split(pairs: list[tuple[Problem, TileConfig]]) -> dict[tuple, int]:
-    """The largest split of each tile, by the tile with a split of 0 and the types it is shipped for."""
-    most: dict[tuple, int] = {}
-    for problem, config in pairs:
-        code = (replace(config, split=0), *_types(problem))
-        most[code] = max(config.split, most.get(code, 1))
-    return most
-
-
 def grouped_jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
-    """Over groups, at the widest rank: each configuration as it splits its sums, and the product of dx, with a mask."""
-    pairs = [pair for pair in shipped(TARGETS[target], groups=8) if pair[0].R == 64]
-    most = most_split(pairs)
-    for problem, config in pairs:
+    """Over groups, at the widest rank: each configuration as it is, and the product of dx, with a mask."""
+    for problem, config in shipped(TARGETS[target], groups=8):
         types = _types(problem)
         if types == MIXED and config.kernel not in LOWRANK_KERNELS:
             continue
-        if target in NEAR_DUPLICATES and types != USUAL:
-            continue
-        if config.split != most[(replace(config, split=0), *types)]:
+        if problem.R != 64 or (target in NEAR_DUPLICATES and types != USUAL):
             continue
         yield problem, config, True, False
         if config.kernel == "expand":
@@ -348,7 +338,7 @@ def test_a_float32_q_beside_bfloat16_operands(target):
     """As where A alone is trained, or DoRA: rounded on its way, with a mask or without, over groups or not; dA reads it."""
     problem = Problem(4096, 4096, 4096, 64, "bfloat16", "bfloat16", device="cuda")
     compiled, wrong = 0, []
-    for groups, dropout in ((0, False), (0, True), (8, True)):
+    for groups, dropout in ((0, False), (0, True), (8, False), (8, True)):
         own = replace(problem, groups=groups, weights=groups or 1, dropout=dropout)
         for kernel in ("expand", "wgrad"):
             for config in tiles_of(kernel, own, TARGETS[target]):

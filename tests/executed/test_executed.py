@@ -1,4 +1,4 @@
-"""The code that really ships, compiled for each NVIDIA GPU, executed: every configuration, every gradient, any order."""
+"""The code that really ships, compiled for each NVIDIA GPU, executed: every tile, every gradient, any order."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.oracle import Case, assert_budget, reference
 from tests.ptx.launch import emulate
 
 pytestmark = pytest.mark.slow
-PARTS = 5  # of a target's configurations, for test processes beside each other; odd, so that each has both schedules
+PARTS = 5  # of a target's tiles, for test processes beside each other; odd, so that each has both schedules
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("target", EXECUTED)
-def test_every_shipped_configuration(target, part):
+def test_every_shipped_tile(target, part):
     """Lockstep for one half of the tiles, a seeded random schedule for the other; sums are split in one half of each."""
     forms: dict[tuple, dict[bool, tuple[Problem, TileConfig]]] = {}
     for problem, config in reversed(shipped(TARGETS[target])):
