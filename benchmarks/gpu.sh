@@ -47,17 +47,23 @@ build() {
 }
 info() { python -m lora_kernels info; }
 selftest() { python -m lora_kernels selftest; }
+# One for each core, and for each 6 GiB of the GPU's memory.
+PARTS="import os, torch
+gib = torch.cuda.get_device_properties(0).total_memory >> 30
+print(max(1, min(os.cpu_count() or 1, gib // 6, 12)))"
 # In parts at once: most of their time goes into compiling, and an error that the GPU does not recover from ends one part.
 tests() {
+    rm -f build/tests-*.log
     has pytest || { lacks pytest "the tests are" && return || return 1; }
-    running=
-    for part in 1 2 3 4; do
-        python -m pytest tests/gpu -q --part $part/4 ${REQUIRE:+--require triton,cuda} >"build/tests-$part.log" 2>&1 &
+    parts=$(python -c "$PARTS") || return 1
+    running= part=0
+    while [ $((part += 1)) -le "$parts" ]; do
+        python -m pytest tests/gpu -q --part $part/$parts ${REQUIRE:+--require triton,cuda} >"build/tests-$part.log" 2>&1 &
         running="$running $!"
     done
     wrong=0
     for process in $running; do wait "$process" || wrong=1; done
-    tail -n 40 build/tests-[1-4].log
+    tail -n 40 build/tests-*.log
     return $wrong
 }
 tune() { python -m lora_kernels tune --output "$RESULTS/tuned.json"; }

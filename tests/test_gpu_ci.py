@@ -53,7 +53,10 @@ def test_gpu_script_without_a_gpu(tmp_path):
 def stand_in(tmp_path, pattern, does):
     """For Python: writes down what it is asked, and `does` something else where that matches a shell pattern."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "$@" >>"$LOG"\ncase "$*" in {pattern}) {does};; esac\n')
+    parts = 'case "$*" in *total_memory*) echo 4; exit;; esac'
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >>"$LOG"\n{parts}\ncase "$*" in {pattern}) {does};; esac\n'
+    )
     python.chmod(0o755)
     return python
 
