@@ -18,9 +18,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from multiprocessing.spawn import get_executable
 from pathlib import Path
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import backends, env, formulas
+from lora_kernels.ahead import compile_ahead
 from lora_kernels.backends.base import Backend, Products, fastest
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.backends.device import current_target
@@ -40,7 +41,6 @@ from lora_kernels.problem import DENSE, Problem
 from lora_kernels.samples import SAMPLES, sample
 
 _EVERY = Needs(True, False, True, True, False)
-_THREADS = 8
 _SIZES = ((1, 48, 64, 8), (33, 65, 47, 12), (130, 136, 264, 16), (70, 40, 24, 72))  # M, N, K, R
 # With whole blocks of NF4 in a row, which a kernel for few rows decodes itself, and without.
 _PACKED_SIZES = ((5, 72, 128, 8), (70, 33, 50, 8))
@@ -79,27 +79,8 @@ def run(backend: Backend, device: torch.device | str) -> list[Result]:
     """
     device = torch.device(device)
     problems = [*_problems(backend, device)]
-    if device.type == "cuda":
-        _compile(backend, problems, torch.device(device.type, _index(device)))
+    compile_ahead((partial(list, _check(backend, problem, device)) for problem in problems), device)
     return [result for problem in problems for result in _check(backend, problem, device)]
-
-
-def _compile(backend: Backend, problems: list[Problem], device: torch.device) -> None:
-    """Compute the problems by several threads, which compile beside each other: 200 kernels, most of a second each.
-
-    What is found or raised here does not count: all of it comes again in turn.
-    """
-
-    def check(problem: Problem) -> None:
-        with suppress(Exception), torch.cuda.device(device):
-            list(_check(backend, problem, device))
-
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        list(pool.map(check, problems))
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 LIMIT = 600.0  # seconds for a backend's test, most of which its kernels are compiled
@@ -129,7 +110,7 @@ def trusted(backend: Backend, device: torch.device) -> str | None:
 
     Where no verdict is kept, the test runs now, in a process of its own.
     """
-    index = _index(device)
+    index = device.index if device.index is not None else torch.cuda.current_device()
     return _verdict(backend, _fingerprint(backend.name, index), index)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import backends
+from lora_kernels.ahead import compile_ahead
 from lora_kernels.backends.base import Products, fastest
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
 from lora_kernels.backends.device import current_target
@@ -69,6 +70,7 @@ class Measured(ABC):
         self, choices: list[Choice], effort: Effort, clock: Clock | None = None
     ) -> list[float | str]:
         """Median microseconds of each choice, or why it does not count."""
+        compile_ahead(map(self.call, choices), torch.device(self.problem.device))
         reasons = [self.wrong(choice) for choice in choices]
         calls: dict[str, Call] = {
             str(index): self.call(choices[index]) for index, why in enumerate(reasons) if not why
