@@ -142,13 +142,18 @@ def test_median_and_quartiles(samples, quartiles):
 
 
 class FakeCuda:
-    """torch.cuda as far as the clock uses it; every call costs one millisecond of device time."""
+    """torch.cuda as far as the clock uses it; every call costs one millisecond of device time, and `host_us` of the host's."""
 
-    def __init__(self):
+    def __init__(self, host_us=0.0):
         self.ms, self.log = 0.0, []
+        self.host_us, self.held_us = host_us, 0.0
+
+    def _sleep(self, cycles):
+        self.held_us = cycles / clock.CYCLES
 
     def work(self):
         self.ms += 1.0
+        self.held_us -= self.host_us
         self.log.append("call")
 
     def Event(self, enable_timing):
@@ -157,6 +162,9 @@ class FakeCuda:
         class Event:
             def record(self):
                 self.at = cuda.ms
+
+            def query(self):
+                return cuda.held_us < 0
 
             def synchronize(self):
                 cuda.log.append("wait")
@@ -197,6 +205,18 @@ def test_warm_events_enclose_all_repetitions():
     cuda = FakeCuda()
     assert clock.CudaClock(cuda=cuda).time_us(cuda.work, 4) == pytest.approx(1000.0)
     assert cuda.log == ["call"] * 4 + ["wait"]
+
+
+@pytest.mark.parametrize("host_us", [0.0, 300.0, 1e9])
+def test_the_gpu_waits_until_everything_is_enqueued(host_us):
+    """A sample in which it was there first is taken again, with a longer wait, which the next one has from the start."""
+    cuda = FakeCuda(host_us)
+    timer = clock.CudaClock(cuda=cuda)
+    for _ in range(2):
+        assert timer.time_us(cuda.work, 4) == pytest.approx(1000.0)
+        assert cuda.held_us >= 0 or host_us == 1e9, "the host was later than the GPU"
+    samples = {0.0: (1, 1), 300.0: (3, 1), 1e9: (5, 1)}[host_us]
+    assert cuda.log.count("wait") == sum(samples)
 
 
 def test_cold_overwrites_l2_before_every_repetition_and_does_not_count_it(monkeypatch):

@@ -18,6 +18,7 @@ Where the weight is quantised, what reads no packed weight has it dequantised, o
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import shutil
@@ -266,10 +267,17 @@ def _bitsandbytes_base(layer: Layer) -> Any:
     return base
 
 
+def _planned(algorithm: str) -> Callable[[Problem], plan.Plan]:
+    """Triton's plans by one algorithm, each made once, as those of calls are."""
+    return functools.cache(lambda problem: plan.explain(problem, "triton", algorithm))
+
+
 def _forced(algorithm: str, layer: Layer) -> Built:
+    planned = _planned(algorithm)
+
     def function(x: Tensor) -> Tensor:
         problem = problem_of(x, layer.weight, layer.A, layer.bias, dropout=False)
-        call = Call("triton", plan.explain(problem, "triton", algorithm))
+        call = Call("triton", planned(problem))
         y, _ = autograd.apply(
             x, layer.weight, layer.A, layer.B, layer.bias, layer.alpha, 0.0, None, call
         )
@@ -280,10 +288,11 @@ def _forced(algorithm: str, layer: Layer) -> Built:
 
 def _loop(layer: Layer) -> Built:
     nothing = Adapter(layer.A.detach()[:, :0], layer.B.detach()[:0], 0.0)
+    planned = _planned("two_kernel")
 
     def function(x: Tensor) -> Tensor:
         problem = problem_of(x, layer.weight, layer.A, layer.bias, dropout=False)
-        products = plan.explain(problem, "triton", "two_kernel").products
+        products = planned(problem).products
         s = x.new_empty((x.shape[0], 0), dtype=torch.float32)
         return products.expand(x, layer.weight.t(), s, nothing, layer.bias)
 

@@ -8,6 +8,7 @@ from lora_kernels.bench import contenders, results
 from lora_kernels.bench.clock import Call, HostClock, interleaved
 from lora_kernels.bench.linear import MODES, Effort, as_call
 from lora_kernels.bench.results import Row
+from lora_kernels.bench.presets import DTYPES
 from lora_kernels.functional import lora_linear
 from lora_kernels.problem import Problem
 
@@ -16,7 +17,8 @@ NAMES = ("frozen", "reference", "compiled", "addmm", "peft", "ours", "ours, comp
 
 def measure(device: str, effort: Effort, left_out: dict[str, str]) -> list[Row]:
     """A row for each contender and mode; `ours` is lora_linear as users call it, with backend "auto"."""
-    problem = Problem(2, 16, 16, 2, "float32", "float32", device, bias=True)
+    (dtype,) = DTYPES[device]
+    problem = Problem(2, 16, 16, 2, dtype, dtype, device, bias=True)
     layer, (x, dy) = contenders.make_layer(problem), contenders.make_input(problem)
     rows = []
     for mode in MODES:

@@ -41,6 +41,7 @@ These are predictions of the algorithm's own costs: a device's clocks, heat and 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -79,6 +80,7 @@ OTHERS = ("frozen", "addmm", "reference", "lorafusion")  # predicted for compari
 MIN_KERNEL_US = 2.0
 _STREAMED = 0.92  # of the copy bandwidth, by a product that is bound by reading W
 _LIBRARY_SPLITS = (1, 2, 4, 8)
+_MOST_TIMES = 16384
 # (passes over x, passes over y, further launches) beside the library's product, forward and backward.
 _PASSES = {
     "eager": ((0.0, 1.25, 2), (0.0, 1.25, 2)),
@@ -112,6 +114,8 @@ def _compute_us(problem: Problem, target: Target) -> float:
     return problem.flops / (target.tflops(problem.dtype) * 1e6)
 
 
+# A new number of rows has a bucket's times, which would take milliseconds again.
+@functools.lru_cache(maxsize=_MOST_TIMES)
 def predict_us(
     algorithm: str, problem: Problem, target: Target, config: TileConfig | None = None
 ) -> float:
@@ -184,6 +188,7 @@ def _reads_dy_once(problem: Problem) -> bool:
     return one_reading_moves_less(problem.itemsize, problem.R, one_reading_columns(problem))
 
 
+@functools.lru_cache(maxsize=_MOST_TIMES)
 def predict_range(
     algorithm: str, problem: Problem, target: Target, config: TileConfig | None = None
 ) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,13 +10,14 @@ from typing import TypeVar
 import pytest
 import torch
 
-from lora_kernels import backends
+from lora_kernels import backends, env
 from lora_kernels.backends.base import fastest
 from lora_kernels.backends.device import current_target
 from lora_kernels.tuning.config import CUDA_DECODE_ROWS
 from tests.planned import Planned
 
 DEVICE = "cuda"
+VERDICTS = env.cache_dir() / "selftest"  # before `_own_cache` puts another folder in its place
 T = TypeVar("T")
 
 
@@ -32,6 +34,13 @@ def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         for item in own:
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _verdicts(_own_cache):
+    """What `selftest` found just before: each part would find it again, for half a minute, beside the others."""
+    if VERDICTS.exists():
+        shutil.copytree(VERDICTS, env.cache_dir() / "selftest")
 
 
 @pytest.fixture
