@@ -142,7 +142,7 @@ def test_median_and_quartiles(samples, quartiles):
 
 
 class FakeCuda:
-    """torch.cuda as far as the clock uses it; every call costs one millisecond of device time, and `host_us` of the host's."""
+    """torch.cuda as far as the clock uses it; a call costs a millisecond of it, and `host_us` of the host."""
 
     def __init__(self, host_us=0.0):
         self.ms, self.log = 0.0, []

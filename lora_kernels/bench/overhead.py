@@ -7,8 +7,8 @@ import torch
 from lora_kernels.bench import contenders, results
 from lora_kernels.bench.clock import Call, HostClock, interleaved
 from lora_kernels.bench.linear import MODES, Effort, as_call
-from lora_kernels.bench.results import Row
 from lora_kernels.bench.presets import DTYPES
+from lora_kernels.bench.results import Row
 from lora_kernels.functional import lora_linear
 from lora_kernels.problem import Problem
 
