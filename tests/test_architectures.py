@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -25,19 +26,21 @@ M, N, K, R = 96, 80, 64, 8
 def chip(monkeypatch):
     """chip(7, 5): this machine has a GPU of that compute capability, with both GPU backends installed."""
 
-    def pretend(major, minor):
-        properties = SimpleNamespace(major=major, minor=minor, name=f"a chip of {major}.{minor}")
+    def pretend(major, minor, **more):
+        name = f"a chip of {major}.{minor}"
+        more = {"multi_processor_count": 100, **more}
+        properties = SimpleNamespace(major=major, minor=minor, name=name, **more)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
         for backend in (cuda.CudaBackend, triton.TritonBackend):
             monkeypatch.setattr(backend, "unavailable", lambda self: None)
         monkeypatch.setattr(selftest, "trusted", lambda backend, where: None)
-        device.architecture.cache_clear()
+        device._target.cache_clear()
         plan.forget()
 
     yield pretend
-    device.architecture.cache_clear()
+    device._target.cache_clear()
     plan.forget()
 
 
@@ -120,6 +123,21 @@ def test_a_newer_chip_takes_the_tiles_of_the_nearest_older_one(chip, capability,
     found = explain(Problem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", "cuda"), backend="triton")
     assert found.backend == "triton"
     assert device.current_target().name == like == target_of("sm_{}{}".format(*capability)).name
+
+
+def test_a_chip_has_its_own_multiprocessors_and_bandwidth(chip):
+    """An H200, whose copies were measured at 4.24 TB/s; a part of one; and a torch that does not tell the memory's clock."""
+    like = target_of("sm_90")
+    memory = {"memory_clock_rate": 3_201_000, "memory_bus_width": 6144}
+    chip(9, 0, multi_processor_count=132, **memory)
+    found = device.current_target()
+    assert found.bandwidth_gbs == pytest.approx(4240, rel=0.02) and found.chip == "a chip of 9.0"
+    assert found.half_tflops == like.half_tflops and found.name == "sm_90"
+    chip(9, 0, multi_processor_count=33, **memory)
+    found = device.current_target()
+    assert found.multiprocessors == 33 and found.half_tflops == like.half_tflops / 4
+    chip(9, 0, multi_processor_count=132)
+    assert device.current_target() == replace(like, chip="a chip of 9.0")
 
 
 @pytest.mark.slow

@@ -132,7 +132,7 @@ def test_info_has_every_gpu_with_its_own_reasons(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(selftest, "trusted", lambda backend, device: None)
     monkeypatch.setattr(type(backends.get("triton")), "unavailable", lambda self: None)
-    device.architecture.cache_clear()
+    device._target.cache_clear()
     plan.forget()
     code, found = printed(capsys, "info")
     assert code == 0 and list(found["devices"]) == ["cpu", "cuda:0", "cuda:1"]
@@ -144,7 +144,7 @@ def test_info_has_every_gpu_with_its_own_reasons(capsys, monkeypatch):
     assert (facts["tiles_of"], facts["tiles_kib"]) == ("sm_120", 99)
     assert found["devices"]["cuda:0"]["shared_kib"] == 64
     assert "tiles_of" not in found["devices"]["cuda:0"]
-    device.architecture.cache_clear()
+    device._target.cache_clear()
     plan.forget()
 
 
