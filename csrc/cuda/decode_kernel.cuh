@@ -62,14 +62,27 @@ __device__ void multiply_tile(const Decode& p, float* sums, int pitch, int row0,
   Tile::load(next, p.w, row0, k, k_end);
   for (; k < k_end; k += STRIDE) {
     weights = next;
+    // What this step needs comes first: memory answers in the order that it was asked.
+    typename Tile::Beside beside;
+    Tile::load(beside, p.x, p.a, k, k_end);
     Tile::load(next, p.w, row0, k + STRIDE, k_end);
-    tile.step(weights, p.x, p.a, k, k_end);
+    tile.step(weights, beside, p.x, p.a, k, k_end);
   }
   for (int turn = 0; turn < WARPS; ++turn) {
     __syncthreads();  // the first: all have read the sums of the tile before
     if (warp == turn) tile.deposit(sums, pitch, turn == 0);
   }
   __syncthreads();
+}
+
+template <class Tile>
+__device__ void multiply_rows(const Decode& p, float* sums, int pitch, int row0, int k_begin,
+                              int k_end) {
+  if (Tile::aligned(p.x, p.w, p.a)) {
+    multiply_tile<typename Tile::Aligned>(p, sums, pitch, row0, k_begin, k_end);
+  } else {
+    multiply_tile<Tile>(p, sums, pitch, row0, k_begin, k_end);
+  }
 }
 
 // Stores this split's sums of `tile`; true in the block that finds all others' stored, with the
@@ -118,6 +131,7 @@ __device__ void finish_tile(const Decode& p, const float* sums, int tile) {
   const int n = tile * Tile::ROWS + row_of_slot<Tile::ROWS>(slot, W_K_MAJOR);
   const int count = p.w.count;
   constexpr int GROUPS = THREADS / Tile::ROWS, PER_THREAD = (Tile::TOKENS + GROUPS - 1) / GROUPS;
+  constexpr int AT_ONCE = 8;
   const int m0 = threadIdx.x / Tile::ROWS;  // this thread's tokens: m0, m0 + GROUPS, ...
   float lowrank[PER_THREAD] = {};
   __shared__ float s[Tile::TOKENS][RANK_CHUNK];
@@ -136,12 +150,19 @@ __device__ void finish_tile(const Decode& p, const float* sums, int tile) {
       s[m][r] = value;
     }
     __syncthreads();
-    if (n < count) {
-      for (int r = 0; r < ranks; ++r) {
-        const float b = element<T>(p.b, (r0 + r) * p.b_row + n * p.b_col, p.b_float);
+    for (int r = 0; n < count && r < ranks; r += AT_ONCE) {
+      float b[AT_ONCE];  // asked for together, as memory answers late
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        const int64_t at = (r0 + r + j) * p.b_row + n * p.b_col;
+        b[j] = r + j < ranks ? element<T>(p.b, at, p.b_float) : 0.0f;
+      }
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        if (r + j >= ranks) break;
 #pragma unroll
         for (int i = 0; i < PER_THREAD; ++i)
-          lowrank[i] = fmaf(s[m0 + i * GROUPS][r], b, lowrank[i]);
+          lowrank[i] = fmaf(s[m0 + i * GROUPS][r + j], b[j], lowrank[i]);
       }
     }
   }
@@ -170,9 +191,9 @@ __global__ void __launch_bounds__(THREADS, 2) decode_kernel(const __grid_constan
   const int k_begin = blockIdx.y * p.chunk, k_end = min(p.k, k_begin + p.chunk);
   for (int tile = blockIdx.x; tile * ROWS < p.w.count; tile += gridDim.x) {
     if (RANKS == 0 || tile == blockIdx.x) {
-      multiply_tile<Tile>(p, sums, PITCH, tile * ROWS, k_begin, k_end);
+      multiply_rows<Tile>(p, sums, PITCH, tile * ROWS, k_begin, k_end);
     } else {
-      multiply_tile<typename Tile::WithoutRanks>(p, sums, PITCH, tile * ROWS, k_begin, k_end);
+      multiply_rows<typename Tile::WithoutRanks>(p, sums, PITCH, tile * ROWS, k_begin, k_end);
     }
     if (gridDim.y == 1 || combine_splits<ROWS, RANKS, PITCH>(p, sums, tile)) {
       finish_tile<Tile, W_K_MAJOR, PITCH>(p, sums, tile);

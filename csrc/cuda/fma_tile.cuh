@@ -16,12 +16,19 @@ struct FmaTile {
   using Element = T;
   static constexpr int TOKENS = 8 * TOKEN_TILES, ROWS = 32, RANKS = 0, STEP = 16;
   using WithoutRanks = FmaTile;
+  using Aligned = FmaTile;
+
+  struct Beside {};  // x is read where it is multiplied
 
   struct Weights {
     float4 run[4];  // W_K_MAJOR: run i is row g + 8i; else it is k = 4t + i of rows 4g .. 4g+3
   };
 
   float sums_of[4][TOKENS] = {};
+
+  __device__ static bool aligned(const Rows&, const Rows&, const Rows&) { return true; }
+
+  __device__ static void load(Beside&, const Rows&, const Rows&, int, int) {}
 
   __device__ static void load(Weights& weights, const Rows& rows, int row0, int k0, int k_end) {
     const int g = (threadIdx.x % 32) / 4, k = k0 + 4 * (threadIdx.x % 4);
@@ -43,7 +50,8 @@ struct FmaTile {
     }
   }
 
-  __device__ void step(const Weights& weights, const Rows& x_rows, const Rows&, int k0, int k_end) {
+  __device__ void step(const Weights& weights, const Beside&, const Rows& x_rows, const Rows&,
+                       int k0, int k_end) {
     const int k = k0 + 4 * (threadIdx.x % 4);
 #pragma unroll
     for (int m = 0; m < TOKENS; ++m) {

@@ -46,28 +46,30 @@ struct VectorOf<4> {
 
 // A thread's share of 16·TILES rows and 32 k, as loaded: nothing waits for the data until `operand`
 // asks for it.
-template <int TILES, bool STREAM>
+template <int TILES, bool STREAM, bool ALIGNED>
 struct Fragment {
   uint32_t word[8 * TILES];
+
+  // The alignment in bytes that one load needs.
+  __device__ static int vector_bytes(bool k_major) { return k_major ? 16 : 4 * TILES; }
 
   __device__ void load(const Rows& rows, bool k_major, int row0, int k0, int k_end) {
     const int g = (threadIdx.x % 32) / 4, k = k0 + 8 * (threadIdx.x % 4);
     const auto* data = static_cast<const uint16_t*>(rows.data);
+    const bool vector = rows.align >= vector_bytes(k_major);
     if (k_major) {
-      const bool vector = rows.align >= 16;
 #pragma unroll
       for (int i = 0; i < 2 * TILES; ++i) {  // tile i / 2, upper or lower eight rows
         const int row = row0 + 8 * i + g;
         const int valid = row < rows.count ? k_end - k : 0;
-        const uint4 run =
-            load_run<uint4, uint16_t, 8, STREAM>(data + row * rows.stride + k, valid, vector);
+        const uint4 run = load_run<uint4, uint16_t, 8, STREAM, ALIGNED>(
+            data + row * rows.stride + k, valid, vector);
         word[4 * i] = run.x, word[4 * i + 1] = run.y, word[4 * i + 2] = run.z,
                  word[4 * i + 3] = run.w;
       }
     } else {
       using Vector = typename VectorOf<TILES>::type;
       const int row = row0 + 2 * TILES * g;
-      const bool vector = rows.align >= int(sizeof(Vector));
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int valid = k + i < k_end ? rows.count - row : 0;
@@ -75,8 +77,8 @@ struct Fragment {
           Vector run;
           uint32_t part[TILES];
         };
-        run = load_run<Vector, uint16_t, 2 * TILES, STREAM>(data + (k + i) * rows.stride + row,
-                                                            valid, vector);
+        run = load_run<Vector, uint16_t, 2 * TILES, STREAM, ALIGNED>(
+            data + (k + i) * rows.stride + row, valid, vector);
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) word[TILES * i + tile] = part[tile];
       }
@@ -100,40 +102,57 @@ struct Fragment {
   }
 };
 
-// Sums of 64 rows of w, and of 16·RANK_TILES rows of a, with 8·TOKEN_TILES tokens.
-template <class T, int TOKEN_TILES, int RANK_TILES, bool W_K_MAJOR>
+// Sums of 64 rows of w, and of 16·RANK_TILES rows of a, with 8·TOKEN_TILES tokens. ALIGNED: every
+// operand is read by vectors, so that nothing stands between the loads of a step.
+template <class T, int TOKEN_TILES, int RANK_TILES, bool W_K_MAJOR, bool ALIGNED = false>
 struct MmaTile {
   using Element = T;
   static constexpr int TOKENS = 8 * TOKEN_TILES, ROWS = 64, RANKS = 16 * RANK_TILES, STEP = 32;
-  using Weights = Fragment<4, true>;
-  using WithoutRanks = MmaTile<T, TOKEN_TILES, 0, W_K_MAJOR>;
+  using Adapters = Fragment<RANK_TILES ? RANK_TILES : 1, false, ALIGNED>;
+  using WithoutRanks = MmaTile<T, TOKEN_TILES, 0, W_K_MAJOR, ALIGNED>;
+  using Aligned = MmaTile<T, TOKEN_TILES, RANK_TILES, W_K_MAJOR, true>;
+
+  using Weights = Fragment<4, true, ALIGNED>;
+
+  // What a step multiplies rows of w by, x, and the rows of a.
+  struct Beside {
+    uint4 x[TOKEN_TILES];
+    Adapters a;
+  };
 
   float w[4][TOKEN_TILES][4] = {};
   float a[RANK_TILES ? RANK_TILES : 1][TOKEN_TILES][4] = {};
+
+  __device__ static bool aligned(const Rows& x, const Rows& w, const Rows& a) {
+    const bool of_a = RANK_TILES == 0 || a.align >= Adapters::vector_bytes(a.k_major);
+    return x.align >= 16 && w.align >= 16 && of_a;
+  }
 
   __device__ static void load(Weights& weights, const Rows& rows, int row0, int k, int k_end) {
     weights.load(rows, W_K_MAJOR, row0, k, k_end);
   }
 
-  __device__ void step(const Weights& weights, const Rows& x_rows, const Rows& a_rows, int k,
-                       int k_end) {
-    Fragment<RANK_TILES ? RANK_TILES : 1, false> adapters;
-    if constexpr (RANK_TILES > 0) adapters.load(a_rows, a_rows.k_major, 0, k, k_end);
-    uint4 x[TOKEN_TILES];
+  __device__ static void load(Beside& beside, const Rows& x_rows, const Rows& a_rows, int k,
+                              int k_end) {
     const int g = (threadIdx.x % 32) / 4, k_x = k + 8 * (threadIdx.x % 4);
 #pragma unroll
     for (int token = 0; token < TOKEN_TILES; ++token) {
       const int m = 8 * token + g;
-      x[token] = load_run<uint4, uint16_t, 8, false>(
+      beside.x[token] = load_run<uint4, uint16_t, 8, false, ALIGNED>(
           static_cast<const uint16_t*>(x_rows.data) + m * x_rows.stride + k_x,
           m < x_rows.count ? k_end - k_x : 0, x_rows.align >= 16);
     }
-    multiply(w, weights, W_K_MAJOR, x);
+    if constexpr (RANK_TILES > 0) beside.a.load(a_rows, a_rows.k_major, 0, k, k_end);
+  }
+
+  __device__ void step(const Weights& weights, const Beside& beside, const Rows&,
+                       const Rows& a_rows, int, int) {
+    multiply(w, weights, W_K_MAJOR, beside.x);
     if constexpr (RANK_TILES > 0) {
       if (a_rows.k_major) {
-        multiply(a, adapters, true, x);
+        multiply(a, beside.a, true, beside.x);
       } else {
-        multiply(a, adapters, false, x);
+        multiply(a, beside.a, false, beside.x);
       }
     }
   }
@@ -147,7 +166,7 @@ struct MmaTile {
  private:
   template <int TILES, bool STREAM>
   __device__ static void multiply(float (&c)[TILES][TOKEN_TILES][4],
-                                  const Fragment<TILES, STREAM>& rows, bool k_major,
+                                  const Fragment<TILES, STREAM, ALIGNED>& rows, bool k_major,
                                   const uint4 (&x)[TOKEN_TILES]) {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {

@@ -49,22 +49,19 @@ __device__ V load_vector(const void* address) {
   return __ldg(p);
 }
 
-// `COUNT` adjacent elements as one vector V, or one by one where the alignment forbids that;
-// elements from `valid` on are zero and not read. With an alignment of sizeof(V) the runs' lengths
-// are multiples of COUNT: all or none is valid.
-template <class V, class Bits, int COUNT, bool STREAM>
+// `COUNT` adjacent elements as one vector V, or one by one where the alignment forbids that (not
+// `vector`, which ALIGNED promises); elements from `valid` on are zero and not read. With an
+// alignment of sizeof(V) the runs' lengths are multiples of COUNT: all or none is valid.
+template <class V, class Bits, int COUNT, bool STREAM, bool ALIGNED = false>
 __device__ V load_run(const Bits* p, int valid, bool vector) {
   static_assert(sizeof(V) == COUNT * sizeof(Bits));
   union {
     V whole;
     Bits part[COUNT];
   } run;
-  if (vector) {
-    if (valid > 0) {
-      run.whole = load_vector<V, STREAM>(p);
-    } else {
-      for (int i = 0; i < COUNT; ++i) run.part[i] = Bits(0);
-    }
+  if (ALIGNED || vector) {
+    run.whole = V();
+    if (valid > 0) run.whole = load_vector<V, STREAM>(p);
   } else {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
