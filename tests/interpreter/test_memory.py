@@ -137,9 +137,22 @@ def test_no_memory_outlives_a_call(variant, triton_products):
 
 
 @pytest.mark.parametrize(("last", "wide"), [(2**31 - 1, False), (2**31, True)])
-def test_32_bits_hold_offsets_below_two_to_the_31(last, wide):
-    t = torch.empty(1, device="meta").as_strided((2, 1), (last, 1))
+@pytest.mark.parametrize(
+    "shape_and_strides",
+    [
+        lambda last: ((2, 1), (last, 1)),
+        lambda last: ((1, 2), (1, last)),
+        lambda last: ((2,), (last,)),
+        lambda last: ((1, last + 1), (last + 1, 1)),  # contiguous
+        lambda last: ((last + 1, 3), (1, 0)),  # expanded
+        lambda last: ((2**20, 3, 2), (2**40, last // 2, last - 2 * (last // 2))),  # a stack
+    ],
+    ids=["rows", "columns", "vector", "contiguous", "expanded", "stack"],
+)
+def test_32_bits_hold_offsets_below_two_to_the_31(shape_and_strides, last, wide):
+    t = torch.empty(1, device="meta").as_strided(*shape_and_strides(last))
     assert launch.needs_int64(None, torch.empty(3), t) == wide
+    assert not launch.needs_int64(t[:0] if t.ndim == 1 else t[..., :0])
 
 
 @contextmanager
