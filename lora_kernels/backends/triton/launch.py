@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_kernels.backends.triton import relaunch
 from lora_kernels.dropout import Dropout, threshold
 from lora_kernels.operands import HALF, Scale
 from lora_kernels.tuning.config import TileConfig
@@ -32,20 +32,25 @@ def launch(
     `dependent`: the kernel may start before the one launched just before it has finished, and waits for it by itself.
     `contract`: a product and the sum that it goes into may be rounded once.
     """
-    options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
+    named = constants
+    if dependent:
+        named["launch_pdl"] = True
     if config.ctas:
-        options["maxnreg"] = TMEM_REGISTERS
+        named["maxnreg"] = TMEM_REGISTERS
     if config.ctas > 1:
-        options["num_ctas"] = config.ctas
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(programs,)](
-            *args,
-            **constants,
-            **options,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=contract,
-        )
+        named["num_ctas"] = config.ctas
+    named["num_warps"] = config.num_warps
+    named["num_stages"] = config.num_stages
+    named["enable_fp_fusion"] = contract
+    if device.type != "cuda":
+        kernel[(programs,)](*args, **named)
+    elif (
+        device.index == torch.cuda.current_device()
+    ):  # to enter it again takes two calls of the driver
+        relaunch.run(kernel, programs, device.index, args, named)
+    else:
+        with torch.cuda.device(device):
+            relaunch.run(kernel, programs, device.index, args, named)
 
 
 class Mask(NamedTuple):
