@@ -63,11 +63,14 @@ class Mask(NamedTuple):
     @classmethod
     def of(cls, dropout: Dropout | None) -> Mask:
         if dropout is None:
-            return cls(None, 0, 1.0)
+            return _NO_MASK
         limit = threshold(dropout.p)
         return cls(
             dropout.seed, limit - 2**32 if limit >= 2**31 else limit, 1.0 / (1.0 - dropout.p)
         )
+
+
+_NO_MASK = Mask(None, 0, 1.0)
 
 
 class Rows(NamedTuple):

@@ -45,6 +45,7 @@ class TritonProducts(Products):
     def __init__(self, algorithm: str, problem: Problem, target: Target, tiles: Tiles) -> None:
         self.algorithm, self.problem, self.target, self.tiles = algorithm, problem, target, tiles
         self._by_width: dict[tuple[int, bool], Tiles] = {}
+        self._of_one_reading: dict[tuple[int, int], TileConfig | None] = {}
 
     def grouped(self, groups: Groups) -> Products:
         bound = copy.copy(self)
@@ -184,12 +185,16 @@ class TritonProducts(Products):
 
     def _one_reading(self, dy: Tensor, s: Tensor) -> TileConfig | None:
         """The tile of the kernel that reads dy once for q and dB; None where it does not pay or cannot."""
-        R = s.shape[1]
-        tiles = self._lowrank(dy.shape[1])
-        if 0 in (*dy.shape, R) or not tiles.has("shrink_wgrad"):
+        key = _, R = dy.shape[1], s.shape[1]
+        if 0 in (*dy.shape, R):
             return None
-        config = tiles.config("shrink_wgrad")
-        return config if one_reading_pays(dy.itemsize, R, config, tiles.measured) else None
+        if key not in self._of_one_reading:
+            tiles = self._lowrank(dy.shape[1])
+            config = tiles.config("shrink_wgrad") if tiles.has("shrink_wgrad") else None
+            if config and not one_reading_pays(dy.itemsize, R, config, tiles.measured):
+                config = None
+            self._of_one_reading[key] = config
+        return self._of_one_reading[key]
 
     def scaled_gradient(
         self, dy: Tensor, c: Tensor, z: Tensor | None
