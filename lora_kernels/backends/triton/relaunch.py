@@ -17,15 +17,21 @@ from torch import Tensor
 
 _VERSIONS = ("3.6.", "3.9.")
 _MOST = 4096  # a key has the sizes, so that each new one makes another
-_NUMBERS = frozenset({int, float, bool, type(None)})
 _known: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
 
 
 def run(kernel: Any, programs: int, device: int, args: tuple, named: dict[str, Any]) -> None:
     """`kernel[(programs,)](*args, **named)` on the current device, which has this index: constants and options by name."""
-    of_args = [a if type(a) in _NUMBERS else _traits(a) for a in args]
-    # 1 == True == 1.0, so the types are in it too.
-    key = (id(kernel), device, *named, *named.values(), *map(type, args), *of_args)
+    parts = [id(kernel), device, *named, *named.values()]
+    for a in args:
+        if a is None or type(a) is int:
+            parts.append(a)
+        elif isinstance(a, Tensor):
+            parts.append(a.dtype)
+            parts.append(a.data_ptr() & 15)
+        else:
+            parts.append(_traits(a))
+    key = tuple(parts)
     known, driver = _known.get(key), _driver_of(kernel)
     if known is not None and driver is not None:
         _, it, rest = known
@@ -48,10 +54,10 @@ def run(kernel: Any, programs: int, device: int, args: tuple, named: dict[str, A
 
 
 def _traits(a: Any) -> tuple[Any, ...]:
-    """What a compiled kernel depends on, beside its type, of a tensor or of a tensor descriptor."""
-    if isinstance(a, Tensor):
-        return a.dtype, a.data_ptr() & 15
-    return a.base.dtype, tuple(a.block_shape), getattr(a, "layout", None)
+    """What a compiled kernel depends on of another number or of a tensor descriptor; with the type, as 1 == True == 1.0."""
+    if isinstance(a, (float, bool)):
+        return type(a), a
+    return type(a), a.base.dtype, tuple(a.block_shape), getattr(a, "layout", None)
 
 
 def _driver_of(kernel: Any) -> Any:
