@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -329,9 +330,7 @@ class TritonProducts(Products):
 
     def _programs(self, x: Tensor) -> int:
         """The programs of a persistent product: the multiprocessors of x's device."""
-        if x.is_cuda:
-            return torch.cuda.get_device_properties(x.device).multi_processor_count
-        return self.target.multiprocessors
+        return _multiprocessors(x.device) if x.is_cuda else self.target.multiprocessors
 
     def _tail(self, x: Tensor, s: Tensor | None, B: Tensor) -> tuple[Tensor | None, Tensor]:
         """s, where it is given, and B as the persistent product copies them: in x's type, or in parts, released."""
@@ -367,6 +366,12 @@ class TritonProducts(Products):
             problem = replace(self.problem, K=width, dropout=dropout)
             self._by_width[key] = lowrank_tiles(problem, self.target)
         return self._by_width[key]
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Those of a GPU: to ask PyTorch takes 2 us of Python alone, and they do not change."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def one_reading_pays(
