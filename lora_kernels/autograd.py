@@ -163,8 +163,10 @@ def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter, groups: Groups |
     products: Products = COMPOSITE  # plain ATen operators, which modes can count and record
     plan = ctx.call.plan
     if plan is not None and not modes_are_active():
-        products = plan.adjoint.products
-        kept = kept._replace(weight=plan.adjoint.readable(kept.weight))
+        adjoint = plan.adjoint
+        products = adjoint.products
+        if adjoint.dequantises:
+            kept = kept._replace(weight=adjoint.readable(kept.weight))
     products = products.bound(groups)
     return formulas.backward(products, dy, kept, ctx.needs, adapter, ctx.adapter_dtype)
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.backends.base import Products, ProjectionProducts
-from lora_kernels.operands import Adapter, Weight, in_memory, transposed
+from lora_kernels.operands import Adapter, Weight, in_memory, lies_in_memory, transposed
 
 # (dx, dW, dA, dB, dbias), each None where it is not needed.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -75,7 +75,8 @@ def forward(
     products: Products, x: Tensor, weight: Weight, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and s [M, R]."""
-    x, weight, adapter, bias = _readable(products, x, weight, adapter, bias)
+    if products.reads_memory and not lies_in_memory(x, weight, bias, *adapter):
+        x, weight, adapter, bias = map(in_memory, (x, weight, adapter, bias))
     return products.shrink_expand(x, transposed(weight), adapter, bias)
 
 
@@ -153,7 +154,8 @@ def backward(
     `adapter` is the forward's, with A and B of `saved`; `ds` is a gradient that s itself received; `dz`: what dx and dW
     read in the place of dy; `q`, where the caller has it.
     """
-    dy, saved, adapter = _readable(products, dy, saved, adapter)
+    if products.reads_memory and not lies_in_memory(dy, *saved, *adapter):
+        dy, saved, adapter = map(in_memory, (dy, saved, adapter))
     x, weight, s = cast(tuple[Tensor, Tensor, Tensor], (saved.x, saved.weight, saved.s))
     if dy.is_sparse:  # from an embedding or a gather with sparse gradients
         dy = dy.to_dense()
@@ -162,7 +164,7 @@ def backward(
     dx = dW = dA = dB = None
     if needs.x and needs.A and needs.B and ds is None and not apart:
         dx, dA, dB = products.gradients(dy, weight, adjoint, x, s, adapter_dtype)
-        needs = needs._replace(x=False, A=False, B=False)
+        needs = Needs(False, needs.weight, False, False, needs.bias)
     if needs.B and (needs.x or needs.A):
         q, dB = products.shrink_wgrad(dy, adjoint, s, adapter_dtype)
     elif needs.B:

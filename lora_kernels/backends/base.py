@@ -308,6 +308,7 @@ def scale_columns(z: Tensor, c: Tensor, bias: Tensor | None, out: Tensor) -> Non
 
 def left_is_wide(left: Tensor, right: Tensor, dropout: Dropout | None = None) -> bool:
     """Whether `wgrad`'s left has the base's width, else right has: it is masked, alone no float32, or the wider one."""
-    low_left, low_right = (t.dtype == torch.float32 for t in (left, right))
-    wider = low_left == low_right and left.shape[1] >= right.shape[1]
-    return dropout is not None or wider or (low_right and not low_left)
+    low_left, low_right = left.dtype == torch.float32, right.dtype == torch.float32
+    if low_left == low_right:
+        return dropout is not None or left.shape[1] >= right.shape[1]
+    return dropout is not None or low_right

@@ -10,7 +10,6 @@ the composite's batched ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
@@ -33,9 +32,11 @@ class EagerProducts(Products):
         sums = accumulated(x.dtype)
         if dropout is None and x.dtype == a.dtype != sums and _sums_in_float32(x):
             return torch.mm(x, a, out_dtype=sums).mul_(scale)
-        s = x.new_empty((x.shape[0], a.shape[1]), dtype=sums)
         a = a.to(sums)
-        for rows in _row_blocks(x, convert=dropout is not None or x.dtype != sums):
+        if dropout is None and x.dtype == sums:
+            return torch.mm(x, a).mul_(scale)
+        s = x.new_empty((x.shape[0], a.shape[1]), dtype=sums)
+        for rows in row_blocks(x):
             torch.mm(masked(x[rows].to(sums), _from_row(dropout, rows)), a, out=s[rows])
         return s.mul_(scale)
 
@@ -60,7 +61,7 @@ class EagerProducts(Products):
             else:
                 torch.addmm(bias, s, b, out=y)
         else:
-            for rows in _row_blocks(y, convert=True):
+            for rows in row_blocks(y):
                 tail = masked(torch.mm(s[rows].to(tail_dtype), b), _from_row(dropout, rows))
                 y[rows] = tail if bias is None else tail.add_(bias)
 
@@ -72,8 +73,9 @@ class EagerProducts(Products):
             return left.to(dtype).t() @ right.to(dtype)  # accumulates in float32
         sums = accumulated(left.dtype)
         total = left.new_zeros((left.shape[1], right.shape[1]), dtype=sums)
-        convert = dropout is not None or left.dtype != sums or right.dtype != sums
-        for rows in _row_blocks(left if left.shape[1] >= right.shape[1] else right, convert):
+        if dropout is None and left.dtype == right.dtype == sums:
+            return total.addmm_(left.t(), right).to(dtype)
+        for rows in row_blocks(left if left.shape[1] >= right.shape[1] else right):
             block = masked(left[rows].to(sums), _from_row(dropout, rows))
             total.addmm_(block.t(), right[rows].to(sums))
         return total.to(dtype)
@@ -174,13 +176,6 @@ def _sums_in_float32(x: Tensor) -> bool:
     if not x.is_cuda or torch.version.hip is not None:
         return False
     return x.dtype != torch.float16 or not torch.backends.cuda.matmul.allow_fp16_accumulation
-
-
-def _row_blocks(t: Tensor, convert: bool) -> Iterable[slice]:
-    """Slices of t's rows: all at once, or, when each block is converted, as many as a cache holds in float32."""
-    if convert:
-        return row_blocks(t)
-    return (slice(0, len(t)),) if len(t) else ()
 
 
 PRODUCTS = EagerProducts()

@@ -13,6 +13,7 @@ import lora_kernels
 from lora_kernels import LinearWithLoRA, Problem, lora_linear, plan, use_backend
 from lora_kernels.backends import triton as triton_module
 from lora_kernels.backends.device import current_target
+from lora_kernels.backends.triton import relaunch
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.operands import Adapter
 from lora_kernels.reference import LinearWithLoRA as Reference
@@ -48,6 +49,26 @@ def test_every_gradient(name, dtype, M, p, usable):
     ours = functools.partial(lora_linear, alpha=0.5, dropout_p=p, seed=7, backend=name)
     actual = gradients(ours, given, dy)
     assert_gradients(actual, functools.partial(reference, alpha=0.5, mask=mask), given, dy)
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("M", [8, 300])
+def test_a_known_launch_is_triton_s_own(M, offset, triton_backend, monkeypatch):
+    """Searched for, known, and made by Triton alone: all results have equal bits."""
+    given = operands(M, 256, 192, 8, torch.bfloat16)
+    flat = torch.randn(M * 256 + offset, device=DEVICE).bfloat16()
+    given["x"] = flat[offset:].view(M, 256).requires_grad_()
+    dy = torch.randn(M, 192, device=DEVICE).bfloat16()
+    layer = functools.partial(lora_linear, alpha=0.5, backend="triton")
+    ours = functools.partial(gradients, layer, given, dy, needed=("x", "A", "B"))
+    first = ours()
+    keys = set(relaunch._known)
+    known = ours()
+    assert set(relaunch._known) == keys
+    monkeypatch.setattr(relaunch, "_driver_of", lambda kernel: None)
+    own = ours()
+    for name, value in own.items():
+        assert torch.equal(first[name], value) and torch.equal(known[name], value), name
 
 
 def test_autocast_gives_the_dtype_of_linear():

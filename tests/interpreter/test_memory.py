@@ -137,9 +137,22 @@ def test_no_memory_outlives_a_call(variant, triton_products):
 
 
 @pytest.mark.parametrize(("last", "wide"), [(2**31 - 1, False), (2**31, True)])
-def test_32_bits_hold_offsets_below_two_to_the_31(last, wide):
-    t = torch.empty(1, device="meta").as_strided((2, 1), (last, 1))
+@pytest.mark.parametrize(
+    "shape_and_strides",
+    [
+        lambda last: ((2, 1), (last, 1)),
+        lambda last: ((1, 2), (1, last)),
+        lambda last: ((2,), (last,)),
+        lambda last: ((1, last + 1), (last + 1, 1)),  # contiguous
+        lambda last: ((last + 1, 3), (1, 0)),  # expanded
+        lambda last: ((2**20, 3, 2), (2**40, last // 2, last - 2 * (last // 2))),  # a stack
+    ],
+    ids=["rows", "columns", "vector", "contiguous", "expanded", "stack"],
+)
+def test_32_bits_hold_offsets_below_two_to_the_31(shape_and_strides, last, wide):
+    t = torch.empty(1, device="meta").as_strided(*shape_and_strides(last))
     assert launch.needs_int64(None, torch.empty(3), t) == wide
+    assert not launch.needs_int64(t[:0] if t.ndim == 1 else t[..., :0])
 
 
 @contextmanager
@@ -375,21 +388,29 @@ def test_every_launch_names_its_device_and_its_rounding(monkeypatch):
     entered, given = [], {}
 
     class Kernel:
+        pre_run_hooks = ()
+        debug = None
+
         def __getitem__(self, grid):
-            return lambda *args, **options: given.update(options, grid=grid, args=args)
+            return lambda *args, **options: self.run(*args, grid=grid, warmup=False, **options)
+
+        def run(self, *args, warmup, **options):
+            given.update(options, args=args)
 
     monkeypatch.setattr(
         torch.cuda, "device", lambda device: entered.append(device) or nullcontext()
     )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     device = torch.device("cuda", 1)
     launch.launch(Kernel(), 7, CONFIG, device, 1, 2, dependent=True, FLAG=3)
     assert entered == [device]
     assert given["grid"] == (7,) and given["args"] == (1, 2) and given["FLAG"] == 3
     assert given["launch_pdl"] is True and given["enable_fp_fusion"] is True
     assert (given["num_warps"], given["num_stages"]) == (CONFIG.num_warps, CONFIG.num_stages)
-    given.clear()
-    launch.launch(Kernel(), 7, CONFIG, torch.device("cpu"))
-    assert "launch_pdl" not in given and entered == [device]
+    for other in (torch.device("cpu"), torch.device("cuda", 0)):  # the current one is not entered
+        given.clear()
+        launch.launch(Kernel(), 7, CONFIG, other)
+        assert given["grid"] == (7,) and "launch_pdl" not in given and entered == [device]
 
 
 def test_target_is_that_of_the_operands_device(monkeypatch):

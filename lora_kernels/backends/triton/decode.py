@@ -231,8 +231,9 @@ def decode(
     blocks = cdiv(N, config.block_n)
     y = x.new_empty((M, N))
     s = x.new_empty((M, R), dtype=torch.float32)
-    y_parts = x.new_empty((split, M, N) if split > 1 else 0, dtype=torch.float32)
-    s_parts = x.new_empty((split, M, R) if split > 1 else 0, dtype=torch.float32)
+    y_parts = s_parts = x.new_empty((split, M, N) if split > 1 else 0, dtype=torch.float32)
+    if split > 1:
+        s_parts = x.new_empty((split, M, R), dtype=torch.float32)
     # Each call has its own: kept ones would be a CUDA graph's memory, or be counted in by two calls at once.
     arrived = x.new_zeros(blocks, dtype=torch.int32) if split > 1 else None
     scale, alpha_is_ptr = scale_argument(alpha)

@@ -343,15 +343,14 @@ def expand(
         chunk = min(chunk, 16)
     y = x.new_empty((M, N))
     rows = Rows.of(M, config.block_m, offsets)
-    tma = config.tma and w.ndim == 2 and tma_applies(x, w)
-    w_k_major = tma and not describable(w)
+    stored_w = stored(w) if config.tma and w.ndim == 2 and describable(x) else None
+    tma = stored_w is not None
+    w_k_major = tma and stored_w is not w
     x_operand, w_operand = x, w
     if tma:
         x_operand = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
-        stored_w, w_block = w, [config.block_k, config.block_n]
-        if w_k_major:
-            stored_w, w_block = w.t(), w_block[::-1]
-        w_operand = TensorDescriptor.from_tensor(stored_w, w_block)
+        w_block = [config.block_k, config.block_n]
+        w_operand = TensorDescriptor.from_tensor(stored_w, w_block[::-1] if w_k_major else w_block)
     programs = rows.blocks * cdiv(N, config.block_n)
     a = whole = state = None
     alpha, alpha_is_ptr = scale_argument(1.0 if first is None else first.alpha)
@@ -411,14 +410,19 @@ def expand(
 
 def tma_applies(x: Tensor, w: Tensor) -> bool:
     """Whether the tensor memory accelerator can fetch both: unit stride in one dimension, the rest 16-byte aligned."""
-    return describable(x) and (describable(w) or describable(w.t()))
+    return describable(x) and stored(w) is not None
+
+
+def stored(w: Tensor) -> Tensor | None:
+    """w or wᵀ, whichever it can fetch."""
+    if describable(w):
+        return w
+    transposed = w.t()
+    return transposed if describable(transposed) else None
 
 
 def describable(t: Tensor) -> bool:
-    row_bytes = t.stride(0) * t.itemsize
-    return (
-        t.numel() > 0
-        and t.stride(1) == 1
-        and row_bytes > 0
-        and (row_bytes | t.data_ptr()) % 16 == 0
-    )
+    """Whether it can fetch the matrix as it is."""
+    rows, columns = t.stride()
+    row_bytes = rows * t.itemsize
+    return columns == 1 and row_bytes > 0 and (row_bytes | t.data_ptr()) % 16 == 0 and t.numel() > 0

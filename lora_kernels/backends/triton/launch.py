@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_kernels.backends.triton import relaunch
 from lora_kernels.dropout import Dropout, threshold
 from lora_kernels.operands import HALF, Scale
 from lora_kernels.tuning.config import TileConfig
@@ -32,20 +32,25 @@ def launch(
     `dependent`: the kernel may start before the one launched just before it has finished, and waits for it by itself.
     `contract`: a product and the sum that it goes into may be rounded once.
     """
-    options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
+    named = constants
+    if dependent:
+        named["launch_pdl"] = True
     if config.ctas:
-        options["maxnreg"] = TMEM_REGISTERS
+        named["maxnreg"] = TMEM_REGISTERS
     if config.ctas > 1:
-        options["num_ctas"] = config.ctas
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[(programs,)](
-            *args,
-            **constants,
-            **options,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=contract,
-        )
+        named["num_ctas"] = config.ctas
+    named["num_warps"] = config.num_warps
+    named["num_stages"] = config.num_stages
+    named["enable_fp_fusion"] = contract
+    if device.type != "cuda":
+        kernel[(programs,)](*args, **named)
+    elif (
+        device.index == torch.cuda.current_device()
+    ):  # to enter it again takes two calls of the driver
+        relaunch.run(kernel, programs, device.index, args, named)
+    else:
+        with torch.cuda.device(device):
+            relaunch.run(kernel, programs, device.index, args, named)
 
 
 class Mask(NamedTuple):
@@ -58,11 +63,14 @@ class Mask(NamedTuple):
     @classmethod
     def of(cls, dropout: Dropout | None) -> Mask:
         if dropout is None:
-            return cls(None, 0, 1.0)
+            return _NO_MASK
         limit = threshold(dropout.p)
         return cls(
             dropout.seed, limit - 2**32 if limit >= 2**31 else limit, 1.0 / (1.0 - dropout.p)
         )
+
+
+_NO_MASK = Mask(None, 0, 1.0)
 
 
 class Rows(NamedTuple):
@@ -121,11 +129,15 @@ def needs_int64(*operands: Tensor | None) -> bool:
 
     To a matrix of a stack kernels go by a 64-bit offset.
     """
-    return any(
-        sum((n - 1) * step for n, step in zip(t.shape[-2:], t.stride()[-2:], strict=True)) >= 2**31
-        for t in operands
-        if t is not None and t.numel()
-    )
+    for t in operands:
+        # Asked in every launch. A contiguous operand, as an empty one is, ends `numel` behind its start: no sum is needed.
+        if t is None or (t.is_contiguous() and t.numel() <= 2**31):
+            continue
+        *_, rows, columns = 1, *t.shape
+        *_, down, along = 0, *t.stride()
+        if (rows - 1) * down + (columns - 1) * along >= 2**31:
+            return True
+    return False
 
 
 def base_precision(dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -45,6 +46,7 @@ class TritonProducts(Products):
     def __init__(self, algorithm: str, problem: Problem, target: Target, tiles: Tiles) -> None:
         self.algorithm, self.problem, self.target, self.tiles = algorithm, problem, target, tiles
         self._by_width: dict[tuple[int, bool], Tiles] = {}
+        self._of_one_reading: dict[tuple[int, int], TileConfig | None] = {}
 
     def grouped(self, groups: Groups) -> Products:
         bound = copy.copy(self)
@@ -184,12 +186,16 @@ class TritonProducts(Products):
 
     def _one_reading(self, dy: Tensor, s: Tensor) -> TileConfig | None:
         """The tile of the kernel that reads dy once for q and dB; None where it does not pay or cannot."""
-        R = s.shape[1]
-        tiles = self._lowrank(dy.shape[1])
-        if 0 in (*dy.shape, R) or not tiles.has("shrink_wgrad"):
+        key = _, R = dy.shape[1], s.shape[1]
+        if 0 in (*dy.shape, R):
             return None
-        config = tiles.config("shrink_wgrad")
-        return config if one_reading_pays(dy.itemsize, R, config, tiles.measured) else None
+        if key not in self._of_one_reading:
+            tiles = self._lowrank(dy.shape[1])
+            config = tiles.config("shrink_wgrad") if tiles.has("shrink_wgrad") else None
+            if config and not one_reading_pays(dy.itemsize, R, config, tiles.measured):
+                config = None
+            self._of_one_reading[key] = config
+        return self._of_one_reading[key]
 
     def scaled_gradient(
         self, dy: Tensor, c: Tensor, z: Tensor | None
@@ -324,9 +330,7 @@ class TritonProducts(Products):
 
     def _programs(self, x: Tensor) -> int:
         """The programs of a persistent product: the multiprocessors of x's device."""
-        if x.is_cuda:
-            return torch.cuda.get_device_properties(x.device).multi_processor_count
-        return self.target.multiprocessors
+        return _multiprocessors(x.device) if x.is_cuda else self.target.multiprocessors
 
     def _tail(self, x: Tensor, s: Tensor | None, B: Tensor) -> tuple[Tensor | None, Tensor]:
         """s, where it is given, and B as the persistent product copies them: in x's type, or in parts, released."""
@@ -362,6 +366,12 @@ class TritonProducts(Products):
             problem = replace(self.problem, K=width, dropout=dropout)
             self._by_width[key] = lowrank_tiles(problem, self.target)
         return self._by_width[key]
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Those of a GPU: to ask PyTorch takes 2 us of Python alone, and they do not change."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def one_reading_pays(

@@ -128,7 +128,7 @@ def wgrad(
     count = 1 if offsets is None else offsets.shape[0] - 1
     groups = () if offsets is None else (count,)
     out = left.new_empty((*groups, left.shape[1], right.shape[1]), dtype=dtype)
-    parts = out[None] if split == 1 else out.new_empty((split, *out.shape), dtype=torch.float32)
+    parts = out if split == 1 else out.new_empty((split, *out.shape), dtype=torch.float32)
     launch(
         _wgrad_kernel,
         cdiv(C, config.block_n) * cdiv(R, block_r) * split * count,
