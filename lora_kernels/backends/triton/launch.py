@@ -44,9 +44,8 @@ def launch(
     named["enable_fp_fusion"] = contract
     if device.type != "cuda":
         kernel[(programs,)](*args, **named)
-    elif (
-        device.index == torch.cuda.current_device()
-    ):  # to enter it again takes two calls of the driver
+    elif device.index == torch.cuda.current_device():
+        # To enter it again takes two calls of the driver.
         relaunch.run(kernel, programs, device.index, args, named)
     else:
         with torch.cuda.device(device):

@@ -35,14 +35,9 @@ def run(kernel: Any, programs: int, device: int, args: tuple, named: dict[str, A
     known, driver = _known.get(key), _driver_of(kernel)
     if known is not None and driver is not None:
         _, it, rest = known
-        what = (
-            it.function,
-            it.packed_metadata,
-            None,
-            None,
-            None,
-        )  # no hooks, and nothing to tell them
         stream = driver.active.get_current_stream(device)
+        # No hooks, and nothing to tell them.
+        what = it.function, it.packed_metadata, None, None, None
         it.run(programs, 1, 1, stream, *what, *args, *rest)
         return
     compiled = kernel.run(*args, grid=(programs,), warmup=False, **named)
@@ -63,10 +58,9 @@ def _traits(a: Any) -> tuple[Any, ...]:
 def _driver_of(kernel: Any) -> Any:
     """Triton's driver, or None where its `run` does more than to launch: for hooks or a debugger, or in another version."""
     runtime, compilation, driver = _triton()
+    # A chain of hooks has `calls`; a hook of the user's own is none.
     more = (
-        getattr(
-            runtime.launch_enter_hook, "calls", True
-        )  # of a chain; a hook of the user's own is none
+        getattr(runtime.launch_enter_hook, "calls", True)
         or getattr(runtime.launch_exit_hook, "calls", True)
         or runtime.add_stages_inspection_hook
         or runtime.debug
