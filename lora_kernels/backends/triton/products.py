@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -306,7 +305,7 @@ class TritonProducts(Products):
         from lora_kernels.backends.triton.persistent import fetchable, persistent
 
         first = Shrink(fetchable(A.t()).t(), scale, s, None)
-        b, programs = fetchable(B), self._programs(x)
+        b, programs = fetchable(B), self.target.multiprocessors
         return persistent(x, w, rounded, b, bias, config, programs, first=first), s
 
     def _persistent_takes(
@@ -328,10 +327,6 @@ class TritonProducts(Products):
         """Whether low-rank kernels run beside this persistent product."""
         return runs_beside(self.tiles.config("persistent"), self.problem, self.target)
 
-    def _programs(self, x: Tensor) -> int:
-        """The programs of a persistent product: the multiprocessors of x's device."""
-        return _multiprocessors(x.device) if x.is_cuda else self.target.multiprocessors
-
     def _tail(self, x: Tensor, s: Tensor | None, B: Tensor) -> tuple[Tensor | None, Tensor]:
         """s, where it is given, and B as the persistent product copies them: in x's type, or in parts, released."""
         if rank_tail(x.dtype, B.dtype, tma=True) == "split":
@@ -351,7 +346,7 @@ class TritonProducts(Products):
         from lora_kernels.backends.triton.persistent import persistent
 
         config = self.tiles.config("persistent")
-        return persistent(x, w, s, b, bias, config, self._programs(x), **own)
+        return persistent(x, w, s, b, bias, config, self.target.multiprocessors, **own)
 
     def _decoded(self, w: QuantizedWeight) -> AbstractContextManager[Tensor]:
         """w as a dense tensor, for the products that are launched while it is entered."""
@@ -366,12 +361,6 @@ class TritonProducts(Products):
             problem = replace(self.problem, K=width, dropout=dropout)
             self._by_width[key] = lowrank_tiles(problem, self.target)
         return self._by_width[key]
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Those of a GPU: to ask PyTorch takes 2 us of Python alone, and they do not change."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def one_reading_pays(
