@@ -232,7 +232,7 @@ class TestCost:
         wide = replace(small, block_n=256)  # no registers for two accumulators
         monkeypatch.setattr(cost, "cycles", lambda *facts: Cycles((2.0, 1.0), (1.0, 4.0)))
         for config, each, expected in ((small, 1, 20.0), (small, 2, 17.0), (wide, 2, 20.0)):
-            assert 2 * smem_bytes(config, BIG) <= target.smem_bytes
+            assert 2 * smem_bytes(config, BIG, target) <= target.smem_bytes
             tile = Tile.of(config, BIG, "sm_90")
             assert cost._block_cycles(tile, BIG, target, 8, each) == expected
         # Two accumulators of one block, in tensor memory.
