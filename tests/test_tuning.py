@@ -13,7 +13,7 @@ import pytest
 
 from lora_kernels import plan
 from lora_kernels.backends.base import fastest
-from lora_kernels.backends.triton.configs import shipped, tiles_for
+from lora_kernels.backends.triton.configs import shipped, tiles_for, tiles_of
 from lora_kernels.problem import Problem
 from lora_kernels.tuning import cost, tables
 from lora_kernels.tuning.config import (
@@ -23,10 +23,13 @@ from lora_kernels.tuning.config import (
     rank_block,
     row_blocks,
     runs_beside,
+    shrink_beside,
     smem_bytes,
+    waits_us,
 )
 from lora_kernels.tuning.cost import frozen_us, full_rate, predict_us, product_us, rate
 from lora_kernels.tuning.cycles import Cycles, Tile, cycles, flops_per_clock, tiles
+from lora_kernels.tuning.lowrank import lowrank_us
 from lora_kernels.tuning.tables import Entry, bucket
 from lora_kernels.tuning.targets import TARGETS, target_of
 
@@ -232,7 +235,7 @@ class TestCost:
         wide = replace(small, block_n=256)  # no registers for two accumulators
         monkeypatch.setattr(cost, "cycles", lambda *facts: Cycles((2.0, 1.0), (1.0, 4.0)))
         for config, each, expected in ((small, 1, 20.0), (small, 2, 17.0), (wide, 2, 20.0)):
-            assert 2 * smem_bytes(config, BIG) <= target.smem_bytes
+            assert 2 * smem_bytes(config, BIG, target) <= target.smem_bytes
             tile = Tile.of(config, BIG, "sm_90")
             assert cost._block_cycles(tile, BIG, target, 8, each) == expected
         # Two accumulators of one block, in tensor memory.
@@ -494,6 +497,57 @@ class TestSelect:
                 ranks = known.get(code(problem, config), {0})
                 reached = rank_block(problem.R, config.rank_chunk)
                 assert min(ranks) <= reached <= max(ranks), f"{config} for {problem}"
+
+
+class TestLowRank:
+    """What the kernels that read x have on their way."""
+
+    @pytest.mark.parametrize(
+        "tile, steps, measured_us",
+        [
+            (TileConfig("shrink", 64, 1, 64, 4, 3), 14336 // 64, 120),
+            (TileConfig("wgrad", 32, 64, 16, 4, 2), 8192 // 32, 213),
+            (TileConfig("wgrad", 32, 64, 16, 4, 4), 8192 // 32, 91),
+        ],
+        ids=str,
+    )
+    def test_the_waiting_is_what_an_h200_took(self, tile, steps, measured_us):
+        """x [8192, 14336], whose programs all run at one time; the bytes alone take 55 us."""
+        assert waits_us(tile, steps) == pytest.approx(measured_us, rel=0.25)
+
+    @pytest.mark.parametrize("name, least", [("sm_80", 18), ("sm_90", 40), ("sm_100", 41)])
+    def test_a_plans_kernels_have_enough_on_their_way(self, name, least):
+        """KiB a multiprocessor: 1.15 times the bandwidth of an H200 by a latency of 1 us, 0.9 times that of sm_100."""
+        target = TARGETS[name]
+        for width in (4096, 11008, 14336):
+            for R in (16, 32, 64):
+                problem = replace(BIG, K=width, R=R)
+                for kernel in LOWRANK_KERNELS[: 2 if R > 32 else 3]:
+                    read = problem.M * width * problem.itemsize
+                    kept = read / lowrank_us(kernel, problem, target) / target.multiprocessors
+                    assert kept >= least * 1024, f"{kernel} {width} {R}: {kept / 1024:.1f} KiB"
+
+    def test_a_kernel_takes_no_less_than_it_waits(self):
+        """The library's by its bytes alone; ours, where memory is fast, by what is on its way."""
+        fast = replace(TARGETS["sm_90"], bandwidth_gbs=1e6)
+        wait = lowrank_us("wgrad", replace(BIG, K=BIG.N), fast)
+        for kernel, expected in (("wgrad", wait), ("", cost.MIN_KERNEL_US)):
+            assert cost._lowrank_us(kernel, BIG, fast, BIG.N) == expected
+        own = TARGETS["sm_90"]
+        read_us = BIG.M * BIG.K * 2 / (0.9 * own.bandwidth_gbs * 1e3)
+        for kernel in ("", *LOWRANK_KERNELS):
+            assert cost._lowrank_us(kernel, BIG, own, BIG.K) == pytest.approx(read_us)
+
+    @pytest.mark.parametrize("R", [16, 64])
+    @pytest.mark.parametrize("name", TARGETS)
+    def test_what_runs_beside_a_product_is_shipped_and_small(self, name, R):
+        target, problem = TARGETS[name], replace(BIG, R=R)
+        own = shrink_beside(R, target)
+        assert (own is not None) == target.tma
+        if own is not None:
+            first, *others = tiles_of("shrink", problem, target)
+            assert own in others and own.split == 1
+            assert 1.5 * smem_bytes(own, problem, target) < smem_bytes(first, problem, target)
 
 
 class TestGroups:

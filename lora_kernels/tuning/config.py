@@ -188,7 +188,7 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
     one_launch = config.kernel in ("one_launch", "persistent_one_launch")
     if one_launch and (reason := _one_launch_refuses(config, problem, target)):
         return reason
-    needed = smem_bytes(config, problem)
+    needed = smem_bytes(config, problem, target)
     if needed > target.smem_bytes:
         return f"needs {needed} bytes of shared memory, {target.name} has {target.smem_bytes}"
     return None
@@ -237,7 +237,22 @@ def _persistent_refuses(config: TileConfig, problem: Problem, target: Target) ->
 WGRAD_BESIDE = {"sm_90": TileConfig("wgrad", 32, 64, 16, 4, 4)}
 # Of shared memory, of a low-rank kernel and of what the hardware adds to each block.
 BESIDE_BYTES = 34 * 1024
-LATENCY_US = 1.0  # of a read of memory beside others, assumed
+# Of a read of memory beside others: 0.8 to 1.07 by the times of three low-rank kernels on an H200.
+LATENCY_US = 1.0
+
+
+def waits_us(config: TileConfig, steps: int) -> float:
+    """The least time of a program that takes so many steps, one after the other: num_stages - 1 are on their way."""
+    return steps / max(1, config.num_stages - 1) * LATENCY_US
+
+
+def shrink_beside(R: int, target: Target) -> TileConfig | None:
+    """The tile of the shrink that runs beside a persistent product, in little shared memory and no tensor memory."""
+    if target.name == "sm_90":
+        return TileConfig("shrink", 64, 1, 64, 4, 3)
+    if target.name == "sm_100":
+        return TileConfig("shrink", 64, 1, 32, 2, 6 if R <= 32 else 5)
+    return None
 
 
 def wgrad_beside_us(problem: Problem, target: Target) -> float:
@@ -245,7 +260,7 @@ def wgrad_beside_us(problem: Problem, target: Target) -> float:
     tile = WGRAD_BESIDE[target.name]
     programs = math.ceil(problem.K / tile.block_n) + math.ceil(problem.N / tile.block_n)
     turns = math.ceil(programs / target.multiprocessors)
-    return turns * problem.M / (tile.block_m * (tile.num_stages - 1)) * LATENCY_US
+    return turns * waits_us(tile, math.ceil(problem.M / tile.block_m))
 
 
 def runs_beside(config: TileConfig, problem: Problem, target: Target) -> bool:
@@ -259,7 +274,10 @@ def runs_beside(config: TileConfig, problem: Problem, target: Target) -> bool:
         return False
     if not problem.dtype == problem.adapter_dtype == "bfloat16":
         return False
-    if config.block_n < 256 or smem_bytes(config, problem) + BESIDE_BYTES > target.smem_bytes:
+    if (
+        config.block_n < 256
+        or smem_bytes(config, problem, target) + BESIDE_BYTES > target.smem_bytes
+    ):
         return False
     if not problem.backward:
         return target.name in WGRAD_BESIDE or not splits_shrink(problem, target)
@@ -345,12 +363,16 @@ def row_blocks(problem: Problem, block_m: int) -> int:
     return problem.with_rows * math.ceil(each / block_m)
 
 
-def smem_bytes(config: TileConfig, problem: Problem) -> int:
+def smem_bytes(config: TileConfig, problem: Problem, target: Target) -> int:
     """Shared memory of the operand tiles that the pipeline of `config` keeps in flight; compilations confirm it."""
     size = problem.itemsize
     adapter = ITEMSIZE[problem.adapter_dtype]
     ranks = rank_block(problem.R, config.rank_chunk)
     m, n, k = config.block_m, config.block_n, config.block_k
+    every = config.tma
+    if config.kernel in LOWRANK_KERNELS and target.tma and config.num_warps >= 4:
+        # Matrix instructions of four warps and 64 rows read one block while num_stages - 1 are fetched.
+        every = (m if config.kernel == "shrink" else n) >= 64
     # NF4's codes are looked up on the way, each a float32.
     of_w = 4.5 if problem.weight_format == "nf4" else PACKED_BYTES.get(problem.weight_format, size)
     stage = {
@@ -369,4 +391,6 @@ def smem_bytes(config: TileConfig, problem: Problem) -> int:
         # half of a tile's result
         **dict.fromkeys(PERSISTENT, m * n // 2 * size // max(1, config.ctas)),
     }.get(config.kernel, 0)
-    return max(1, config.num_stages - (not config.tma)) * stage + extra
+    if size < adapter and config.kernel in ("shrink", "wgrad"):
+        extra = (k if config.kernel == "shrink" else m) * ranks * size  # one part, or a rounded one
+    return max(1, config.num_stages - (not every)) * stage + extra

@@ -3,12 +3,14 @@
 With P the achievable rate, W the achievable bandwidth and e an element's bytes:
 
 frozen      max(2·M·N·K / P, bytes / 0.92·W)
-two_kernel  product + shrink + gap                              shrink = e·M·K / 0.9·W, overlapped in part on sm_90+
+two_kernel  product + shrink + gap                              shrink = max(e·M·K / 0.9·W, e·M·K·latency / bytes on their
+                                                                way), see lowrank.py; overlapped in part on sm_90+
 persistent  product + shrink + gap, overlapped likewise         or beside each other, see `_beside_us`; + a launch and a gap
                                                                 where s·b is in parts, which b is made into
 one_launch  product + a clearing of its flags + gap             its first programs compute s, see `_first_us`
 persistent_one_launch  the same of persistent
-lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, no overlap
+lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, no overlap; its
+                                                                shrink, and the library's below, = e·M·K / 0.9·W
 one_pass    product, x·a in its loop
 decode      (bytes + re-read a) / 0.92·W                        of a quantised w the packed bytes; or the loop's instructions
 cuda_decode the same by the CUDA C++ kernel, + 0.5 us; x·a is a launch of its own where the kernel does not fuse it
@@ -48,7 +50,6 @@ from dataclasses import replace
 from lora_kernels.problem import DENSE, ITEMSIZE, Problem
 from lora_kernels.tuning.config import (
     CUDA_DECODE_COLUMNS,
-    LATENCY_US,
     TileConfig,
     cuda_decode_blocks,
     cuda_decode_fuses,
@@ -60,9 +61,11 @@ from lora_kernels.tuning.config import (
     smem_bytes,
     splits_shrink,
     tail_in_parts,
+    waits_us,
     wgrad_beside_us,
 )
 from lora_kernels.tuning.cycles import INSTRUCTIONS, L2_BYTES, Tile, cycles, flops_per_clock, tiles
+from lora_kernels.tuning.lowrank import lowrank_us
 from lora_kernels.tuning.targets import Target
 
 ALGORITHMS = (
@@ -130,7 +133,10 @@ def predict_us(
     gap = target.gap_us
     x_us = problem.M * problem.K * problem.itemsize / (target.bandwidth_gbs * 1e3)
     y_us = problem.M * problem.N * problem.itemsize / (target.bandwidth_gbs * 1e3)
-    shrink = _lowrank_us(problem, target, x_us, problem.K)
+    once = problem.backward and _reads_dy_once(algorithm, problem)
+    others = algorithm in _PASSES or algorithm == "lorafusion"  # their own kernels
+    reader, sums = ("", "") if others else ("shrink_wgrad" if once else "shrink", "wgrad")
+    shrink = _lowrank_us(reader, problem, target, problem.K)
     adapter_grads = 0.0
     if algorithm == "persistent" and not problem.empty:
         config = config or _best_tile("persistent", problem, target).config
@@ -139,10 +145,8 @@ def predict_us(
             beside = _beside_us(problem, target, config, main)
             return _dequantise_us(problem, target) + main + beside
     if problem.backward:
-        adapter_grads = _lowrank_us(problem, target, y_us, problem.N) + gap
-        ours = algorithm in ("two_kernel", "persistent") and _reads_dy_once(problem)
-        once = (ours or algorithm == "lorafusion") and not problem.groups
-        adapter_grads += 0.0 if once else shrink + gap
+        adapter_grads = _lowrank_us(sums, problem, target, problem.N) + gap
+        adapter_grads += 0.0 if once else _lowrank_us(sums, problem, target, problem.K) + gap
     if algorithm in _PASSES:
         over_x, over_y, launches = _PASSES[algorithm][problem.backward]
         if problem.groups and algorithm == "eager":
@@ -183,9 +187,12 @@ def predict_us(
     raise ValueError(f"algorithm must be one of {ALGORITHMS + GROUPED + OTHERS}, got {algorithm!r}")
 
 
-def _reads_dy_once(problem: Problem) -> bool:
-    """Whether one kernel gets q and dB from one reading of dy, by its tile and the bytes that it moves."""
-    return one_reading_moves_less(problem.itemsize, problem.R, one_reading_columns(problem))
+def _reads_dy_once(algorithm: str, problem: Problem) -> bool:
+    """Whether one kernel gets q and dB from one reading of dy: ours by its tile and the bytes that it moves."""
+    columns = one_reading_columns(problem)
+    ours = algorithm in ("two_kernel", "persistent")
+    ours = ours and one_reading_moves_less(problem.itemsize, problem.R, columns)
+    return (ours or algorithm == "lorafusion") and not problem.groups
 
 
 @functools.lru_cache(maxsize=_MOST_TIMES)
@@ -262,7 +269,7 @@ def _beside_us(problem: Problem, target: Target, config: TileConfig, main_us: fl
 
     first_us = main_us / each
     shrink_us = problem.M * problem.K * problem.itemsize / (0.9 * target.bandwidth_gbs * 1e3)
-    shrink_us = max(shrink_us, small[0][2] / (shrink.config.num_stages - 1) * LATENCY_US)
+    shrink_us = max(shrink_us, waits_us(shrink.config, small[0][2]))
     exposed = max(0.0, shrink_us - first_us) + max(0.0, sums_us - (main_us - first_us))
     moved = problem.frozen_bytes + problem.lowrank_bytes + read * problem.itemsize
     stream_us = moved / (_STREAMED * target.bandwidth_gbs * 1e3)
@@ -276,11 +283,17 @@ def _best_tile(kernel: str, problem: Problem, target: Target) -> Tile:
     )
 
 
-def _lowrank_us(problem: Problem, target: Target, wide_us: float, width: int) -> float:
-    """The time of a kernel that reads x or dy, in `wide_us`, and over groups an adapter's matrix of each that has rows."""
-    adapters = problem.with_rows * width * problem.R * ITEMSIZE[problem.adapter_dtype]
-    adapters_us = adapters / (target.bandwidth_gbs * 1e3) if problem.groups else 0.0
-    return max((wide_us + adapters_us) / 0.9, MIN_KERNEL_US)
+def _lowrank_us(kernel: str, problem: Problem, target: Target, width: int) -> float:
+    """The time of a kernel that reads x or dy, of `width`, and over groups an adapter's matrix of each that has rows.
+
+    By one of LOWRANK_KERNELS no less than it waits for x; of no such name, the library's or another's, bytes alone count.
+    """
+    read = problem.M * width * problem.itemsize
+    if problem.groups:
+        read += problem.with_rows * width * problem.R * ITEMSIZE[problem.adapter_dtype]
+    read_us = read / (0.9 * target.bandwidth_gbs * 1e3)
+    waiting_us = lowrank_us(kernel, replace(problem, K=width), target) if kernel else 0.0
+    return max(read_us, waiting_us, MIN_KERNEL_US)
 
 
 def _batching_us(problem: Problem, target: Target) -> float:
@@ -403,5 +416,5 @@ def _block_cycles(tile: Tile, problem: Problem, target: Target, steps: int, each
 def _two_at_a_time(tile: Tile, problem: Problem, target: Target) -> bool:
     """Whether a multiprocessor has memory for two blocks, and registers for the accumulators of two 128x128 tiles."""
     own = tile.config
-    both_fit = 2 * smem_bytes(own, problem) <= target.smem_bytes
+    both_fit = 2 * smem_bytes(own, problem, target) <= target.smem_bytes
     return both_fit and own.block_m * own.block_n <= 128 * 128

@@ -16,7 +16,7 @@ from lora_kernels.backends.triton.parts import parts
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import WGRAD_BESIDE, TileConfig, tail_in_parts
+from lora_kernels.tuning.config import WGRAD_BESIDE, TileConfig, shrink_beside, tail_in_parts
 from lora_kernels.tuning.cycles import (
     COUNTED,
     INSTRUCTIONS,
@@ -50,9 +50,8 @@ def counted_tiles() -> dict[Tile, tuple[TileConfig, Problem]]:
         for problem in (
             (forward, forward.adjoint()) if tiles_of("persistent", forward, TARGETS[name]) else ()
         ):
-            shrinks = tiles_of("shrink", problem, TARGETS[name])[:1]
             for config in (
-                *shrinks,
+                shrink_beside(problem.R, TARGETS[name]),
                 *([WGRAD_BESIDE[name]] if name in WGRAD_BESIDE and problem.backward else []),
             ):
                 found.setdefault(Tile.of(config, problem, name), (config, problem))

@@ -66,16 +66,24 @@ def test_parts_are_float32(target, value):
     assert torch.equal(s.isneginf(), eager.isneginf())
 
 
+@pytest.mark.parametrize(
+    "adapter_dtype", [torch.bfloat16, torch.float32], ids=["one type", "parts"]
+)
 @pytest.mark.parametrize("R", [16, 64])
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-def test_parts_over_many_steps(target, R):
-    """Where matrix instructions run on while the next step's parts are stored: a race that takes more than two steps."""
-    problem = Problem(4096, 4096, 4096, R, "bfloat16", "float32", device="cuda")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_low_rank_kernels_over_many_steps(target, R, adapter_dtype):
+    """Where matrix instructions run on while the next step's parts are stored: a race that takes more than two steps.
+
+    And where each block of shared memory is written a second time: that takes more steps than there are stages.
+    """
+    adapter = str(adapter_dtype).removeprefix("torch.")
+    problem = Problem(4096, 4096, 4096, R, "bfloat16", adapter, device="cuda")
     for kernel in LOWRANK_KERNELS:
         config = replace(tiles_of(kernel, problem, TARGETS[target])[0], split=1)
-        steps = 4 * (config.block_k if kernel == "shrink" else config.block_m)
+        block = config.block_k if kernel == "shrink" else config.block_m
+        steps = (config.num_stages + 2) * block
         sizes = (19, 16, steps + 8) if kernel == "shrink" else (steps + 3, 40, 16)
-        o = Case(*sizes, R - 3, dtype=torch.bfloat16, adapter_dtype=torch.float32).operands()
+        o = Case(*sizes, R - 3, dtype=torch.bfloat16, adapter_dtype=adapter_dtype).operands()
         with emulate(target):
             actual = launch(config, o)
         compare(actual, o, f"{config} on {target}")

@@ -9,31 +9,26 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import itertools
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from lora_kernels.problem import DENSE, ITEMSIZE, PACKED_BYTES, Problem
-from lora_kernels.tuning import cost, tables
+from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
+from lora_kernels.tuning import cost, lowrank, tables
 from lora_kernels.tuning.config import (
     DECODE_ROWS,
-    FUSED_RANK,
     KERNELS,
     LOWRANK_KERNELS,
     PERSISTENT,
-    WGRAD_BESIDE,
     TileConfig,
     Tiles,
     fits,
-    lowrank_in_parts,
     masks_no_tail,
-    one_reading_columns,
     rank_block,
-    row_blocks,
     tail_ranks,
 )
 from lora_kernels.tuning.cost import predict_us
+from lora_kernels.tuning.lowrank import all_half, power_of_two, rows_block
 from lora_kernels.tuning.targets import Target
 
 # The kernel with the main loop of each algorithm.
@@ -89,9 +84,6 @@ _ONE_PASS_HALF = {
 }
 _ONE_PASS_OTHER = [(64, 64, 32, 4, 2)]
 _ONE_PASS_FLOAT32 = [(32, 32, 32, 4, 2)]
-# Where 64 rows are multiplied as parts on sm_100: two warps take mma.sync. By four, which take tcgen05, Triton 3.9 stores a
-# step's parts over those that the step before still multiplies: the emulator finds the race.
-_SYNCHRONOUS_WARPS = 2
 
 
 def tiles_for(problem: Problem, target: Target) -> Tiles:
@@ -226,79 +218,24 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
         return [TileConfig(kernel, *tile, rank_chunk=32 if target.tma else 16) for tile in tiles]
     if kernel == "dequantise":
         return [TileConfig(kernel, 1, 64, 64, 4, 1)]
-    return {
-        "decode": _decode,
-        "shrink": _shrink,
-        "wgrad": _wgrad,
-        "shrink_wgrad": _shrink_wgrad,
-    }[kernel](problem, target)
+    if kernel == "decode":
+        return _decode(problem, target)
+    return lowrank.shipped(kernel, problem, target)
 
 
 def _grouped_tiles(problem: Problem, target: Target) -> list[tuple[int, int, int, int, int]]:
     """Those that are no lower than a group's rows: each block of rows reads the group's weight once."""
     own = _GROUPED_HALF.get(target.name, _GROUPED_HALF["sm"])
     tiles = own if problem.itemsize == 2 else _GROUPED_FLOAT32
-    lowest = min(_rows_block(problem), tiles[1][0])
+    lowest = min(rows_block(problem), tiles[1][0])
     return [tile for tile in tiles if tile[0] >= lowest]
 
 
-def _rows_block(problem: Problem) -> int:
-    """The lowest block, of at least 16 rows, that holds a group's rows where these are spread evenly."""
-    rows = math.ceil(problem.M / max(1, problem.with_rows))
-    return max(16, 1 << (rows - 1).bit_length())
-
-
-def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
-    block_m, block_k, warps, stages = (64, 64, 4, 3) if _all_half(problem) else (32, 32, 4, 3)
-    if target.tmem_columns and _all_half(problem) and not (problem.dropout or problem.groups):
-        # Four warps would take tensor memory, of which a persistent product beside leaves none.
-        block_k, warps, stages = 32, _SYNCHRONOUS_WARPS, 6 if problem.R <= 32 else 5
-    if target.name == "sm_120" and (problem.R > 16 or not _all_half(problem)):
-        block_m //= 2  # its compiler keeps to 96 registers
-        block_m //= 2 if _all_half(problem) and problem.R > 32 else 1
-        stages = 2 if _all_half(problem) and problem.R <= 32 else stages  # a third spills 8 bytes
-    if problem.dropout and problem.R > 32:  # the mask takes registers of its own
-        block_m //= 1 if _all_half(problem) else 2
-        block_k //= 2 if _all_half(problem) and target.name in ("sm_100", "gfx1100") else 1
-    if lowrank_in_parts(problem) and target.name != "gfx1100":
-        block_m, warps = _parts_rows(problem, target)
-    elif target.name == "gfx1100" and problem.R > 32 and not _all_half(problem):
-        block_m = 16
-    programs = max(1, problem.M // block_m)
-    if problem.groups:
-        if problem.dtype == "float32" and problem.R > 32:  # a group's addresses take registers
-            block_m = 16
-        elif target.name == "sm_100" and problem.R > 32:
-            block_m = 32
-        block_m = min(block_m, _rows_block(problem))
-        programs = max(1, row_blocks(problem, block_m))
-    warps = min(warps, 8 if block_m > 64 else 4)
-    split = _split(target.multiprocessors // programs, problem.K // (4 * block_k))
-    return [TileConfig("shrink", block_m, 1, block_k, warps, stages, split=split)]
-
-
-def _parts_rows(problem: Problem, target: Target) -> tuple[int, int]:
-    """(block_m, num_warps) where each block reads a and takes it apart: the more rows, the fewer times.
-
-    The most cycles of issue or shared memory for 2048 elements of x at rank 64, which memory takes 283 (sm_90) and 315
-    (sm_80) for: by 32 rows 544 and 544, with four times as much of a from L2, by 128 rows and eight warps 336 and 635. On
-    sm_80 each warp takes all of a apart: four count 384, but have no registers left for a mask, a group or an edge of K.
-    """
-    if target.name == "sm_120":
-        return (32 if problem.dropout and problem.R > 32 else 64), 4
-    if target.name == "sm_100":
-        return (64, _SYNCHRONOUS_WARPS) if problem.R <= 32 else (16 if problem.dropout else 32, 4)
-    if problem.R <= 16:
-        return 64, 4
-    plain = not (problem.dropout or problem.groups or problem.K % 32)
-    return 128, 4 if target.name == "sm_80" and plain else 8
-
-
 def _decode(problem: Problem, target: Target) -> list[TileConfig]:
-    block_n, block_k = (64, 64) if _all_half(problem) else (32, 32)
+    block_n, block_k = (64, 64) if all_half(problem) else (32, 32)
     block_m = 16 if problem.M <= 16 else DECODE_ROWS
     warps, stages = 4, 3
-    if target.name in ("sm_90", "sm_100") and _all_half(problem) and problem.weight_format != DENSE:
+    if target.name in ("sm_90", "sm_100") and all_half(problem) and problem.weight_format != DENSE:
         # A tile of 64 rows of w takes a warp group's matrix instructions. On sm_90 Triton 3.9 lets them read x while the
         # next x is fetched over it, as w comes from registers: the emulator finds the race. On sm_100 the loop has 903
         # instructions. Half as many rows for half as many warps take mma.sync.
@@ -309,69 +246,5 @@ def _decode(problem: Problem, target: Target) -> list[TileConfig]:
         elif block_m == 16 and problem.R > 32:
             stages = 2
     programs = max(1, problem.N // block_n)
-    split = _split(2 * target.multiprocessors // programs, problem.K // (4 * block_k))
+    split = power_of_two(2 * target.multiprocessors // programs, problem.K // (4 * block_k))
     return [TileConfig("decode", block_m, block_n, block_k, warps, stages, split=split)]
-
-
-def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
-    low = problem.groups and problem.dtype == "float32" and problem.R > 32  # as in _shrink
-    tiles = [(16 if low else 32, 64, 4, 2)]
-    if problem.dtype == "bfloat16" and problem.R > 32:
-        # For 2048 elements of x shared memory takes 176 cycles in place of 384 on sm_90, and 256 of 480 on sm_80, beside
-        # a float32 result 336 of 576 and 352 of 704, where three parts of more than 16 rows spill.
-        tiles = [(32 if _all_half(problem) else 16, 128, 4, 2)]
-    if lowrank_in_parts(problem) and target.name == "sm_100":
-        tiles = [(32 if problem.R <= 32 else 16, 64, _SYNCHRONOUS_WARPS, 2)]
-    # The larger one has no registers for a float32 result, on sm_120 and gfx942 for more than 32 ranks, on gfx1100 for none.
-    wide = problem.R > 32 and target.name in ("sm_120", "gfx942")
-    if _all_half(problem) and not wide and target.name != "gfx1100":
-        tiles.append((64, 128, 8, 3))
-    if _all_half(problem) and target.name in WGRAD_BESIDE:
-        own = WGRAD_BESIDE[target.name]
-        tiles.append((own.block_m, own.block_n, own.num_warps, own.num_stages))
-    return [
-        TileConfig(
-            "wgrad", block_m, block_n, 16, warps, stages, split=_row_split(problem, target, block_n)
-        )
-        for block_m, block_n, warps, stages in tiles
-    ]
-
-
-def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
-    # Both accumulators stay in registers; the wider the block, the fewer partial results of q.
-    halves, columns = _all_half(problem), one_reading_columns(problem)
-    rows, warps = (32, 8 if halves else 4) if problem.R <= 32 else (32 if halves else 16, 4)
-    rows = 16 if problem.R > 32 and target.name == "gfx942" else rows  # 32 spill 16 bytes
-    tiles = [(rows, warps)]
-    # As many rows as there are warps for in q, which repeat each other's work otherwise.
-    most = 16 if target.name == "sm_120" else 32  # ranks, beyond which it has no registers
-    if halves and problem.dtype == "bfloat16" and most >= problem.R:
-        tiles.insert(0, (64, 8))
-    elif halves and problem.R <= 16 and target.name != "sm_100":  # 8 bytes spill there
-        tiles.append((64, 8))
-    elif lowrank_in_parts(problem) and problem.R <= 16:
-        tiles = [(64, 4)]
-    if lowrank_in_parts(problem) and target.name == "sm_100" and problem.R <= 32:
-        tiles = [(32, _SYNCHRONOUS_WARPS)]
-    split = _row_split(problem, target, columns)
-    return [
-        TileConfig("shrink_wgrad", rows, columns, 16, warps, 2, split=split, rank_chunk=FUSED_RANK)
-        for rows, warps in tiles
-    ]
-
-
-def _row_split(problem: Problem, target: Target, block_n: int) -> int:
-    """Parts of M, or of each group's rows, for about two blocks of x's columns and rows on each multiprocessor."""
-    sums = max(1, problem.groups)
-    blocks = sums * max(1, problem.K // block_n)
-    return _split(2 * target.multiprocessors // blocks, problem.M // sums // 128)
-
-
-def _all_half(problem: Problem) -> bool:
-    return problem.itemsize == ITEMSIZE[problem.adapter_dtype] == 2
-
-
-def _split(wanted: int, most: int) -> int:
-    """The largest power of two that is at most `wanted`, `most` and 16; at least 1. Sizes alone decide it."""
-    limit = max(1, min(wanted, most, 16))
-    return 1 << (limit.bit_length() - 1)

@@ -26,6 +26,7 @@ from lora_kernels.tuning.config import (
     one_launch_ranks,
     one_reading_moves_less,
     runs_beside,
+    shrink_beside,
 )
 from lora_kernels.tuning.targets import Target
 
@@ -102,7 +103,7 @@ class TritonProducts(Products):
         overlap = self.target.tma and config.split == 1
         if self._persistent_takes(x, w, adapter, bias):
             if self._runs_beside:
-                config, overlap = replace(config, split=1), True
+                config, overlap = self._shrink_beside(A.shape[-1]), True
             _, b = self._tail(x, None, B)  # what is made of B is launched before, not between
             rounded = rank_operand(x.shape[0], b.shape[0], b.dtype, x.device)
             s = self._shrink(x, adapter, config, release=overlap, rounded=rounded)
@@ -158,7 +159,7 @@ class TritonProducts(Products):
         (M, R), (_, b) = s.shape, self._tail(dy, None, adapter.B)
         s = rank_operand(M, R, dy.dtype, dy.device).copy_(s)
         rounded = rank_operand(M, R, dy.dtype, dy.device)
-        config = replace(self._lowrank(dy.shape[1]).config("shrink"), split=1)
+        config = self._shrink_beside(R)
         q = self._shrink(dy, adapter, config, release=True, rounded=rounded)
         dx = self._persistent(dy, dense, rounded, b, None, late_wait=True, release=True)
         tile = WGRAD_BESIDE[self.target.name]
@@ -326,6 +327,9 @@ class TritonProducts(Products):
     def _runs_beside(self) -> bool:
         """Whether low-rank kernels run beside this persistent product."""
         return runs_beside(self.tiles.config("persistent"), self.problem, self.target)
+
+    def _shrink_beside(self, R: int) -> TileConfig:
+        return cast(TileConfig, shrink_beside(R, self.target))
 
     def _tail(self, x: Tensor, s: Tensor | None, B: Tensor) -> tuple[Tensor | None, Tensor]:
         """s, where it is given, and B as the persistent product copies them: in x's type, or in parts, released."""
