@@ -85,6 +85,8 @@ def function():
         factor,
         A: triton.language.constexpr,
         B: triton.language.constexpr,
+        more_ptr=None,
+        C: triton.language.constexpr = 3,
     ):
         pass
 
@@ -134,6 +136,9 @@ CHOICES = {
         {"A": 1, "B": 2, "enable_fp_fusion": False},
         {"A": 1, "B": 2, "maxnreg": 128},
         {"A": 1, "B": 2, "launch_pdl": True},
+        {"A": 1, "B": 2, "C": 4},
+        {"A": 1, "B": 2, "more_ptr": 16},
+        {"A": 1, "B": 2, "more_ptr": None},
     ],
 }
 
@@ -172,6 +177,16 @@ def test_triton_searches_once(launches, searches):
     assert [launch[1] for launch in launches] == [7, 8] * 3
     relaunch.run(kernel, 7, 1, args, named)  # another device
     assert searches == [kernel, other, kernel]
+
+
+@pytest.mark.parametrize("given", [memory[:4], described(4, [16, 16])], ids=["tensor", "tiles"])
+def test_a_tensor_by_name_is_not_kept(given, launches, searches):
+    """It may be another one at the same place the next time."""
+    kernel, (args, named) = function(), next(calls())
+    for _ in range(2):
+        relaunch.run(kernel, 7, 0, args, named | {"more_ptr": given})
+    assert searches == [kernel] * 2 and not relaunch._known
+    assert all(given is launch[-2] for launch in launches)
 
 
 def test_what_is_known_has_an_end(launches, searches, monkeypatch):

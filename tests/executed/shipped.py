@@ -101,7 +101,7 @@ def one_launch(
     config: TileConfig, o: Operands, programs: int = 2, shrinking: int | None = None
 ) -> dict[str, Tensor]:
     """y and s by the persistent product that computes both; nothing that it reads is written before."""
-    s = torch.full((o.case.M, o.case.R), torch.nan)
+    s = torch.full((o.case.M, o.case.R), torch.nan, device=o.x.device)
     tail = rank_operand(o.case.M, o.case.R, o.x.dtype, o.x.device).fill_(torch.nan)
     first = Shrink(fetchable(o.a.t()).t(), o.case.alpha, s, None)
     operands = o.x, o.w, tail, fetchable(o.b), o.bias
@@ -128,7 +128,7 @@ def launch(
         q = o.results(None)["q"].float()
         return {"dx": expand(o.dy, o.w.t(), q, o.a.t(), None, config, o.dropout)}
     if config.kernel == "one_launch":
-        s = torch.full((o.case.M, o.case.R), torch.nan)
+        s = torch.full((o.case.M, o.case.R), torch.nan, device=o.x.device)
         rounded = rank_operand(o.case.M, o.case.R, o.x.dtype, o.x.device).fill_(torch.nan)
         first = Shrink(o.a, alpha, s, o.dropout)
         return {"y": expand(o.x, o.w, rounded, o.b, o.bias, config, first=first), "s": s}

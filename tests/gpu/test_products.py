@@ -191,5 +191,5 @@ def test_offsets_pass_two_to_the_31(gpu_backend, gpu_products):
     y, s = gpu_products.shrink_expand(x, w, Adapter(a, b, 0.5))
     small, small_s = gpu_products.shrink_expand(x[-128:], w, Adapter(a, b, 0.5))
     torch.testing.assert_close(y[-128:], small)
-    torch.testing.assert_close(s[-128:], small_s)
+    torch.testing.assert_close(s[-128:], small_s, rtol=1e-4, atol=1e-4)  # K in other parts
     assert not y[:-64].any()

@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 _VERSIONS = ("3.6.", "3.9.")
+# Of what may be given by name: values, that are the same wherever they are equal. A tensor would be kept, and launched again.
+_VALUES = {int, bool, float, str, type(None)}
 _MOST = 4096  # a key has the sizes, so that each new one makes another
 _known: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}
 
 
 def run(kernel: Any, programs: int, device: int, args: tuple, named: dict[str, Any]) -> None:
-    """`kernel[(programs,)](*args, **named)` on the current device, which has this index: constants and options by name."""
+    """`kernel[(programs,)](*args, **named)` on the current device, which has this index: constants and options by name.
+
+    With another argument by name, a tensor or a descriptor, Triton searches each time.
+    """
+    if not _VALUES.issuperset(map(type, named.values())):
+        kernel.run(*args, grid=(programs,), warmup=False, **named)
+        return
     parts = [id(kernel), device, *named, *named.values()]
     for a in args:
         if a is None or type(a) is int:
@@ -44,7 +52,7 @@ def run(kernel: Any, programs: int, device: int, args: tuple, named: dict[str, A
     if driver is not None and compiled is not None:
         if len(_known) >= _MOST:
             _known.clear()
-        rest = tuple(named[name] for name in kernel.arg_names[len(args) :])
+        rest = tuple(named.get(p.name, p.default) for p in kernel.params[len(args) :])
         _known[key] = kernel, compiled, rest  # while the kernel is here its id is its own
 
 
