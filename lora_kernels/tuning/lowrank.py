@@ -90,7 +90,7 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
             block_m = 32
         block_m = min(block_m, rows_block(problem))
     warps = min(warps, 8 if block_m > 64 else 4)
-    stages = _stages(problem, target, block_m * block_k, stages)
+    stages = stages_of(problem, target, block_m * block_k, stages)
     if target.name == "sm_100" and block_m == 32 and not problem.groups:
         stages = min(stages, 5 if plain else 6)  # two blocks fit on a multiprocessor
     tiles = [(block_m, block_k, warps, stages)]
@@ -108,7 +108,7 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
     return made
 
 
-def _stages(problem: Problem, target: Target, elements: int, otherwise: int) -> int:
+def stages_of(problem: Problem, target: Target, elements: int, otherwise: int) -> int:
     """The fewest that have `_ON_THEIR_WAY` bytes by blocks of so many elements; of other targets `otherwise`.
 
     At least three: with two a block is fetched only after the last one was multiplied.
@@ -150,7 +150,7 @@ def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
         tiles = [(32 if all_half(problem) else 16, 128, 4, 2)]
     if lowrank_in_parts(problem) and target.name == "sm_100":
         tiles = [(32 if problem.R <= 32 else 16, 64, _SYNCHRONOUS_WARPS, 2)]
-    tiles = [(m, n, warps, _stages(problem, target, m * n, s)) for m, n, warps, s in tiles]
+    tiles = [(m, n, warps, stages_of(problem, target, m * n, s)) for m, n, warps, s in tiles]
     # The larger one has no registers for a float32 result, on sm_120 and gfx942 for more than 32 ranks, on gfx1100 for none.
     wide = problem.R > 32 and target.name in ("sm_120", "gfx942")
     if all_half(problem) and not wide and target.name != "gfx1100":
@@ -184,7 +184,7 @@ def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
         tiles = [(32, _SYNCHRONOUS_WARPS)]
     split, stages = _row_split(problem, target, columns), [2] * len(tiles)
     if one_reading_moves_less(problem.itemsize, rank_block(problem.R, FUSED_RANK), columns):
-        stages = [_stages(problem, target, rows * columns, 2) for rows, _ in tiles]
+        stages = [stages_of(problem, target, rows * columns, 2) for rows, _ in tiles]
     if columns == 256 and stages[0] > 2:
         # One block on a multiprocessor: shared memory has no room for two, which it has to wait for.
         split = max(

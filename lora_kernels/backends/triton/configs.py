@@ -235,7 +235,10 @@ def _decode(problem: Problem, target: Target) -> list[TileConfig]:
     block_n, block_k = (64, 64) if all_half(problem) else (32, 32)
     block_m = 16 if problem.M <= 16 else DECODE_ROWS
     warps, stages = 4, 3
-    if target.name in ("sm_90", "sm_100") and all_half(problem) and problem.weight_format != DENSE:
+    if problem.weight_format == DENSE:
+        stages = lowrank.stages_of(problem, target, block_n * block_k, stages)
+        stages = min(stages, 4 if block_m > 16 else 6)  # two blocks fit on a multiprocessor
+    elif target.name in ("sm_90", "sm_100") and all_half(problem):
         # A tile of 64 rows of w takes a warp group's matrix instructions. On sm_90 Triton 3.9 lets them read x while the
         # next x is fetched over it, as w comes from registers: the emulator finds the race. On sm_100 the loop has 903
         # instructions. Half as many rows for half as many warps take mma.sync.
