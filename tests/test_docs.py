@@ -15,6 +15,7 @@ from statistics import median, quantiles
 import pytest
 
 from lora_kernels.__main__ import COMMANDS, parser_for
+from lora_kernels.bench import report, results
 from tests.processes import python
 
 ROOT = Path(__file__).parent.parent
@@ -287,6 +288,29 @@ def test_the_table_against_the_others_is_of_the_report():
     assert f"at most {ours} times the frozen layer's, the reference's up to {plain}." in page
 
 
+def test_the_table_of_a_gpu_is_of_its_run():
+    """Every cell, and the largest error of the cost model there."""
+    run = results.load(RESULTS / "nvidia-h200.json")
+    page = words_of("docs/performance/gpu-measured.md")
+    names = ("loop", "two_kernel", "ours[eager]", "addmm", "reference")
+    cells = {}
+    for row in run.rows:
+        sizes = ", ".join(str(row.problem[n]) for n in "MKNR")
+        mode = {"forward": "forward", "step": "with backward"}[row.mode]
+        price = f"{row.value:.0f} µs" if row.contender == "frozen" else f"{row.to_floor:.2f}"
+        cells.setdefault((sizes, mode), {})[row.contender] = price
+    assert len(cells) == 6
+    for case, found in cells.items():
+        line = " | ".join([*case, *(found.get(name, "") for name in ("frozen", *names))])
+        assert " ".join(f"| {line} |".split()) in page, line
+    off = max(abs(us / row.value - 1) for row, us in report.predictions(run))
+    assert f"off by at most {100 * off:.0f} % in each of these rows" in page
+    few = results.load(RESULTS / "nvidia-h200-few-rows.json").rows
+    for name in ("ours[triton]", "reference", "ours[cuda]"):
+        one, sixteen = (f"{row.to_floor:.2f}" for row in few if row.contender == name)
+        assert re.search(rf"{one} (of the frozen layer's time for 1 row )?and {sixteen}", page), name
+
+
 def test_the_first_screen():
     """A sentence with a number, a picture of it, a program and a PEFT model: before the first heading of the README."""
     first = (ROOT / "README.md").read_text().split("\n## ")[0]
@@ -299,13 +323,19 @@ def test_the_first_screen():
 
 
 def test_measured_and_predicted_stay_apart():
-    """In the README's words on speed each paragraph is one or the other; no GPU has a measured number."""
+    """In the README's words on speed each paragraph is one or the other; of GPUs the H200 alone has a measured number."""
     section = (ROOT / "README.md").read_text().split("\n## How fast\n")[1].split("\n## ")[0]
-    measured, predicted = section.strip().split("\n\n")
-    assert measured.startswith("**Measured.** On a 2-core AMD EPYC") and "redict" not in measured
-    assert predicted.startswith("**Predicted, not measured.** No kernel has been timed on a GPU")
+    cpu, measured, predicted = section.strip().split("\n\n")
+    assert cpu.startswith("**Measured.** On a 2-core AMD EPYC")
+    assert measured.startswith("On an NVIDIA H200") and "redict" not in cpu + measured
+    assert predicted.startswith("**Predicted, not measured.** Other GPUs have not been timed")
     for gpu in ("H100", "A100", "B200", "RTX"):
-        assert gpu not in measured
+        assert gpu not in cpu + measured
+    rows = results.load(RESULTS / "nvidia-h200.json").rows
+    for name in ("ours[triton]", "reference"):
+        for mode in ("forward", "step"):
+            found = [r.to_floor for r in rows if (r.contender, r.mode) == (name, mode)]
+            assert f"{min(found):.2f} to {max(found):.2f}" in measured, (name, mode)
     assert not re.search(r"\d+\.\d", predicted)
 
 
