@@ -308,7 +308,9 @@ def test_the_table_of_a_gpu_is_of_its_run():
     few = results.load(RESULTS / "nvidia-h200-few-rows.json").rows
     for name in ("ours[triton]", "reference", "ours[cuda]"):
         one, sixteen = (f"{row.to_floor:.2f}" for row in few if row.contender == name)
-        assert re.search(rf"{one} (of the frozen layer's time for 1 row )?and {sixteen}", page), name
+        assert re.search(rf"{one} (of the frozen layer's time for 1 row )?and {sixteen}", page), (
+            name
+        )
 
 
 def test_the_first_screen():
