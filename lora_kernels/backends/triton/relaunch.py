@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_VERSIONS = ("3.6.", "3.9.")
+_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 # What may be given by name: values that are the same wherever they are equal. A tensor would be kept, and launched again.
 _VALUES = {int, bool, float, str, type(None)}
 _MOST = 4096  # a key has the sizes, so that each new one makes another
