@@ -15,7 +15,8 @@ THREADS = 8  # each compiles for most of a second, and takes some 100 MB
 def compile_ahead(calls: Iterable[Callable[[], object]], device: torch.device) -> None:
     """Make every call once on a GPU, `device`; nothing on another device, where nothing is compiled.
 
-    What a call returns or raises is dropped: it will be made again where that counts.
+    What a call returns or raises is dropped: it will be made again where that counts. Threads have streams, and gradients,
+    of their own.
     """
     if device.type != "cuda":
         return
@@ -23,6 +24,7 @@ def compile_ahead(calls: Iterable[Callable[[], object]], device: torch.device) -
 
     def make(call: Callable[[], object]) -> None:
         with suppress(Exception), torch.cuda.device(index):
+            torch.cuda.synchronize()  # a new thread has no context, which cuBLAS warns of
             call()
 
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:

@@ -147,9 +147,11 @@ class FakeCuda:
     def __init__(self, host_us=0.0):
         self.ms, self.log = 0.0, []
         self.host_us, self.held_us = host_us, 0.0
+        self.holds, self.longest_us = 0, 0.0
 
     def _sleep(self, cycles):
         self.held_us = cycles / clock.CYCLES
+        self.holds, self.longest_us = self.holds + 1, max(self.longest_us, self.held_us)
 
     def work(self):
         self.ms += 1.0
@@ -215,8 +217,11 @@ def test_the_gpu_waits_until_everything_is_enqueued(host_us):
     for _ in range(2):
         assert timer.time_us(cuda.work, 4) == pytest.approx(1000.0)
         assert cuda.held_us >= 0 or host_us == 1e9, "the host was later than the GPU"
-    samples = {0.0: (1, 1), 300.0: (3, 1), 1e9: (5, 1)}[host_us]
-    assert cuda.log.count("wait") == sum(samples)
+    assert cuda.log.count("wait") == {0.0: 1, 300.0: 3, 1e9: 6}[host_us] + 1
+    assert cuda.longest_us <= clock.MOST_HOLD_US
+    holds = cuda.holds
+    timer.time_us(cuda.work, 4)
+    assert cuda.holds == holds + (host_us < 1e9), "one that waits for the GPU itself is not held"
 
 
 def test_cold_overwrites_l2_before_every_repetition_and_does_not_count_it(monkeypatch):

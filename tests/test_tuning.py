@@ -505,15 +505,14 @@ class TestLowRank:
     @pytest.mark.parametrize(
         "tile, steps, measured_us",
         [
-            (TileConfig("shrink", 64, 1, 64, 4, 3), 14336 // 64, 120),
-            (TileConfig("wgrad", 32, 64, 16, 4, 2), 8192 // 32, 213),
-            (TileConfig("wgrad", 32, 64, 16, 4, 4), 8192 // 32, 91),
+            (TileConfig("shrink", 64, 1, 64, 4, 3), 14336 // 64, 97.5),
+            (TileConfig("wgrad", 32, 64, 16, 4, 4), 8192 // 32, 82.8),
         ],
         ids=str,
     )
     def test_the_waiting_is_what_an_h200_took(self, tile, steps, measured_us):
         """x [8192, 14336], whose programs all run at one time; the bytes alone take 55 us."""
-        assert waits_us(tile, steps) == pytest.approx(measured_us, rel=0.25)
+        assert waits_us(tile, steps) == pytest.approx(measured_us, rel=0.2)
 
     @pytest.mark.parametrize("name, least", [("sm_80", 18), ("sm_90", 40), ("sm_100", 41)])
     def test_a_plans_kernels_have_enough_on_their_way(self, name, least):

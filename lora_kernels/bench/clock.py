@@ -14,7 +14,7 @@ PATIENCE_S = 20.0  # after which fewer rounds than asked for are enough
 SAMPLE_US = 1000.0  # a shorter sample would count the clock
 # Several times the L2 of any GPU that is known.
 FLUSH_BYTES = 1 << 30
-# How long the GPU waits for the host at first and at most, in microseconds, and clock cycles of one.
+# How long the GPU waits for the host at first and at most, in microseconds, and clock cycles of one at 2 GHz.
 HOLD_US, MOST_HOLD_US, CYCLES = 200.0, 20_000.0, 2000
 
 
@@ -70,16 +70,18 @@ class CudaClock:
         hold_us = self._held.get(run, HOLD_US)
         while True:
             begin, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
-            self.cuda._sleep(int(hold_us * CYCLES))
+            if hold_us:
+                self.cuda._sleep(int(hold_us * CYCLES))
             begin.record()
             for _ in range(inner):
                 run()
-            late = begin.query()  # the GPU was there before the host had enqueued everything
+            late = hold_us and begin.query()  # the GPU was there before the host had enqueued all
             end.record()
             end.synchronize()
-            if not late or hold_us >= MOST_HOLD_US:
+            if not late:
                 break
-            hold_us *= 4
+            # One that is late however long the GPU waits, as it waits for the GPU itself, is not held.
+            hold_us = min(4 * hold_us, MOST_HOLD_US) if hold_us < MOST_HOLD_US else 0.0
         self._held[run] = hold_us
         return 1e3 * begin.elapsed_time(end) / inner
 

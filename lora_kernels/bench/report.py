@@ -92,7 +92,9 @@ def target_of_run(results: Results) -> Target | None:
     except ValueError:
         return None
     peak_gbs = results.ceilings.get("copy_gbs", 0.0) / COPY_SHARE
-    count = machine.get("multiprocessors", like.multiprocessors)
+    nvidia = like.name.startswith("sm_")  # ROCm counts some chips' in pairs
+    count = machine.get("multiprocessors") if nvidia else None
+    count = count or like.multiprocessors
     return like.of_chip(str(machine.get("name")), count, peak_gbs)
 
 

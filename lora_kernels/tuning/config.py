@@ -237,7 +237,7 @@ def _persistent_refuses(config: TileConfig, problem: Problem, target: Target) ->
 WGRAD_BESIDE = {"sm_90": TileConfig("wgrad", 32, 64, 16, 4, 4)}
 # Of shared memory, of a low-rank kernel and of what the hardware adds to each block.
 BESIDE_BYTES = 34 * 1024
-# Of a read of memory beside others: 0.8 to 1.07 by the times of three low-rank kernels on an H200.
+# Of a read of memory beside others: 0.87 to 0.97 by the times of two low-rank kernels on an H200.
 LATENCY_US = 1.0
 
 

@@ -389,7 +389,7 @@ def rate(tile: Tile, problem: Problem, target: Target, split: int = 1) -> float:
     """
     own = tile.config
     blocks = row_blocks(problem, own.block_m) * math.ceil(problem.N / own.block_n) * split
-    each = math.ceil(blocks / (target.multiprocessors // max(1, own.ctas)))
+    each = math.ceil(blocks / max(1, target.multiprocessors // max(1, own.ctas)))
     steps = math.ceil(math.ceil(problem.K / own.block_k) / split)
     matrix = problem.flops / target.multiprocessors / flops_per_clock(target.name, problem.dtype)
     return matrix / each / _block_cycles(tile, problem, target, steps, each)

@@ -1,8 +1,8 @@
 """The tiles of the kernels that read x (or dy) and no weight, and how long each waits for what it reads.
 
 By Little's law the bandwidth is what is on its way over the latency. A program has num_stages - 1 blocks of x on their way:
-4.3 TB/s (H200, measured) need 35 KB a multiprocessor, 7 TB/s (sm_100) 47 KB, 1.55 TB/s (sm_80) 14 KB. With 16 KB `shrink`
-took 120 us for an x of 235 MB on an H200, with 7 KB `wgrad` 213 us and with 20 KB 91 us, where a copy's rate is 55 us.
+4.3 TB/s (H200, measured) need 33 KB a multiprocessor, 7 TB/s (sm_100) 47 KB, 1.55 TB/s (sm_80) 14 KB. With 16 KB `shrink`
+took 97 us for an x of 235 MB on an H200, and with 20 KB `wgrad` 83 us, where a copy's rate is 55 us.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def all_half(problem: Problem) -> bool:
 
 
 def power_of_two(wanted: int, most: int) -> int:
-    """The largest power of two that is at most `wanted`, `most` and 16; at least 1. Sizes alone decide it."""
+    """The largest power of two that is at most `wanted`, `most` and 16; at least 1: on one chip sizes alone decide it."""
     limit = max(1, min(wanted, most, 16))
     return 1 << (limit.bit_length() - 1)
 

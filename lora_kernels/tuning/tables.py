@@ -1,6 +1,6 @@
 """Tuned tables: what `tune` measured on a device, as JSON in the user's cache, read when a problem of it is chosen.
 
-A file belongs to one target and is a list of entries {"problem": {...}, "times": {"decode": 12.3, ...}, "configs": [...]}.
+A file belongs to one chip and is a list of entries {"problem": {...}, "times": {"decode": 12.3, ...}, "configs": [...]}.
 An entry that this version cannot read or that breaks `fits` is left out; a file that is no such list counts as absent.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,8 +39,9 @@ class Entry:
 
 
 def path(target: Target) -> Path:
-    """The file of a target; it may not exist."""
-    return env.cache_dir() / f"tuned-{target.name}-v{VERSION}.json"
+    """The file of a target's chip; it may not exist."""
+    chip = re.sub(r"[^a-z0-9]+", "-", target.chip.lower())
+    return env.cache_dir() / f"tuned-{target.name}-{chip}-v{VERSION}.json"
 
 
 def bucket(M: int) -> int:

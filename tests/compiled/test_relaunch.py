@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -199,7 +200,8 @@ def test_what_is_known_has_an_end(launches, searches, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "what", ["enter", "exit", "own", "debug", "stages", "before", "run", "version"]
+    "what",
+    ["enter", "exit", "own", "debug", "stages", "before", "run", "wraps", "instance", "version"],
 )
 def test_triton_launches_where_it_does_more(what, launches, searches, monkeypatch):
     kernel, (args, named), told = function(), next(calls()), []
@@ -221,6 +223,13 @@ def test_triton_launches_where_it_does_more(what, launches, searches, monkeypatc
     elif what == "run":
         watched = jit.JITFunction.run
         monkeypatch.setattr(jit.JITFunction, "run", lambda *a, **named: watched(*a, **named))
+    elif what == "wraps":
+        watched = jit.JITFunction.run
+        wrapper = functools.wraps(watched)(lambda *a, **named: watched(*a, **named))
+        monkeypatch.setattr(jit.JITFunction, "run", wrapper)
+    elif what == "instance":
+        watched = kernel.run
+        kernel.run = lambda *a, **named: watched(*a, **named)
     else:
         monkeypatch.setattr(relaunch, "_VERSIONS", ("0.",))
         relaunch._triton.cache_clear()

@@ -30,7 +30,7 @@ def run(kernel: Any, programs: int, device: int, args: tuple, named: dict[str, A
     if not _VALUES.issuperset(map(type, named.values())):
         kernel.run(*args, grid=(programs,), warmup=False, **named)
         return
-    parts = [id(kernel), device, *named, *named.values()]
+    parts = [id(kernel), device, *named, *named.values(), *map(type, named.values())]
     for a in args:
         if a is None or type(a) is int:
             parts.append(a)
@@ -57,15 +57,18 @@ def run(kernel: Any, programs: int, device: int, args: tuple, named: dict[str, A
 
 
 def _traits(a: Any) -> tuple[Any, ...]:
-    """What a compiled kernel depends on of another number or of a tensor descriptor; with the type, as 1 == True == 1.0."""
-    if isinstance(a, (float, bool)):
-        return type(a), a
+    """What a compiled kernel depends on of another number or of a tensor descriptor; with the type, as 1 == True."""
+    if type(a) is float:  # any: an alpha may change in each step
+        return (float,)
+    if isinstance(a, bool):
+        return bool, a
     return type(a), a.base.dtype, tuple(a.block_shape), getattr(a, "layout", None)
 
 
 def _driver_of(kernel: Any) -> Any:
     """Triton's driver, or None where its `run` does more than to launch: for hooks or a debugger, or in another version."""
     runtime, compilation, driver = _triton()
+    run = kernel.run
     # A chain of hooks has `calls`; a hook of the user's own is none.
     more = (
         getattr(runtime.launch_enter_hook, "calls", True)
@@ -73,7 +76,8 @@ def _driver_of(kernel: Any) -> Any:
         or runtime.add_stages_inspection_hook
         or runtime.debug
         or compilation.instrumentation_mode
-        or type(kernel).run.__qualname__ != "JITFunction.run"
+        or run.__qualname__ != "JITFunction.run"
+        or hasattr(run, "__wrapped__")
         or kernel.pre_run_hooks
         or kernel.debug
     )
