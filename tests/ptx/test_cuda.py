@@ -107,8 +107,9 @@ class Rows(ctypes.Structure):
                 ("align", ctypes.c_int), ("k_major", ctypes.c_bool)]  # fmt: skip
 
     @classmethod
-    def of(cls, t: torch.Tensor) -> Rows:
-        return cls(t.data_ptr(), t.stride(0), len(t), t.element_size(), True)
+    def of(cls, t: torch.Tensor, aligned: bool) -> Rows:
+        align = 16 if aligned else t.element_size()
+        return cls(t.data_ptr(), t.stride(0), len(t), align, True)
 
 
 class Decode(ctypes.Structure):
@@ -136,8 +137,15 @@ def entry(ptx: str, *needles: str) -> str:
 class Product:
     """y and s of one ragged product by the decode kernel; what the emulator is given to compute them."""
 
-    def __init__(self, dtype: torch.dtype, splits: int, R: int = 12, blocks: int = 2) -> None:
-        M, N, K = 5, 75, 3 * 128 + 21
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        splits: int,
+        R: int = 12,
+        blocks: int = 2,
+        aligned: bool = False,
+    ) -> None:
+        M, N, K = 5, 75, 3 * 128 + (24 if aligned else 21)
         self.tile, rows = ("MmaTile", 64) if dtype == torch.bfloat16 else ("FmaTile", 32)
         fused = self.tile == "MmaTile"
         x, w, a = (torch.randn(n, K).to(dtype) / K**0.5 for n in (M, N, R))
@@ -152,7 +160,7 @@ class Product:
         arrived = torch.zeros(tiles, dtype=torch.int32)
         chunk = -(-K // splits // 128) * 128
         self.params = Decode(
-            Rows.of(x), Rows.of(w), Rows.of(a), b.data_ptr(), *b.stride(), bias.data_ptr(),
+            *(Rows.of(t, aligned) for t in (x, w, a)), b.data_ptr(), *b.stride(), bias.data_ptr(),
             None if fused else s.data_ptr(), None, y.data_ptr(), s.data_ptr(), partials.data_ptr(), arrived.data_ptr(),
             self.alpha, K, R, chunk, dtype == torch.float32, dtype == torch.float32, False,
         )  # fmt: skip
@@ -180,10 +188,12 @@ class Product:
 @pytest.mark.parametrize("schedule", [None, 3])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_decode(shipped, dtype, blocks, splits, schedule):
+@pytest.mark.parametrize(
+    "dtype, aligned", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)]
+)
+def test_decode(shipped, dtype, aligned, blocks, splits, schedule):
     """75 columns are two tiles, or three of 32, which the blocks share."""
-    product = Product(dtype, splits, blocks=blocks)
+    product = Product(dtype, splits, blocks=blocks, aligned=aligned)
     counters = product.run(shipped, schedule)
     product.check()
     assert counters.tensors["w"].bytes_loaded == product.tensors["w"].nbytes
@@ -203,17 +213,23 @@ def test_barriers_and_memory_accesses_are_the_same_for_sm_90():
 
 @pytest.mark.parametrize("shipped", ["sm_80"], indirect=True)
 @pytest.mark.parametrize(
-    ("dtype", "rank", "spare"),
-    [(torch.bfloat16, 12, {8, 9}), (torch.float32, 40, {6}), (torch.float32, 0, {7, 8})],
-    ids=["fused", "two chunks of the rank", "no rank"],
+    ("dtype", "rank", "aligned", "spare"),
+    [
+        (torch.bfloat16, 12, False, {0, 1, 2, 3, 12, 13}),
+        (torch.bfloat16, 12, True, {4, 5, 6, 7, 12, 13}),
+        (torch.float32, 40, False, {6}),
+        (torch.float32, 0, False, {7, 8}),
+    ],
+    ids=["fused", "fused and aligned", "two chunks of the rank", "no rank"],
 )
-def test_every_barrier_and_fence_of_decode(shipped, dtype, rank, spare):
+def test_every_barrier_and_fence_of_decode(shipped, dtype, rank, aligned, spare):
     """Each deleted in turn is noticed, at one rank or another.
 
     Between the split sums and their use stand a barrier after them, 6, and, for each chunk of the rank, one that keeps the
-    chunk before whole, 7, and one in it, 8; two later each where a block's first tile has code of its own.
+    chunk before whole, 7, and one in it, 8. A fused one has code of its own for a block's first tile and the others, each
+    for aligned operands, 0 to 3, and for others, 4 to 7; the rest is six later there.
     """
-    product = Product(dtype, 3, rank, blocks=1)
+    product = Product(dtype, 3, rank, 1, aligned)
     lines = shipped.splitlines()
     entries = [n for n, line in enumerate(lines) if ".entry" in line] + [len(lines)]
     (at,) = (
