@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels import lora_linear, plan
 from lora_kernels.backends.triton import relaunch
+from lora_kernels.backends.triton.configs import ALGORITHMS
 from tests.pretended import on_target
 
 
@@ -239,16 +240,6 @@ def test_triton_launches_where_it_does_more(what, launches, searches, monkeypatc
     relaunch.run(kernel, 7, 0, args, named)
     relaunch.run(kernel, 7, 0, args, named)
     assert len(searches) == 3 and len(launches) == 4
-
-
-ALGORITHMS = (
-    "two_kernel",
-    "one_launch",
-    "one_pass",
-    "decode",
-    "persistent",
-    "persistent_one_launch",
-)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
