@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -414,8 +415,18 @@ def test_every_launch_names_its_device_and_its_rounding(monkeypatch):
 
 
 def test_target_is_that_of_the_operands_device(monkeypatch):
-    monkeypatch.setattr(device_module, "architecture", lambda index: f"sm_{80 + 10 * index}")
+    def properties(index):
+        own = {"name": f"a chip of {8 + index}.0", "multi_processor_count": 100 + index}
+        return SimpleNamespace(major=8 + index, minor=0, **own)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert device_module.current_target().name == "sm_80"
-    assert device_module.current_target(torch.device("cuda", 1)).name == "sm_90"
+    device_module._target.cache_clear()
+    try:
+        here = device_module.current_target()
+        there = device_module.current_target(torch.device("cuda", 1))
+    finally:
+        device_module._target.cache_clear()
+    assert (here.name, here.multiprocessors) == ("sm_80", 100)
+    assert (there.name, there.multiprocessors) == ("sm_90", 101)
