@@ -75,6 +75,7 @@ __device__ void multiply_tile(const Decode& p, float* sums, int pitch, int row0,
   __syncthreads();
 }
 
+// `multiply_tile` by the form of the tile that reads every operand by vectors, where all allow it.
 template <class Tile>
 __device__ void multiply_rows(const Decode& p, float* sums, int pitch, int row0, int k_begin,
                               int k_end) {

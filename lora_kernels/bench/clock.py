@@ -75,7 +75,9 @@ class CudaClock:
             begin.record()
             for _ in range(inner):
                 run()
-            late = hold_us and begin.query()  # the GPU was there before the host had enqueued all
+            late = (
+                hold_us > 0 and begin.query()
+            )  # the GPU was there before the host had enqueued all
             end.record()
             end.synchronize()
             if not late:

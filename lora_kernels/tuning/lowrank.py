@@ -204,6 +204,7 @@ def _row_split(problem: Problem, target: Target, block_n: int) -> int:
 
 
 def all_half(problem: Problem) -> bool:
+    """Whether x and the adapter both have a half type."""
     return problem.itemsize == ITEMSIZE[problem.adapter_dtype] == 2
 
 

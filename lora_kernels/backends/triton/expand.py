@@ -414,7 +414,7 @@ def tma_applies(x: Tensor, w: Tensor) -> bool:
 
 
 def stored(w: Tensor) -> Tensor | None:
-    """w or wᵀ, whichever it can fetch."""
+    """w or wᵀ, whichever the tensor memory accelerator can fetch; None where it can fetch neither."""
     if describable(w):
         return w
     transposed = w.t()
@@ -422,7 +422,7 @@ def stored(w: Tensor) -> Tensor | None:
 
 
 def describable(t: Tensor) -> bool:
-    """Whether it can fetch the matrix as it is."""
+    """Whether the tensor memory accelerator can fetch the matrix t as it lies."""
     rows, columns = t.stride()
     row_bytes = rows * t.itemsize
     return columns == 1 and row_bytes > 0 and (row_bytes | t.data_ptr()) % 16 == 0 and t.numel() > 0

@@ -25,14 +25,13 @@ def launch(
     *args: Any,
     dependent: bool = False,
     contract: bool = True,
-    **constants: Any,
+    **named: Any,
 ) -> None:
     """Run `programs` instances of `kernel` on `device`. All kernels of this package are launched here.
 
     `dependent`: the kernel may start before the one launched just before it has finished, and waits for it by itself.
-    `contract`: a product and the sum that it goes into may be rounded once.
+    `contract`: a product and the sum that it goes into may be rounded once. `named`: the kernel's constants.
     """
-    named = constants
     if dependent:
         named["launch_pdl"] = True
     if config.ctas:

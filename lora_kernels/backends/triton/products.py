@@ -186,11 +186,11 @@ class TritonProducts(Products):
 
     def _one_reading(self, dy: Tensor, s: Tensor) -> TileConfig | None:
         """The tile of the kernel that reads dy once for q and dB; None where it does not pay or cannot."""
-        key = _, R = dy.shape[1], s.shape[1]
+        width, R = key = dy.shape[1], s.shape[1]
         if 0 in (*dy.shape, R):
             return None
         if key not in self._of_one_reading:
-            tiles = self._lowrank(dy.shape[1])
+            tiles = self._lowrank(width)
             config = tiles.config("shrink_wgrad") if tiles.has("shrink_wgrad") else None
             if config and not one_reading_pays(dy.itemsize, R, config, tiles.measured):
                 config = None
@@ -329,6 +329,7 @@ class TritonProducts(Products):
         return runs_beside(self.tiles.config("persistent"), self.problem, self.target)
 
     def _shrink_beside(self, R: int) -> TileConfig:
+        """The tile of shrink where it runs beside this persistent product."""
         return cast(TileConfig, shrink_beside(R, self.target))
 
     def _tail(self, x: Tensor, s: Tensor | None, B: Tensor) -> tuple[Tensor | None, Tensor]:
