@@ -68,15 +68,16 @@ def keep(needs: Needs, x: Tensor, weight: Weight, A: Tensor, B: Tensor, s: Tenso
 
 def _readable(products: Products, *operands: Any) -> Any:
     """The operands, `in_memory` where the products read that."""
-    return map(in_memory, operands) if products.reads_memory else operands
+    if not products.reads_memory or lies_in_memory(*operands):
+        return operands
+    return map(in_memory, operands)
 
 
 def forward(
     products: Products, x: Tensor, weight: Weight, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and s [M, R]."""
-    if products.reads_memory and not lies_in_memory(x, weight, bias, *adapter):
-        x, weight, adapter, bias = map(in_memory, (x, weight, adapter, bias))
+    x, weight, adapter, bias = _readable(products, x, weight, adapter, bias)
     return products.shrink_expand(x, transposed(weight), adapter, bias)
 
 
@@ -154,8 +155,7 @@ def backward(
     `adapter` is the forward's, with A and B of `saved`; `ds` is a gradient that s itself received; `dz`: what dx and dW
     read in the place of dy; `q`, where the caller has it.
     """
-    if products.reads_memory and not lies_in_memory(dy, *saved, *adapter):
-        dy, saved, adapter = map(in_memory, (dy, saved, adapter))
+    dy, saved, adapter = _readable(products, dy, saved, adapter)
     x, weight, s = cast(tuple[Tensor, Tensor, Tensor], (saved.x, saved.weight, saved.s))
     if dy.is_sparse:  # from an embedding or a gather with sparse gradients
         dy = dy.to_dense()

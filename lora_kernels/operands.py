@@ -195,7 +195,7 @@ def in_memory(operand: Any) -> Any:
 
 
 def lies_in_memory(*operands: Any) -> bool:
-    """Whether `in_memory` leaves each of these as it is; not for one that has a tuple, which it must look into.
+    """Whether `in_memory` leaves each of these, and each of a tuple, as it is.
 
     To ask first takes a third of the time of calling it: nearly every operand is as its memory has it.
     """
@@ -203,7 +203,7 @@ def lies_in_memory(*operands: Any) -> bool:
         if isinstance(each, Tensor):
             if each.is_neg() or each._is_zerotensor():
                 return False
-        elif isinstance(each, tuple):
+        elif isinstance(each, tuple) and not lies_in_memory(*each):
             return False
     return True
 
