@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SOURCES = ("bindings.cu", "launch.cu")
-ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+ARCHITECTURES = ("80", "86", "90", "100", "120")  # sm_86 code is sm_89's too
+PTX = "80"  # no kernel uses an instruction that came after it
 _HERE = Path(__file__).resolve().parent
 
 
@@ -19,14 +20,12 @@ def build(
     output: Path,
     *,
     archs: Sequence[str] = ARCHITECTURES,
-    ptx: str = ARCHITECTURES[0],
     more: Sequence[str] = (),
 ) -> str:
     """Write the shared library `output` for the compute capabilities `archs` ("80", ...); returns what nvcc printed.
 
-    The PTX for the capability `ptx` is included: a driver compiles it for every newer GPU without code of its own, such as
-    11.0, which a PTX for 12.0 would leave out; no kernel uses an instruction that came after 8.0. `more` are further
-    sources and options.
+    The code of all is assembled from one PTX, for 8.0, which is included: a driver compiles it for every newer GPU without
+    code of its own, such as 11.0. `more` are further sources and options.
     FileNotFoundError without nvcc; RuntimeError with nvcc's own words when it fails.
     """
     import torch
@@ -38,6 +37,7 @@ def build(
         for name in ("torch", "torch_cpu", "torch_cuda")
         if (root / f"lib/lib{name}.so").exists()
     ]
+    codes = [f"compute_{PTX}", *(f"sm_{arch}" for arch in archs)]
     command = [
         nvcc(),
         "-std=c++20",
@@ -45,8 +45,7 @@ def build(
         "-DUSE_CUDA",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",  # 2.10, the oldest that is supported
         f"-I{root / 'include'}",
-        *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs),
-        f"-gencode=arch=compute_{ptx},code=compute_{ptx}",
+        f"-gencode=arch=compute_{PTX},code=[{','.join(codes)}]",
         "-Xcompiler=-fPIC",
         "-Xptxas=-v",
         "-shared",

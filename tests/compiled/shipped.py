@@ -1,4 +1,4 @@
-"""Launches every configuration that selection can return for a GPU: to compile it alone, or on CPU tensors to execute it."""
+"""Launches every configuration that selection can return for a GPU: on shapes alone, to compile it, or on values."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lora_kernels.backends.triton.dequantise import dequantise
 from lora_kernels.backends.triton.expand import Shrink, expand
 from lora_kernels.backends.triton.launch import rank_operand
 from lora_kernels.backends.triton.one_pass import one_pass
+from lora_kernels.backends.triton.parts import parts
 from lora_kernels.backends.triton.scale import scaled_gradient
 from lora_kernels.backends.triton.shrink import shrink, shrink_squares
 from lora_kernels.backends.triton.shrink_wgrad import scaled_shrink_wgrad, shrink_wgrad
@@ -23,9 +24,13 @@ from lora_kernels.problem import DENSE, Problem
 from lora_kernels.samples import sample
 from lora_kernels.tuning.config import TAIL_PARTS, WGRAD_BESIDE, TileConfig, tail_in_parts
 from lora_kernels.tuning.targets import Target
+from tests.oracle import Operands
 
 if untried() is None:
-    from lora_kernels.backends.triton.persistent import persistent
+    from lora_kernels.backends.triton.persistent import fetchable, persistent
+
+# A problem, a tile, and of `Shapes`: forward, peft_b.
+Job = tuple[Problem, TileConfig, bool, bool]
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Shapes:
     """Meta tensors of a problem, or zeros; `forward` says which way the weights and adapters lie in memory.
 
     `peft_b`: b lies as PEFT stores it, of a forward along the rank, of dx along N. `scaled`: with DoRA's column scale, and
-    z. `float32_s`: s and q are float32 also where x and the adapter are bfloat16.
+    z. `float32_s`: s and q are float32 also where x and the adapter are bfloat16. With `values` they are those, of a
+    forward or of dx, as they lie there; for these the results are right.
     """
 
     problem: Problem
@@ -42,6 +48,7 @@ class Shapes:
     scaled: bool = False
     float32_s: bool = False
     device: str = "meta"
+    values: Operands | None = None
 
     def _empty(
         self, rows: int, cols: int, dtype: str, transposed: bool = False, count: int = 0
@@ -53,10 +60,11 @@ class Shapes:
 
     def _fetched(self, rows: int, ranks: int) -> Tensor:
         """As `shrink` or `parts` store it."""
-        return rank_operand(rows, ranks, torch.bfloat16, torch.device(self.device)).zero_()
+        device = self.device if self.values is None else self.values.x.device
+        return rank_operand(rows, ranks, torch.bfloat16, torch.device(device)).zero_()
 
     def _tail(self, target: Target) -> Tensor | None:
-        """What a product reads of s or q: as one that `shrink` stores beside; None where that is float32."""
+        """What `shrink` stores s or q in, beside, for a product to read; None where that reads float32."""
         p = self.problem
         if p.dtype == p.adapter_dtype == "bfloat16":
             return self._fetched(p.M, p.R)
@@ -64,63 +72,98 @@ class Shapes:
             return self._fetched(p.M, TAIL_PARTS * p.R)
         return None
 
-    def launch(self, config: TileConfig, target: Target) -> None:
-        """One launch of `config`'s kernel."""
+    def _in_parts(self, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """s and b as the persistent product reads them."""
+        p = self.problem
+        if not tail_in_parts(p):
+            return self._fetched(p.M, p.R).copy_(s), fetchable(b)
+        if self.values is not None:
+            return parts(s, b, TileConfig("shrink", 64, 1, 64, 4, 3))
+        made = self._fetched(p.N, TAIL_PARTS * p.R)
+        by_rank = made.t() if b.stride(1) != 1 else made.new_empty((TAIL_PARTS * p.R, p.N))
+        return self._fetched(p.M, TAIL_PARTS * p.R), by_rank
+
+    def launch(self, config: TileConfig, target: Target) -> dict[str, Tensor]:
+        """One launch of `config`'s kernel; its results by the names that `Operands.results` has for them."""
         p = self.problem
         base, adapter = p.dtype, p.adapter_dtype
-        x = self._empty(p.M, p.K, base)
-        weights = p.groups if p.weights > 1 else 0
-        w = self._empty(p.K, p.N, base, self.forward, weights)
-        a = self._empty(p.K, p.R, adapter, not self.forward, p.groups)
-        b = self._empty(p.R, p.N, adapter, self.peft_b == self.forward, p.groups)
-        s = self._empty(p.M, p.R, "float32")
-        halves = base == adapter == "bfloat16" and not self.float32_s
-        rounded = self._fetched(p.M, p.R) if halves else s
-        dy = self._empty(p.M, p.N, base)
-        bias = self._empty(max(weights, 1), p.N, base) if self.forward else None
-        bias = bias[0] if bias is not None and not weights else bias
-        offsets = self._empty(1, p.groups + 1, "int32")[0] if p.groups else None
         dtype = getattr(torch, adapter)
-        seed = torch.zeros((), dtype=torch.int64, device=self.device)
-        mask = Dropout(0.1, seed) if p.dropout else None
+        weights = p.groups if p.weights > 1 else 0
+        if (o := self.values) is not None:
+            found = o.results(None)
+            s, q = found["s"].float(), found["q"].float()
+            dy, mask, alpha = o.dy, o.dropout, o.case.alpha
+            x, w, a, b, bias = o.x, o.w, o.a, o.b, o.bias
+            if not self.forward:
+                x, w, a, b, bias, s, q = dy, w.t(), b.t(), a.t(), None, q, s
+        else:
+            x = self._empty(p.M, p.K, base)
+            w = self._empty(p.K, p.N, base, self.forward, weights)
+            a = self._empty(p.K, p.R, adapter, not self.forward, p.groups)
+            b = self._empty(p.R, p.N, adapter, self.peft_b == self.forward, p.groups)
+            q = s = self._empty(p.M, p.R, "float32")
+            dy = self._empty(p.M, p.N, base)
+            bias = self._empty(max(weights, 1), p.N, base) if self.forward else None
+            bias = bias[0] if bias is not None and not weights else bias
+            seed = torch.zeros((), dtype=torch.int64, device=self.device)
+            mask, alpha = Dropout(0.1, seed) if p.dropout else None, 0.5
+        if not self.forward and config.kernel not in ("expand", "persistent"):
+            mask = None  # q, dB and a dx with q have none
+        halves = base == adapter == "bfloat16" and not self.float32_s
+        rounded = self._fetched(p.M, p.R).copy_(s) if halves else s
+        offsets = self._empty(1, p.groups + 1, "int32")[0] if p.groups else None
         column, z = (self._empty(1, p.N, "float32")[0], dy) if self.scaled else (None, None)
         own: dict[str, Any] = {"c": column, "z": z}
+        product, lowrank = ("y", "s") if self.forward else ("dx", "q")
         if config.kernel == "shrink" and self.scaled:
             shrink_squares(x, a, config)
         elif config.kernel == "shrink":
             tail = None if offsets is not None else self._tail(target)
-            shrink(x, a, 0.5, config, mask, offsets=offsets, release=target.tma, rounded=tail)
+            own = {"offsets": offsets, "release": target.tma, "rounded": tail}
+            return {lowrank: shrink(x, a, alpha, config, mask, **own)}
         elif config.kernel == "expand":
             own |= {"offsets": offsets, "late_wait": target.tma and self.forward}  # dx never waits
-            expand(x, w, rounded, b, bias, config, mask, **own)
+            return {product: expand(x, w, rounded, b, bias, config, mask, **own)}
         elif config.kernel == "one_launch":
-            first = Shrink(a, 0.5, s, mask)
-            expand(x, w, rounded, b, bias, config, **own, first=first)
+            first = Shrink(a, alpha, torch.full_like(s, torch.nan), mask)
+            rounded = rounded.fill_(torch.nan)  # nothing that it reads is written before
+            y = expand(x, w, rounded, b, bias, config, **own, first=first)
+            return {product: y, lowrank: first.whole}
         elif config.kernel == "persistent":
-            if tail_in_parts(p):
-                made = self._fetched(p.N, TAIL_PARTS * p.R)
-                b = made.t() if b.stride(1) != 1 else made.new_empty((TAIL_PARTS * p.R, p.N))
-            tail = self._tail(target)
+            programs = target.multiprocessors if o is None else 2 * max(1, config.ctas)
             own = {"late_wait": True, "release": not config.ctas, "dropout": mask}
-            persistent(x, w, tail, b, bias, config, target.multiprocessors, **own)
+            tail, b = self._in_parts(s, b)
+            return {product: persistent(x, w, tail, b, bias, config, programs, **own)}
         elif config.kernel == "persistent_one_launch":
-            first = Shrink(a, 0.5, s, None)
-            persistent(x, w, rounded, b, bias, config, target.multiprocessors, first=first)
+            programs = target.multiprocessors if o is None else 2
+            first = Shrink(fetchable(a.t()).t(), alpha, torch.full_like(s, torch.nan), None)
+            rounded = rounded.fill_(torch.nan)
+            y = persistent(x, w, rounded, fetchable(b), bias, config, programs, first=first)
+            return {product: y, lowrank: first.whole}
         elif config.kernel == "one_pass":
-            one_pass(x, w, a, b, 0.5, bias, config, mask, **own)
+            found = one_pass(x, w, a, b, alpha, bias, config, mask, **own)
+            return dict(zip((product, lowrank), found, strict=True))
         elif config.kernel == "decode":
             if p.weight_format != DENSE:
-                w = sample(p.weight_format, p.N, p.K, x.dtype, self.device).t()
-            decode(x, w, a, b, 0.5, bias, config, **own)
+                w = sample(p.weight_format, p.N, p.K, x.dtype, x.device).t()
+            found = decode(x, w, a, b, alpha, bias, config, **own)
+            return dict(zip((product, lowrank), found, strict=True))
         elif config.kernel == "dequantise":
-            dequantise(sample(p.weight_format, p.N, p.K, x.dtype, self.device), w.t(), config)
+            packed = sample(p.weight_format, p.N, p.K, x.dtype, x.device)
+            out = torch.full_like(w.t(), torch.nan)
+            dequantise(packed, out, config)
+            return {"w": out.t()}
         elif config.kernel == "wgrad" and self.scaled:
             scaled_gradient(dy, column, z, config)
         elif config.kernel == "wgrad":
             alone = WGRAD_BESIDE.get(target.name) != replace(config, split=1)
             own = {"offsets": offsets, "beside": not alone and not p.groups}
-            wgrad(*((x, rounded) if self.forward else (s, dy)), dtype, config, mask, **own)
+            stored = self._fetched(p.M, p.R).copy_(q) if halves else q
+            of = (x, stored) if self.forward else (q, dy)
+            return {"dA" if self.forward else "dB": wgrad(*of, dtype, config, mask, **own)}
         elif self.scaled:
-            scaled_shrink_wgrad(dy, b.t(), 0.5, s, dtype, config, column, z)
+            scaled_shrink_wgrad(dy, b.t(), alpha, s, dtype, config, column, z)
         else:
-            shrink_wgrad(dy, b.t(), 0.5, s, dtype, config)
+            found = shrink_wgrad(dy, b.t(), alpha, s, dtype, config)
+            return dict(zip(("q", "dB"), found, strict=True))
+        return {}

@@ -27,13 +27,13 @@ from lora_kernels.tuning.config import (
 from lora_kernels.tuning.targets import TARGETS
 from tests.compiled.recorder import recording
 from tests.compiled.sass import Code, inspect
-from tests.compiled.shipped import Shapes
+from tests.compiled.shipped import Job, Shapes
 
 pytestmark = pytest.mark.slow
-NEAR_DUPLICATES = (
-    "sm_86",
-    "sm_89",
-)  # the code of sm_80 in smaller tiles: one rank and one stride form suffice
+# The same tiles, smaller than sm_80's, and but for the assembler the same code: each job is compiled for one of the two.
+TWINS = ("sm_86", "sm_89")
+# Whose strides, float32 sums and scales make no other code than sm_80's, or AMD's in bfloat16.
+ONE_FORM = (*TWINS, "sm_120", "gfx942", "gfx1100")
 TYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
 USUAL = ("bfloat16", "bfloat16", DENSE)
 MIXED = ("bfloat16", "float32", DENSE)
@@ -46,35 +46,36 @@ SCRATCH = 4096  # bytes of shared memory beside the tiles: barriers, and what a 
 MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "mfma", "gfx1100": "wmma"}
 
 
-def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
-    """Every configuration at its widest rank, which takes the most registers, with all stride forms and dropout.
+def by_tile(target: str, groups: int = 0) -> Iterator[list[tuple[Problem, TileConfig]]]:
+    """What each tile ships for, of each types: from the narrowest rank without a split to the widest with one."""
+    tiles: dict[tuple, list[tuple[Problem, TileConfig]]] = {}
+    for problem, config in shipped(TARGETS[target], groups):
+        tiles.setdefault((replace(config, split=1), *_types(problem)), []).append((problem, config))
+    for pairs in tiles.values():
+        yield sorted(pairs, key=lambda pair: (pair[0].R, pair[1].split))
 
-    A bfloat16 layer with a dense weight has more: the narrowest rank, and the form that splits no sum beside the one that
-    does. Sums differ in how they end, so that one rank and one stride form show that.
+
+def jobs(target: str) -> Iterator[Job]:
+    """Every tile at its widest rank, which takes the most registers, and with split sums; all stride forms, and dropout.
+
+    Of a bfloat16 layer with a dense weight also at the narrowest rank and, where it has one, without a split: that on sizes
+    which nothing divides. Sums differ in how they end, so that one rank and one stride form show that.
     """
-    pairs = shipped(TARGETS[target])
-    widest = {(config, *_types(p)): p for p, config in pairs}
-    most: dict[tuple, int] = {}  # the largest split of each tile
-    for p, config in pairs:
-        code = (replace(config, split=0), *_types(p))
-        most[code] = max(config.split, most.get(code, 1))
-    once = target in (*NEAR_DUPLICATES, "gfx942", "gfx1100")
-    for problem, config in pairs:
+    once = target in ONE_FORM
+    for pairs in by_tile(target):
+        (least, narrow), (problem, config) = pairs[0], pairs[-1]
         types = _types(problem)
-        usual = types == USUAL
-        parts = types == MIXED and config.kernel in LOWRANK_KERNELS  # in tiles of their own
-        if target in NEAR_DUPLICATES and (problem.R != 64 or not (usual or parts)):
-            continue
-        last = widest[(config, *types)] is problem
-        split = config.split == most[(replace(config, split=0), *types)]
-        if not (last and split) and not (usual and (last or split)):
+        usual, kernel = types == USUAL, config.kernel
+        parts = types == MIXED and kernel in LOWRANK_KERNELS  # in tiles of their own
+        if target in TWINS and (problem.R != 64 or not (usual or parts)):
             continue
         yield problem, config, True, False
-        both = config.kernel != "shrink_wgrad" and problem.weight_format == DENSE
-        if last and split and both and not once:
+        if kernel != "shrink_wgrad" and problem.weight_format == DENSE and not once:
             yield problem, config, False, False
-        if last and config.kernel in ("expand", "one_launch", *PERSISTENT) and config.tma:
+        if kernel in ("expand", "one_launch", *PERSISTENT) and config.tma:
             yield problem, config, True, True
+        if usual and target not in TWINS:
+            yield ragged(least), narrow, True, False
     for dtype, adapter_dtype in TYPES[: 1 if once else None]:
         masked = Problem(4096, 4096, 4096, 64, dtype, adapter_dtype, device="cuda", dropout=True)
         for kernel in ("shrink", "expand", "one_launch", "one_pass", "wgrad"):
@@ -87,44 +88,42 @@ def jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
                 yield own, config, False, peft_b
 
 
+def ragged(problem: Problem) -> Problem:
+    """The problem with sizes that no block divides, nor 16; rows stay 16-byte aligned for tensor descriptors."""
+    return replace(problem, N=problem.N + 8, K=problem.K + 8, R=problem.R - 3)
+
+
 def _types(problem: Problem) -> tuple[str, str, str]:
     return problem.dtype, problem.adapter_dtype, problem.weight_format
 
 
-def grouped_jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
-    """Over groups, at the widest rank: each configuration as it is, and the product of dx, with a mask."""
-    for problem, config in shipped(TARGETS[target], groups=8):
+def grouped_jobs(target: str) -> Iterator[Job]:
+    """Over groups, at the widest rank: each tile, and the product of dx, with a mask."""
+    for *_, (problem, config) in by_tile(target, groups=8):
         types = _types(problem)
         if types == MIXED and config.kernel not in LOWRANK_KERNELS:
             continue
-        if problem.R != 64 or (target in NEAR_DUPLICATES and types != USUAL):
+        if problem.R != 64 or (target in TWINS and types != USUAL):
             continue
         yield problem, config, True, False
         if config.kernel == "expand":
             yield replace(problem, dropout=True), config, False, False
 
 
-def scaled_jobs(target: str) -> Iterator[tuple[Problem, TileConfig, bool, bool]]:
-    """With DoRA's column scale and z, at the widest rank of each configuration, as a forward stores its operands.
+def scaled_jobs(target: str) -> Iterator[Job]:
+    """With DoRA's column scale and z, at the widest rank of each tile, as a forward stores its operands.
 
     The store is that of every weight format and of every type of adapter.
     """
-    pairs = shipped(TARGETS[target])
-    kept = [
-        (p, c)
-        for p, c in pairs
-        if _types(p) in (USUAL, FLOAT32) or (_types(p) == MIXED and c.kernel in LOWRANK_KERNELS)
-    ]
-    kept = [(p, c) for p, c in kept if c.kernel not in PERSISTENT]
-    widest = {(replace(c, split=1), p.dtype, p.adapter_dtype): p for p, c in kept}
-    for (config, *_), problem in widest.items():
-        yield problem, config, True, False
+    for *_, (problem, config) in by_tile(target):
+        types = _types(problem)
+        own = types == MIXED and config.kernel in LOWRANK_KERNELS
+        if config.kernel not in PERSISTENT and (types in (USUAL, FLOAT32) or own):
+            yield problem, config, True, False
 
 
-def compile_job(
-    job: tuple[str, Problem, TileConfig, bool, bool], scaled: bool = False, loops: bool = True
-) -> Code:
-    target, problem, config, forward, peft_b = job
+def compile_job(target: str, job: Job, scaled: bool = False, loops: bool = True) -> Code:
+    problem, config, forward, peft_b = job
     with recording(target) as launches:
         Shapes(problem, forward, peft_b, scaled).launch(config, TARGETS[target])
     form = ""
@@ -142,14 +141,19 @@ FORMS = {"": jobs, "groups": grouped_jobs, "scaled": scaled_jobs}
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize(
     "target, form",
-    [(t, f) for t in TARGETS for f in FORMS if f != "scaled" or t not in NEAR_DUPLICATES],
+    [(t, f) for t in TARGETS for f in FORMS if f != "scaled" or t not in (*TWINS, "sm_120")],
 )
 def test_shipped_configurations(target, part, form):
     every = list(FORMS[form](target))
+    if target in TWINS:
+        first, second = (list(FORMS[form](twin)) for twin in TWINS)
+        assert [config for _, config, *_ in first] == [config for _, config, *_ in second]
+        every = every[TWINS.index(target) :: len(TWINS)]
     limits = TARGETS[target]
     wrong = []
-    for problem, config, forward, peft_b in every[part::PARTS]:
-        code = compile_job((target, problem, config, forward, peft_b), form == "scaled", False)
+    for job in every[part::PARTS]:
+        problem, config, forward, _ = job
+        code = compile_job(target, job, form == "scaled", False)
         what = f"{config} for {problem}, {'forward' if forward else 'backward'}"
         if code.local_bytes > LOCAL_BYTES or code.loop_spills > LOOP_SPILLS:
             wrong.append(
@@ -267,7 +271,7 @@ def test_the_main_loop_is_the_plain_products(target, form, record_property):
         if peft_b and not config.tma:
             continue
         plain = plain_product(target, config, problem, forward)
-        fused = compile_job((target, problem, config, forward, peft_b))
+        fused = compile_job(target, (problem, config, forward, peft_b))
         others, plain_others = (
             code.loop.total() - len(code.loop_matrix) for code in (fused, plain)
         )
@@ -309,7 +313,7 @@ def test_the_persistent_loop(target, size, types, forward):
         masks = config.kernel == "persistent" and unmasked(config, own) is None
         if dropout and (forward or not masks):
             continue
-        code = compile_job((target, own, config, forward, False))
+        code = compile_job(target, (own, config, forward, False))
         assert code.loop_matrix == matrix, code
         assert code.loop.total() <= instructions and code.local_bytes == 0, code
         assert code.smem_bytes <= smem_bytes and code.tmem_columns == columns, code

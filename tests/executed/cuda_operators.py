@@ -56,10 +56,10 @@ def sources_digest(*more: str | Path) -> str:
 
 
 def build_library() -> Path:
-    """The library with every kernel for sm_80 as PTX; compiled again only when a source has changed."""
+    """The library with every kernel as PTX alone; compiled again only when a source has changed."""
 
     def build(library: Path) -> None:
-        build_module().build(library, archs=(), ptx="80", more=OPTIONS)
+        build_module().build(library, archs=(), more=OPTIONS)
 
     name = sources_digest(RUNTIME, torch.__version__, *OPTIONS)
     return kept(f"cuda_emulated/{name}.so", build)

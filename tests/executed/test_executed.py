@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from lora_kernels import lora_linear
-from lora_kernels.backends.triton.configs import shipped, tiles_for, tiles_of
+from lora_kernels.backends.triton.configs import tiles_for, tiles_of
 from lora_kernels.backends.triton.decode import decode
 from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.problem import Problem
-from lora_kernels.tuning.config import LOWRANK_KERNELS, TileConfig
+from lora_kernels.tuning.config import LOWRANK_KERNELS
 from lora_kernels.tuning.targets import TARGETS
+from tests.compiled.test_compiled import jobs
 from tests.executed.layer import EXECUTED, emulated, train
 from tests.executed.shipped import compare, execute, launch
 from tests.oracle import Case, assert_budget, reference
@@ -26,26 +27,16 @@ PARTS = 5  # of a target's tiles, for test processes beside each other; odd, so 
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("target", EXECUTED)
 def test_every_shipped_tile(target, part):
-    """Lockstep for one half of the tiles, a seeded random schedule for the other; sums are split in one half of each."""
-    forms: dict[tuple, dict[bool, tuple[Problem, TileConfig]]] = {}
-    for problem, config in reversed(shipped(TARGETS[target])):
-        tile = replace(config, split=1), _form(problem, config)
-        forms.setdefault(tile, {})[config.split > 1] = problem, config
-    wrong = []
-    for number, each in list(enumerate(forms.values()))[part::PARTS]:
-        problem, config = each.get(number % 4 < 2) or next(iter(each.values()))
+    """What the compiled lane compiles: in lockstep for one half of it, in a seeded random order for the other."""
+    every, wrong = list(jobs(target)), []
+    for number, job in list(enumerate(every))[part::PARTS]:
+        schedule = None if number % 2 else number
         try:
-            execute(target, problem, config, None if number % 2 else number)
+            execute(target, job, schedule)
         except Exception as error:
-            wrong.append(f"{config} for {problem}: {type(error).__name__}: {str(error)[:400]}")
-    assert len(forms) > 15 and not wrong, "\n".join(wrong)
-
-
-def _form(problem: Problem, config: TileConfig) -> tuple[str, ...]:
-    """What makes other code of a tile: how a weight is packed, or of which types s, q or an adapter is multiplied."""
-    if config.kernel in LOWRANK_KERNELS:
-        return problem.dtype, problem.adapter_dtype
-    return (problem.weight_format,)
+            what = f"{job} on {target}, schedule {schedule}"
+            wrong.append(f"{what}: {type(error).__name__}: {str(error)[:400]}")
+    assert len(every) > 80 and not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
@@ -78,14 +69,14 @@ def test_low_rank_kernels_over_many_steps(target, R, adapter_dtype):
     """
     adapter = str(adapter_dtype).removeprefix("torch.")
     problem = Problem(4096, 4096, 4096, R, "bfloat16", adapter, device="cuda")
-    for kernel in LOWRANK_KERNELS:
+    for kernel, forward in (*((kernel, True) for kernel in LOWRANK_KERNELS), ("wgrad", False)):
         config = replace(tiles_of(kernel, problem, TARGETS[target])[0], split=1)
         block = config.block_k if kernel == "shrink" else config.block_m
         steps = (config.num_stages + 2) * block
         sizes = (19, 16, steps + 8) if kernel == "shrink" else (steps + 3, 40, 16)
         o = Case(*sizes, R - 3, dtype=torch.bfloat16, adapter_dtype=adapter_dtype).operands()
         with emulate(target):
-            actual = launch(config, o)
+            actual = launch(TARGETS[target], (problem, config, forward, False), o)
         compare(actual, o, f"{config} on {target}")
 
 

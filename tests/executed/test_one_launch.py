@@ -36,7 +36,7 @@ def tile(target: str):
 
 
 def product(o: Operands, target: str) -> dict[str, torch.Tensor]:
-    return shipped.launch(tile(target), o)
+    return shipped.launch(TARGETS[target], (PROBLEM, tile(target), True, False), o)
 
 
 @pytest.mark.parametrize("case, schedule", CASES, ids=str)
