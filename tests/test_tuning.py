@@ -130,11 +130,21 @@ class TestFits:
         assert rule in fits(replace(tile, **change), BIG, TARGETS["sm_100"])
 
     def test_decode_takes_few_rows_and_no_dropout(self):
-        config = TileConfig("decode", 64, 64, 64, 4, 3)
+        config = TileConfig("decode", 64, 32, 64, 4, 3)
         few = replace(BIG, M=64)
         assert fits(config, few, TARGETS["sm_90"]) is None
         assert "at most 64 rows, got 65" in fits(config, replace(few, M=65), TARGETS["sm_90"])
         assert "no dropout" in fits(config, replace(few, dropout=True), TARGETS["sm_90"])
+
+    def test_decode_by_a_warp_group_has_a_race_on_sm_90(self):
+        """For fewer than 64 ranks, or a packed weight; two warps, or a block of fewer columns, take no such instruction."""
+        config, few = TileConfig("decode", 16, 64, 64, 4, 3), replace(BIG, M=16)
+        for problem in (few, replace(few, R=64, weight_format="int8")):
+            assert "a race in shared memory" in fits(config, problem, TARGETS["sm_90"])
+            for other in (replace(config, num_warps=2), replace(config, block_n=32)):
+                assert fits(other, problem, TARGETS["sm_90"]) is None
+        assert fits(config, replace(few, R=64), TARGETS["sm_90"]) is None
+        assert fits(config, few, TARGETS["sm_80"]) is None
 
     @pytest.mark.parametrize(
         "R, block", [(1, 16), (16, 16), (17, 32), (33, 64), (64, 64), (512, 64)]

@@ -122,6 +122,14 @@ class Tiles:
         raise ValueError(f"kernel must be one of {able}, got {kernel!r}")
 
 
+def whole_rows(problem: Problem, piece: int = 16) -> bool:
+    """Whether rows of x and of the weight are whole pieces of so many elements.
+
+    Rows of other lengths are loaded element by element, and each element takes a register for its address.
+    """
+    return problem.K % piece == 0 and (problem.w_k_major or problem.N % piece == 0)
+
+
 def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
     """None if `config` can compute `problem` on `target`, else the rule that it breaks."""
     for name in ("block_m", "block_n", "block_k", "num_warps", "rank_chunk"):
@@ -173,6 +181,9 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
     packed = problem.weight_format != DENSE
     if config.kernel == "decode" and packed and target.name == "gfx942" and problem.M > 16:
         return f"{target.name} runs out of registers for more than 16 rows beside packed weights"
+    if target.name == "gfx942" and not whole_rows(problem):
+        if config.kernel == "shrink_wgrad" or (config.kernel == "decode" and problem.M > 16):
+            return f"{target.name} runs out of registers for {config.kernel} where K={problem.K} is no multiple of 16"
     if config.kernel == "decode" and packed and not problem.w_k_major:
         return f"decode reads {problem.weight_format} weights of a forward only"
     if config.kernel == "decode" and problem.weight_format == "nf4" and problem.K % 64:
@@ -181,7 +192,7 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
         )
     if config.kernel == "dequantise" and not packed:
         return "a dense weight is not decoded"
-    if reason := _parts_race(config, problem, target):
+    if reason := _race(config, problem, target):
         return reason
     if config.kernel in PERSISTENT and (reason := _persistent_refuses(config, problem, target)):
         return reason
@@ -194,10 +205,12 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
     return None
 
 
-def _parts_race(config: TileConfig, problem: Problem, target: Target) -> str | None:
-    """The rule for low-rank kernels whose products in parts would go through tensor memory.
+def _race(config: TileConfig, problem: Problem, target: Target) -> str | None:
+    """The rule of tiles for which Triton 3.9 makes code with a race in shared or tensor memory, as the emulator finds.
 
-    Triton 3.9 stores a step's parts before it waits for the products that still read the last one's.
+    It stores a step's parts to tensor memory before it waits for the products that still read the last one's. In `decode` it
+    fetches the next x over the one that a warp group's product still reads, where another product of x takes mma.sync, as
+    that with a of fewer than 64 ranks does, or w comes from registers.
     """
     rows = {
         "shrink": config.block_m,
@@ -209,6 +222,13 @@ def _parts_race(config: TileConfig, problem: Problem, target: Target) -> str | N
         return (
             f"{config.kernel} in parts has a race in tensor memory of {target.name} with more than 2 warps, "
             f"got {config.num_warps}"
+        )
+    warp_group = target.name == "sm_90" and config.block_n >= 64 and config.num_warps >= 4
+    registers = problem.R <= 32 or problem.weight_format != DENSE
+    if config.kernel == "decode" and warp_group and registers and problem.itemsize == 2:
+        return (
+            f"decode by {config.block_n} columns has a race in shared memory of {target.name} with "
+            f"more than 2 warps, got {config.num_warps}"
         )
     return None
 

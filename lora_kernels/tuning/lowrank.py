@@ -24,6 +24,7 @@ from lora_kernels.tuning.config import (
     shrink_beside,
     smem_bytes,
     waits_us,
+    whole_rows,
 )
 from lora_kernels.tuning.targets import KIB, Target
 
@@ -94,6 +95,8 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
     if target.name == "sm_100" and block_m == 32 and not problem.groups:
         stages = min(stages, 5 if plain else 6)  # two blocks fit on a multiprocessor
     tiles = [(block_m, block_k, warps, stages)]
+    if not whole_rows(problem):
+        plain, tiles = False, [(32, 32, 4, 2) if all_half(problem) else (16, 32, 8, 2)]
     if plain and target.name == "sm_90" and problem.R > 32:
         tiles.append((128, 64, 4, stages))  # 64 rows read as many bytes of a, from L2, as of x
     if plain and (own := shrink_beside(problem.R, target)) is not None:
@@ -148,14 +151,19 @@ def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
         # For 2048 elements of x shared memory takes 176 cycles in place of 384 on sm_90, and 256 of 480 on sm_80, beside
         # a float32 result 336 of 576 and 352 of 704, where three parts of more than 16 rows spill.
         tiles = [(32 if all_half(problem) else 16, 128, 4, 2)]
-    if lowrank_in_parts(problem) and target.name == "sm_100":
+    in_parts = lowrank_in_parts(problem) and target.name == "sm_100"
+    if in_parts:
         tiles = [(32 if problem.R <= 32 else 16, 64, _SYNCHRONOUS_WARPS, 2)]
     tiles = [(m, n, warps, stages_of(problem, target, m * n, s)) for m, n, warps, s in tiles]
+    whole = whole_rows(problem)
+    if not whole:
+        tiles = [(16, 32, 4, 2) if problem.dtype == "float32" else (32, 64, 8, 2)]
+        tiles = [(16, 32, _SYNCHRONOUS_WARPS, 2)] if in_parts else tiles
     # The larger one has no registers for a float32 result, on sm_120 and gfx942 for more than 32 ranks, on gfx1100 for none.
     wide = problem.R > 32 and target.name in ("sm_120", "gfx942")
-    if all_half(problem) and not wide and target.name != "gfx1100":
+    if all_half(problem) and whole and not wide and target.name != "gfx1100":
         tiles.append((64, 128, 8, 3))
-    if all_half(problem) and target.name in WGRAD_BESIDE:
+    if all_half(problem) and whole and target.name in WGRAD_BESIDE:
         own = WGRAD_BESIDE[target.name]
         tiles.append((own.block_m, own.block_n, own.num_warps, own.num_stages))
     return [
@@ -182,6 +190,8 @@ def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
         tiles = [(64, 4)]
     if lowrank_in_parts(problem) and target.name == "sm_100" and problem.R <= 32:
         tiles = [(32, _SYNCHRONOUS_WARPS)]
+    elif not whole_rows(problem):
+        tiles = [(16, 8)]
     split, stages = _row_split(problem, target, columns), [2] * len(tiles)
     if one_reading_moves_less(problem.itemsize, rank_block(problem.R, FUSED_RANK), columns):
         stages = [stages_of(problem, target, rows * columns, 2) for rows, _ in tiles]

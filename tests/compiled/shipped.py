@@ -58,6 +58,11 @@ class Shapes:
         made = torch.zeros((*stack, *shape), dtype=getattr(torch, dtype), device=self.device)
         return made.mT if transposed else made
 
+    def _offsets(self) -> Tensor:
+        """No row, one row, all others, and then no more."""
+        rows = [0, 0, 1, *[self.problem.M] * (self.problem.groups - 2)]
+        return torch.tensor(rows, dtype=torch.int32).to(self.device)
+
     def _fetched(self, rows: int, ranks: int) -> Tensor:
         """As `shrink` or `parts` store it."""
         device = self.device if self.values is None else self.values.x.device
@@ -111,7 +116,7 @@ class Shapes:
             mask = None  # q, dB and a dx with q have none
         halves = base == adapter == "bfloat16" and not self.float32_s
         rounded = self._fetched(p.M, p.R).copy_(s) if halves else s
-        offsets = self._empty(1, p.groups + 1, "int32")[0] if p.groups else None
+        offsets = self._offsets() if p.groups else None
         column, z = (self._empty(1, p.N, "float32")[0], dy) if self.scaled else (None, None)
         own: dict[str, Any] = {"c": column, "z": z}
         product, lowrank = ("y", "s") if self.forward else ("dx", "q")

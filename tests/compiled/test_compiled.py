@@ -14,8 +14,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.backends.triton.configs import shipped, tiles_of, unmasked, untried
-from lora_kernels.problem import DENSE, Problem
+from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
 from lora_kernels.tuning.config import (
+    KERNELS,
     LOWRANK_KERNELS,
     PERSISTENT,
     WGRAD_BESIDE,
@@ -23,6 +24,7 @@ from lora_kernels.tuning.config import (
     runs_beside,
     shrink_beside,
     smem_bytes,
+    whole_rows,
 )
 from lora_kernels.tuning.targets import TARGETS
 from tests.compiled.recorder import recording
@@ -50,6 +52,8 @@ def by_tile(target: str, groups: int = 0) -> Iterator[list[tuple[Problem, TileCo
     """What each tile ships for, of each types: from the narrowest rank without a split to the widest with one."""
     tiles: dict[tuple, list[tuple[Problem, TileConfig]]] = {}
     for problem, config in shipped(TARGETS[target], groups):
+        if not whole_rows(problem):  # see in_elements
+            continue
         tiles.setdefault((replace(config, split=1), *_types(problem)), []).append((problem, config))
     for pairs in tiles.values():
         yield sorted(pairs, key=lambda pair: (pair[0].R, pair[1].split))
@@ -58,8 +62,8 @@ def by_tile(target: str, groups: int = 0) -> Iterator[list[tuple[Problem, TileCo
 def jobs(target: str) -> Iterator[Job]:
     """Every tile at its widest rank, which takes the most registers, and with split sums; all stride forms, and dropout.
 
-    Of a bfloat16 layer with a dense weight also at the narrowest rank and, where it has one, without a split: that on sizes
-    which nothing divides. Sums differ in how they end, so that one rank and one stride form show that.
+    Of a bfloat16 layer with a dense weight also at the narrowest rank and, where it has one, without a split. Sums differ in
+    how they end, so that one rank and one stride form show that.
     """
     once = target in ONE_FORM
     for pairs in by_tile(target):
@@ -74,8 +78,8 @@ def jobs(target: str) -> Iterator[Job]:
             yield problem, config, False, False
         if kernel in ("expand", "one_launch", *PERSISTENT) and config.tma:
             yield problem, config, True, True
-        if usual and target not in TWINS:
-            yield ragged(least), narrow, True, False
+        if usual and target not in TWINS and pairs[0] != pairs[-1]:
+            yield least, narrow, True, False
     for dtype, adapter_dtype in TYPES[: 1 if once else None]:
         masked = Problem(4096, 4096, 4096, 64, dtype, adapter_dtype, device="cuda", dropout=True)
         for kernel in ("shrink", "expand", "one_launch", "one_pass", "wgrad"):
@@ -88,9 +92,29 @@ def jobs(target: str) -> Iterator[Job]:
                 yield own, config, False, peft_b
 
 
-def ragged(problem: Problem) -> Problem:
-    """The problem with sizes that no block divides, nor 16; rows stay 16-byte aligned for tensor descriptors."""
-    return replace(problem, N=problem.N + 8, K=problem.K + 8, R=problem.R - 3)
+def in_elements(target: str) -> Iterator[Job]:
+    """Rows that are no whole pieces of 16 elements: loaded one by one or, where they have 16 bytes, by descriptors."""
+    once = target in ONE_FORM
+    for dtype, adapter_dtype in TYPES[: 1 if once else None]:
+        odd = Problem(4096, 4105, 4105, 61, dtype, adapter_dtype, device="cuda")
+        eighths = replace(odd, N=4104, K=4104)
+        problems = [odd, replace(odd, K=4096), replace(odd, M=64), replace(odd, M=16), eighths]
+        problems += [replace(p, dropout=True) for p in (odd, eighths)]
+        if adapter_dtype == "bfloat16":
+            problems += [replace(odd, K=4096, M=64, weight_format=name) for name in PACKED_BYTES]
+        for problem, kernel, forward in product(problems, KERNELS, (True, False)):
+            own = replace(problem, w_k_major=forward)
+            dx = kernel in ("expand", "persistent")
+            if (kernel == "decode") != (own.M <= 64) or (own.dropout and dx == forward):
+                continue
+            if not forward and (kernel == "shrink_wgrad" or (once and not own.dropout)):
+                continue
+            if own.K % 16 == 0 and (kernel in (*LOWRANK_KERNELS, "dequantise") or not forward):
+                continue
+            for config in tiles_of(kernel, own, TARGETS[target]):
+                usual = kernel != "persistent" or unmasked(config, own) is None
+                if usual and (config.tma or own.K != eighths.K):
+                    yield own, config, forward, False
 
 
 def _types(problem: Problem) -> tuple[str, str, str]:
@@ -135,7 +159,7 @@ def compile_job(target: str, job: Job, scaled: bool = False, loops: bool = True)
     return inspect(launches[0].compiled, loops)
 
 
-FORMS = {"": jobs, "groups": grouped_jobs, "scaled": scaled_jobs}
+FORMS = {"": jobs, "elements": in_elements, "groups": grouped_jobs, "scaled": scaled_jobs}
 
 
 @pytest.mark.parametrize("part", range(PARTS))

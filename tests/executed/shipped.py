@@ -30,17 +30,17 @@ def small(job: Job) -> Case:
     """
     problem, config, forward, peft_b = job
     m, n, k = config.block_m, config.block_n, config.block_k
-    step = 16 if problem.K % 16 == 0 else 8  # of a ragged problem rows stay 16-byte aligned for tensor descriptors
-    whole = 0 if problem.K % 16 == 0 else 8
+    rest = problem.K % 16  # of a row, where it is no whole pieces
+    step = rest or 16
     packed = problem.weight_format != DENSE
     M, N, K = {
-        "shrink": (m + 3, 48, 2 * k + whole),
-        "expand": (m - 5, n + step, 2 * k + whole),
-        "one_launch": (m + 11, n + step, 2 * k + whole),
-        "persistent": (max(1, config.ctas) * (m + 5), n + step, 3 * k + whole),
-        "persistent_one_launch": (m + 11, n + step, 3 * k + whole),
-        "one_pass": (m - 5, n + step, 2 * k + whole),
-        "decode": (m - 3, n + step, 192 if packed else 2 * k + whole),
+        "shrink": (m + 3, 48, 2 * k + rest),
+        "expand": (m - 5, n + step, 2 * k + rest),
+        "one_launch": (m + 11, n + step, 2 * k + rest),
+        "persistent": (max(1, config.ctas) * (m + 5), n + step, 3 * k + rest),
+        "persistent_one_launch": (m + 11, n + step, 3 * k + rest),
+        "one_pass": (m - 5, n + step, 2 * k + rest),
+        "decode": (m - 3, n + step, 192 if packed else 2 * k + rest),
         "wgrad": (m + 3, n + step, n + step),
         "shrink_wgrad": (m + 3, n + step, 48),
         "dequantise": (m, n + 3, 2 * k + 1),

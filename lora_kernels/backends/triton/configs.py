@@ -26,6 +26,7 @@ from lora_kernels.tuning.config import (
     masks_no_tail,
     rank_block,
     tail_ranks,
+    whole_rows,
 )
 from lora_kernels.tuning.cost import predict_us
 from lora_kernels.tuning.lowrank import all_half, power_of_two, rows_block
@@ -47,8 +48,16 @@ ALGORITHMS = tuple(name for name in cost.ALGORITHMS if name in MAIN_KERNEL)
 _NEWEST = ("3.9.",)
 _GLUON_VERSIONS = {("persistent", "sm_90"): ("3.6.", "3.7.", "3.9.")}
 _READS_PACKED = ("decode", "dequantise")  # the kernels that read a quantised weight
-# N, K that get every kernel somewhere with and somewhere without a split
-_SHIPPED_SHAPES = ((512, 4096), (4096, 4096), (4096, 512), (32768, 128))
+# N, K that get every kernel somewhere with and somewhere without a split, and rows that are no whole pieces
+_SHIPPED_SHAPES = (
+    (129, 32769),
+    (32769, 129),
+    (4105, 4105),
+    (512, 4096),
+    (4096, 4096),
+    (4096, 512),
+    (32768, 128),
+)
 
 # (block_m, block_n, block_k, num_warps, num_stages) of the tiled product, large tiles first.
 _MATMUL_HALF = {
@@ -84,6 +93,13 @@ _ONE_PASS_HALF = {
 }
 _ONE_PASS_OTHER = [(64, 64, 32, 4, 2)]
 _ONE_PASS_FLOAT32 = [(32, 32, 32, 4, 2)]
+# Where rows are no whole pieces, see `whole_rows`: more warps hold more addresses.
+_MATMUL_IN_ELEMENTS = {
+    "sm": [(128, 128, 32, 8, 2), (64, 64, 32, 8, 2)],
+    "gfx": [(64, 64, 32, 4, 2)],
+}
+_ONE_PASS_IN_ELEMENTS = [(64, 64, 32, 8, 2)]
+_ONE_PASS_FLOAT32_IN_ELEMENTS = [(16, 32, 32, 4, 2)]
 
 
 def tiles_for(problem: Problem, target: Target) -> Tiles:
@@ -203,11 +219,14 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
     half = problem.itemsize == 2
     # A rank tail of more columns, in float32, has no registers; in two parts, of more than 16, where it passes through them.
     split = half and problem.adapter_dtype == "float32" and (not target.tma or problem.groups > 0)
-    chunk = 16 if target.name == "gfx1100" or split else 32
+    whole = whole_rows(problem) and problem.N % 16 == 0
+    chunk = 16 if target.name == "gfx1100" or split or not (half or whole_rows(problem)) else 32
     if kernel in ("expand", "one_launch"):
         tiles = _MATMUL_HALF[target.name] if half else _MATMUL_FLOAT32
         if problem.groups:
             tiles = _grouped_tiles(problem, target)
+        elif half and not whole and (kernel == "one_launch" or not _stores_elements(problem)):
+            tiles = _MATMUL_IN_ELEMENTS[target.name.rstrip("_0123456789")]
         tma = target.tma and half and problem.weights == 1
         return [TileConfig(kernel, *tile, tma=tma, rank_chunk=chunk) for tile in tiles]
     if kernel in PERSISTENT:
@@ -215,12 +234,23 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
         return [TileConfig(kernel, *tile, tma=True, ctas=ctas) for tile, ctas in own_tiles]
     if kernel == "one_pass":
         tiles = _ONE_PASS_HALF.get(target.name, _ONE_PASS_OTHER) if half else _ONE_PASS_FLOAT32
-        return [TileConfig(kernel, *tile, rank_chunk=32 if target.tma else 16) for tile in tiles]
+        if not whole:
+            tiles = _ONE_PASS_IN_ELEMENTS if half else _ONE_PASS_FLOAT32_IN_ELEMENTS
+        chunk = 32 if target.tma and (half or whole) else 16
+        return [TileConfig(kernel, *tile, rank_chunk=chunk) for tile in tiles]
     if kernel == "dequantise":
         return [TileConfig(kernel, 1, 64, 64, 4, 1)]
     if kernel == "decode":
         return _decode(problem, target)
     return lowrank.shipped(kernel, problem, target)
+
+
+def _stores_elements(problem: Problem) -> bool:
+    """Whether only y has rows that are no whole pieces, for which the usual tiles of `expand` have registers.
+
+    Not beside a mask, nor where b is float32.
+    """
+    return whole_rows(problem) and all_half(problem) and not problem.dropout
 
 
 def _grouped_tiles(problem: Problem, target: Target) -> list[tuple[int, int, int, int, int]]:
@@ -235,13 +265,16 @@ def _decode(problem: Problem, target: Target) -> list[TileConfig]:
     block_n, block_k = (64, 64) if all_half(problem) else (32, 32)
     block_m = 16 if problem.M <= 16 else DECODE_ROWS
     warps, stages = 4, 3
-    if problem.weight_format == DENSE:
+    if not whole_rows(problem) or (problem.N % 16 and block_m > 16):
+        block_n, block_k, warps, stages = 32, 32, 4 if block_m == 16 else 8, 2
+    elif problem.weight_format == DENSE:
         stages = lowrank.stages_of(problem, target, block_n * block_k, stages)
         stages = min(stages, 4 if block_m > 16 else 6)  # two blocks fit on a multiprocessor
+        if target.name == "sm_90" and all_half(problem) and problem.R <= 32:
+            # mma.sync in place of a warp group's instructions, which race; for 64 rows two warps have no registers.
+            block_n, warps = (64, 2) if block_m == 16 else (32, 4)
     elif target.name in ("sm_90", "sm_100") and all_half(problem):
-        # A tile of 64 rows of w takes a warp group's matrix instructions. On sm_90 Triton 3.9 lets them read x while the
-        # next x is fetched over it, as w comes from registers: the emulator finds the race. On sm_100 the loop has 903
-        # instructions. Half as many rows for half as many warps take mma.sync.
+        # The same. On sm_100 the loop of a tile of 64 columns has 903 instructions.
         block_n, warps = 32, 2
         # Both spill 8 to 16 bytes otherwise.
         if problem.weight_format == "int8" and target.name == "sm_100":

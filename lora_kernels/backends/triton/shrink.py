@@ -207,6 +207,10 @@ def shrink_squares(x: Tensor, a: Tensor, config: TileConfig) -> tuple[Tensor, Te
     """(x·a [M, R], the sums of x² over columns [M]), float32, from one reading of x for `config.rank_chunk` columns."""
     if x.dtype == torch.float32 and a.shape[1] > 32:  # the squares take registers of their own
         config = replace(config, block_m=16)
+    elif config.block_m > 32:
+        # Of 64 rows a warp group of sm_90 multiplies x while others read it for the squares, and Triton 3.9 fetches the next
+        # x over it: the emulator finds the race.
+        config = replace(config, block_m=32)
     split = _split(x, config)
     parts = x.new_empty((split, x.shape[0]), dtype=torch.float32)
     lowrank = shrink(x, a, 1.0, config, squares=parts)
