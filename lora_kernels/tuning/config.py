@@ -181,9 +181,9 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
     packed = problem.weight_format != DENSE
     if config.kernel == "decode" and packed and target.name == "gfx942" and problem.M > 16:
         return f"{target.name} runs out of registers for more than 16 rows beside packed weights"
-    if target.name == "gfx942" and not whole_rows(problem):
-        if config.kernel == "shrink_wgrad" or (config.kernel == "decode" and problem.M > 16):
-            return f"{target.name} runs out of registers for {config.kernel} where K={problem.K} is no multiple of 16"
+    large = config.kernel == "shrink_wgrad" or (config.kernel == "decode" and problem.M > 16)
+    if target.name == "gfx942" and large and not whole_rows(problem):
+        return f"{target.name} runs out of registers for {config.kernel} of rows that are no multiples of 16, got {problem}"
     if config.kernel == "decode" and packed and not problem.w_k_major:
         return f"decode reads {problem.weight_format} weights of a forward only"
     if config.kernel == "decode" and problem.weight_format == "nf4" and problem.K % 64:

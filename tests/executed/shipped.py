@@ -11,7 +11,7 @@ from lora_kernels.backends.triton.configs import untried
 from lora_kernels.backends.triton.expand import Shrink
 from lora_kernels.backends.triton.launch import rank_operand, rank_tail
 from lora_kernels.backends.triton.parts import parts
-from lora_kernels.problem import DENSE, Problem
+from lora_kernels.problem import DENSE
 from lora_kernels.samples import sample
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS, Target
@@ -63,7 +63,7 @@ def launch(target: Target, job: Job, o: Operands) -> dict[str, Tensor]:
 
 def execute(target: str, job: Job, schedule: int | None) -> None:
     """Launch and compare within the error budget; what decodes a weight must give the bits of the weight's own copy."""
-    problem, config, forward, peft_b = job
+    problem, config, *_ = job
     case, what = small(job), f"{config} for {problem} on {target}, schedule {schedule}"
     o = case.operands()
     if problem.weight_format != DENSE:
