@@ -71,6 +71,8 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
         # spill 8 bytes at rank 16 where K is split, and at rank 64.
         block_m, block_k = (64, 128 if problem.R <= 16 else 64) if problem.R <= 32 else (32, 128)
         warps = _SYNCHRONOUS_WARPS
+        if problem.R < 16:
+            block_m, block_k = 32, 64  # for other rows of a, 72 bytes spill
     if target.name == "sm_120" and (problem.R > 16 or not all_half(problem)):
         block_m //= 2  # its compiler keeps to 96 registers
         block_m //= 2 if all_half(problem) and problem.R > 32 else 1

@@ -29,9 +29,6 @@ from tests.oracle import Operands
 if untried() is None:
     from lora_kernels.backends.triton.persistent import fetchable, persistent
 
-# A problem, a tile, and of `Shapes`: forward, peft_b.
-Job = tuple[Problem, TileConfig, bool, bool]
-
 
 @dataclass(frozen=True)
 class Shapes:

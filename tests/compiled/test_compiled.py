@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
@@ -13,10 +12,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_kernels.backends.triton.configs import shipped, tiles_of, unmasked, untried
-from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
+from lora_kernels.backends.triton.configs import tiles_of, unmasked, untried
+from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import (
-    KERNELS,
     LOWRANK_KERNELS,
     PERSISTENT,
     WGRAD_BESIDE,
@@ -24,126 +22,20 @@ from lora_kernels.tuning.config import (
     runs_beside,
     shrink_beside,
     smem_bytes,
-    whole_rows,
 )
 from lora_kernels.tuning.targets import TARGETS
+from tests.compiled.jobs import FORMS, TWINS, TYPES, Job
 from tests.compiled.recorder import recording
 from tests.compiled.sass import Code, inspect
-from tests.compiled.shipped import Job, Shapes
+from tests.compiled.shipped import Shapes
 
 pytestmark = pytest.mark.slow
-# The same tiles, smaller than sm_80's, and but for the assembler the same code: each job is compiled for one of the two.
-TWINS = ("sm_86", "sm_89")
-# Whose strides, float32 sums and scales make no other code than sm_80's, or AMD's in bfloat16.
-ONE_FORM = (*TWINS, "sm_120", "gfx942", "gfx1100")
-TYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
-USUAL = ("bfloat16", "bfloat16", DENSE)
-MIXED = ("bfloat16", "float32", DENSE)
-FLOAT32 = ("float32", "float32", DENSE)
 PARTS = 8  # of a target's work, for test processes beside each other
 # Nothing spills, but for what the compiler of Triton 3.6 sets aside of one thread to fit more warps, before and after a
 # loop but for an instruction or two.
 LOCAL_BYTES, LOOP_SPILLS = (16, 0.01) if triton.__version__.startswith("3.6.") else (0, 0.0)
 SCRATCH = 4096  # bytes of shared memory beside the tiles: barriers, and what a result takes to change its layout
 MATRIX_UNIT = {"sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "mfma", "gfx1100": "wmma"}
-
-
-def by_tile(target: str, groups: int = 0) -> Iterator[list[tuple[Problem, TileConfig]]]:
-    """What each tile ships for, of each types: from the narrowest rank without a split to the widest with one."""
-    tiles: dict[tuple, list[tuple[Problem, TileConfig]]] = {}
-    for problem, config in shipped(TARGETS[target], groups):
-        if not whole_rows(problem):  # see in_elements
-            continue
-        tiles.setdefault((replace(config, split=1), *_types(problem)), []).append((problem, config))
-    for pairs in tiles.values():
-        yield sorted(pairs, key=lambda pair: (pair[0].R, pair[1].split))
-
-
-def jobs(target: str) -> Iterator[Job]:
-    """Every tile at its widest rank, which takes the most registers, and with split sums; all stride forms, and dropout.
-
-    Of a bfloat16 layer with a dense weight also at the narrowest rank and, where it has one, without a split. Sums differ in
-    how they end, so that one rank and one stride form show that.
-    """
-    once = target in ONE_FORM
-    for pairs in by_tile(target):
-        (least, narrow), (problem, config) = pairs[0], pairs[-1]
-        types = _types(problem)
-        usual, kernel = types == USUAL, config.kernel
-        parts = types == MIXED and kernel in LOWRANK_KERNELS  # in tiles of their own
-        if target in TWINS and (problem.R != 64 or not (usual or parts)):
-            continue
-        yield problem, config, True, False
-        if kernel != "shrink_wgrad" and problem.weight_format == DENSE and not once:
-            yield problem, config, False, False
-        if kernel in ("expand", "one_launch", *PERSISTENT) and config.tma:
-            yield problem, config, True, True
-        if usual and target not in TWINS and pairs[0] != pairs[-1]:
-            yield least, narrow, True, False
-    for dtype, adapter_dtype in TYPES[: 1 if once else None]:
-        masked = Problem(4096, 4096, 4096, 64, dtype, adapter_dtype, device="cuda", dropout=True)
-        for kernel in ("shrink", "expand", "one_launch", "one_pass", "wgrad"):
-            for config in tiles_of(kernel, masked, TARGETS[target]):
-                yield masked, config, kernel != "expand", False
-        sizes = tiles_of("persistent", masked, TARGETS[target]), (16, 64), (False, True)
-        for config, R, peft_b in product(*sizes):
-            own = replace(masked, R=R)
-            if unmasked(config, own) is None:
-                yield own, config, False, peft_b
-
-
-def in_elements(target: str) -> Iterator[Job]:
-    """Rows that are no whole pieces of 16 elements: loaded one by one or, where they have 16 bytes, by descriptors."""
-    once = target in ONE_FORM
-    for dtype, adapter_dtype in TYPES[: 1 if once else None]:
-        odd = Problem(4096, 4105, 4105, 61, dtype, adapter_dtype, device="cuda")
-        eighths = replace(odd, N=4104, K=4104)
-        problems = [odd, replace(odd, K=4096), replace(odd, M=64), replace(odd, M=16), eighths]
-        problems += [replace(p, dropout=True) for p in (odd, eighths)]
-        if adapter_dtype == "bfloat16":
-            problems += [replace(odd, K=4096, M=64, weight_format=name) for name in PACKED_BYTES]
-        for problem, kernel, forward in product(problems, KERNELS, (True, False)):
-            own = replace(problem, w_k_major=forward)
-            dx = kernel in ("expand", "persistent")
-            if (kernel == "decode") != (own.M <= 64) or (own.dropout and dx == forward):
-                continue
-            if not forward and (kernel == "shrink_wgrad" or (once and not own.dropout)):
-                continue
-            if own.K % 16 == 0 and (kernel in (*LOWRANK_KERNELS, "dequantise") or not forward):
-                continue
-            for config in tiles_of(kernel, own, TARGETS[target]):
-                usual = kernel != "persistent" or unmasked(config, own) is None
-                if usual and (config.tma or own.K != eighths.K):
-                    yield own, config, forward, False
-
-
-def _types(problem: Problem) -> tuple[str, str, str]:
-    return problem.dtype, problem.adapter_dtype, problem.weight_format
-
-
-def grouped_jobs(target: str) -> Iterator[Job]:
-    """Over groups, at the widest rank: each tile, and the product of dx, with a mask."""
-    for *_, (problem, config) in by_tile(target, groups=8):
-        types = _types(problem)
-        if types == MIXED and config.kernel not in LOWRANK_KERNELS:
-            continue
-        if problem.R != 64 or (target in TWINS and types != USUAL):
-            continue
-        yield problem, config, True, False
-        if config.kernel == "expand":
-            yield replace(problem, dropout=True), config, False, False
-
-
-def scaled_jobs(target: str) -> Iterator[Job]:
-    """With DoRA's column scale and z, at the widest rank of each tile, as a forward stores its operands.
-
-    The store is that of every weight format and of every type of adapter.
-    """
-    for *_, (problem, config) in by_tile(target):
-        types = _types(problem)
-        own = types == MIXED and config.kernel in LOWRANK_KERNELS
-        if config.kernel not in PERSISTENT and (types in (USUAL, FLOAT32) or own):
-            yield problem, config, True, False
 
 
 def compile_job(target: str, job: Job, scaled: bool = False, loops: bool = True) -> Code:
@@ -159,9 +51,6 @@ def compile_job(target: str, job: Job, scaled: bool = False, loops: bool = True)
     return inspect(launches[0].compiled, loops)
 
 
-FORMS = {"": jobs, "elements": in_elements, "groups": grouped_jobs, "scaled": scaled_jobs}
-
-
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize(
     "target, form",
@@ -170,9 +59,9 @@ FORMS = {"": jobs, "elements": in_elements, "groups": grouped_jobs, "scaled": sc
 def test_shipped_configurations(target, part, form):
     every = list(FORMS[form](target))
     if target in TWINS:
-        first, second = (list(FORMS[form](twin)) for twin in TWINS)
-        assert [config for _, config, *_ in first] == [config for _, config, *_ in second]
-        every = every[TWINS.index(target) :: len(TWINS)]
+        tiles = [{replace(job[1], split=1) for job in FORMS[form](twin)} for twin in TWINS]
+        assert tiles[0] == tiles[1]
+        every = list(FORMS[form](TWINS[0]))[TWINS.index(target) :: len(TWINS)]
     limits = TARGETS[target]
     wrong = []
     for job in every[part::PARTS]:

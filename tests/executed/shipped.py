@@ -15,7 +15,8 @@ from lora_kernels.problem import DENSE
 from lora_kernels.samples import sample
 from lora_kernels.tuning.config import TileConfig
 from lora_kernels.tuning.targets import TARGETS, Target
-from tests.compiled.shipped import Job, Shapes
+from tests.compiled.jobs import Job
+from tests.compiled.shipped import Shapes
 from tests.oracle import Case, Operands, assert_budget
 from tests.ptx.launch import emulate
 

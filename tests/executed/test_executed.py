@@ -14,8 +14,8 @@ from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import LOWRANK_KERNELS
 from lora_kernels.tuning.targets import TARGETS
+from tests.compiled.jobs import FORMS
 from tests.compiled.shipped import Shapes
-from tests.compiled.test_compiled import FORMS
 from tests.executed.layer import EXECUTED, emulated, train
 from tests.executed.shipped import compare, execute, launch, small
 from tests.oracle import Case, assert_budget, reference

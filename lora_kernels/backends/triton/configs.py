@@ -58,6 +58,7 @@ _SHIPPED_SHAPES = (
     (4096, 512),
     (32768, 128),
 )
+_SHIPPED_RANKS = (8, 16, 24, 32, 40, 64)
 
 # (block_m, block_n, block_k, num_warps, num_stages) of the tiled product, large tiles first.
 _MATMUL_HALF = {
@@ -185,7 +186,7 @@ def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]
         formats = (DENSE,) if groups or dtype == "float16" else (DENSE, *PACKED_BYTES)
         stacks = sorted({groups or 1, 1}, reverse=True)
         for dropout, weight_format, weights, R, M, (N, K) in itertools.product(
-            (False, True), formats, stacks, (16, 32, 64), tables.BUCKETS, _SHIPPED_SHAPES
+            (False, True), formats, stacks, _SHIPPED_RANKS, tables.BUCKETS, _SHIPPED_SHAPES
         ):
             own: dict[str, Any] = {"dropout": dropout, "weight_format": weight_format}
             own |= {"groups": groups, "weights": weights}
@@ -200,8 +201,9 @@ def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]
                 ranks = rank_block(R, config.rank_chunk)
                 if config.kernel == "dequantise":  # it reads no adapter
                     code, ranks = (config, dtype, dtype, weight_format), 16
-                if not dropout or ranks not in found.get(code, {}):
-                    found.setdefault(code, {})[ranks] = (problem, config)
+                known = found.setdefault(code, {}).get(ranks)
+                if known is None or (not dropout and R >= known[0].R):
+                    found[code][ranks] = (problem, config)
     return [ranks[end] for ranks in found.values() for end in sorted({min(ranks), max(ranks)})]
 
 
@@ -227,6 +229,9 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
             tiles = _grouped_tiles(problem, target)
         elif half and not whole and (kernel == "one_launch" or not _stores_elements(problem)):
             tiles = _MATMUL_IN_ELEMENTS[target.name.rstrip("_0123456789")]
+        elif split and problem.R % 16 and target.name.startswith("sm"):
+            # Rows of s and b have other lengths as well: 184 bytes spill by four warps.
+            tiles = [(m, n, k, 8 if n == m == 128 else warps, s) for m, n, k, warps, s in tiles]
         tma = target.tma and half and problem.weights == 1
         return [TileConfig(kernel, *tile, tma=tma, rank_chunk=chunk) for tile in tiles]
     if kernel in PERSISTENT:
@@ -273,6 +278,8 @@ def _decode(problem: Problem, target: Target) -> list[TileConfig]:
         if target.name == "sm_90" and all_half(problem) and problem.R <= 32:
             # mma.sync in place of a warp group's instructions, which race; for 64 rows two warps have no registers.
             block_n, warps = (64, 2) if block_m == 16 else (32, 4)
+        elif target.name == "sm_120" and block_m > 16 and problem.R % 16:
+            warps = 8  # four spill 16 bytes
     elif target.name in ("sm_90", "sm_100") and all_half(problem):
         # The same. On sm_100 the loop of a tile of 64 columns has 903 instructions.
         block_n, warps = 32, 2

@@ -1,0 +1,138 @@
+"""Which code is compiled and executed: a problem, a tile and stride forms for each that can be chosen, and no two alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from lora_kernels.backends.triton.configs import shipped, tiles_of, unmasked
+from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
+from lora_kernels.tuning.config import (
+    KERNELS,
+    LOWRANK_KERNELS,
+    PERSISTENT,
+    TileConfig,
+    whole_rows,
+)
+from lora_kernels.tuning.targets import TARGETS
+
+# A problem, a tile, and of `Shapes`: forward, peft_b.
+Job = tuple[Problem, TileConfig, bool, bool]
+# The same tiles, smaller than sm_80's, and but for the assembler the same code: each job is compiled for one of the two.
+TWINS = ("sm_86", "sm_89")
+# Whose strides, float32 sums and scales make no other code than sm_80's, or AMD's in bfloat16.
+ONE_FORM = (*TWINS, "sm_120", "gfx942", "gfx1100")
+TYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+USUAL = ("bfloat16", "bfloat16", DENSE)
+MIXED = ("bfloat16", "float32", DENSE)
+FLOAT32 = ("float32", "float32", DENSE)
+
+
+@functools.cache
+def by_tile(target: str, groups: int = 0) -> list[list[tuple[Problem, TileConfig]]]:
+    """What each tile ships for, of each types: from the narrowest rank without a split to the widest with one."""
+    tiles: dict[tuple, list[tuple[Problem, TileConfig]]] = {}
+    for problem, config in shipped(TARGETS[target], groups):
+        if not whole_rows(problem):  # see in_elements
+            continue
+        tiles.setdefault((replace(config, split=1), *_types(problem)), []).append((problem, config))
+    return [sorted(pairs, key=lambda pair: (pair[0].R, pair[1].split)) for pairs in tiles.values()]
+
+
+def jobs(target: str) -> Iterator[Job]:
+    """Every tile at its widest rank, which takes the most registers, and with split sums; all stride forms, and dropout.
+
+    Of a bfloat16 layer with a dense weight also at the narrowest rank and, where it has one, without a split, and at rank 8.
+    Sums differ in how they end, so that one rank and one stride form show that.
+    """
+    once = target in ONE_FORM
+    for pairs in by_tile(target):
+        (least, narrow), (problem, config) = pairs[0], pairs[-1]
+        types = _types(problem)
+        usual, kernel = types == USUAL, config.kernel
+        parts = types == MIXED and kernel in LOWRANK_KERNELS  # in tiles of their own
+        if target in TWINS and (problem.R != 64 or not (usual or parts)):
+            continue
+        yield problem, config, True, False
+        if kernel != "shrink_wgrad" and problem.weight_format == DENSE and not once:
+            yield problem, config, False, False
+        if kernel in ("expand", "one_launch", *PERSISTENT) and config.tma:
+            yield problem, config, True, True
+        if usual and target not in TWINS and pairs[0] != pairs[-1]:
+            yield least, narrow, True, False
+    for types, kernels in ((USUAL, KERNELS), (MIXED, ("expand",))):
+        eight = Problem(4096, 4096, 4096, 8, *types[:2], device="cuda")
+        for M, kernel in product((16, 64, 4096), () if target in TWINS else kernels):
+            if (kernel == "decode") == (M <= 64):
+                for config in tiles_of(kernel, replace(eight, M=M), TARGETS[target]):
+                    yield replace(eight, M=M), config, True, False
+    for dtype, adapter_dtype in TYPES[: 1 if once else None]:
+        masked = Problem(4096, 4096, 4096, 64, dtype, adapter_dtype, device="cuda", dropout=True)
+        for kernel in ("shrink", "expand", "one_launch", "one_pass", "wgrad"):
+            for config in tiles_of(kernel, masked, TARGETS[target]):
+                yield masked, config, kernel != "expand", False
+        sizes = tiles_of("persistent", masked, TARGETS[target]), (16, 64), (False, True)
+        for config, R, peft_b in product(*sizes):
+            own = replace(masked, R=R)
+            if unmasked(config, own) is None:
+                yield own, config, False, peft_b
+
+
+def in_elements(target: str) -> Iterator[Job]:
+    """Rows that are no whole pieces of 16 elements: loaded one by one or, where they have 16 bytes, by descriptors."""
+    once = target in ONE_FORM
+    for dtype, adapter_dtype in TYPES[: 1 if once else None]:
+        odd = Problem(4096, 4105, 4105, 61, dtype, adapter_dtype, device="cuda")
+        eighths = replace(odd, N=4104, K=4104)
+        problems = [odd, replace(odd, K=4096), replace(odd, M=64), replace(odd, M=16), eighths]
+        problems += [replace(p, dropout=True) for p in (odd, eighths)]
+        if adapter_dtype == "bfloat16":
+            problems += [replace(odd, K=4096, M=64, weight_format=name) for name in PACKED_BYTES]
+        for problem, kernel, forward in product(problems, KERNELS, (True, False)):
+            own = replace(problem, w_k_major=forward)
+            dx = kernel in ("expand", "persistent")
+            if (kernel == "decode") != (own.M <= 64) or (own.dropout and dx == forward):
+                continue
+            if not forward and (kernel == "shrink_wgrad" or (once and not own.dropout)):
+                continue
+            if own.K % 16 == 0 and (kernel in (*LOWRANK_KERNELS, "dequantise") or not forward):
+                continue
+            for config in tiles_of(kernel, own, TARGETS[target]):
+                if own.dropout and kernel == "persistent" and unmasked(config, own) is not None:
+                    continue
+                if config.tma or own.K != eighths.K:
+                    yield own, config, forward, False
+
+
+def _types(problem: Problem) -> tuple[str, str, str]:
+    return problem.dtype, problem.adapter_dtype, problem.weight_format
+
+
+def grouped_jobs(target: str) -> Iterator[Job]:
+    """Over groups, at the widest rank: each tile, and the product of dx, with a mask."""
+    for *_, (problem, config) in by_tile(target, groups=8):
+        types = _types(problem)
+        if types == MIXED and config.kernel not in LOWRANK_KERNELS:
+            continue
+        if problem.R != 64 or (target in TWINS and types != USUAL):
+            continue
+        yield problem, config, True, False
+        if config.kernel == "expand":
+            yield replace(problem, dropout=True), config, False, False
+
+
+def scaled_jobs(target: str) -> Iterator[Job]:
+    """With DoRA's column scale and z, at the widest rank of each tile, as a forward stores its operands.
+
+    The store is that of every weight format and of every type of adapter.
+    """
+    for *_, (problem, config) in by_tile(target):
+        types = _types(problem)
+        own = types == MIXED and config.kernel in LOWRANK_KERNELS
+        if config.kernel not in PERSISTENT and (types in (USUAL, FLOAT32) or own):
+            yield problem, config, True, False
+
+
+FORMS = {"": jobs, "elements": in_elements, "groups": grouped_jobs, "scaled": scaled_jobs}
