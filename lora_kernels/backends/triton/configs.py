@@ -202,7 +202,7 @@ def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]
                 if config.kernel == "dequantise":  # it reads no adapter
                     code, ranks = (config, dtype, dtype, weight_format), 16
                 known = found.setdefault(code, {}).get(ranks)
-                if known is None or (not dropout and R >= known[0].R):
+                if known is None or (dropout, -R) <= (known[0].dropout, -known[0].R):
                     found[code][ranks] = (problem, config)
     return [ranks[end] for ranks in found.values() for end in sorted({min(ranks), max(ranks)})]
 
