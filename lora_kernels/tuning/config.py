@@ -122,12 +122,12 @@ class Tiles:
         raise ValueError(f"kernel must be one of {able}, got {kernel!r}")
 
 
-def whole_rows(problem: Problem, piece: int = 16) -> bool:
-    """Whether rows of x and of the weight are whole pieces of so many elements.
+def whole_rows(problem: Problem) -> bool:
+    """Whether rows of x and of the weight are whole pieces of 16 elements, as Triton wants for a load of several at once.
 
     Rows of other lengths are loaded element by element, and each element takes a register for its address.
     """
-    return problem.K % piece == 0 and (problem.w_k_major or problem.N % piece == 0)
+    return problem.K % 16 == 0 and (problem.w_k_major or problem.N % 16 == 0)
 
 
 def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
@@ -174,7 +174,8 @@ def fits(config: TileConfig, problem: Problem, target: Target) -> str | None:
             return (
                 f"decode has no registers for {config.block_m} rows of rank {problem.R} in float32"
             )
-    if config.kernel == "one_pass" and problem.dropout and problem.R > 32:
+    masked = 16 if problem.dtype == "float32" else 32
+    if config.kernel == "one_pass" and problem.dropout and masked < problem.R:
         return f"one_pass has no registers for a mask beside a rank of {problem.R}"
     if config.kernel == "decode" and problem.dropout:
         return "decode has no dropout"
@@ -224,8 +225,8 @@ def _race(config: TileConfig, problem: Problem, target: Target) -> str | None:
             f"got {config.num_warps}"
         )
     warp_group = target.name == "sm_90" and config.block_n >= 64 and config.num_warps >= 4
-    registers = problem.R <= 32 or problem.weight_format != DENSE
-    if config.kernel == "decode" and warp_group and registers and problem.itemsize == 2:
+    beside_mma_sync = problem.R <= 32 or problem.weight_format != DENSE
+    if config.kernel == "decode" and warp_group and beside_mma_sync and problem.itemsize == 2:
         return (
             f"decode by {config.block_n} columns has a race in shared memory of {target.name} with "
             f"more than 2 warps, got {config.num_warps}"
@@ -292,6 +293,8 @@ def runs_beside(config: TileConfig, problem: Problem, target: Target) -> bool:
     """
     if problem.groups or problem.empty or problem.dropout or problem.R > FUSED_RANK:
         return False
+    if problem.N % 16 or problem.K % 16:  # the tiles beside have no registers for other rows
+        return False
     if not problem.dtype == problem.adapter_dtype == "bfloat16":
         return False
     if (
@@ -327,6 +330,7 @@ def _one_launch_refuses(config: TileConfig, problem: Problem, target: Target) ->
             f"got {problem.dtype} and {problem.adapter_dtype}"
         )
     most = one_launch_ranks(problem.dropout)
+    most = 16 if problem.dropout and target.name == "sm_100" else most  # 16 bytes spill
     if most < problem.R:
         return f"one_launch takes a rank of at most {most}, got {problem.R}"
     if config.kernel == "one_launch":

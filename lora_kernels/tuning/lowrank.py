@@ -24,7 +24,6 @@ from lora_kernels.tuning.config import (
     shrink_beside,
     smem_bytes,
     waits_us,
-    whole_rows,
 )
 from lora_kernels.tuning.targets import KIB, Target
 
@@ -97,8 +96,9 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
     if target.name == "sm_100" and block_m == 32 and not problem.groups:
         stages = min(stages, 5 if plain else 6)  # two blocks fit on a multiprocessor
     tiles = [(block_m, block_k, warps, stages)]
-    if not whole_rows(problem):
-        plain, tiles = False, [(32, 32, 4, 2) if all_half(problem) else (16, 32, 8, 2)]
+    if problem.K % 16:  # see `whole_rows`
+        rows = min(block_m, 32 if all_half(problem) else 16)
+        plain, tiles = False, [(rows, 32, 4 if all_half(problem) else 8, 2)]
     if plain and target.name == "sm_90" and problem.R > 32:
         tiles.append((128, 64, 4, stages))  # 64 rows read as many bytes of a, from L2, as of x
     if plain and (own := shrink_beside(problem.R, target)) is not None:
@@ -157,7 +157,7 @@ def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     if in_parts:
         tiles = [(32 if problem.R <= 32 else 16, 64, _SYNCHRONOUS_WARPS, 2)]
     tiles = [(m, n, warps, stages_of(problem, target, m * n, s)) for m, n, warps, s in tiles]
-    whole = whole_rows(problem)
+    whole = problem.K % 16 == 0  # see `whole_rows`
     if not whole:
         tiles = [(16, 32, 4, 2) if problem.dtype == "float32" else (32, 64, 8, 2)]
         tiles = [(16, 32, _SYNCHRONOUS_WARPS, 2)] if in_parts else tiles
@@ -192,7 +192,7 @@ def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
         tiles = [(64, 4)]
     if lowrank_in_parts(problem) and target.name == "sm_100" and problem.R <= 32:
         tiles = [(32, _SYNCHRONOUS_WARPS)]
-    elif not whole_rows(problem):
+    elif problem.K % 16:  # see `whole_rows`
         tiles = [(16, 8)]
     split, stages = _row_split(problem, target, columns), [2] * len(tiles)
     if one_reading_moves_less(problem.itemsize, rank_block(problem.R, FUSED_RANK), columns):

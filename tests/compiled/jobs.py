@@ -1,4 +1,4 @@
-"""Which code is compiled and executed: a problem, a tile and stride forms for each that can be chosen, and no two alike."""
+"""Which code is compiled and executed: a problem, a tile and stride forms for each tile that can be chosen."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from lora_kernels.tuning.targets import TARGETS
 Job = tuple[Problem, TileConfig, bool, bool]
 # The same tiles, smaller than sm_80's, and but for the assembler the same code: each job is compiled for one of the two.
 TWINS = ("sm_86", "sm_89")
-# Whose strides, float32 sums and scales make no other code than sm_80's, or AMD's in bfloat16.
+# Of these one stride form is compiled, and masks of bfloat16: the instructions are sm_80's, or AMD's. The layers' tests
+# execute the others on sm_120.
 ONE_FORM = (*TWINS, "sm_120", "gfx942", "gfx1100")
 TYPES = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
 USUAL = ("bfloat16", "bfloat16", DENSE)
@@ -71,10 +72,13 @@ def jobs(target: str) -> Iterator[Job]:
     for dtype, adapter_dtype in TYPES[: 1 if once else None]:
         masked = Problem(4096, 4096, 4096, 64, dtype, adapter_dtype, device="cuda", dropout=True)
         for kernel in ("shrink", "expand", "one_launch", "one_pass", "wgrad"):
-            for config in tiles_of(kernel, masked, TARGETS[target]):
-                yield masked, config, kernel != "expand", False
-        sizes = tiles_of("persistent", masked, TARGETS[target]), (16, 64), (False, True)
-        for config, R, peft_b in product(*sizes):
+            # The largest rank that it takes beside a mask.
+            sizes = (replace(masked, R=R) for R in (64, 32, 16))
+            own = next((p for p in sizes if tiles_of(kernel, p, TARGETS[target])), masked)
+            for config in tiles_of(kernel, own, TARGETS[target]):
+                yield own, config, kernel != "expand", False
+        persistent = tiles_of("persistent", masked, TARGETS[target])
+        for config, R, peft_b in product(persistent, (16, 64), (False, True)):
             own = replace(masked, R=R)
             if unmasked(config, own) is None:
                 yield own, config, False, peft_b
@@ -88,6 +92,7 @@ def in_elements(target: str) -> Iterator[Job]:
         eighths = replace(odd, N=4104, K=4104)
         problems = [odd, replace(odd, K=4096), replace(odd, M=64), replace(odd, M=16), eighths]
         problems += [replace(p, dropout=True) for p in (odd, eighths)]
+        problems += [replace(odd, R=13), replace(odd, R=13, M=64), replace(odd, K=4096, R=13, M=16)]
         if adapter_dtype == "bfloat16":
             problems += [replace(odd, K=4096, M=64, weight_format=name) for name in PACKED_BYTES]
         for problem, kernel, forward in product(problems, KERNELS, (True, False)):
@@ -95,7 +100,9 @@ def in_elements(target: str) -> Iterator[Job]:
             dx = kernel in ("expand", "persistent")
             if (kernel == "decode") != (own.M <= 64) or (own.dropout and dx == forward):
                 continue
-            if not forward and (kernel == "shrink_wgrad" or (once and not own.dropout)):
+            if kernel == "shrink_wgrad" and (own.dropout or not forward):
+                continue
+            if not forward and once and not own.dropout:
                 continue
             if own.K % 16 == 0 and (kernel in (*LOWRANK_KERNELS, "dequantise") or not forward):
                 continue
@@ -136,3 +143,4 @@ def scaled_jobs(target: str) -> Iterator[Job]:
 
 
 FORMS = {"": jobs, "elements": in_elements, "groups": grouped_jobs, "scaled": scaled_jobs}
+COMPILED = [(t, f) for t in TARGETS for f in FORMS if f != "scaled" or t not in (*TWINS, "sm_120")]

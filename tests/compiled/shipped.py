@@ -34,9 +34,9 @@ if untried() is None:
 class Shapes:
     """Meta tensors of a problem, or zeros; `forward` says which way the weights and adapters lie in memory.
 
-    `peft_b`: b lies as PEFT stores it, of a forward along the rank, of dx along N. `scaled`: with DoRA's column scale, and
-    z. `float32_s`: s and q are float32 also where x and the adapter are bfloat16. With `values` they are those, of a
-    forward or of dx, as they lie there; for these the results are right.
+    `peft_b`: a and b lie as PEFT stores them, b of a forward along the rank, of dx along N. `scaled`: with DoRA's column
+    scale, and z. `float32_s`: s and q are float32 also where x and the adapter are bfloat16. With `values` they are those,
+    of a forward or of dx, as they lie there; for these the results are right.
     """
 
     problem: Problem
@@ -101,7 +101,7 @@ class Shapes:
         else:
             x = self._empty(p.M, p.K, base)
             w = self._empty(p.K, p.N, base, self.forward, weights)
-            a = self._empty(p.K, p.R, adapter, not self.forward, p.groups)
+            a = self._empty(p.K, p.R, adapter, self.peft_b == self.forward, p.groups)
             b = self._empty(p.R, p.N, adapter, self.peft_b == self.forward, p.groups)
             q = s = self._empty(p.M, p.R, "float32")
             dy = self._empty(p.M, p.N, base)

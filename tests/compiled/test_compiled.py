@@ -24,7 +24,7 @@ from lora_kernels.tuning.config import (
     smem_bytes,
 )
 from lora_kernels.tuning.targets import TARGETS
-from tests.compiled.jobs import FORMS, TWINS, TYPES, Job
+from tests.compiled.jobs import COMPILED, FORMS, TWINS, TYPES, Job
 from tests.compiled.recorder import recording
 from tests.compiled.sass import Code, inspect
 from tests.compiled.shipped import Shapes
@@ -52,10 +52,7 @@ def compile_job(target: str, job: Job, scaled: bool = False, loops: bool = True)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize(
-    "target, form",
-    [(t, f) for t in TARGETS for f in FORMS if f != "scaled" or t not in (*TWINS, "sm_120")],
-)
+@pytest.mark.parametrize("target, form", COMPILED)
 def test_shipped_configurations(target, part, form):
     every = list(FORMS[form](target))
     if target in TWINS:

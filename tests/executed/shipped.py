@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,25 +26,27 @@ if untried() is None:
 
 
 def small(job: Job) -> Case:
-    """More than one tile and one step, the code of the job's own sizes: what these divide divides these.
+    """More than one tile and, of each part of a sum, one step, in the job's own code: what divides its sizes divides these.
 
     That decides how memory is accessed and whether the last step has a mask; each edge of a tile has one here.
     """
     problem, config, forward, peft_b = job
     m, n, k = config.block_m, config.block_n, config.block_k
-    rest = problem.K % 16  # of a row, where it is no whole pieces
-    step = rest or 16
+    # Of a row, where it is no whole pieces.
+    n_rest, k_rest = problem.N % 16, problem.K % 16
+    parts = min(config.split, 2)  # each of two steps: a race takes two
     packed = problem.weight_format != DENSE
+    columns, steps, rows = n + (n_rest or 16), 2 * parts * k + k_rest, (2 * parts - 1) * m + 3
     M, N, K = {
-        "shrink": (m + 3, 48, 2 * k + rest),
-        "expand": (m - 5, n + step, 2 * k + rest),
-        "one_launch": (m + 11, n + step, 2 * k + rest),
-        "persistent": (max(1, config.ctas) * (m + 5), n + step, 3 * k + rest),
-        "persistent_one_launch": (m + 11, n + step, 3 * k + rest),
-        "one_pass": (m - 5, n + step, 2 * k + rest),
-        "decode": (m - 3, n + step, 192 if packed else 2 * k + rest),
-        "wgrad": (m + 3, n + step, n + step),
-        "shrink_wgrad": (m + 3, n + step, 48),
+        "shrink": (m + 3, 48, steps),
+        "expand": (m - 5, columns, steps),
+        "one_launch": (m + 11, columns, steps),
+        "persistent": (m + 5, columns, k + steps),
+        "persistent_one_launch": (m + 11, columns, k + steps),
+        "one_pass": (m - 5, columns, steps),
+        "decode": (m - 3, columns, max(192, steps) if packed else steps),
+        "wgrad": (rows, columns, n + (k_rest or 16)),
+        "shrink_wgrad": (rows, columns, 48),
         "dequantise": (m, n + 3, 2 * k + 1),
     }[config.kernel]
     dtype, adapter = getattr(torch, problem.dtype), getattr(torch, problem.adapter_dtype)
@@ -55,11 +58,19 @@ def small(job: Job) -> Case:
 
 def launch(target: Target, job: Job, o: Operands) -> dict[str, Tensor]:
     """What the job's kernel computes of `o`, by name."""
-    problem, config, forward, peft_b = job
-    N, K = (o.case.N, o.case.K) if forward else (o.case.K, o.case.N)
-    own = replace(problem, M=o.case.M, N=N, K=K, R=o.case.R)
-    config = replace(config, split=min(config.split, 2))
-    return Shapes(own, forward, peft_b, values=o).launch(config, target)
+    return shapes(job, o.case, values=o).launch(in_two(job), target)
+
+
+def shapes(job: Job, case: Case, **more: Any) -> Shapes:
+    """The job's kernel on the sizes of `case`, of whose gradient one that is not forward is."""
+    problem, _, forward, peft_b = job
+    N, K = (case.N, case.K) if forward else (case.K, case.N)
+    return Shapes(replace(problem, M=case.M, N=N, K=K, R=case.R), forward, peft_b, **more)
+
+
+def in_two(job: Job) -> TileConfig:
+    """The job's tile with at most two parts of its sums."""
+    return replace(job[1], split=min(job[1].split, 2))
 
 
 def execute(target: str, job: Job, schedule: int | None) -> None:

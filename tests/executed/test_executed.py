@@ -14,10 +14,9 @@ from lora_kernels.backends.triton.shrink import shrink
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import LOWRANK_KERNELS
 from lora_kernels.tuning.targets import TARGETS
-from tests.compiled.jobs import FORMS
-from tests.compiled.shipped import Shapes
+from tests.compiled.jobs import COMPILED, FORMS
 from tests.executed.layer import EXECUTED, emulated, train
-from tests.executed.shipped import compare, execute, launch, small
+from tests.executed.shipped import compare, execute, in_two, launch, shapes, small
 from tests.oracle import Case, assert_budget, reference
 from tests.ptx.launch import emulate
 
@@ -41,25 +40,16 @@ def test_every_shipped_tile(target, part):
 
 
 @pytest.mark.parametrize(
-    "target, form",
-    [
-        (t, form)
-        for t in EXECUTED
-        for form in ("groups", "scaled")
-        if (t, form) != ("sm_120", "scaled")
-    ],
+    "target, form", [(t, f) for t, f in COMPILED if t in EXECUTED and f in ("groups", "scaled")]
 )
 def test_no_other_form_has_a_race(target, form):
     """Over groups, and with DoRA's scale: the emulator raises for one. The values are those of other tests."""
     every, wrong = list(FORMS[form](target)), []
     for number, job in enumerate(every):
-        problem, config, forward, peft_b = job
-        case = small(job)
-        own = replace(problem, M=case.M, N=case.N, K=case.K)
-        zeros = Shapes(own, forward, peft_b, form == "scaled", device="cpu")
+        zeros = shapes(job, small(job), scaled=form == "scaled", device="cpu")
         try:
             with emulate(target, None if number % 2 else number):
-                zeros.launch(replace(config, split=min(config.split, 2)), TARGETS[target])
+                zeros.launch(in_two(job), TARGETS[target])
         except Exception as error:
             wrong.append(f"{job}: {type(error).__name__}: {str(error)[:400]}")
     assert len(every) > 20 and not wrong, "\n".join(wrong)
@@ -99,8 +89,8 @@ def test_low_rank_kernels_over_many_steps(target, R, adapter_dtype):
         config = replace(tiles_of(kernel, problem, TARGETS[target])[0], split=1)
         block = config.block_k if kernel == "shrink" else config.block_m
         steps = (config.num_stages + 2) * block
-        sizes = (19, 16, steps + 8) if kernel == "shrink" else (steps + 3, 40, 16)
-        o = Case(*sizes, R - 3, dtype=torch.bfloat16, adapter_dtype=adapter_dtype).operands()
+        sizes = (19, 16, steps) if kernel == "shrink" else (steps + 3, 48, 48)
+        o = Case(*sizes, R, dtype=torch.bfloat16, adapter_dtype=adapter_dtype).operands()
         with emulate(target):
             actual = launch(TARGETS[target], (problem, config, forward, False), o)
         compare(actual, o, f"{config} on {target}")
