@@ -62,7 +62,7 @@ def test_selftest_passes(gpu_backend):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_shipped_configuration_is_right(kernel, triton_backend):
-    """What the compiled lane compiles for this architecture, on a problem that it was chosen for, but without dropout."""
+    """Each that ships for this architecture, on a problem that it was chosen for, but without dropout."""
     target, failures, product = current_target(), [], None
     for problem, config in shipped(target):
         if config.kernel != kernel:

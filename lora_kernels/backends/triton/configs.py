@@ -173,7 +173,8 @@ def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]
 
     Configurations that compile to the same code count once: the split is a run-time number but for being 1, and float16
     takes bfloat16's code with another instruction, but in kernels that multiply s or q, or float32 adapters, which they do
-    in another form. Ranks take the code of their block, of which each configuration has its narrowest and its widest here.
+    in another form. Ranks take the code of their block, of which each configuration has its narrowest and its widest here,
+    where it can a multiple of 16 and without dropout.
     """
     found: dict[tuple[TileConfig, str, str, str], dict[int, tuple[Problem, TileConfig]]] = {}
     for dtype, adapter_dtype in (
