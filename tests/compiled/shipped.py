@@ -12,7 +12,7 @@ from lora_kernels.backends.triton.configs import untried
 from lora_kernels.backends.triton.decode import decode
 from lora_kernels.backends.triton.dequantise import dequantise
 from lora_kernels.backends.triton.expand import Shrink, expand
-from lora_kernels.backends.triton.launch import rank_operand
+from lora_kernels.backends.triton.launch import rank_operand, rank_tail
 from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.backends.triton.parts import parts
 from lora_kernels.backends.triton.scale import scaled_gradient
@@ -28,6 +28,13 @@ from tests.oracle import Operands
 
 if untried() is None:
     from lora_kernels.backends.triton.persistent import fetchable, persistent
+
+
+def tail(s: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """s and b as a persistent product of an x of `dtype` copies them."""
+    if rank_tail(dtype, b.dtype, tma=True) == "split":
+        return parts(s.float(), b, TileConfig("shrink", 64, 1, 64, 4, 3))
+    return rank_operand(*s.shape, dtype, s.device).copy_(s), fetchable(b)
 
 
 @dataclass(frozen=True)
@@ -77,16 +84,17 @@ class Shapes:
     def _in_parts(self, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """s and b as the persistent product reads them."""
         p = self.problem
-        if not tail_in_parts(p):
-            return self._fetched(p.M, p.R).copy_(s), fetchable(b)
-        if self.values is not None:
-            return parts(s, b, TileConfig("shrink", 64, 1, 64, 4, 3))
+        if self.values is not None or not tail_in_parts(p):
+            return tail(s, b, getattr(torch, p.dtype))
         made = self._fetched(p.N, TAIL_PARTS * p.R)
         by_rank = made.t() if b.stride(1) != 1 else made.new_empty((TAIL_PARTS * p.R, p.N))
         return self._fetched(p.M, TAIL_PARTS * p.R), by_rank
 
     def launch(self, config: TileConfig, target: Target) -> dict[str, Tensor]:
-        """One launch of `config`'s kernel; its results by the names that `Operands.results` has for them."""
+        """One launch of `config`'s kernel; its results by the names that `Operands.results` has for them.
+
+        "rounded": s or q as it is stored beside, in bfloat16.
+        """
         p = self.problem
         base, adapter = p.dtype, p.adapter_dtype
         dtype = getattr(torch, adapter)
@@ -120,9 +128,10 @@ class Shapes:
         if config.kernel == "shrink" and self.scaled:
             shrink_squares(x, a, config)
         elif config.kernel == "shrink":
-            tail = None if offsets is not None else self._tail(target)
-            own = {"offsets": offsets, "release": target.tma, "rounded": tail}
-            return {lowrank: shrink(x, a, alpha, config, mask, **own)}
+            stored = None if offsets is not None else self._tail(target)
+            own = {"offsets": offsets, "release": target.tma, "rounded": stored}
+            beside = {"rounded": stored} if halves and stored is not None else {}
+            return {lowrank: shrink(x, a, alpha, config, mask, **own), **beside}
         elif config.kernel == "expand":
             own |= {"offsets": offsets, "late_wait": target.tma and self.forward}  # dx never waits
             return {product: expand(x, w, rounded, b, bias, config, mask, **own)}
@@ -130,18 +139,18 @@ class Shapes:
             first = Shrink(a, alpha, torch.full_like(s, torch.nan), mask)
             rounded = rounded.fill_(torch.nan)  # nothing that it reads is written before
             y = expand(x, w, rounded, b, bias, config, **own, first=first)
-            return {product: y, lowrank: first.whole}
+            return {product: y, lowrank: first.whole, "rounded": rounded}
         elif config.kernel == "persistent":
             programs = target.multiprocessors if o is None else 2 * max(1, config.ctas)
             own = {"late_wait": True, "release": not config.ctas, "dropout": mask}
-            tail, b = self._in_parts(s, b)
-            return {product: persistent(x, w, tail, b, bias, config, programs, **own)}
+            s, b = self._in_parts(s, b)
+            return {product: persistent(x, w, s, b, bias, config, programs, **own)}
         elif config.kernel == "persistent_one_launch":
             programs = target.multiprocessors if o is None else 2
             first = Shrink(fetchable(a.t()).t(), alpha, torch.full_like(s, torch.nan), None)
             rounded = rounded.fill_(torch.nan)
             y = persistent(x, w, rounded, fetchable(b), bias, config, programs, first=first)
-            return {product: y, lowrank: first.whole}
+            return {product: y, lowrank: first.whole, "rounded": rounded}
         elif config.kernel == "one_pass":
             found = one_pass(x, w, a, b, alpha, bias, config, mask, **own)
             return dict(zip((product, lowrank), found, strict=True))
