@@ -42,7 +42,7 @@ def check(a: Arguments, *, autocast: bool) -> None:
     _check_operands(a, autocast)
     # The usual arguments, of which there is nothing to check, cost no call.
     if type(a.alpha) is not float:
-        _check_scale(a.alpha, "alpha" if a.offsets is None else "scale")
+        _check_scale(a.alpha, "alpha" if a.offsets is None else "scale", a.x.device)
     if a.dropout_p != 0.0 or type(a.dropout_p) is not float:
         check_dropout("dropout_p", a.dropout_p)
     if a.seed is not None:
@@ -108,9 +108,14 @@ def _check_each(a: Arguments, device: torch.device | None) -> None:
             raise ValueError(f"{name} must be on x's device, {device}, got {t.device}")
 
 
-def _check_scale(alpha: Any, name: str) -> None:
-    """TypeError or ValueError unless it is a real number, or a tensor that needs no gradient: 0-d, or [G] over groups."""
+def _check_scale(alpha: Any, name: str, device: torch.device) -> None:
+    """TypeError or ValueError unless it is a real number, or a tensor that needs no gradient: 0-d, or [G] over groups.
+
+    A tensor of one number may lie on the CPU, which every device reads it from.
+    """
     if isinstance(alpha, Tensor):
+        if alpha.device != device and not (alpha.is_cpu and alpha.ndim == 0):
+            raise ValueError(f"{name} must be on x's device, {device}, got {alpha.device}")
         if alpha.ndim != 0 and name == "alpha":
             raise ValueError(f"alpha must be a number or a 0-d tensor, got {_shape(alpha)}")
         if alpha.requires_grad:
@@ -155,8 +160,6 @@ def _check_grouped(a: Arguments, offsets: Any) -> None:
         raise ValueError(f"bias must be [G, N] = [{G}, {N}] or [N], got {_shape(bias)}")
     if isinstance(scale, Tensor) and scale.shape not in ((), (G,)):
         raise ValueError(f"scale must be a number or [G] = [{G}], got {_shape(scale)}")
-    if isinstance(scale, Tensor) and scale.ndim == 1 and scale.device != x.device:
-        raise ValueError(f"scale must be on x's device, {x.device}, got {scale.device}")
 
 
 def number(alpha: Any) -> Any:

@@ -228,7 +228,12 @@ def row_norms_on(linear: Any, A: Tensor, B: Tensor, scale: float | Tensor) -> Te
     plain = not isinstance(weight, Tensor) or is_plain_tensor(weight)
     A, B = adapters_as_used(A, B, weight.dtype)
     how = "eager" if plain and not torch.compiler.is_compiling() else "transparent"
-    return dora.row_norms(weight, A, B, scale, "auto", how=how).to(A.dtype)
+    device = A.device.type
+    casts = (
+        autocast_dtype(device) is not None
+    )  # n² is a difference: what half precision leaves of it may be 0
+    with torch.autocast(device, enabled=False) if casts else nullcontext():
+        return dora.row_norms(weight, A, B, scale, "auto", how=how).to(A.dtype)
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

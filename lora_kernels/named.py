@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,10 @@ def add_adapter(
         if isinstance(child, LinearWithAdapters) and name in child.adapters:
             raise ValueError(f"name must be new, got {name!r}, which {label} has")
     layers = _layers_for(places)
-    for layer in layers.values():
-        layer.add_adapter(name, rank, alpha, scaling=scaling, dropout=dropout, dtype=dtype)
-    put_wrappers(model, places, layers)
+    with _in_all_or_none(name, layers.values()):
+        for layer in layers.values():
+            layer.add_adapter(name, rank, alpha, scaling=scaling, dropout=dropout, dtype=dtype)
+        put_wrappers(model, places, layers)
     return [label for label, *_ in places]
 
 
@@ -69,6 +71,18 @@ def _layers_for(places: list[Place]) -> dict[nn.Module, LinearWithAdapters]:
         child: child if isinstance(child, LinearWithAdapters) else LinearWithAdapters(child)
         for _, _, _, child in places
     }
+
+
+@contextmanager
+def _in_all_or_none(name: str, layers: Iterable[LinearWithAdapters]) -> Iterator[None]:
+    """Takes a new adapter out of all `layers` where the block raises, also by an interrupt or for want of memory."""
+    try:
+        yield
+    except BaseException:
+        for layer in layers:
+            if name in layer.adapters:
+                del layer.adapters[name]
+        raise
 
 
 def remove_adapter(model: nn.Module, name: str) -> list[str]:
@@ -150,9 +164,10 @@ def load_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]
             )
     places = places_of(model, {modules[label] for label in read})
     layers = _layers_for(places)
-    for label, adapter in read.items():
-        layer = layers[modules[label]]
-        lora = layer.add_adapter(name, **options_of(layer.linear, adapter))
-        fill(lora, adapter.A, adapter.B, None, alpha_of(label, lora, adapter.scale))
-    put_wrappers(model, places, layers)
+    with _in_all_or_none(name, layers.values()):
+        for label, adapter in read.items():
+            layer = layers[modules[label]]
+            lora = layer.add_adapter(name, **options_of(layer.linear, adapter))
+            fill(lora, adapter.A, adapter.B, None, alpha_of(label, lora, adapter.scale))
+        put_wrappers(model, places, layers)
     return list(read)

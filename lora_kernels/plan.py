@@ -27,7 +27,9 @@ from lora_kernels.tuning.targets import Target
 _MOST_PLANS = 4096
 # Moved for each element by `QuantizedWeight.dense`, whose operations read and write float32: 22 of nf4, 19 of int8.
 _DENSE_BYTES = 20
-_requested = "auto", False  # (name, strict) of the innermost use_backend
+_requests: list[
+    tuple[str, bool]
+] = []  # (name, strict) of each use_backend that is open; the last one counts
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,15 @@ def use_backend(name: str, *, strict: bool = False) -> Iterator[None]:
     `strict` with name "auto" raises RuntimeError where auto would fall back to eager because no faster backend can
     compute the problem. ValueError for an unknown name. Enter it outside of compiled functions.
     """
-    global _requested
     check_name(name)
-    before, _requested = _requested, (name, strict)
+    own = (name, strict)
+    _requests.append(own)
     try:
         yield
     finally:
-        _requested = before
+        _requests[:] = [
+            each for each in _requests if each is not own
+        ]  # blocks of threads need not nest
 
 
 def check_name(name: str, argument: str = "backend") -> None:
@@ -413,8 +417,8 @@ def _asked(name: str) -> tuple[str, bool]:
     """(name, strict) that a call's backend argument means now: its own, else use_backend's, else the environment's."""
     if name != "auto":
         return name, False
-    if _requested != ("auto", False):
-        return _requested
+    if _requests and _requests[-1] != ("auto", False):
+        return _requests[-1]
     name = env.backend()
     check_name(name, "LORA_KERNELS_BACKEND")
     return name, False

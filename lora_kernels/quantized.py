@@ -214,6 +214,10 @@ class FP8Weight(_Stored, QuantizedWeight):
         what = f"for codes {list(codes.shape)} in blocks of {list(self.block)}"
         _check("codes", codes, torch.float8_e4m3fn, codes.numel(), what)
         _check("scales", self.scales, torch.float32, math.prod(self._blocks), what)
+        if self.scales.shape != self._blocks:
+            raise ValueError(
+                f"scales must be {list(self._blocks)} {what}, got {list(self.scales.shape)}"
+            )
 
     @property
     def _blocks(self) -> tuple[int, int]:

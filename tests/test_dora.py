@@ -400,6 +400,21 @@ def test_autocast(backend, half):
     assert [g.dtype for g in grads] == [t.dtype for t in tensors]
 
 
+def test_the_norms_are_exact_under_autocast(backend):
+    """Also where the layer's parts are called as modules: W - 0.9·W leaves a tenth, of which half precision rounds most."""
+    linear = nn.Linear(16, 128, bias=False)
+    layer = LinearWithLoRA(linear, 16, 1.0, dora=True)
+    with torch.no_grad():
+        layer.lora.A.copy_(torch.eye(16))
+        layer.lora.B.copy_(-0.9 * linear.weight.t())
+    x = torch.randn(4, 16)
+    exact = layer.double()(x.double())
+    layer.float().lora.register_forward_hook(lambda *call: None)
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    torch.testing.assert_close(y.double(), exact, rtol=0.05, atol=0.05)
+
+
 def test_a_mode_that_counts_operations():
     """Two base products forward and backward, and what has the size of the rank."""
     M, N, K, R = 8, 16, 32, 2

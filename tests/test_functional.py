@@ -334,6 +334,7 @@ class TestAlpha:
         ({"weight": torch.randn(7, 6).bfloat16()}, TypeError,
          "weight must have x's dtype, torch.float32, got torch.bfloat16"),
         ({"weight": torch.randn(7, 6, device="meta")}, ValueError, "weight must be on x's device, cpu, got meta"),
+        ({"alpha": torch.tensor(0.5, device="meta")}, ValueError, "alpha must be on x's device, cpu, got meta"),
         ({"A": torch.randn(3, 6)}, ValueError, "A must be [K, R] with K = 6"),
         ({"B": torch.randn(7, 3)}, ValueError, "B must be [R, N] = [3, 7], got [7, 3]"),
         ({"B": torch.randn(3, 7).half()}, TypeError, "B must have A's dtype, torch.float32, got torch.float16"),

@@ -239,6 +239,29 @@ def test_names_that_torch_has_taken(name, tmp_path):
         load_named_adapter(net, name, tmp_path)
 
 
+def test_an_interrupt_leaves_no_layer_with_half_of_an_adapter(tmp_path, monkeypatch):
+    net = model()
+    save_named_adapter(net, "fr", tmp_path)
+    before, made = snapshot(net), []
+    add = LinearWithAdapters.add_adapter
+
+    def interrupted(layer, *args, **options):
+        if made:
+            raise KeyboardInterrupt
+        made.append(layer)
+        return add(layer, *args, **options)
+
+    monkeypatch.setattr(LinearWithAdapters, "add_adapter", interrupted)
+    for change in (
+        lambda: add_adapter(net, "new", 2, 1.0),
+        lambda: load_named_adapter(net, "new", tmp_path),
+    ):
+        made.clear()
+        with pytest.raises(KeyboardInterrupt):
+            change()
+        assert made and unchanged(net, before)
+
+
 def test_names_from_an_iterator_and_odd_arguments():
     net = model()
     select_adapters(net, (name for name in ["de", BASE, "fr", "de"]))

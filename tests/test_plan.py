@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -162,6 +163,19 @@ def test_the_innermost_block_counts_and_ends_after_an_error(install):
     with pytest.raises(ZeroDivisionError), use_backend("eager"):
         raise ZeroDivisionError
     assert explain(PROBLEM).backend == "cpu"
+
+
+def test_blocks_of_threads_need_not_nest(install):
+    install(Fake("cpu"))
+    first, second = use_backend("eager"), use_backend("cpu")
+    with ExitStack() as later:
+        first.__enter__()
+        later.enter_context(second)
+        first.__exit__(None, None, None)
+        assert explain(PROBLEM).backend == "cpu"
+    with use_backend("eager"):
+        assert explain(PROBLEM).backend == "eager"
+    assert explain(PROBLEM).backend == "cpu"  # the fastest again
 
 
 def test_a_calls_own_word_goes_before_the_blocks_and_holds_for_its_backward(install):

@@ -553,6 +553,8 @@ class TestDeclined:
         codes = torch.zeros(N, K, dtype=torch.float8_e4m3fn)
         with pytest.raises(ValueError, match=r"scales must have 2 elements .* got 1"):
             FP8Weight(codes, torch.ones(1), (64, 64))
+        with pytest.raises(ValueError, match=r"scales must be \[2, 1\] .* got \[1, 2\]"):
+            FP8Weight(codes, torch.ones(1, 2), (N // 2, K))
         with pytest.raises(ValueError, match=r"block must be two positive sizes, got \[0, 64\]"):
             FP8Weight(codes, torch.ones(1), (0, 64))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -191,7 +192,7 @@ class TestTheSharedMemory:
 
         class Device:
             type, stream, capturing, pool = "cuda", 1, False, (0, 0)
-            snapshots = 0
+            snapshots, current = 0, False
 
         def snapshot():
             Device.snapshots += 1
@@ -204,8 +205,19 @@ class TestTheSharedMemory:
             def __init__(self, device):
                 self.cuda_stream = Device.stream
 
+        @contextmanager
+        def made_current(device):
+            device.current = True
+            yield
+            device.current = False
+
+        def capturing():
+            """Of the current device's stream: another device is the current one."""
+            return Device.current and Device.capturing
+
         made = torch.empty
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: Device.capturing)
+        monkeypatch.setattr(torch.cuda, "device", made_current)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", capturing)
         monkeypatch.setattr(torch.cuda, "current_stream", Stream)
         monkeypatch.setattr(torch.cuda, "memory_snapshot", snapshot)
         monkeypatch.setattr(

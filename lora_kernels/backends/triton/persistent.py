@@ -34,7 +34,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lora_kernels.backends.triton.expand import Shrink, describable, tma_applies
 from lora_kernels.backends.triton.in_gluon import block, gdc_launch_dependents, gdc_wait, ordered
-from lora_kernels.backends.triton.launch import Mask, cdiv, launch, rank_operand, scale_argument
+from lora_kernels.backends.triton.launch import (
+    Mask,
+    cdiv,
+    launch,
+    needs_int64,
+    rank_operand,
+    scale_argument,
+)
 from lora_kernels.backends.triton.tiles import keep_groups, scale_value
 from lora_kernels.dropout import Dropout
 from lora_kernels.tuning.config import (
@@ -411,6 +418,8 @@ def persistent(
         most = tiles + blocks  # a program without a tile may compute s
         shrinking = shrinking or shrinking_programs(blocks, tiles, programs, config.block_n)
         own |= _shrinking(first, s, shrinking, blocks, config)
+    if bias is not None and needs_int64(bias):  # these kernels count in 32 bits
+        bias = bias.contiguous()
     launch(
         kernel,
         min(programs, most),

@@ -22,7 +22,7 @@ _kept: dict[torch.device, tuple[int, Tensor]] = {}
 def lent(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
     """An unwritten [rows, cols] that lies row after row, for kernels launched within the block on the current stream."""
     needed = rows * cols * dtype.itemsize
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and _capturing(device):
         yield torch.empty((rows, cols), dtype=dtype, device=device)
         return
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -36,6 +36,12 @@ def lent(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Iter
     finally:
         if may_be_kept:
             _give_back(device, stream, buffer)
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether the stream that is current on `device`, which need not be the current device, is being captured."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _taken(device: torch.device, stream: int, needed: int) -> Tensor | None:
