@@ -341,6 +341,13 @@ def test_measured_and_predicted_stay_apart():
     assert not re.search(r"\d+\.\d", predicted)
 
 
+def test_the_pages_of_predictions_are_what_the_cost_model_says():
+    made = runpy.run_path(str(ROOT / "benchmarks" / "predicted.py"))
+    folder = ROOT / "docs" / "performance"
+    assert (folder / "gpu-predicted.md").read_text().startswith(made["page"](with_code=False))
+    assert (folder / "cuda-decode.md").read_text() == made["decode_page"]()
+
+
 def test_the_pictures_are_those_that_the_results_draw():
     """`python docs/pictures/draw.py` was run after the last change of it and of its result file."""
     pictures = runpy.run_path(str(ROOT / "docs/pictures/draw.py"))["PICTURES"]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -471,6 +472,16 @@ class TestSelect:
         assert not tiles.has("decode")
         with pytest.raises(ValueError, match=r"kernel must be one of .*'expand'.*, got 'decode'"):
             tiles.config("decode")
+
+    @pytest.mark.parametrize("groups", [0, 8])
+    @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+    def test_there_are_tiles_for_nothing(self, target, groups):
+        """A rank of 0 is what DoRA's dropout, a batch of the base alone and an expert without an adapter plan."""
+        for sizes in product((0, 200), repeat=4):
+            problem = Problem(*sizes, "bfloat16", "bfloat16", "cuda", groups=groups)
+            for each in (problem, problem.adjoint()):
+                for kernel in ("expand", "shrink", "wgrad"):
+                    assert tiles_for(each, target).has(kernel), f"{kernel} of {each}"
 
     @pytest.mark.parametrize("groups", [0, 8])
     @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

@@ -3,14 +3,15 @@
 With P the achievable rate, W the achievable bandwidth and e an element's bytes:
 
 frozen      max(2·M·N·K / P, bytes / 0.92·W)
-two_kernel  product + shrink + gap                              shrink = max(e·M·K / 0.9·W, e·M·K·latency / bytes on their
-                                                                way), see lowrank.py; overlapped in part on sm_90+
+two_kernel  product + shrink + gap                              shrink = max(e·M·K / 0.9·W, 2·M·K·R / P, e·M·K·latency /
+                                                                bytes on their way), see lowrank.py; overlapped in part
+                                                                on sm_90+
 persistent  product + shrink + gap, overlapped likewise         or beside each other, see `_beside_us`; + a launch and a gap
                                                                 where s·b is in parts, which b is made into
 one_launch  product + a clearing of its flags + gap             its first programs compute s, see `_first_us`
 persistent_one_launch  the same of persistent
 lorafusion  product + shrink + gap                              LoRAFusion's structure: pointer loads, no overlap; its
-                                                                shrink, and the library's below, = e·M·K / 0.9·W
+                                                                shrink, and the library's below, without latency
 one_pass    product, x·a in its loop
 decode      (bytes + re-read a) / 0.92·W                        of a quantised w the packed bytes; or the loop's instructions
 cuda_decode the same by the CUDA C++ kernel, + 0.5 us; x·a is a launch of its own where the kernel does not fuse it
@@ -28,6 +29,8 @@ A backward's problem (x is dy, y is dx) adds dA, one reading of its other side, 
 of dy, to all but lorafusion, and two_kernel and persistent up to rank 32 of half types, which get q and dB from one. Where
 all of them run beside persistent, `_beside_us` has their time. addmm computes x·a again, another reading of the other side.
 reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 4 passes over dx.
+
+Passes over y beside s·b take no less than its 2·M·N·R / P.
 
 A quantised weight costs all but decode a launch before, which reads it and writes a dense copy, and a gap. The
 others are predicted for a dense weight: `plan` adds the copy that they are given.
@@ -152,7 +155,7 @@ def predict_us(
         if problem.groups and algorithm == "eager":
             frozen += _batching_us(problem, target)
             over_x, over_y, launches = _BATCHED_PASSES
-        passes_us = over_x * x_us + over_y * y_us
+        passes_us = over_x * x_us + max(over_y * y_us, _rank_us(problem, target, problem.N))
         return frozen + shrink + passes_us + launches * gap + adapter_grads
     if algorithm == "decode":
         readers = math.ceil(problem.N / (config.block_n if config else 64))
@@ -286,14 +289,19 @@ def _best_tile(kernel: str, problem: Problem, target: Target) -> Tile:
 def _lowrank_us(kernel: str, problem: Problem, target: Target, width: int) -> float:
     """The time of a kernel that reads x or dy, of `width`, and over groups an adapter's matrix of each that has rows.
 
-    By one of LOWRANK_KERNELS no less than it waits for x; of no such name, the library's or another's, bytes alone count.
+    By one of LOWRANK_KERNELS no less than it waits for x; of no such name, the library's or another's, it waits for nothing.
     """
     read = problem.M * width * problem.itemsize
     if problem.groups:
         read += problem.with_rows * width * problem.R * ITEMSIZE[problem.adapter_dtype]
     read_us = read / (0.9 * target.bandwidth_gbs * 1e3)
     waiting_us = lowrank_us(kernel, replace(problem, K=width), target) if kernel else 0.0
-    return max(read_us, waiting_us, MIN_KERNEL_US)
+    return max(read_us, waiting_us, _rank_us(problem, target, width), MIN_KERNEL_US)
+
+
+def _rank_us(problem: Problem, target: Target, width: int) -> float:
+    """The matrix units' time for a product of M rows, of `width` and the rank."""
+    return 2 * problem.M * width * problem.R / (target.tflops(problem.dtype) * 1e6)
 
 
 def _batching_us(problem: Problem, target: Target) -> float:

@@ -30,6 +30,9 @@ from lora_kernels.tuning.targets import KIB, Target
 # Bytes of a half x that a multiprocessor is to have on their way, if one program runs there.
 _ON_THEIR_WAY = {"sm_80": 28 * KIB, "sm_90": 40 * KIB, "sm_100": 48 * KIB}
 _MOST_STAGES = 7  # with eight a kernel in parts spills on sm_100
+# Ranks beyond `FUSED_RANK`, by blocks of so many: x is read, and masked, once for each. A block of 128 rows reads as many
+# bytes of a as of x, for twice the products of 64 ranks and 64 rows.
+_MANY_RANKS = 128
 # Where 64 rows are multiplied as parts on sm_100: two warps take mma.sync. By four, which take tcgen05, Triton 3.9 stores a
 # step's parts over those that the step before still multiplies: the emulator finds the race.
 _SYNCHRONOUS_WARPS = 2
@@ -43,10 +46,12 @@ def shipped(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
 def lowrank_us(kernel: str, problem: Problem, target: Target) -> float:
     """The least time in which the programs of `kernel`, by its first tile, get all of the problem's x.
 
-    bytes · latency / bytes on their way: as many programs run at a time as shared memory has room for.
+    bytes · latency / bytes on their way: as many programs run at a time as shared memory has room for. Each block of ranks
+    has programs of its own.
     """
     made = shipped(kernel, problem, target)
     tile = next((c for c in made if fits(c, problem, target) is None), made[0])
+    ranks = _rank_blocks(problem, tile.rank_chunk)
     if kernel == "shrink":
         programs, terms, step = row_blocks(problem, tile.block_m), problem.K, tile.block_k
     else:
@@ -54,7 +59,7 @@ def lowrank_us(kernel: str, problem: Problem, target: Target) -> float:
         programs = sums * math.ceil(problem.K / tile.block_n)
         terms, step = math.ceil(problem.M / sums), tile.block_m
     places = target.multiprocessors * max(1, target.smem_bytes // smem_bytes(tile, problem, target))
-    turns = max(1.0, programs * tile.split / places)
+    turns = max(1.0, ranks * programs * tile.split / places)
     return turns * waits_us(tile, math.ceil(terms / step / tile.split))
 
 
@@ -103,14 +108,36 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
         tiles.append((128, 64, 4, stages))  # 64 rows read as many bytes of a, from L2, as of x
     if plain and (own := shrink_beside(problem.R, target)) is not None:
         tiles.append((own.block_m, own.block_k, own.num_warps, own.num_stages))
+    chunk = FUSED_RANK
+    # For fewer rows it would sum K in more parts, which are more bytes than x.
+    if (
+        _many_ranks(problem, target)
+        and target.multiprocessors * 128**2 <= 8 * problem.M * problem.R
+    ):
+        # Twice as much on its way: at rank 256 each block of rows is read twice.
+        stages = stages_of(problem, target, 128 * 64 // 2, 3)
+        chunk, tiles = _MANY_RANKS, [(128, 64, 8, stages)]
     made = []
     for block_m, block_k, warps, stages in tiles:
         programs = max(1, problem.M // block_m)
         if problem.groups:
             programs = max(1, row_blocks(problem, block_m))
+        programs *= _rank_blocks(problem, chunk)
         split = power_of_two(target.multiprocessors // programs, problem.K // (4 * block_k))
-        made.append(TileConfig("shrink", block_m, 1, block_k, warps, stages, split=split))
+        made.append(
+            TileConfig("shrink", block_m, 1, block_k, warps, stages, split=split, rank_chunk=chunk)
+        )
     return made
+
+
+def _many_ranks(problem: Problem, target: Target) -> bool:
+    """Whether a block of `_MANY_RANKS` has registers: in half types, by eight warps, also beside a mask."""
+    plain = all_half(problem) and problem.K % 16 == problem.R % 16 == 0 and not problem.groups
+    return plain and problem.R > FUSED_RANK and target.name.startswith("sm")
+
+
+def _rank_blocks(problem: Problem, chunk: int) -> int:
+    return max(1, math.ceil(problem.R / rank_block(problem.R, chunk)))
 
 
 def stages_of(problem: Problem, target: Target, elements: int, otherwise: int) -> int:
@@ -168,12 +195,18 @@ def _wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     if all_half(problem) and whole and target.name in WGRAD_BESIDE:
         own = WGRAD_BESIDE[target.name]
         tiles.append((own.block_m, own.block_n, own.num_warps, own.num_stages))
-    return [
-        TileConfig(
-            "wgrad", block_m, block_n, 16, warps, stages, split=_row_split(problem, target, block_n)
+    chunk = FUSED_RANK
+    if _many_ranks(problem, target):
+        rows = 64 if target.name in _ON_THEIR_WAY else 32  # a float16 mask takes 128 KB with 64
+        stages = stages_of(problem, target, rows * 128, 3)
+        chunk, tiles = _MANY_RANKS, [(rows, 128, 8, stages)]
+    made = []
+    for block_m, block_n, warps, stages in tiles:
+        split = _row_split(problem, target, block_n, _rank_blocks(problem, chunk))
+        made.append(
+            TileConfig("wgrad", block_m, block_n, 16, warps, stages, split=split, rank_chunk=chunk)
         )
-        for block_m, block_n, warps, stages in tiles
-    ]
+    return made
 
 
 def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
@@ -208,10 +241,10 @@ def _shrink_wgrad(problem: Problem, target: Target) -> list[TileConfig]:
     ]
 
 
-def _row_split(problem: Problem, target: Target, block_n: int) -> int:
+def _row_split(problem: Problem, target: Target, block_n: int, ranks: int = 1) -> int:
     """Parts of M, or of each group's rows, for about two blocks of x's columns and rows on each multiprocessor."""
     sums = max(1, problem.groups)
-    blocks = sums * max(1, problem.K // block_n)
+    blocks = sums * max(1, problem.K // block_n) * ranks
     return power_of_two(2 * target.multiprocessors // blocks, problem.M // sums // 128)
 
 

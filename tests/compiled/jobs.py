@@ -10,6 +10,7 @@ from itertools import product
 from lora_kernels.backends.triton.configs import shipped, tiles_of, unmasked
 from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
 from lora_kernels.tuning.config import (
+    FUSED_RANK,
     KERNELS,
     LOWRANK_KERNELS,
     PERSISTENT,
@@ -54,7 +55,7 @@ def jobs(target: str) -> Iterator[Job]:
         types = _types(problem)
         usual, kernel = types == USUAL, config.kernel
         parts = types == MIXED and kernel in LOWRANK_KERNELS  # in tiles of their own
-        if target in TWINS and (problem.R != 64 or not (usual or parts)):
+        if target in TWINS and (problem.R < FUSED_RANK or not (usual or parts)):
             continue
         yield problem, config, True, False
         if kernel != "shrink_wgrad" and problem.weight_format == DENSE and not once:
@@ -77,6 +78,10 @@ def jobs(target: str) -> Iterator[Job]:
             own = next((p for p in sizes if tiles_of(kernel, p, TARGETS[target])), masked)
             for config in tiles_of(kernel, own, TARGETS[target]):
                 yield own, config, kernel != "expand", False
+        for kernel in ("shrink", "wgrad"):  # in blocks of more ranks
+            for config in tiles_of(kernel, replace(masked, R=128), TARGETS[target]):
+                if config.rank_chunk > FUSED_RANK:
+                    yield replace(masked, R=128), config, True, False
         persistent = tiles_of("persistent", masked, TARGETS[target])
         for config, R, peft_b in product(persistent, (16, 64), (False, True)):
             own = replace(masked, R=R)

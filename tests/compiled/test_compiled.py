@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from dataclasses import replace
 from itertools import product
 
@@ -23,6 +24,7 @@ from lora_kernels.tuning.config import (
     shrink_beside,
     smem_bytes,
 )
+from lora_kernels.tuning.cycles import TRITON
 from lora_kernels.tuning.targets import TARGETS
 from tests.compiled.jobs import COMPILED, FORMS, TWINS, TYPES, Job
 from tests.compiled.recorder import recording
@@ -195,6 +197,16 @@ def test_the_main_loop_is_the_plain_products(target, form, record_property):
         assert plain.loop_matrix and fused.loop_matrix == plain.loop_matrix, line
         assert others <= 1.1 * plain_others + 1, line
         assert fused.smem_bytes <= plain.smem_bytes, line
+
+
+def test_the_page_of_predictions_has_these_loops():
+    """It is written by `benchmarks/predicted.py`, which compiles the same."""
+    made = runpy.run_path("benchmarks/predicted.py")
+    page = (made["FOLDER"] / "gpu-predicted.md").read_text()
+    if triton.__version__ == TRITON:
+        assert page == made["page"]()
+    else:
+        assert page.startswith(made["page"](with_code=False)) and list(made["loops"]())
 
 
 # The matrix instructions of the loop, all its instructions and bytes of shared memory at most, columns of tensor memory.

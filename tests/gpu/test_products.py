@@ -25,6 +25,7 @@ LARGE = [  # many tiles, splits, a second wave; sizes that no tile divides
     Case(4096, 1024, 4096, 64, dtype=torch.bfloat16, layout="peft"),
     Case(2000, 3000, 1000, 8, dtype=torch.float16, dropout=0.1),
     Case(300, 4096, 4096, 256, dtype=torch.bfloat16, adapter_dtype=torch.float32),
+    Case(3000, 1024, 1504, 144, dtype=torch.bfloat16, dropout=0.1),
     Case(1, 4096, 4096, 16, dtype=torch.bfloat16),
     Case(64, 4096, 4104, 16, dtype=torch.bfloat16),
     Case(257, 300, 1030, 12),

@@ -17,6 +17,7 @@ from lora_kernels.problem import DENSE, PACKED_BYTES, Problem
 from lora_kernels.tuning import cost, lowrank, tables
 from lora_kernels.tuning.config import (
     DECODE_ROWS,
+    FUSED_RANK,
     KERNELS,
     LOWRANK_KERNELS,
     PERSISTENT,
@@ -58,7 +59,7 @@ _SHIPPED_SHAPES = (
     (4096, 512),
     (32768, 128),
 )
-_SHIPPED_RANKS = (8, 16, 24, 32, 40, 64)
+_SHIPPED_RANKS = (8, 16, 24, 32, 40, 64, 128)
 
 # (block_m, block_n, block_k, num_warps, num_stages) of the tiled product, large tiles first.
 _MATMUL_HALF = {
@@ -197,6 +198,8 @@ def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]
                 kernels = [k for k in LOWRANK_KERNELS if (k, adapter_dtype) != ("shrink", dtype)]
             tiles = (tiles_of(kernel, problem, target) for kernel in kernels)
             for config in itertools.chain(*tiles):
+                if R > FUSED_RANK >= config.rank_chunk:  # in blocks of fewer, as above
+                    continue
                 same = replace(config, split=min(config.split, 2))
                 code = same, dtype, adapter_dtype, weight_format
                 ranks = rank_block(R, config.rank_chunk)
@@ -230,8 +233,7 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
             tiles = _grouped_tiles(problem, target)
         elif half and not whole and (kernel == "one_launch" or not _stores_elements(problem)):
             tiles = _MATMUL_IN_ELEMENTS[target.name.rstrip("_0123456789")]
-        elif split and problem.R % 16 and target.name.startswith("sm"):
-            # Rows of s and b have other lengths as well: 184 bytes spill by four warps.
+        elif half and _odd_ranks_spill(problem, target):
             tiles = [(m, n, k, 8 if n == m == 128 else warps, s) for m, n, k, warps, s in tiles]
         tma = target.tma and half and problem.weights == 1
         return [TileConfig(kernel, *tile, tma=tma, rank_chunk=chunk) for tile in tiles]
@@ -249,6 +251,13 @@ def _shipped_tiles(kernel: str, problem: Problem, target: Target) -> list[TileCo
     if kernel == "decode":
         return _decode(problem, target)
     return lowrank.shipped(kernel, problem, target)
+
+
+def _odd_ranks_spill(problem: Problem, target: Target) -> bool:
+    """Whether four warps have no registers for 128x128 where rows of s or b are no whole pieces: up to 320 bytes spill."""
+    odd = problem.R % 16 > 0 and target.name.startswith("sm") and not target.tma
+    masked = problem.dtype == "float16" and problem.dropout
+    return odd and (problem.R > 16 or masked or not all_half(problem))
 
 
 def _stores_elements(problem: Problem) -> bool:
