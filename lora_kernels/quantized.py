@@ -244,7 +244,7 @@ class FP8Weight(_Stored, QuantizedWeight):
     def dense(self) -> Tensor:
         N, K = self.codes.shape
         rows, columns = self.block
-        scales = self.scales.view(self._blocks).repeat_interleave(rows, 0)[:N]  # [N, blocks]
+        scales = self.scales.repeat_interleave(rows, 0)[:N]  # [N, blocks]
         full, values = K // columns, self.codes.float()
         # Along columns by a view: repeated, the scales would be a second matrix of W's size.
         whole = values[:, : full * columns].unflatten(1, (full, columns))
