@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         env.log_level()  # a bad one is an error here, and a warning in a library
         env.logger()
         code = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as where a shell closed it
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         # The reader, such as `head`, has ended; the interpreter's last flush must go somewhere.

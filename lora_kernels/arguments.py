@@ -42,7 +42,8 @@ def check(a: Arguments, *, autocast: bool) -> None:
     _check_operands(a, autocast)
     # The usual arguments, of which there is nothing to check, cost no call.
     if type(a.alpha) is not float:
-        _check_scale(a.alpha, "alpha" if a.offsets is None else "scale", a.x.device)
+        stacked = a.offsets is not None
+        check_scale(a.alpha, "scale" if stacked else "alpha", a.x.device, stacked)
     if a.dropout_p != 0.0 or type(a.dropout_p) is not float:
         check_dropout("dropout_p", a.dropout_p)
     if a.seed is not None:
@@ -108,16 +109,16 @@ def _check_each(a: Arguments, device: torch.device | None) -> None:
             raise ValueError(f"{name} must be on x's device, {device}, got {t.device}")
 
 
-def _check_scale(alpha: Any, name: str, device: torch.device) -> None:
-    """TypeError or ValueError unless it is a real number, or a tensor that needs no gradient: 0-d, or [G] over groups.
+def check_scale(alpha: Any, name: str, device: torch.device, stacked: bool = False) -> None:
+    """TypeError or ValueError unless it is a real number, or a tensor that needs no gradient: 0-d, or [G] where `stacked`.
 
     A tensor of one number may lie on the CPU, which every device reads it from.
     """
     if isinstance(alpha, Tensor):
         if alpha.device != device and not (alpha.is_cpu and alpha.ndim == 0):
             raise ValueError(f"{name} must be on x's device, {device}, got {alpha.device}")
-        if alpha.ndim != 0 and name == "alpha":
-            raise ValueError(f"alpha must be a number or a 0-d tensor, got {_shape(alpha)}")
+        if alpha.ndim != 0 and not stacked:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got {_shape(alpha)}")
         if alpha.requires_grad:
             raise ValueError(ALPHA_IS_NO_PARAMETER.replace("alpha", name))
         if alpha.dtype == torch.bool or alpha.dtype.is_complex:
@@ -125,7 +126,7 @@ def _check_scale(alpha: Any, name: str, device: torch.device) -> None:
     elif isinstance(alpha, bool) or not isinstance(
         alpha, (int, float, torch.SymFloat, torch.SymInt, numbers.Real)
     ):
-        rule = "0-d" if name == "alpha" else "[G]"
+        rule = "[G]" if stacked else "0-d"
         raise TypeError(f"{name} must be a number or a {rule} tensor, got {type(alpha).__name__}")
     else:
         number(alpha)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_kernels import dora
 from lora_kernels.arguments import TENSORS
@@ -116,12 +117,17 @@ def check_base(linear: Any) -> None:
         raise TypeError(
             f"linear must be a torch.nn.Linear or Transformers' Conv1D, got {type(linear).__name__}"
         )
-    if isinstance(linear.weight, nn.parameter.UninitializedParameter):
-        raise ValueError("linear must have its sizes: call the LazyLinear once before wrapping it")
+    check_sizes(linear)
     if is_quantized(linear):
         # bitsandbytes quantises it when it is moved to a device, and `freeze_base` comes after this.
         with suppress(TypeError, NotFrozen):
             quantized_weight(linear)
+
+
+def check_sizes(linear: Any) -> None:
+    """ValueError for a LazyLinear that has not been called."""
+    if isinstance(linear.weight, nn.parameter.UninitializedParameter):
+        raise ValueError("linear must have its sizes: call the LazyLinear once before wrapping it")
 
 
 def features(linear: Any) -> tuple[int, int]:
@@ -146,8 +152,11 @@ def is_plain_tensor(t: Tensor) -> bool:
 def is_plain(linear: Any) -> bool:
     """Whether calling this base does nothing but x·Wᵀ + bias, so that it may be fused."""
     if type(linear).forward is nn.Linear.forward or is_conv1d(linear):
-        weight = linear.weight
-        known = is_plain_tensor(weight) or type(weight).__module__ == _SHARDED
+        # Not by `linear.weight`: a parametrization computes it anew in each reading, of which one call has one.
+        known = is_parametrized(linear, "weight")
+        if not known:
+            weight = linear.weight
+            known = is_plain_tensor(weight) or type(weight).__module__ == _SHARDED
     else:
         known = is_quantized(linear)
     return known and "forward" not in linear.__dict__ and not has_hooks(linear)
@@ -275,6 +284,12 @@ def is_reordered(linear: Any) -> bool:
     """Whether bitsandbytes has reordered the weight of this Linear4bit in an eval() forward of its own on a CPU."""
     state = getattr(linear.weight, "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def called(linear: Any, x: Tensor) -> Tensor:
+    """`linear(x)` by the base's own forward; RuntimeError where that would leave out the gradient that x needs."""
+    check_order(linear, x)
+    return linear(x)
 
 
 def check_order(linear: Any, x: Tensor) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import bases
+from lora_kernels.arguments import check_scale, number
 from lora_kernels.bases import adapter_dtype, features, is_linear, is_quantized
 from lora_kernels.functional import lora_linear
 from lora_kernels.grouped import grouped_lora_linear
 from lora_kernels.modules import LoRALayer, OverLinear, is_plain
-from lora_kernels.operands import Adapter, Scale, Weight, accumulated
+from lora_kernels.operands import DTYPES, Adapter, QuantizedWeight, Scale, Weight, accumulated
 from lora_kernels.routing import sorted_by_group
 
 BASE = "__base__"  # the name, as in PEFT, of no adapter at all
@@ -45,12 +46,10 @@ def mixed_lora_linear(
     Smaller ranks are padded with zeros, and no adapter is one of zeros: an infinity in such a sample becomes NaN where
     another adapter of the batch has a larger rank.
 
-    ValueError for an index without an adapter; in a tensor that is not on a CPU it means the base alone.
+    ValueError for an index without an adapter; in a tensor that is not on a CPU it means the base alone. TypeError or
+    ValueError for an adapter that `lora_linear` refuses, whether or not the batch has it.
     """
-    if x.ndim < 2:
-        raise ValueError(
-            f"x must be [S, ..., K], a row or more for each sample, got {list(x.shape)}"
-        )
+    adapters = _checked(x, weight, adapters)
     S, *lead, K = x.shape
     ids: Any
     if isinstance(index, Tensor):
@@ -59,7 +58,7 @@ def mixed_lora_linear(
     else:
         ids, chosen = _of_list(index, S, len(adapters))
         in_order = ids == sorted(ids)
-    parts = [_nothing(x, weight, adapters) if g == _NONE else Adapter(*adapters[g]) for g in chosen]
+    parts = [_nothing(x, weight, adapters) if g == _NONE else adapters[g] for g in chosen]
     if len(parts) == 1:
         A, B, scale, *_ = parts[0]
         return lora_linear(x, weight, A, B, scale, bias, dropout_p=dropout_p)
@@ -79,6 +78,50 @@ def mixed_lora_linear(
     return y.reshape(S, *lead, weight.shape[0])
 
 
+def _checked(x: Any, weight: Any, adapters: Sequence[Any]) -> list[Adapter]:
+    """The adapters; TypeError or ValueError unless x has samples and each adapter the sizes of x and weight."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    if x.is_nested or x.ndim < 2:
+        got = "a nested tensor" if x.is_nested else list(x.shape)
+        raise ValueError(f"x must be [S, ..., K], a row or more for each sample, got {got}")
+    if not isinstance(weight, (Tensor, QuantizedWeight)):
+        raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
+    found = []
+    for place, given in enumerate(adapters):
+        name = f"adapters[{place}]"
+        if not isinstance(given, Adapter) and not (
+            isinstance(given, (tuple, list)) and len(given) == 3
+        ):
+            raise TypeError(f"{name} must be (A, B, scale), got {type(given).__name__}")
+        adapter = Adapter(*given)
+        _check_adapter(name, adapter, x, weight.shape[0])
+        found.append(adapter)
+    return found
+
+
+def _check_adapter(name: str, adapter: Adapter, x: Tensor, N: int) -> None:
+    """TypeError or ValueError unless it is A [K, R], B [R, N] of one dtype on x's device, and a scale."""
+    A, B, scale, *_ = adapter
+    for which, t in (("A", A), ("B", B)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{which} of {name} must be a Tensor, got {type(t).__name__}")
+        if t.dtype not in DTYPES or t.dtype != A.dtype:
+            rule = "a floating-point dtype" if which == "A" else f"A's dtype, {A.dtype}"
+            raise TypeError(f"{which} of {name} must have {rule}, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{which} of {name} must be on x's device, {x.device}, got {t.device}")
+    K = x.shape[-1]
+    if A.ndim != 2 or A.shape[0] != K:
+        raise ValueError(f"A of {name} must be [K, R] with K = {K}, got {list(A.shape)}")
+    if B.shape != (A.shape[1], N):
+        raise ValueError(f"B of {name} must be [R, N] = [{A.shape[1]}, {N}], got {list(B.shape)}")
+    if type(scale) is not float:
+        check_scale(scale, f"scale of {name}", x.device)
+
+
 def _of_list(index: Sequence[int], S: int, count: int) -> tuple[list[int], list[int]]:
     """(each sample's place in the second list, the adapters of the batch in the order in which they come)."""
     if len(index) != S:
@@ -86,6 +129,8 @@ def _of_list(index: Sequence[int], S: int, count: int) -> tuple[list[int], list[
             f"index must have an integer for each of x's {S} samples, got {len(index)}"
         )
     for g in index:
+        if not isinstance(g, int):
+            raise TypeError(f"index must have integers, got {g!r}")
         if not _NONE <= g < count:
             raise ValueError(f"index must be in [-1, {count}) for {count} adapters, got {g}")
     chosen = list(dict.fromkeys(index)) or [_NONE]
@@ -113,9 +158,9 @@ def _of_tensor(index: Tensor, x: Tensor, count: int) -> tuple[Tensor, list[int]]
     return torch.where(outside, count, index), [*range(count), _NONE]
 
 
-def _nothing(x: Tensor, weight: Weight, adapters: Sequence[Any]) -> Adapter:
+def _nothing(x: Tensor, weight: Weight, adapters: Sequence[Adapter]) -> Adapter:
     """An adapter of rank 0."""
-    dtype = adapters[0][0].dtype if adapters else x.dtype
+    dtype = adapters[0].A.dtype if adapters else x.dtype
     N, K = weight.shape
     return Adapter(
         torch.empty(K, 0, dtype=dtype, device=x.device),
@@ -138,7 +183,7 @@ def _stacked(parts: list[Adapter], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if any(isinstance(scale, Tensor) for scale in scales):
         made = [torch.as_tensor(scale, dtype=dtype_of_sums, device=x.device) for scale in scales]
         return A, B, torch.stack(made)
-    return A, B, torch.tensor(scales, dtype=dtype_of_sums, device=x.device)
+    return A, B, torch.tensor(list(map(number, scales)), dtype=dtype_of_sums, device=x.device)
 
 
 class LinearWithAdapters(OverLinear):
@@ -161,6 +206,7 @@ class LinearWithAdapters(OverLinear):
             raise TypeError(
                 f"linear must be a torch.nn.Linear or Transformers' Conv1D, got {type(linear).__name__}"
             )
+        bases.check_sizes(linear)
         self.linear = linear
         self.adapters = nn.ModuleDict()
         self.selected: str | Sequence[str] | Tensor | None = None
@@ -214,9 +260,11 @@ class LinearWithAdapters(OverLinear):
             raise ValueError(f"x must be [S, ..., in], got {list(x.shape)}")
         if adapters is None:
             raise ValueError("adapters must be given, or selected by select_adapters(model, names)")
+        if isinstance(adapters, str):
+            return self._one(x, adapters)
         index: Any = adapters
         if not isinstance(adapters, Tensor):
-            wanted = [adapters] * x.shape[0] if isinstance(adapters, str) else list(adapters)
+            wanted = list(adapters)
             places = {name: place for place, name in enumerate(self.names)} | {BASE: _NONE}
             for name in wanted:
                 if name not in places:
@@ -232,6 +280,32 @@ class LinearWithAdapters(OverLinear):
         return mixed_lora_linear(
             x, weight, parts, index, linear.bias, dropout_p=self._dropout(index)
         )
+
+    def _one(self, x: Tensor, name: str) -> Tensor:
+        """One adapter, or none, for all samples: compiled code takes any number of them."""
+        if x.ndim < 2:
+            raise ValueError(
+                f"x must be [S, ..., in], a row or more for each sample, got {list(x.shape)}"
+            )
+        if name == BASE:
+            return self._base(x)
+        self._check_name(name)
+        linear: Any = self.linear
+        lora: Any = self.adapters[name]
+        y = None
+        if is_plain(linear, lora) and not _calls_modules(x):
+            scale, chance = lora.run_time_scale(), lora.dropout if self.training else 0.0
+            y = bases.lora_linear_on(linear, x, lora.A, lora.B, scale, dropout_p=chance)
+        return bases.called(linear, x) + lora(x) if y is None else y
+
+    def _base(self, x: Tensor) -> Tensor:
+        """What `linear` computes; of a quantised one from its packed weight, as beside an adapter."""
+        linear: Any = self.linear
+        y = None
+        if bases.is_plain(linear) and x.dtype in DTYPES and not _calls_modules(x):
+            K, N = features(linear)
+            y = bases.lora_linear_on(linear, x, x.new_empty(K, 0), x.new_empty(0, N), 0.0)
+        return bases.called(linear, x) if y is None else y
 
     def _check_name(self, name: str) -> None:
         if name not in self.adapters:
@@ -255,13 +329,19 @@ class LinearWithAdapters(OverLinear):
         else:
             places, chosen = _of_list(index, x.shape[0], count)
             ids = torch.as_tensor(places, device=x.device)
-        y = self.linear(x)
+        y = self._base(x)
         layers = list(self.adapters.values())
         ids = ids.reshape(-1, *[1] * (x.ndim - 1))
         for place, g in enumerate(chosen):
             if g != _NONE:
-                y = y + torch.where(ids == place, layers[g](x), 0)
+                own = ids == place  # of other samples neither what is not finite nor a gradient
+                y = y + torch.where(own, layers[g](torch.where(own, x, 0)), 0)
         return y
+
+
+def _calls_modules(x: Tensor) -> bool:
+    """Whether modules must be called as such: for what sees each call of one, and for an x that products do not take."""
+    return bool(x.is_nested or x.is_sparse or _has_any_global_hook())
 
 
 def check_name(name: str) -> None:

@@ -274,7 +274,8 @@ class LinearWithLoRA(OverLinear):
                 dropout_p=p,
             )
         if y is None:
-            y = linear(x) + lora(x) if lora.magnitude is None else _scaled(linear, lora, x)
+            plain = lora.magnitude is None
+            y = bases.called(linear, x) + lora(x) if plain else _scaled(linear, lora, x)
         return y
 
 
@@ -294,7 +295,7 @@ def _scaled(linear: Any, lora: LoRALayer, x: Tensor) -> Tensor:
     v = F.dropout(x, lora.dropout, dropping)
     magnitude: Any = lora.magnitude
     c = magnitude / bases.row_norms_on(linear, lora.A, lora.B, lora.run_time_scale())
-    y = linear(x)
+    y = bases.called(linear, x)
     inner = linear(v) if dropping else y
     if linear.bias is not None:
         inner = inner - linear.bias

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -404,3 +405,10 @@ def test_tune_takes_a_format(monkeypatch, capsys):
     assert asked == [forward, back]
     assert tables.lowrank(forward) == tables.lowrank(replace(forward, weight_format="dense"))
     assert tables.bucketed(forward) != tables.bucketed(replace(forward, weight_format="dense"))
+
+
+def test_a_closed_output_is_no_failure():
+    done = subprocess.run(
+        f"exec {sys.executable} -m lora_kernels info >&-", shell=True, stderr=subprocess.PIPE
+    )
+    assert done.returncode == 0 and not done.stderr

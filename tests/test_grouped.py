@@ -217,6 +217,21 @@ def test_the_host_does_not_read_offsets_of_composite_products():
     assert out.shape == (40, 9) and out.is_meta
 
 
+def test_a_rank_of_zero():
+    """What an expert without an adapter gets, by the composite products as well: in forward mode, in vmap, on no device."""
+    x, w, offsets = torch.randn(4, 8), torch.randn(2, 3, 8), torch.tensor([0, 1, 4]).int()
+    A, B = torch.empty(2, 8, 0), torch.empty(2, 0, 3)
+
+    def call(x):
+        return grouped_lora_linear(x, w, A, B, offsets, 1.0)
+
+    want = torch.cat([x[:1] @ w[0].t(), x[1:] @ w[1].t()])
+    for found in (*torch.func.jvp(call, (x,), (x,)), torch.vmap(call)(x[None])[0]):
+        torch.testing.assert_close(found, want)
+    meta = [t.to("meta") for t in (x, w, A, B, offsets)]
+    assert grouped_lora_linear(*meta, 1.0).shape == want.shape
+
+
 @pytest.mark.parametrize(
     "numbers", [[0, 30, 10, 12, 4, 40], [3, 4, 5, 6, 7, 90], [-9, 0, 0, 0, 0, 20], [50] * 6]
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from lora_kernels import lora_linear
-from lora_kernels.mixed import BASE, LinearWithAdapters
+from lora_kernels.mixed import BASE, LinearWithAdapters, mixed_lora_linear
 from lora_kernels.modules import lora_parameters
 from tests.oracle import named_gradients
 
@@ -127,6 +129,65 @@ def test_what_is_attached_to_the_parts_runs():
     assert calls == [1] * 4
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_what_is_not_finite_stays_in_its_sample(hooked):
+    made = layer()
+    if hooked:
+        made.linear.register_forward_hook(lambda *call: None)
+    x = torch.randn(2, 7, dtype=torch.float64)
+    x[1, 0] = torch.inf
+    made(x, ["fr", "de"])[0].sum().backward()
+    assert made.adapters["fr"].A.grad.isfinite().all()
+
+
+X, W = torch.randn(2, 8), torch.randn(4, 8)
+A, B = torch.randn(8, 2), torch.randn(2, 4)
+FITS = (torch.randn(8, 3), torch.randn(3, 4), 1.0)
+
+
+@pytest.mark.parametrize(
+    "adapter, error, message",
+    [
+        ((A, torch.randn(5, 4), 1.0), ValueError, "B of adapters[1] must be [R, N] = [2, 4], got [5, 4]"),
+        ((torch.randn(7, 2), B, 1.0), ValueError, "A of adapters[1] must be [K, R] with K = 8, got [7, 2]"),
+        ((A, B.double(), 1.0), TypeError, "B of adapters[1] must have A's dtype, torch.float32"),
+        ((A.int(), B.int(), 1.0), TypeError, "A of adapters[1] must have a floating-point dtype"),
+        ((A, None, 1.0), TypeError, "B of adapters[1] must be a Tensor, got NoneType"),
+        ((A, B.to("meta"), 1.0), ValueError, "B of adapters[1] must be on x's device, cpu"),
+        ((A, B), TypeError, "adapters[1] must be (A, B, scale), got tuple"),
+        ((A, B, "1"), TypeError, "scale of adapters[1] must be a number or a 0-d tensor"),
+        ((A, B, torch.ones(2)), ValueError, "scale of adapters[1] must be a number or a 0-d"),
+        ((A, B, 10**400), ValueError, "must be within float64's range"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("index", [[0, 1], [0, 0]], ids=str)
+def test_bad_adapters_are_named(adapter, error, message, index):
+    """Whether or not the batch has them."""
+    with pytest.raises(error, match=re.escape(message)):
+        mixed_lora_linear(X, W, [FITS, adapter], index)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": None}, TypeError, "x must be a Tensor, got NoneType"),
+        ({"weight": None}, TypeError, "weight must be a Tensor, got NoneType"),
+        ({"weight": W[0]}, ValueError, "weight must be [N, K], got [8]"),
+        ({"index": [0.0, 1]}, TypeError, "index must have integers, got 0.0"),
+        ({"index": "00"}, TypeError, "index must have integers, got '0'"),
+    ],
+)
+def test_bad_operands_are_named(change, error, message):
+    good = {"x": X, "weight": W, "adapters": [FITS], "index": [0, 0]}
+    with pytest.raises(error, match=re.escape(message)):
+        mixed_lora_linear(**{**good, **change})
+
+
+def test_a_lazy_linear_is_refused():
+    with pytest.raises(ValueError, match="call the LazyLinear once"):
+        LinearWithAdapters(nn.LazyLinear(5))
+
+
 def test_dropout():
     made = layer(dropout=0.5)
     x = torch.ones(2, 400, 7, dtype=torch.float64)
@@ -154,6 +215,20 @@ def test_float32_adapters_on_a_half_base(dtype):
             x[i : i + 1], made.linear.weight, lora.A, lora.B, lora.scale, made.linear.bias
         )
         torch.testing.assert_close(y[i : i + 1], want)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", ["fr", BASE])
+def test_compiled_once_for_one_adapter_and_any_number_of_samples(name):
+    made = layer(nn.Linear(7, 5))
+    made.selected = name
+    compiled = torch.compile(made, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled(torch.randn(2, 7))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count in (3, 11):
+            x = torch.randn(count, 7)
+            torch.testing.assert_close(compiled(x), made(x))
 
 
 @pytest.mark.slow

@@ -336,6 +336,20 @@ class TestHooks:
         parametrize.register_parametrization(layer.linear, "weight", Doubled())
         torch.testing.assert_close(layer(x), expected)
 
+    def test_a_parametrization_runs_once(self, layer):
+        """Those of a spectral norm go on with each reading of the weight."""
+        readings = []
+
+        class Counted(nn.Module):
+            def forward(self, weight):
+                readings.append(1)
+                return weight
+
+        parametrize.register_parametrization(layer.linear, "weight", Counted())
+        readings.clear()
+        layer(torch.randn(4, 6))
+        assert len(readings) == 1
+
     def test_a_subclass_with_a_forward_of_its_own(self):
         class Noisy(nn.Linear):
             def forward(self, x):

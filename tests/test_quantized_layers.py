@@ -24,6 +24,7 @@ from lora_kernels import (
     save_adapter,
     unmerge_lora,
 )
+from lora_kernels.mixed import LinearWithAdapters
 from lora_kernels.quantized import FP8Weight, from_bitsandbytes
 from tests.oracle import (
     assert_bits,
@@ -277,6 +278,40 @@ class TestGradients:
             assert torch.equal(layer(x), before[0])
         assert not bases.is_reordered(linear)
         assert_bits(step(layer.train(), x, dy), before)
+
+    @pytest.mark.parametrize("adapters", ["fr", ["fr", "__base__", "de"], "__base__"], ids=str)
+    @pytest.mark.parametrize("kind", BASES, ids=BASES)
+    def test_named_adapters_read_the_packed_weight(self, kind, adapters):
+        """A base with several adapters is no call of bitsandbytes, whose eval() forward may leave out the gradient of x."""
+        linear = BASES[kind]()
+        layer = LinearWithAdapters(linear)
+        for name in ("fr", "de"):
+            nn.init.normal_(layer.add_adapter(name, R, 0.5).B)
+        freeze_base(layer)
+        layer.eval()
+        with torch.no_grad():
+            layer(given()[0], adapters)
+        assert not bases.is_reordered(linear)
+        x = torch.randn(3, K, requires_grad=True)
+        layer.train()(x, adapters).sum().backward()
+        names = [adapters] * 3 if isinstance(adapters, str) else adapters
+        exact = torch.ones(3, N).double() @ dense(linear).double()
+        for i, name in enumerate(names):
+            if name != "__base__":
+                lora = layer.adapters[name]
+                exact[i] += 0.5 * (lora.A @ lora.B).double().sum(1)
+        torch.testing.assert_close(x.grad.double(), exact, rtol=1e-3, atol=1e-3)
+
+    def test_a_reordered_weight_below_a_hook(self):
+        linear = linear4bit()
+        layer, (x, _) = layer_of(linear), given()
+        linear.register_forward_hook(lambda *call: None)
+        reorder = bnb.functional._convert_weight_packed_for_cpu
+        linear.weight.data, linear.weight.quant_state = reorder(
+            linear.weight.data, linear.weight.quant_state
+        )
+        with pytest.raises(RuntimeError, match="would compute no gradient of x"):
+            layer(x)
 
     def test_a_reordered_weight(self):
         linear = linear4bit()

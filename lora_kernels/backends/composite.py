@@ -140,7 +140,8 @@ class _Blocks(NamedTuple):
 
     def rows(self, blocks: Tensor) -> Tensor:
         """Blocks [count, height, C] as rows [T, C]."""
-        return blocks.reshape(-1, blocks.shape[-1])[self.slot_of_row]
+        count, height, columns = blocks.shape
+        return blocks.reshape(count * height, columns)[self.slot_of_row]
 
     def of_rows(self, t: Tensor) -> Tensor:
         """The element of t [G, ...] that is each row's."""
