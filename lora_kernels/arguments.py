@@ -129,7 +129,7 @@ def check_scale(alpha: Any, name: str, device: torch.device, stacked: bool = Fal
         rule = "[G]" if stacked else "0-d"
         raise TypeError(f"{name} must be a number or a {rule} tensor, got {type(alpha).__name__}")
     else:
-        number(alpha)
+        number(alpha, name)
 
 
 def _check_grouped(a: Arguments, offsets: Any) -> None:
@@ -163,15 +163,15 @@ def _check_grouped(a: Arguments, offsets: Any) -> None:
         raise ValueError(f"scale must be a number or [G] = [{G}], got {_shape(scale)}")
 
 
-def number(alpha: Any) -> Any:
-    """alpha as a Python float, whatever kind of real number it is; ValueError where it is past float64."""
+def number(alpha: Any, name: str = "alpha") -> Any:
+    """alpha as a Python float, whatever kind of real number it is; ValueError, by `name`, where it is past float64."""
     if isinstance(alpha, (float, Tensor, torch.SymFloat, torch.SymInt)):
         return alpha
     try:
         return float(alpha)
     except OverflowError:
         raise ValueError(
-            f"alpha must be within float64's range, up to 1.8e308, got {shown(alpha)}"
+            f"{name} must be within float64's range, up to 1.8e308, got {shown(alpha)}"
         ) from None
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from lora_kernels import dora
 from lora_kernels.arguments import TENSORS
@@ -149,14 +148,17 @@ def is_plain_tensor(t: Tensor) -> bool:
     return type(t) in TENSORS or type(t).__module__ in _TRACED
 
 
+def is_operand(weight: Tensor) -> bool:
+    """Whether products take a dense base's weight: a plain tensor, or a sharded one."""
+    return is_plain_tensor(weight) or type(weight).__module__ == _SHARDED
+
+
 def is_plain(linear: Any) -> bool:
-    """Whether calling this base does nothing but x·Wᵀ + bias, so that it may be fused."""
+    """Whether calling this base does nothing but x·Wᵀ + bias, so that it may be fused if its weight `is_operand`."""
     if type(linear).forward is nn.Linear.forward or is_conv1d(linear):
-        # Not by `linear.weight`: a parametrization computes it anew in each reading, of which one call has one.
-        known = is_parametrized(linear, "weight")
-        if not known:
-            weight = linear.weight
-            known = is_plain_tensor(weight) or type(weight).__module__ == _SHARDED
+        # A parametrization computes the weight anew in each reading: what reads it for a product looks at it then.
+        computed = linear._modules.get("parametrizations")
+        known = (computed is not None and "weight" in computed) or is_operand(linear.weight)
     else:
         known = is_quantized(linear)
     return known and "forward" not in linear.__dict__ and not has_hooks(linear)
@@ -195,15 +197,17 @@ def lora_linear_on(
     """`linear(x) + shift + scale·(dropout(x)·A)·B` in one product, for a base that `is_plain`.
 
     x [..., K], A [K, R], B [R, N], shift and magnitude [N]; DoRA with a magnitude, see `lora_linear`. None where only the
-    base's own forward can compute it now: on LLM.int8's outliers, and without gradients on a weight that bitsandbytes
-    reordered. RuntimeError where x needs a gradient that bitsandbytes would leave out, ValueError or TypeError for a
-    quantised weight that cannot be read. y has x's dtype; that of a Linear8bitLt which trains on a CPU has the one that
-    autocast computes in, as its own.
+    base's own forward can compute it now: with a weight that a parametrization makes and that is no `is_operand`, on
+    LLM.int8's outliers, and without gradients on a weight that bitsandbytes reordered. RuntimeError where x needs a
+    gradient that bitsandbytes would leave out, ValueError or TypeError for a quantised weight that cannot be read. y has
+    x's dtype; that of a Linear8bitLt which trains on a CPU has the one that autocast computes in, as its own.
     """
     options: Any = {"magnitude": magnitude, "dropout_p": dropout_p}
     kind = _quantized(linear)
     if kind is None:
         weight, bias = linear.weight, linear.bias
+        if not is_operand(weight):
+            return None
         dtype = weight.dtype
         weight = weight if isinstance(linear, nn.Linear) else weight.t()
     else:
@@ -237,10 +241,9 @@ def row_norms_on(linear: Any, A: Tensor, B: Tensor, scale: float | Tensor) -> Te
     plain = not isinstance(weight, Tensor) or is_plain_tensor(weight)
     A, B = adapters_as_used(A, B, weight.dtype)
     how = "eager" if plain and not torch.compiler.is_compiling() else "transparent"
+    # n² is a difference: what half precision leaves of it may be 0.
     device = A.device.type
-    casts = (
-        autocast_dtype(device) is not None
-    )  # n² is a difference: what half precision leaves of it may be 0
+    casts = autocast_dtype(device) is not None
     with torch.autocast(device, enabled=False) if casts else nullcontext():
         return dora.row_norms(weight, A, B, scale, "auto", how=how).to(A.dtype)
 
@@ -282,6 +285,8 @@ def _why_outliers(linear: Any) -> str | None:
 
 def is_reordered(linear: Any) -> bool:
     """Whether bitsandbytes has reordered the weight of this Linear4bit in an eval() forward of its own on a CPU."""
+    if not is_quantized(linear):
+        return False
     state = getattr(linear.weight, "quant_state", None)
     return bool(getattr(state, "packing_format_for_cpu", False))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
@@ -47,9 +48,9 @@ def mixed_lora_linear(
     another adapter of the batch has a larger rank.
 
     ValueError for an index without an adapter; in a tensor that is not on a CPU it means the base alone. TypeError or
-    ValueError for an adapter that `lora_linear` refuses, whether or not the batch has it.
+    ValueError for an adapter of the batch that `lora_linear` would refuse.
     """
-    adapters = _checked(x, weight, adapters)
+    _check_operands(x, weight)
     S, *lead, K = x.shape
     ids: Any
     if isinstance(index, Tensor):
@@ -58,7 +59,10 @@ def mixed_lora_linear(
     else:
         ids, chosen = _of_list(index, S, len(adapters))
         in_order = ids == sorted(ids)
-    parts = [_nothing(x, weight, adapters) if g == _NONE else adapters[g] for g in chosen]
+    parts = [_adapter(g, adapters[g], x, weight) for g in chosen if g != _NONE]
+    if _NONE in chosen:
+        dtype = parts[0].A.dtype if parts else x.dtype
+        parts.insert(chosen.index(_NONE), _nothing(x, weight, dtype))
     if len(parts) == 1:
         A, B, scale, *_ = parts[0]
         return lora_linear(x, weight, A, B, scale, bias, dropout_p=dropout_p)
@@ -78,8 +82,8 @@ def mixed_lora_linear(
     return y.reshape(S, *lead, weight.shape[0])
 
 
-def _checked(x: Any, weight: Any, adapters: Sequence[Any]) -> list[Adapter]:
-    """The adapters; TypeError or ValueError unless x has samples and each adapter the sizes of x and weight."""
+def _check_operands(x: Any, weight: Any) -> None:
+    """TypeError or ValueError unless x is [S, ..., K] and weight [N, K]."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     if x.is_nested or x.ndim < 2:
@@ -89,37 +93,37 @@ def _checked(x: Any, weight: Any, adapters: Sequence[Any]) -> list[Adapter]:
         raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
     if len(weight.shape) != 2:
         raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
-    found = []
-    for place, given in enumerate(adapters):
-        name = f"adapters[{place}]"
-        if not isinstance(given, Adapter) and not (
-            isinstance(given, (tuple, list)) and len(given) == 3
-        ):
-            raise TypeError(f"{name} must be (A, B, scale), got {type(given).__name__}")
-        adapter = Adapter(*given)
-        _check_adapter(name, adapter, x, weight.shape[0])
-        found.append(adapter)
-    return found
+    if x.shape[-1] != weight.shape[1]:
+        K = weight.shape[1]
+        raise ValueError(f"x must be [S, ..., K] with K = {K} as in weight, got {list(x.shape)}")
 
 
-def _check_adapter(name: str, adapter: Adapter, x: Tensor, N: int) -> None:
-    """TypeError or ValueError unless it is A [K, R], B [R, N] of one dtype on x's device, and a scale."""
+def _adapter(place: int, given: Any, x: Tensor, weight: Weight) -> Adapter:
+    """adapters[place]; TypeError or ValueError unless it is A [K, R], B [R, N] of one dtype on x's device, and a scale."""
+    name, (N, K) = f"adapters[{place}]", weight.shape
+    if not isinstance(given, Adapter) and not (
+        isinstance(given, (tuple, list)) and len(given) == 3
+    ):
+        raise TypeError(f"{name} must be (A, B, scale), got {type(given).__name__}")
+    adapter = Adapter(*given)
     A, B, scale, *_ = adapter
     for which, t in (("A", A), ("B", B)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{which} of {name} must be a Tensor, got {type(t).__name__}")
-        if t.dtype not in DTYPES or t.dtype != A.dtype:
-            rule = "a floating-point dtype" if which == "A" else f"A's dtype, {A.dtype}"
-            raise TypeError(f"{which} of {name} must have {rule}, got {t.dtype}")
+        if t.dtype not in DTYPES:
+            rule = "float32, bfloat16, float16 or float64"
+            raise TypeError(f"{which} of {name} must be {rule}, got {t.dtype}")
         if t.device != x.device:
             raise ValueError(f"{which} of {name} must be on x's device, {x.device}, got {t.device}")
-    K = x.shape[-1]
+    if B.dtype != A.dtype:
+        raise TypeError(f"B of {name} must have A's dtype, {A.dtype}, got {B.dtype}")
     if A.ndim != 2 or A.shape[0] != K:
         raise ValueError(f"A of {name} must be [K, R] with K = {K}, got {list(A.shape)}")
     if B.shape != (A.shape[1], N):
         raise ValueError(f"B of {name} must be [R, N] = [{A.shape[1]}, {N}], got {list(B.shape)}")
     if type(scale) is not float:
         check_scale(scale, f"scale of {name}", x.device)
+    return adapter
 
 
 def _of_list(index: Sequence[int], S: int, count: int) -> tuple[list[int], list[int]]:
@@ -129,7 +133,7 @@ def _of_list(index: Sequence[int], S: int, count: int) -> tuple[list[int], list[
             f"index must have an integer for each of x's {S} samples, got {len(index)}"
         )
     for g in index:
-        if not isinstance(g, int):
+        if not isinstance(g, numbers.Integral):
             raise TypeError(f"index must have integers, got {g!r}")
         if not _NONE <= g < count:
             raise ValueError(f"index must be in [-1, {count}) for {count} adapters, got {g}")
@@ -158,15 +162,10 @@ def _of_tensor(index: Tensor, x: Tensor, count: int) -> tuple[Tensor, list[int]]
     return torch.where(outside, count, index), [*range(count), _NONE]
 
 
-def _nothing(x: Tensor, weight: Weight, adapters: Sequence[Adapter]) -> Adapter:
+def _nothing(x: Tensor, weight: Weight, dtype: torch.dtype) -> Adapter:
     """An adapter of rank 0."""
-    dtype = adapters[0].A.dtype if adapters else x.dtype
     N, K = weight.shape
-    return Adapter(
-        torch.empty(K, 0, dtype=dtype, device=x.device),
-        torch.empty(0, N, dtype=dtype, device=x.device),
-        0.0,
-    )
+    return Adapter(x.new_empty(K, 0, dtype=dtype), x.new_empty(0, N, dtype=dtype), 0.0)
 
 
 def _stacked(parts: list[Adapter], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,8 +274,11 @@ class LinearWithAdapters(OverLinear):
         fused = bases.is_plain(linear) and not is_quantized(linear) and not _has_any_global_hook()
         if not (fused and all(is_plain(linear, lora) for lora in layers)):
             return self._apart(x, index)
+        weight = linear.weight
+        if not bases.is_operand(weight):
+            return self._apart(x, index)
         parts = [Adapter(lora.A, lora.B, lora.run_time_scale()) for lora in layers]
-        weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.t()
+        weight = weight if isinstance(linear, nn.Linear) else weight.t()
         return mixed_lora_linear(
             x, weight, parts, index, linear.bias, dropout_p=self._dropout(index)
         )
@@ -293,7 +295,7 @@ class LinearWithAdapters(OverLinear):
         linear: Any = self.linear
         lora: Any = self.adapters[name]
         y = None
-        if is_plain(linear, lora) and not _calls_modules(x):
+        if is_plain(linear, lora) and self._reads_weight(x):
             scale, chance = lora.run_time_scale(), lora.dropout if self.training else 0.0
             y = bases.lora_linear_on(linear, x, lora.A, lora.B, scale, dropout_p=chance)
         return bases.called(linear, x) + lora(x) if y is None else y
@@ -302,10 +304,16 @@ class LinearWithAdapters(OverLinear):
         """What `linear` computes; of a quantised one from its packed weight, as beside an adapter."""
         linear: Any = self.linear
         y = None
-        if bases.is_plain(linear) and x.dtype in DTYPES and not _calls_modules(x):
+        if bases.is_plain(linear) and x.dtype in DTYPES and self._reads_weight(x):
             K, N = features(linear)
             y = bases.lora_linear_on(linear, x, x.new_empty(K, 0), x.new_empty(0, N), 0.0)
         return bases.called(linear, x) if y is None else y
+
+    def _reads_weight(self, x: Tensor) -> bool:
+        """Whether a product may read `linear`'s weight in place of a call of the module, for which there may be reasons."""
+        if x.is_nested or x.is_sparse or _has_any_global_hook():
+            return False
+        return not is_quantized(self.linear) or bases.why_unreadable(self.linear) is None
 
     def _check_name(self, name: str) -> None:
         if name not in self.adapters:
@@ -322,7 +330,7 @@ class LinearWithAdapters(OverLinear):
         return chances.pop() if chances else 0.0
 
     def _apart(self, x: Tensor, index: Any) -> Tensor:
-        """The same, `linear` and each adapter called as the module that it is."""
+        """The same, each adapter called as the module that it is, with zeros in samples that are not its own."""
         count = len(self.names)
         if isinstance(index, Tensor):
             ids, chosen = _of_tensor(index, x, count)
@@ -337,11 +345,6 @@ class LinearWithAdapters(OverLinear):
                 own = ids == place  # of other samples neither what is not finite nor a gradient
                 y = y + torch.where(own, layers[g](torch.where(own, x, 0)), 0)
         return y
-
-
-def _calls_modules(x: Tensor) -> bool:
-    """Whether modules must be called as such: for what sees each call of one, and for an x that products do not take."""
-    return bool(x.is_nested or x.is_sparse or _has_any_global_hook())
 
 
 def check_name(name: str) -> None:

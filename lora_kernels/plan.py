@@ -27,9 +27,16 @@ from lora_kernels.tuning.targets import Target
 _MOST_PLANS = 4096
 # Moved for each element by `QuantizedWeight.dense`, whose operations read and write float32: 22 of nf4, 19 of int8.
 _DENSE_BYTES = 20
-_requests: list[
-    tuple[str, bool]
-] = []  # (name, strict) of each use_backend that is open; the last one counts
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """One `use_backend` that is open."""
+
+    asked: tuple[str, bool]  # name, strict
+
+
+_requests: list[_Request] = []  # the last one counts
 
 
 @dataclass(frozen=True)
@@ -107,18 +114,17 @@ class JointPlan:
 def use_backend(name: str, *, strict: bool = False) -> Iterator[None]:
     """Within the block every call that says backend="auto" uses `name`, in every thread of the process.
 
+    Of blocks that are open at one time, of one thread or several, that which was entered last counts.
     `strict` with name "auto" raises RuntimeError where auto would fall back to eager because no faster backend can
     compute the problem. ValueError for an unknown name. Enter it outside of compiled functions.
     """
     check_name(name)
-    own = (name, strict)
+    own = _Request((name, strict))
     _requests.append(own)
     try:
         yield
     finally:
-        _requests[:] = [
-            each for each in _requests if each is not own
-        ]  # blocks of threads need not nest
+        _requests.remove(own)  # not the last one where blocks of threads overlap
 
 
 def check_name(name: str, argument: str = "backend") -> None:
@@ -417,8 +423,9 @@ def _asked(name: str) -> tuple[str, bool]:
     """(name, strict) that a call's backend argument means now: its own, else use_backend's, else the environment's."""
     if name != "auto":
         return name, False
-    if _requests and _requests[-1] != ("auto", False):
-        return _requests[-1]
+    for request in _requests[-1:]:
+        if request.asked != ("auto", False):
+            return request.asked
     name = env.backend()
     check_name(name, "LORA_KERNELS_BACKEND")
     return name, False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -151,20 +152,22 @@ FITS = (torch.randn(8, 3), torch.randn(3, 4), 1.0)
         ((A, torch.randn(5, 4), 1.0), ValueError, "B of adapters[1] must be [R, N] = [2, 4], got [5, 4]"),
         ((torch.randn(7, 2), B, 1.0), ValueError, "A of adapters[1] must be [K, R] with K = 8, got [7, 2]"),
         ((A, B.double(), 1.0), TypeError, "B of adapters[1] must have A's dtype, torch.float32"),
-        ((A.int(), B.int(), 1.0), TypeError, "A of adapters[1] must have a floating-point dtype"),
+        ((A.int(), B.int(), 1.0), TypeError, "A of adapters[1] must be float32, bfloat16, float16 or float64"),
         ((A, None, 1.0), TypeError, "B of adapters[1] must be a Tensor, got NoneType"),
         ((A, B.to("meta"), 1.0), ValueError, "B of adapters[1] must be on x's device, cpu"),
         ((A, B), TypeError, "adapters[1] must be (A, B, scale), got tuple"),
         ((A, B, "1"), TypeError, "scale of adapters[1] must be a number or a 0-d tensor"),
         ((A, B, torch.ones(2)), ValueError, "scale of adapters[1] must be a number or a 0-d"),
-        ((A, B, 10**400), ValueError, "must be within float64's range"),
+        ((A, B, 10**400), ValueError, "scale of adapters[1] must be within float64's range"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("index", [[0, 1], [0, 0]], ids=str)
+@pytest.mark.parametrize("index", [[0, 1], [1, 1]], ids=str)
 def test_bad_adapters_are_named(adapter, error, message, index):
-    """Whether or not the batch has them."""
+    """Of the batch; one that is not in it may be what it will, and lie where it will."""
     with pytest.raises(error, match=re.escape(message)):
         mixed_lora_linear(X, W, [FITS, adapter], index)
+    want = mixed_lora_linear(X, W, [FITS], [0, -1])
+    assert torch.equal(mixed_lora_linear(X, W, [FITS, adapter], np.array([0, -1])), want)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +175,7 @@ def test_bad_adapters_are_named(adapter, error, message, index):
     [
         ({"x": None}, TypeError, "x must be a Tensor, got NoneType"),
         ({"weight": None}, TypeError, "weight must be a Tensor, got NoneType"),
+        ({"x": X[:, :7]}, ValueError, "x must be [S, ..., K] with K = 8 as in weight, got [2, 7]"),
         ({"weight": W[0]}, ValueError, "weight must be [N, K], got [8]"),
         ({"index": [0.0, 1]}, TypeError, "index must have integers, got 0.0"),
         ({"index": "00"}, TypeError, "index must have integers, got '0'"),

@@ -336,7 +336,8 @@ class TestHooks:
         parametrize.register_parametrization(layer.linear, "weight", Doubled())
         torch.testing.assert_close(layer(x), expected)
 
-    def test_a_parametrization_runs_once(self, layer):
+    @pytest.mark.parametrize("hooked", [False, True])
+    def test_a_parametrization_runs_once(self, layer, hooked):
         """Those of a spectral norm go on with each reading of the weight."""
         readings = []
 
@@ -346,9 +347,27 @@ class TestHooks:
                 return weight
 
         parametrize.register_parametrization(layer.linear, "weight", Counted())
+        if hooked:
+            layer.linear.register_forward_hook(lambda *call: None)
         readings.clear()
-        layer(torch.randn(4, 6))
+        layer(torch.randn(4, 6, requires_grad=True))
         assert len(readings) == 1
+
+    def test_a_parametrization_to_a_tensor_that_computes_by_itself(self, layer):
+        class Doubling(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, function, types, args=(), kwargs=None):
+                with torch._C.DisableTorchFunctionSubclass():
+                    y = function(*args, **(kwargs or {}))
+                return 2 * y if function is nn.functional.linear else y
+
+        class Own(nn.Module):
+            def forward(self, weight):
+                return weight.as_subclass(Doubling)
+
+        parametrize.register_parametrization(layer.linear, "weight", Own(), unsafe=True)
+        x = torch.randn(4, 6)
+        torch.testing.assert_close(layer(x), layer.linear(x) + layer.lora(x))
 
     def test_a_subclass_with_a_forward_of_its_own(self):
         class Noisy(nn.Linear):

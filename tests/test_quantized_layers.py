@@ -302,6 +302,18 @@ class TestGradients:
                 exact[i] += 0.5 * (lora.A @ lora.B).double().sum(1)
         torch.testing.assert_close(x.grad.double(), exact, rtol=1e-3, atol=1e-3)
 
+    def test_named_adapters_over_what_no_product_reads(self):
+        """Where a single adapter is declined, several call the base as the module that it is."""
+        linear = linear4bit(quant_type="fp4")
+        layer = LinearWithAdapters(linear)
+        lora = layer.add_adapter("fr", R, 0.5)
+        nn.init.normal_(lora.B)
+        x = torch.randn(2, K)
+        base = linear(x)
+        torch.testing.assert_close(layer(x, "__base__"), base)
+        torch.testing.assert_close(layer(x, "fr"), base + lora(x))
+        torch.testing.assert_close(layer(x, ["__base__", "fr"])[1], (base + lora(x))[1])
+
     def test_a_reordered_weight_below_a_hook(self):
         linear = linear4bit()
         layer, (x, _) = layer_of(linear), given()

@@ -108,12 +108,9 @@ def _shrink(problem: Problem, target: Target) -> list[TileConfig]:
         tiles.append((128, 64, 4, stages))  # 64 rows read as many bytes of a, from L2, as of x
     if plain and (own := shrink_beside(problem.R, target)) is not None:
         tiles.append((own.block_m, own.block_k, own.num_warps, own.num_stages))
-    chunk = FUSED_RANK
-    # For fewer rows it would sum K in more parts, which are more bytes than x.
-    if (
-        _many_ranks(problem, target)
-        and target.multiprocessors * 128**2 <= 8 * problem.M * problem.R
-    ):
+    chunk, blocks = FUSED_RANK, problem.M * problem.R / (128 * _MANY_RANKS)
+    # Of fewer blocks K would be summed in more parts, which are more bytes than x.
+    if _many_ranks(problem, target) and 8 * blocks >= target.multiprocessors:
         # Twice as much on its way: at rank 256 each block of rows is read twice.
         stages = stages_of(problem, target, 128 * 64 // 2, 3)
         chunk, tiles = _MANY_RANKS, [(128, 64, 8, stages)]

@@ -6,6 +6,7 @@ import re
 import runpy
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,7 +202,7 @@ def test_the_main_loop_is_the_plain_products(target, form, record_property):
 
 def test_the_page_of_predictions_has_these_loops():
     """It is written by `benchmarks/predicted.py`, which compiles the same."""
-    made = runpy.run_path("benchmarks/predicted.py")
+    made = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "predicted.py"))
     page = (made["FOLDER"] / "gpu-predicted.md").read_text()
     if triton.__version__ == TRITON:
         assert page == made["page"]()

@@ -198,7 +198,7 @@ def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]
                 kernels = [k for k in LOWRANK_KERNELS if (k, adapter_dtype) != ("shrink", dtype)]
             tiles = (tiles_of(kernel, problem, target) for kernel in kernels)
             for config in itertools.chain(*tiles):
-                if R > FUSED_RANK >= config.rank_chunk:  # in blocks of fewer, as above
+                if R > FUSED_RANK >= config.rank_chunk:  # its code is that of rank 64
                     continue
                 same = replace(config, split=min(config.split, 2))
                 code = same, dtype, adapter_dtype, weight_format
