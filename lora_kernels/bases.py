@@ -157,8 +157,11 @@ def is_plain(linear: Any) -> bool:
     """Whether calling this base does nothing but x·Wᵀ + bias, so that it may be fused if its weight `is_operand`."""
     if type(linear).forward is nn.Linear.forward or is_conv1d(linear):
         # A parametrization computes the weight anew in each reading: what reads it for a product looks at it then.
-        computed = linear._modules.get("parametrizations")
-        known = (computed is not None and "weight" in computed) or is_operand(linear.weight)
+        weight = linear._parameters.get("weight")
+        if weight is None:
+            computed = linear._modules.get("parametrizations")
+            weight = None if computed is not None and "weight" in computed else linear.weight
+        known = weight is None or type(weight) is nn.Parameter or is_operand(weight)
     else:
         known = is_quantized(linear)
     return known and "forward" not in linear.__dict__ and not has_hooks(linear)
@@ -206,7 +209,7 @@ def lora_linear_on(
     kind = _quantized(linear)
     if kind is None:
         weight, bias = linear.weight, linear.bias
-        if not is_operand(weight):
+        if type(weight) is not nn.Parameter and not is_operand(weight):
             return None
         dtype = weight.dtype
         weight = weight if isinstance(linear, nn.Linear) else weight.t()

@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -100,30 +100,37 @@ def _check_operands(x: Any, weight: Any) -> None:
 
 def _adapter(place: int, given: Any, x: Tensor, weight: Weight) -> Adapter:
     """adapters[place]; TypeError or ValueError unless it is A [K, R], B [R, N] of one dtype on x's device, and a scale."""
-    name, (N, K) = f"adapters[{place}]", weight.shape
-    if not isinstance(given, Adapter) and not (
-        isinstance(given, (tuple, list)) and len(given) == 3
-    ):
-        raise TypeError(f"{name} must be (A, B, scale), got {type(given).__name__}")
-    adapter = Adapter(*given)
-    A, B, scale, *_ = adapter
+    if not isinstance(given, Adapter):
+        if not (isinstance(given, (tuple, list)) and len(given) == 3):
+            got = type(given).__name__
+            raise TypeError(f"adapters[{place}] must be (A, B, scale), got {got}")
+        given = Adapter(*given)
+    A, B, scale, *_ = given
+    N, K = weight.shape
+    fits = isinstance(A, Tensor) and isinstance(B, Tensor)
+    fits = fits and A.dtype == B.dtype and A.dtype in DTYPES and A.device == B.device == x.device
+    if not (fits and A.ndim == B.ndim == 2 and A.shape == (K, B.shape[0]) and B.shape[1] == N):
+        _refuse(f"adapters[{place}]", A, B, K, N, x.device)
+    if type(scale) is not float:
+        check_scale(scale, f"scale of adapters[{place}]", x.device)
+    return given
+
+
+def _refuse(name: str, A: Any, B: Any, K: int, N: int, device: torch.device) -> NoReturn:
+    """Raise the TypeError or ValueError for an adapter of this name that does not fit."""
     for which, t in (("A", A), ("B", B)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{which} of {name} must be a Tensor, got {type(t).__name__}")
         if t.dtype not in DTYPES:
             rule = "float32, bfloat16, float16 or float64"
             raise TypeError(f"{which} of {name} must be {rule}, got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"{which} of {name} must be on x's device, {x.device}, got {t.device}")
+        if t.device != device:
+            raise ValueError(f"{which} of {name} must be on x's device, {device}, got {t.device}")
     if B.dtype != A.dtype:
         raise TypeError(f"B of {name} must have A's dtype, {A.dtype}, got {B.dtype}")
     if A.ndim != 2 or A.shape[0] != K:
         raise ValueError(f"A of {name} must be [K, R] with K = {K}, got {list(A.shape)}")
-    if B.shape != (A.shape[1], N):
-        raise ValueError(f"B of {name} must be [R, N] = [{A.shape[1]}, {N}], got {list(B.shape)}")
-    if type(scale) is not float:
-        check_scale(scale, f"scale of {name}", x.device)
-    return adapter
+    raise ValueError(f"B of {name} must be [R, N] = [{A.shape[1]}, {N}], got {list(B.shape)}")
 
 
 def _of_list(index: Sequence[int], S: int, count: int) -> tuple[list[int], list[int]]:

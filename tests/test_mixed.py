@@ -153,6 +153,8 @@ FITS = (torch.randn(8, 3), torch.randn(3, 4), 1.0)
         ((torch.randn(7, 2), B, 1.0), ValueError, "A of adapters[1] must be [K, R] with K = 8, got [7, 2]"),
         ((A, B.double(), 1.0), TypeError, "B of adapters[1] must have A's dtype, torch.float32"),
         ((A.int(), B.int(), 1.0), TypeError, "A of adapters[1] must be float32, bfloat16, float16 or float64"),
+        ((A, B[0, 0], 1.0), ValueError, "B of adapters[1] must be [R, N] = [2, 4], got []"),
+        ((A[0], B, 1.0), ValueError, "A of adapters[1] must be [K, R] with K = 8, got [2]"),
         ((A, None, 1.0), TypeError, "B of adapters[1] must be a Tensor, got NoneType"),
         ((A, B.to("meta"), 1.0), ValueError, "B of adapters[1] must be on x's device, cpu"),
         ((A, B), TypeError, "adapters[1] must be (A, B, scale), got tuple"),
