@@ -101,12 +101,17 @@ def _check_each(a: Arguments, device: torch.device | None) -> None:
         t = getattr(a, name)
         if t is None and name in ("bias", "magnitude"):
             continue
-        if not isinstance(t, Tensor) and not (name == "weight" and isinstance(t, QuantizedWeight)):
-            raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-        if t.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
-        if t.device != device:
-            raise ValueError(f"{name} must be on x's device, {device}, got {t.device}")
+        check_operand(t, name, device, packed=name == "weight")
+
+
+def check_operand(t: Any, name: str, device: torch.device | None, *, packed: bool = False) -> None:
+    """TypeError or ValueError unless t is a tensor, or where `packed` a quantised weight, of `DTYPES` and on this device."""
+    if not isinstance(t, Tensor) and not (packed and isinstance(t, QuantizedWeight)):
+        raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+    if t.device != device:
+        raise ValueError(f"{name} must be on x's device, {device}, got {t.device}")
 
 
 def check_scale(alpha: Any, name: str, device: torch.device, stacked: bool = False) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import bases
-from lora_kernels.arguments import check_scale, number
+from lora_kernels.arguments import check_operand, check_scale, number
 from lora_kernels.bases import adapter_dtype, features, is_linear, is_quantized
 from lora_kernels.functional import lora_linear
 from lora_kernels.grouped import grouped_lora_linear
@@ -119,13 +119,7 @@ def _adapter(place: int, given: Any, x: Tensor, weight: Weight) -> Adapter:
 def _refuse(name: str, A: Any, B: Any, K: int, N: int, device: torch.device) -> NoReturn:
     """Raise the TypeError or ValueError for an adapter of this name that does not fit."""
     for which, t in (("A", A), ("B", B)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{which} of {name} must be a Tensor, got {type(t).__name__}")
-        if t.dtype not in DTYPES:
-            rule = "float32, bfloat16, float16 or float64"
-            raise TypeError(f"{which} of {name} must be {rule}, got {t.dtype}")
-        if t.device != device:
-            raise ValueError(f"{which} of {name} must be on x's device, {device}, got {t.device}")
+        check_operand(t, f"{which} of {name}", device)
     if B.dtype != A.dtype:
         raise TypeError(f"B of {name} must have A's dtype, {A.dtype}, got {B.dtype}")
     if A.ndim != 2 or A.shape[0] != K:

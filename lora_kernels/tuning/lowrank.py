@@ -134,6 +134,7 @@ def _many_ranks(problem: Problem, target: Target) -> bool:
 
 
 def _rank_blocks(problem: Problem, chunk: int) -> int:
+    """How many blocks of at most `chunk` ranks there are, each of which reads x; one where there is no rank."""
     return max(1, math.ceil(problem.R / rank_block(problem.R, chunk)))
 
 

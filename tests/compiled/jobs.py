@@ -78,15 +78,20 @@ def jobs(target: str) -> Iterator[Job]:
             own = next((p for p in sizes if tiles_of(kernel, p, TARGETS[target])), masked)
             for config in tiles_of(kernel, own, TARGETS[target]):
                 yield own, config, kernel != "expand", False
-        for kernel in ("shrink", "wgrad"):  # in blocks of more ranks
-            for config in tiles_of(kernel, replace(masked, R=128), TARGETS[target]):
-                if config.rank_chunk > FUSED_RANK:
-                    yield replace(masked, R=128), config, True, False
         persistent = tiles_of("persistent", masked, TARGETS[target])
         for config, R, peft_b in product(persistent, (16, 64), (False, True)):
             own = replace(masked, R=R)
             if unmasked(config, own) is None:
                 yield own, config, False, peft_b
+    # Where a mask decides the tile: beside more ranks in a block, of either half type, and beside few in float16.
+    for dtype, kernel, R in (
+        *product(("bfloat16", "float16"), ("shrink", "wgrad"), (128,)),
+        *((("float16", "expand", 8),) if not TARGETS[target].tma else ()),
+    ):
+        own = Problem(4096, 4096, 4096, R, dtype, dtype, device="cuda", dropout=True)
+        for config in tiles_of(kernel, own, TARGETS[target]):
+            if kernel == "expand" or config.rank_chunk > FUSED_RANK:
+                yield own, config, kernel != "expand", False
 
 
 def in_elements(target: str) -> Iterator[Job]:

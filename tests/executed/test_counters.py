@@ -25,9 +25,11 @@ def tile(target: str, kernel: str, dtype: str = "bfloat16") -> TileConfig:
     return tiles_of(kernel, problem, TARGETS[target])[-1]
 
 
-def counted(target: str, config: TileConfig, M: int, N: int, K: int, dtype: str) -> Counters:
+def counted(
+    target: str, config: TileConfig, M: int, N: int, K: int, dtype: str, ranks: int = R
+) -> Counters:
     """What the first launch of the forward, or of the gradients, counts."""
-    problem = Problem(M, N, K, R, dtype, dtype, device="cuda")
+    problem = Problem(M, N, K, ranks, dtype, dtype, device="cuda")
     with emulate(target) as executed:
         Shapes(problem, forward=True, device="cpu").launch(config, TARGETS[target])
     return executed[0].counters
@@ -88,6 +90,15 @@ def test_shrink_reads_x_once(target):
     assert tensors["x_ptr"].bytes_loaded == 2 * M * K
     assert tensors["a_ptr"].bytes_loaded == 2 * K * R * M // config.block_m
     assert tensors["out_ptr"].bytes_stored == config.split * M * R * 4
+
+
+@pytest.mark.parametrize("kernel, operand", [("shrink", "x_ptr"), ("wgrad", "wide_ptr")])
+def test_many_ranks_read_x_once_for_each_128(target, kernel, operand):
+    large = Problem(8192, 4096, 4096, 256, "bfloat16", "bfloat16", device="cuda")
+    (config,) = tiles_of(kernel, large, TARGETS[target])
+    for ranks, times in ((128, 1), (144, 2), (256, 2)):
+        tensors = counted(target, config, 128, 16, 256, "bfloat16", ranks).tensors
+        assert tensors[operand].bytes_loaded == times * 2 * 128 * 256
 
 
 def test_the_backward_reads_dy_once_for_q_and_dB(target):
