@@ -417,4 +417,6 @@ def smem_bytes(config: TileConfig, problem: Problem, target: Target) -> int:
     }.get(config.kernel, 0)
     if size < adapter and config.kernel in ("shrink", "wgrad"):
         extra = (k if config.kernel == "shrink" else m) * ranks * size  # one part, or a rounded one
+    if config.kernel == "wgrad" and problem.dropout and problem.dtype == "float16":
+        extra += m * n * size  # what is masked, beside a float32 operand
     return max(1, config.num_stages - (not every)) * stage + extra
