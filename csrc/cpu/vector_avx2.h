@@ -81,6 +81,42 @@ struct Vector {
   }
 };
 
+// Words of 32 bits, each in the low half of 64: the upper halves may hold anything.
+struct Words {
+  static constexpr int LANES = 4;
+  __m256i v;
+
+  static Words all(uint32_t x) { return {_mm256_set1_epi64x(x)}; }
+  // first .. first + 3, in the order that `factors` needs.
+  static Words counters(uint64_t first) {
+    const __m256i order = _mm256_set_epi64x(3, 1, 2, 0);
+    return {_mm256_add_epi64(_mm256_set1_epi64x(int64_t(first)), order)};
+  }
+  Words times(Words b) const { return {_mm256_mul_epu32(v, b.v)}; }  // 64 bits
+  Words high() const { return {_mm256_srli_epi64(v, 32)}; }
+  // The exclusive or of three.
+  Words exclusive_or(Words b, Words c) const {
+    return {_mm256_xor_si256(_mm256_xor_si256(v, b.v), c.v)};
+  }
+  // `scale`, or 0 where a word is below the threshold, of w[0] to w[3] of one counter after the
+  // other.
+  static void factors(const Words (&w)[4], uint32_t threshold, float scale, Vector (&out)[2]) {
+    const __m256i front = beside(w[0], w[1]), back = beside(w[2], w[3]);
+    out[0] = factor(_mm256_unpacklo_epi64(front, back), threshold, scale);
+    out[1] = factor(_mm256_unpackhi_epi64(front, back), threshold, scale);
+  }
+
+ private:
+  static __m256i beside(Words low, Words high) {
+    return _mm256_blend_epi32(low.v, _mm256_slli_epi64(high.v, 32), 0xAA);
+  }
+  static Vector factor(__m256i word, uint32_t threshold, float scale) {
+    const __m256i most = _mm256_max_epu32(word, _mm256_set1_epi32(int32_t(threshold)));
+    const __m256 keep = _mm256_castsi256_ps(_mm256_cmpeq_epi32(most, word));
+    return {_mm256_and_ps(keep, _mm256_set1_ps(scale))};
+  }
+};
+
 // Sixteen floats that are looked up by four bits.
 struct Table16 {
   Vector low, high;

@@ -89,6 +89,41 @@ struct Vector {
   }
 };
 
+// Words of 32 bits, each in the low half of 64: the upper halves may hold anything.
+struct Words {
+  static constexpr int LANES = 8;
+  __m512i v;
+
+  static Words all(uint32_t x) { return {_mm512_set1_epi64(x)}; }
+  // first .. first + 7, in the order that `factors` needs.
+  static Words counters(uint64_t first) {
+    const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    return {_mm512_add_epi64(_mm512_set1_epi64(int64_t(first)), order)};
+  }
+  Words times(Words b) const { return {_mm512_mul_epu32(v, b.v)}; }  // 64 bits
+  Words high() const { return {_mm512_srli_epi64(v, 32)}; }
+  // The exclusive or of three.
+  Words exclusive_or(Words b, Words c) const {
+    return {_mm512_ternarylogic_epi64(v, b.v, c.v, 0x96)};
+  }
+  // `scale`, or 0 where a word is below the threshold, of w[0] to w[3] of one counter after the
+  // other.
+  static void factors(const Words (&w)[4], uint32_t threshold, float scale, Vector (&out)[2]) {
+    const __m512i least = _mm512_set1_epi32(int32_t(threshold));
+    const __m512i front = beside(w[0], w[1]), back = beside(w[2], w[3]);
+    const __m512i low = _mm512_unpacklo_epi64(front, back);
+    const __m512i high = _mm512_unpackhi_epi64(front, back);
+    const __m512 all = _mm512_set1_ps(scale);
+    out[0].v = _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(low, least), all);
+    out[1].v = _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(high, least), all);
+  }
+
+ private:
+  static __m512i beside(Words low, Words high) {
+    return _mm512_mask_blend_epi32(0xAAAA, low.v, _mm512_slli_epi64(high.v, 32));
+  }
+};
+
 // Sixteen floats that are looked up by four bits.
 struct Table16 {
   Vector all;

@@ -174,41 +174,39 @@ void store(void* out, Type type, int64_t row_stride, int64_t col_stride, const f
   run((F16*)out);
 }
 
-// Philox-4x32-10 for `LANES` counters at once, four words each; see lora_kernels/dropout.py.
-inline void philox(uint64_t first_counter, uint64_t seed, uint32_t (&words)[4][Vector::LANES]) {
-  constexpr int L = Vector::LANES;
-  auto& [c0, c1, c2, c3] = words;
-  for (int i = 0; i < L; ++i) {
-    c0[i] = uint32_t(first_counter + i);
-    c1[i] = uint32_t((first_counter + i) >> 32);
-    c2[i] = c3[i] = 0;
-  }
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+// What 4 * Words::LANES elements from a counter's first one on are multiplied by: `scale`, or 0
+// where the element's word is below the threshold. Philox-4x32-10, see lora_kernels/dropout.py:
+// each counter gives the words of four elements.
+inline void keep_factors(uint64_t first_counter, const Mask& mask, Vector (&factors)[2]) {
+  const Words first = Words::counters(first_counter);
+  Words c[4] = {first, first.high(), Words::all(0), Words::all(0)};
+  uint32_t k0 = uint32_t(mask.seed), k1 = uint32_t(mask.seed >> 32);
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < L; ++i) {
-      const uint64_t p0 = uint64_t(0xD2511F53u) * c0[i], p1 = uint64_t(0xCD9E8D57u) * c2[i];
-      c0[i] = uint32_t(p1 >> 32) ^ c1[i] ^ k0;
-      c1[i] = uint32_t(p1);
-      c2[i] = uint32_t(p0 >> 32) ^ c3[i] ^ k1;
-      c3[i] = uint32_t(p0);
-    }
+    const Words p0 = c[0].times(Words::all(0xD2511F53u)), p1 = c[2].times(Words::all(0xCD9E8D57u));
+    c[0] = p1.high().exclusive_or(c[1], Words::all(k0));
+    c[1] = p1;
+    c[2] = p0.high().exclusive_or(c[3], Words::all(k1));
+    c[3] = p0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
+  Words::factors(c, mask.threshold, mask.scale, factors);
 }
 
 void mask(float* dst, int64_t pitch, const Mask& mask, int64_t row, int64_t col, int64_t rows,
           int64_t cols) {
   constexpr int64_t L = Vector::LANES;
   const uint64_t groups = uint64_t(mask.cols + 3) / 4;
-  for (int64_t r = 0; r < rows; ++r) {
-    float* to = dst + r * pitch;
-    for (int64_t c = 0; c < cols; c += 4 * L) {
-      uint32_t words[4][L];
-      philox(uint64_t(mask.row + row + r) * groups + uint64_t(col + c) / 4, mask.seed, words);
-      const int64_t count = cols - c < 4 * L ? cols - c : 4 * L;
-      for (int64_t i = 0; i < count; ++i)
-        to[c + i] *= words[i % 4][i / 4] >= mask.threshold ? mask.scale : 0.0f;
+  for (int64_t r = 0; r < rows; ++r, dst += pitch) {
+    const uint64_t first = uint64_t(mask.row + row + r) * groups + uint64_t(col) / 4;
+    for (int64_t c = 0; c < cols; c += 2 * L) {
+      Vector factors[2];
+      keep_factors(first + uint64_t(c) / 4, mask, factors);
+      for (int64_t i = c; i < cols && i < c + 2 * L; i += L) {
+        const int64_t count = cols - i < L ? cols - i : L;
+        store_part(dst + i, load_part(dst + i, count).times(factors[(i - c) / L]), count);
+      }
     }
   }
 }
