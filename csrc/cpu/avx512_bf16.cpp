@@ -120,10 +120,43 @@ void pack_pairs(float* dst, int64_t panel, int64_t width, const Matrix& src, int
   }
 }
 
+void round_pairs(float* tile, int64_t pitch, int64_t rows, int64_t k) {
+  const auto round = [](const float* from, float* to) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+    _mm512_storeu_si512(to, (__m512i)pairs);
+  };
+  for (int64_t r = 0; r < rows; ++r, tile += pitch) {
+    int64_t i = 0;
+    for (; i + 32 <= k; i += 32) round(tile + i, tile + i / 2);
+    if (i == k) continue;
+    float rest[32] = {};
+    std::memcpy(rest, tile + i, (k - i) * sizeof(float));
+    round(rest, rest);
+    std::memcpy(tile + i / 2, rest, (k - i + 1) / 2 * sizeof(float));
+  }
+}
+
+void pair_rows(float* panel, int64_t width, int64_t k) {
+  // Elements of the first row, in the low halves, and of the second.
+  const __m512i low_at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i high_at = _mm512_add_epi32(low_at, _mm512_set1_epi32(16));
+  const __m512i order = _mm512_or_si512(low_at, _mm512_slli_epi32(high_at, 16));
+  for (int64_t p = 0; p < (k + 1) / 2; ++p) {
+    const float* low = panel + 2 * p * width;
+    for (int64_t c = 0; c < width; c += 16) {
+      const __m512 high = 2 * p + 1 < k ? _mm512_loadu_ps(low + width + c) : _mm512_setzero_ps();
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, _mm512_loadu_ps(low + c));
+      _mm512_storeu_si512(panel + p * width + c, _mm512_permutexvar_epi16(order, both));
+    }
+  }
+}
+
 constexpr Kernels table_with_pairs() {
   Kernels kernels = table("avx512_bf16");
   kernels.copy_pairs = copy_pairs;
   kernels.pack_pairs = pack_pairs;
+  kernels.round_pairs = round_pairs;
+  kernels.pair_rows = pair_rows;
   kernels.multiply_pairs = multiply_rows<PairUnit>;
   kernels.dots_pairs = dots_elements<PairUnit>;
   return kernels;

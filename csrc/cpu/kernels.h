@@ -110,6 +110,9 @@ struct Kernels {
   void (*copy_pairs)(float* dst, int64_t pitch, const Matrix& src, int64_t rows, int64_t k);
   void (*pack_pairs)(float* dst, int64_t panel, int64_t width, const Matrix& src, int64_t k,
                      int64_t cols);
+  // Rounds floats to pairs, in place: a tile's rows x k, or a panel's k rows.
+  void (*round_pairs)(float* tile, int64_t pitch, int64_t rows, int64_t k);
+  void (*pair_rows)(float* panel, int64_t width, int64_t k);
   void (*multiply_pairs)(int64_t rows, int64_t vectors, const float* tile, const float* panel,
                          int64_t depth, float* c, int64_t c_pitch, bool add);
   void (*dots_pairs)(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,

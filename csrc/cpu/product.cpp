@@ -59,8 +59,9 @@ class Run {
         N(p.w.cols),
         K(p.x.cols),
         R(p.s == nullptr ? 0 : p.s->cols),
-        pairs(k.multiply_pairs != nullptr && p.x.type == Type::BF16 && p.w.type == Type::BF16 &&
-              p.mask_in == nullptr),
+        pairs(k.multiply_pairs != nullptr && p.x.type == Type::BF16 && p.w.type == Type::BF16),
+        tail_pairs(k.multiply_pairs != nullptr && p.x.type == Type::BF16 && p.b != nullptr &&
+                   p.b->type == Type::BF16),
         coded(p.quantized != nullptr && p.quantized->grouped() &&
               M <= (pairs ? MAX_CODED_ROWS_BESIDE_PAIRS : MAX_DOT_ROWS)) {
     if (M > 0 && N > 0) divide();
@@ -80,6 +81,7 @@ class Run {
   const Kernels& k;
   const int64_t M, N, K, R;
   const bool pairs;
+  const bool tail_pairs;           // s is rounded to b's type
   const bool coded;                // few rows multiply the codes of a quantised w where they lie
   int64_t tasks_ = 0, block_ = 0;  // of columns
   // A task is `block_` columns of w in place, or `rows_` rows of packed panels.
@@ -117,6 +119,8 @@ class Run {
   void panel_task(int64_t row, int64_t rows, Columns& cols, float* w, float* c) const;
   void pack_w(float* to, int64_t from_unit, int64_t units, const Columns& cols) const;
   void load_x(float* to, int64_t row, int64_t rows, int64_t from_unit, int64_t units) const;
+  void copy_x(float* to, int64_t pitch, int64_t row, int64_t from, int64_t rows,
+              int64_t count) const;
   void pack_b(Columns& cols, int64_t group) const;
   void finish(int64_t row, int64_t rows, Columns& cols, float* c, int64_t c_pitch) const;
   void finish_rows(int64_t row, int64_t rows, const Columns& cols, float* c, int64_t c_pitch) const;
@@ -132,6 +136,7 @@ class Run {
   }
   int64_t depth() const { return std::min(chunk(), std::max<int64_t>(ceil_div(K, unit()), 1)); }
   int64_t unit() const { return pairs ? 2 : 1; }
+  int64_t tail_units(int64_t ranks) const { return tail_pairs ? ceil_div(ranks, 2) : ranks; }
   int64_t tail_floats(int64_t block) const {
     return aligned(k.rows * PITCH) + aligned(k.rows * block) + aligned(R * block) +
            2 * aligned(block);
@@ -160,21 +165,31 @@ void Run::pack_w(float* to, int64_t from_unit, int64_t units, const Columns& col
 
 void Run::load_x(float* to, int64_t row, int64_t rows, int64_t from_unit, int64_t units) const {
   const int64_t first = from_unit * unit(), depth = std::min(units * unit(), K - first);
-  const Matrix from = p.x.from(row, first);
-  if (pairs) return k.copy_pairs(to, PITCH, from, rows, depth);
-  k.copy(to, PITCH, from, rows, depth);
-  if (p.mask_in != nullptr) k.mask(to, PITCH, *p.mask_in, row, first, rows, depth);
+  copy_x(to, PITCH, row, first, rows, depth);
+}
+
+// rows x count elements of x, masked, as units.
+void Run::copy_x(float* to, int64_t pitch, int64_t row, int64_t from, int64_t rows,
+                 int64_t count) const {
+  const bool as_pairs = pairs && (in_place_ == nullptr || in_place_ == k.dots_pairs);
+  const Matrix x = p.x.from(row, from);
+  if (as_pairs && p.mask_in == nullptr) return k.copy_pairs(to, pitch, x, rows, count);
+  k.copy(to, pitch, x, rows, count);
+  if (p.mask_in != nullptr) k.mask(to, pitch, *p.mask_in, row, from, rows, count);
+  if (as_pairs) k.round_pairs(to, pitch, rows, count);
 }
 
 void Run::pack_b(Columns& cols, int64_t group) const {
   if (cols.group == group) return;
   cols.group = group;
+  const int64_t panel = tail_units(R) * cols.width;
   if (cols.count < cols.pitch()) {
-    std::memset(cols.b + (cols.panels - 1) * R * cols.width, 0, R * cols.width * sizeof(float));
+    std::memset(cols.b + (cols.panels - 1) * panel, 0, panel * sizeof(float));
     std::memset(cols.bias, 0, cols.pitch() * sizeof(float));
   }
   if (R > 0)
-    k.pack(cols.b, R * cols.width, cols.width, p.b[group].from(0, cols.begin), R, cols.count);
+    (tail_pairs ? k.pack_pairs : k.pack)(cols.b, panel, cols.width, p.b[group].from(0, cols.begin),
+                                         R, cols.count);
   if (p.bias != nullptr) k.copy(cols.bias, 0, p.bias[group].from(0, cols.begin), 1, cols.count);
   if (p.factor != nullptr) k.copy(cols.factor, 0, p.factor->from(0, cols.begin), 1, cols.count);
 }
@@ -204,9 +219,12 @@ void Run::finish_rows(int64_t row, int64_t rows, const Columns& cols, float* c,
   for (int64_t r = 0; r < R; r += DEPTH) {
     const int64_t depth = std::min(DEPTH, R - r);
     k.copy(cols.tile, PITCH, p.s->from(row, r), rows, depth);
+    if (tail_pairs) k.round_pairs(cols.tile, PITCH, rows, depth);
     for (int64_t g = 0; g < cols.panels; ++g)
-      k.multiply(rows, cols.width / k.lanes, cols.tile, cols.b + (g * R + r) * cols.width, depth,
-                 sum + g * cols.width, sum_pitch, sum == c || r > 0);
+      (tail_pairs ? k.multiply_pairs : k.multiply)(
+          rows, cols.width / k.lanes, cols.tile,
+          cols.b + (g * tail_units(R) + tail_units(r)) * cols.width, tail_units(depth),
+          sum + g * cols.width, sum_pitch, sum == c || r > 0);
   }
   if (sum != c && R > 0) {
     k.mask(sum, sum_pitch, *p.mask_out, row, cols.begin, rows, cols.pitch());
@@ -318,11 +336,11 @@ void fetch(const Matrix& m, int64_t rows, int64_t cols) {
 // Few rows: x as floats, `block_` columns of w a task.
 void Run::prepare(float* shared) {
   if (in_place_ == nullptr) return;
-  const int64_t pitch = x_pitch(), used = in_place_ == k.dots_pairs ? K / 2 : K;
+  const int64_t pitch = x_pitch();
+  const int64_t used = in_place_ == k.dots_pairs ? ceil_div(K, 2) : K;
+  copy_x(shared, pitch, 0, 0, M, K);
   for (int64_t row = 0; row < M; ++row)
     std::memset(shared + row * pitch + used, 0, (pitch - used) * sizeof(float));
-  (in_place_ == k.dots_pairs ? k.copy_pairs : k.copy)(shared, pitch, p.x, M, K);
-  if (p.mask_in != nullptr) k.mask(shared, pitch, *p.mask_in, 0, 0, M, K);
   if (coded && in_place_ == k.dots) k.arrange(shared, pitch, *p.quantized, M, K);
   x_ = shared;
 }

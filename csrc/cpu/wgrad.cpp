@@ -15,12 +15,22 @@ namespace {
 constexpr int64_t ROWS = 128;      // of the wide operand packed at once
 constexpr int64_t MAX_COLS = 512;  // 128 x 512 floats: a quarter of a megabyte, in L2
 
+// Whether rows are multiplied as pairs of bfloat16: the low-rank operand is rounded where the
+// result is.
+bool by_pairs(const Kernels& k, const Wgrad& p) {
+  return k.multiply_pairs != nullptr && p.wide.type == Type::BF16 &&
+         (p.lowrank.type == Type::BF16 || p.out_type == Type::BF16);
+}
+
 // The low-rank operand as tiles: [M / DEPTH, S, PITCH].
 void transpose_lowrank(const Kernels& k, const Wgrad& p) {
   const int64_t M = p.lowrank.rows, S = p.lowrank.cols;
-  for (int64_t m = 0; m < M; m += DEPTH)
-    k.copy(p.workspace + m / DEPTH * S * PITCH, PITCH, p.lowrank.from(m, 0).transposed(), S,
-           std::min(DEPTH, M - m));
+  for (int64_t m = 0; m < M; m += DEPTH) {
+    float* tile = p.workspace + m / DEPTH * S * PITCH;
+    const int64_t depth = std::min(DEPTH, M - m);
+    k.copy(tile, PITCH, p.lowrank.from(m, 0).transposed(), S, depth);
+    if (by_pairs(k, p)) k.round_pairs(tile, PITCH, S, depth);
+  }
 }
 
 void reduce_columns(const Kernels& k, const Wgrad& p, int64_t begin, int64_t count) {
@@ -30,29 +40,35 @@ void reduce_columns(const Kernels& k, const Wgrad& p, int64_t begin, int64_t cou
   float* c = thread_scratch().reserve(aligned(S * pitch) + ROWS * pitch);  // [S, pitch]
   float* panel = c + aligned(S * pitch);                                   // [panels, ROWS, width]
   if (M == 0) std::memset(c, 0, S * pitch * sizeof(float));
+  const bool pairs = by_pairs(k, p);
+  const int64_t unit = pairs ? 2 : 1;
+  const auto pack = pairs && p.mask == nullptr ? k.pack_pairs : k.pack;
   // A few rows of results are not worth packing whole panels for.
-  const bool in_place = p.mask == nullptr && p.wide.col_stride == 1 && S <= 2 * k.rows;
+  const bool in_place = !pairs && p.mask == nullptr && p.wide.col_stride == 1 && S <= 2 * k.rows;
   const int64_t left = in_place ? count / width : 0;  // panels that are left where they lie
   for (int64_t m = 0; m < M; m += ROWS) {
     const int64_t depth = std::min(ROWS, M - m);
     if (count < pitch)
       std::memset(panel + (panels - 1) * ROWS * width, 0, ROWS * width * sizeof(float));
     if (left < panels)
-      k.pack(panel + left * ROWS * width, ROWS * width, width, p.wide.from(m, begin + left * width),
-             depth, count - left * width);
-    for (int64_t g = 0; p.mask != nullptr && g < panels; ++g)
-      k.mask(panel + g * ROWS * width, width, *p.mask, m, begin + g * width, depth,
-             std::min(width, count - g * width));
+      pack(panel + left * ROWS * width, ROWS * width, width, p.wide.from(m, begin + left * width),
+           depth, count - left * width);
+    for (int64_t g = 0; p.mask != nullptr && g < panels; ++g) {
+      float* own = panel + g * ROWS * width;
+      k.mask(own, width, *p.mask, m, begin + g * width, depth, std::min(width, count - g * width));
+      if (pairs) k.pair_rows(own, width, depth);
+    }
     for (int64_t g = 0; g < panels; ++g) {
       for (int64_t s = 0; s < S; s += tile_rows) {
         const int64_t rows = std::min(tile_rows, S - s);
-        const float* tile = p.workspace + (m / DEPTH * S + s) * PITCH + m % DEPTH;
+        const float* tile = p.workspace + (m / DEPTH * S + s) * PITCH + m % DEPTH / unit;
         float* to = c + s * pitch + g * width;
         if (g < left) {
           k.multiply_in_place(rows, tile, p.wide.from(m, begin + g * width), depth, to, pitch,
                               m > 0);
         } else {
-          k.multiply(rows, 2, tile, panel + g * ROWS * width, depth, to, pitch, m > 0);
+          (pairs ? k.multiply_pairs : k.multiply)(rows, 2, tile, panel + g * ROWS * width,
+                                                  ceil_div(depth, unit), to, pitch, m > 0);
         }
       }
     }
