@@ -17,17 +17,20 @@ PHILOX_ROUNDS = 10
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
+_CACHED = 1 << 14  # groups whose words, in int64, fit a CPU's cache
 
 
 class Dropout(NamedTuple):
     """Drop each element with probability `p` (0 < p < 1), by the mask that the 0-d int64 tensor `seed` defines.
 
-    `row`: the masked matrix has so many rows before the operand's first, as where the operand is a slice of it.
+    `row`: the masked matrix has so many rows before the operand's first, as where the operand is a slice of it. `known`:
+    the masks of this seed that `masked` has computed, by their place and size; None where none are kept.
     """
 
     p: float
     seed: Tensor
     row: int = 0
+    known: dict[tuple[int, int, int], tuple[Tensor, Tensor]] | None = None
 
 
 def threshold(p: float) -> int:
@@ -37,16 +40,41 @@ def threshold(p: float) -> int:
 
 def masked(t: Tensor, dropout: Dropout | None) -> Tensor:
     """mask∘t: what is kept times 1/(1-p), else zero."""
-    return t if dropout is None else t * scaled_mask(dropout, t.shape[0], t.shape[1], t.dtype)
+    if dropout is None:
+        return t
+    return t * (1.0 / (1.0 - dropout.p)) * _kept_once(dropout, t.shape[0], t.shape[1])
+
+
+def _kept_once(dropout: Dropout, rows: int, cols: int) -> Tensor:
+    """`keep_mask`, or the one that was computed before for this very seed: it takes longer than to read it."""
+    if dropout.known is None:
+        return keep_mask(dropout, rows, cols)
+    place = dropout.row, rows, cols
+    seed, kept = dropout.known.get(place, (None, None))
+    if kept is None or seed is not dropout.seed:
+        kept = keep_mask(dropout, rows, cols)
+        dropout.known[place] = dropout.seed, kept
+    return kept
 
 
 def keep_mask(dropout: Dropout, rows: int, cols: int) -> Tensor:
     """The mask of an input with `cols` columns, from row `dropout.row` on: bool [rows, cols], true = kept."""
-    seed, begin = dropout.seed, dropout.row
     groups = (cols + 3) // 4
-    counter = torch.arange(begin * groups, (begin + rows) * groups, device=seed.device)
-    words = _philox(seed, counter)
-    return (words >= threshold(dropout.p)).view(rows, 4 * groups)[:, :cols]
+    block = max(1, _CACHED // groups) if dropout.seed.device.type == "cpu" else rows
+    parts = [
+        _kept(dropout, groups * (dropout.row + first), groups * min(block, rows - first))
+        for first in range(0, rows, block)
+    ]
+    kept = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return kept.view(rows, 4 * groups)[:, :cols]
+
+
+def _kept(dropout: Dropout, first: int, count: int) -> Tensor:
+    """Whether the four elements of each group from `first` on are kept: bool [count, 4]."""
+    counter = torch.arange(first, first + count, device=dropout.seed.device)
+    least = threshold(dropout.p)
+    words = _philox(dropout.seed, counter)
+    return torch.stack([word & _LOW >= least for word in words], dim=-1)
 
 
 def scaled_mask(dropout: Dropout, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
@@ -54,22 +82,15 @@ def scaled_mask(dropout: Dropout, rows: int, cols: int, dtype: torch.dtype) -> T
     return keep_mask(dropout, rows, cols).to(dtype) / (1.0 - dropout.p)
 
 
-def _philox(seed: Tensor, counter: Tensor) -> Tensor:
-    """Philox-4x32-10 words of int64 counters [G] under a 64-bit key: int64 [G, 4], each in [0, 2³²)."""
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    c0, c1 = counter & _LOW, (counter >> 32) & _LOW
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+def _philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
+    """The four Philox-4x32-10 words of int64 counters [G] under a 64-bit key: int64 [G] each, in their lower 32 bits.
+
+    The upper bits may be anything. A product of two words fills all 64 bits, those of an unsigned one.
+    """
+    k0, k1 = seed, seed >> 32
+    c0, c1, c2, c3 = counter, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)
     for _ in range(PHILOX_ROUNDS):
-        hi0, lo0 = _multiply_32(PHILOX_M0, c0)
-        hi1, lo1 = _multiply_32(PHILOX_M1, c2)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0, k1 = (k0 + PHILOX_W0) & _LOW, (k1 + PHILOX_W1) & _LOW
-    return torch.stack((c0, c1, c2, c3), dim=-1)
-
-
-def _multiply_32(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of constant·word, both unsigned 32-bit: split so that no int64 product overflows."""
-    low = constant * (word & 0xFFFF)  # < 2^48
-    high = constant * (word >> 16)  # < 2^48
-    middle = high + (low >> 16)  # < 2^49
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+        p0, p1 = (c0 & _LOW).mul_(PHILOX_M0), (c2 & _LOW).mul_(PHILOX_M1)
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1, (p0 >> 32) ^ c3 ^ k1, p0
+        k0, k1 = k0 + PHILOX_W0, k1 + PHILOX_W1
+    return c0, c1, c2, c3
