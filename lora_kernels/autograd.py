@@ -29,12 +29,12 @@ ALPHA_IS_NO_PARAMETER = "alpha must not require grad: it is a run-time value, no
 
 
 class Call:
-    """The backend that a call names, its plan, made when the product runs where it is None, and masks it has computed."""
+    """The backend that a call names, and its plan; a plan of None is made when the product runs."""
 
-    __slots__ = ("backend", "masks", "plan")
+    __slots__ = ("backend", "plan")
 
     def __init__(self, backend: str, plan: Plan | None = None) -> None:
-        self.backend, self.plan, self.masks = backend, plan, {}
+        self.backend, self.plan = backend, plan
 
 
 class LoRALinear(torch.autograd.Function):
@@ -53,8 +53,7 @@ class LoRALinear(torch.autograd.Function):
         call: Call,
         offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        dropout = as_dropout(dropout_p, seed, call.masks)
-        groups = groups_of(offsets, weight, bias)
+        dropout, groups = as_dropout(dropout_p, seed), groups_of(offsets, weight, bias)
         plan = call.plan
         if plan is None:
             masked = dropout is not None
@@ -168,15 +167,13 @@ def _fused(ctx: Any, dy: Tensor, kept: Saved, adapter: Adapter, groups: Groups |
         products = adjoint.products
         if adjoint.dequantises:
             kept = kept._replace(weight=adjoint.readable(kept.weight))
-    if adapter.dropout_in is not None:  # the forward's masks are kept in the call
-        adapter = adapter._replace(dropout_in=adapter.dropout_in._replace(known=ctx.call.masks))
     products = products.bound(groups)
     return formulas.backward(products, dy, kept, ctx.needs, adapter, ctx.adapter_dtype)
 
 
-def as_dropout(p: float, seed: Tensor | None, known: dict | None = None) -> Dropout | None:
-    """The Dropout of an operator's two flat arguments, and of the masks that are kept."""
-    return None if seed is None or p == 0.0 else Dropout(p, seed, known=known)
+def as_dropout(p: float, seed: Tensor | None) -> Dropout | None:
+    """The Dropout of an operator's two flat arguments."""
+    return None if seed is None or p == 0.0 else Dropout(p, seed)
 
 
 def any_dual(*values: Any) -> bool:

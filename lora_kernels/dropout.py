@@ -23,14 +23,13 @@ _CACHED = 1 << 14  # groups whose words, in int64, fit a CPU's cache
 class Dropout(NamedTuple):
     """Drop each element with probability `p` (0 < p < 1), by the mask that the 0-d int64 tensor `seed` defines.
 
-    `row`: the masked matrix has so many rows before the operand's first, as where the operand is a slice of it. `known`:
-    the masks of this seed that `masked` has computed, by their place and size; None where none are kept.
+    `seed` may be the mask itself, bool [rows, cols], as `drawn_mask` gives it: composite products take it, kernels do not.
+    `row`: the masked matrix has so many rows before the operand's first, as where the operand is a slice of it.
     """
 
     p: float
     seed: Tensor
     row: int = 0
-    known: dict[tuple[int, int, int], tuple[Tensor, Tensor]] | None = None
 
 
 def threshold(p: float) -> int:
@@ -42,28 +41,23 @@ def masked(t: Tensor, dropout: Dropout | None) -> Tensor:
     """mask∘t: what is kept times 1/(1-p), else zero."""
     if dropout is None:
         return t
-    return t * (1.0 / (1.0 - dropout.p)) * _kept_once(dropout, t.shape[0], t.shape[1])
+    return t * (1.0 / (1.0 - dropout.p)) * keep_mask(dropout, t.shape[0], t.shape[1])
 
 
-def _kept_once(dropout: Dropout, rows: int, cols: int) -> Tensor:
-    """`keep_mask`, or the one that was computed before for this very seed: it takes longer than to read it."""
-    if dropout.known is None:
-        return keep_mask(dropout, rows, cols)
-    place = dropout.row, rows, cols
-    seed, kept = dropout.known.get(place, (None, None))
-    if kept is None or seed is not dropout.seed:
-        kept = keep_mask(dropout, rows, cols)
-        dropout.known[place] = dropout.seed, kept
-    return kept
+def drawn_mask(p: float, rows: int, cols: int, device: torch.device) -> Tensor:
+    """A mask of torch's own generator, bool [rows, cols]: where no kernel computes one it takes far less time, and is stored."""
+    return torch.empty((rows, cols), dtype=torch.bool, device=device).bernoulli_(1.0 - p)
 
 
 def keep_mask(dropout: Dropout, rows: int, cols: int) -> Tensor:
     """The mask of an input with `cols` columns, from row `dropout.row` on: bool [rows, cols], true = kept."""
+    if dropout.seed.ndim:
+        return dropout.seed[dropout.row : dropout.row + rows]
     groups = (cols + 3) // 4
     block = max(1, _CACHED // groups) if dropout.seed.device.type == "cpu" else rows
     parts = [
         _kept(dropout, groups * (dropout.row + first), groups * min(block, rows - first))
-        for first in range(0, rows, block)
+        for first in range(0, max(rows, 1), block)
     ]
     kept = parts[0] if len(parts) == 1 else torch.cat(parts)
     return kept.view(rows, 4 * groups)[:, :cols]
@@ -72,9 +66,7 @@ def keep_mask(dropout: Dropout, rows: int, cols: int) -> Tensor:
 def _kept(dropout: Dropout, first: int, count: int) -> Tensor:
     """Whether the four elements of each group from `first` on are kept: bool [count, 4]."""
     counter = torch.arange(first, first + count, device=dropout.seed.device)
-    least = threshold(dropout.p)
-    words = _philox(dropout.seed, counter)
-    return torch.stack([word & _LOW >= least for word in words], dim=-1)
+    return _philox(dropout.seed, counter) >= threshold(dropout.p)
 
 
 def scaled_mask(dropout: Dropout, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
@@ -82,10 +74,11 @@ def scaled_mask(dropout: Dropout, rows: int, cols: int, dtype: torch.dtype) -> T
     return keep_mask(dropout, rows, cols).to(dtype) / (1.0 - dropout.p)
 
 
-def _philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
-    """The four Philox-4x32-10 words of int64 counters [G] under a 64-bit key: int64 [G] each, in their lower 32 bits.
+def _philox(seed: Tensor, counter: Tensor) -> Tensor:
+    """Philox-4x32-10 words of int64 counters [G] under a 64-bit key: int64 [G, 4], each in [0, 2³²).
 
-    The upper bits may be anything. A product of two words fills all 64 bits, those of an unsigned one.
+    On the way a word is in the lower 32 bits, and the upper ones may be anything: a product of two words fills all 64, as an
+    unsigned one does.
     """
     k0, k1 = seed, seed >> 32
     c0, c1, c2, c3 = counter, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)
@@ -93,4 +86,4 @@ def _philox(seed: Tensor, counter: Tensor) -> tuple[Tensor, ...]:
         p0, p1 = (c0 & _LOW).mul_(PHILOX_M0), (c2 & _LOW).mul_(PHILOX_M1)
         c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1, (p0 >> 32) ^ c3 ^ k1, p0
         k0, k1 = k0 + PHILOX_W0, k1 + PHILOX_W1
-    return c0, c1, c2, c3
+    return torch.stack((c0, c1, c2, c3), dim=-1) & _LOW

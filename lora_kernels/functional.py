@@ -14,7 +14,7 @@ from lora_kernels import autograd, dora, formulas, ops, plan
 from lora_kernels.arguments import EAGER_TYPES, Arguments, check, number
 from lora_kernels.autograd import Call, as_dropout
 from lora_kernels.backends.composite import with_column_scale
-from lora_kernels.dropout import Dropout, masked
+from lora_kernels.dropout import Dropout, drawn_mask, masked
 from lora_kernels.operands import (
     Adapter,
     Weight,
@@ -149,9 +149,14 @@ def apply(a: Arguments) -> Tensor:
     x, weight, A, B, alpha, bias, dropout_p, seed, backend, _, offsets = a
     A, B = adapters_as_used(A, B, x.dtype)
     alpha = alpha if type(alpha) is float else number(alpha)
-    seed = seed_on(seed, x.device) if dropout_p else None
     quantised = not isinstance(weight, Tensor)  # the type check of an abstract class takes longer
     traced = is_traced(x, weight if isinstance(weight, Tensor) else None, A, B, bias)
+    if dropout_p == 0.0:
+        seed = None
+    elif seed is None and not traced and not is_differentiated_elsewhere():
+        seed = _drawn(a)
+    else:
+        seed = seed_on(seed, x.device)
     chosen = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
     usual = not traced and _has_usual_derivatives(weight, A, B, alpha, bias)
@@ -283,6 +288,19 @@ def _has_usual_derivatives(
         )
         or is_differentiated_elsewhere()
     )
+
+
+def _drawn(a: Arguments) -> Tensor:
+    """The seed of a call that has none, or its mask where neither its forward nor its backward has a kernel that computes it.
+
+    It does not depend on whether gradients are asked for: a forward that is computed again draws the same.
+    """
+    x = a.x
+    groups = groups_of(a.offsets, a.weight, a.bias)
+    chosen = plan.plan_call(a.backend, x, a.weight, a.A, a.bias, True, groups)
+    if chosen.backend == "eager" and chosen.adjoint.backend == "eager":
+        return drawn_mask(a.dropout_p, math.prod(x.shape[:-1]), x.shape[-1], x.device)
+    return seed_on(None, x.device)
 
 
 def seed_on(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LinearWithLoRA, lora_linear, use_backend
-from lora_kernels.dropout import Dropout, _philox, keep_mask, scaled_mask, threshold
+from lora_kernels.dropout import Dropout, _philox, drawn_mask, keep_mask, scaled_mask, threshold
 from tests.oracle import check_function, reference
 from tests.test_functional import operands
+
+NAMES = ("x", "weight", "A", "B", "bias")
 
 
 def philox_in_python(counter: int, key: int) -> list[int]:
@@ -80,6 +83,65 @@ def test_forward_and_every_gradient_use_one_mask(backend, seed):
 
     with use_backend(backend):
         check_function(ours, plain, operands(M=24, N=20, K=30, R=4))
+
+
+class TestDrawnMask:
+    """Without a seed plain ATen draws its mask from torch's generator and keeps it for the backward."""
+
+    def layer(self, p=0.4, dtype=torch.float32):
+        given = {name: t.detach() for name, t in zip(NAMES, operands(24, 20, 30, 4, dtype), strict=True)}
+
+        def ours(x, weight, A, B, bias):
+            torch.manual_seed(4)
+            return lora_linear(x, weight, A, B, 0.75, bias, dropout_p=p, backend="eager")
+
+        torch.manual_seed(4)
+        mask = drawn_mask(p, 24, 30, torch.device("cpu")).double() / (1 - p)
+
+        def plain(x, weight, A, B, bias):
+            return reference(x, weight, A, B, 0.75, bias, mask=mask.to(x.dtype))
+
+        return ours, plain, given
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_forward_and_every_gradient_use_it(self, dtype):
+        ours, plain, given = self.layer(dtype=dtype)
+        check_function(ours, plain, tuple(given.values()))
+
+    def test_so_do_second_derivatives(self):
+        ours, _, given = self.layer(dtype=torch.float64)
+        tensors = [t.requires_grad_() for t in given.values()]
+        assert torch.autograd.gradgradcheck(ours, tensors)
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_a_checkpoint_draws_it_again(self, reentrant):
+        _, _, given = self.layer()
+        leaves = [t.requires_grad_() for t in given.values()]
+
+        def call(*tensors):
+            x, weight, A, B, bias = tensors
+            return lora_linear(x, weight, A, B, 0.75, bias, dropout_p=0.4, backend="eager")
+
+        torch.manual_seed(9)
+        expected = torch.autograd.grad(call(*leaves).square().sum(), leaves)
+        torch.manual_seed(9)
+        y = checkpoint(call, *leaves, use_reentrant=reentrant)
+        y.square().sum().backward()
+        assert all(torch.equal(t.grad, g) for t, g in zip(leaves, expected, strict=True))
+
+    def test_a_seed_goes_before(self):
+        x, weight, A, B, _ = (t.detach() for t in operands())
+
+        def draw(**seed):
+            return lora_linear(x, weight, A, B, 1.0, dropout_p=0.5, backend="eager", **seed)
+
+        assert torch.equal(draw(seed=3), draw(seed=3))
+        assert not torch.equal(draw(), draw())
+
+    def test_of_no_rows(self):
+        x, weight, A, B, _ = (t.detach() for t in operands())
+        y = lora_linear(x[:0], weight, A, B, 1.0, dropout_p=0.5, backend="eager")
+        assert y.shape == (0, weight.shape[0])
 
 
 def test_gradcheck_with_a_fixed_mask():

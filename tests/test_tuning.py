@@ -421,6 +421,21 @@ class TestCost:
 
 
 class TestSelect:
+    @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+    def test_a_mask_costs_eager_passes_and_others_none(self, target):
+        """So with dropout a kernel that computes the mask is taken, for eager's formula too."""
+        for M, N, K in ((8192, 4096, 4096), (512, 768, 768), (16, 4096, 4096)):
+            plain = replace(BIG, M=M, N=N, K=K)
+            for problem in (plain, plain.adjoint()):
+                masked = replace(problem, dropout=True)
+                assert select(masked, target).name not in ("eager", "decode")
+                eager, tail_first = (predict_us(n, masked, target) for n in ("eager", "tail_first"))
+                assert tail_first == predict_us("eager", problem, target)
+                read = 2 * M * N if problem.backward else M * K  # dx, and x for dA
+                assert eager - tail_first > 27 * read / (target.bandwidth_gbs * 1e3)
+                names = {c.name for c in plan.predict(problem, target)}
+                assert "tail_first" not in names
+
     def test_few_rows_are_decoded_in_one_launch(self):
         for name in ("sm_80", "sm_90", "sm_120"):
             assert select(replace(BIG, M=1), TARGETS[name], *OURS).name == "decode"

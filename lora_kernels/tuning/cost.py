@@ -32,6 +32,9 @@ reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 
 
 Passes over y beside s·b take no less than its 2·M·N·R / P.
 
+A mask costs eager passes over a float32 copy of what is masked, see `_mask_us`; these kernels compute it where they read x or
+store s·b, and tail_first, eager's formula by their shrink and their s·b, does so too.
+
 A quantised weight costs all but decode a launch before, which reads it and writes a dense copy, and a gap. The
 others are predicted for a dense weight: `plan` adds the copy that they are given.
 Over groups of rows, taken as equally many in each: a product fills its blocks of rows for each group, bytes are those of
@@ -81,7 +84,7 @@ ALGORITHMS = (
     "cuda_decode",
     "eager",
 )
-GROUPED = ("tail_first",)  # over groups, beside two_kernel and eager
+TAIL_FIRST = "tail_first"  # over groups of one weight, and with dropout
 OTHERS = ("frozen", "addmm", "reference", "lorafusion")  # predicted for comparison
 MIN_KERNEL_US = 2.0
 _STREAMED = 0.92  # of the copy bandwidth, by a product that is bound by reading W
@@ -106,6 +109,8 @@ _DECODE_INSTRUCTIONS = {
 }
 # The same of eager over groups: operands are widened to float32, written into blocks, and gathered again.
 _BATCHED_PASSES = 18.0, 18.0, 25
+# Bytes for an element that is masked, and launches, by ATen: a mask is drawn, x is made float32, multiplied twice and read.
+_MASK_BYTES, _MASK_LAUNCHES = 28, 4
 # The share of shrink that runs beside the dependent product.
 _HIDDEN = {"sm_90": 0.5, "sm_100": 0.5}
 
@@ -155,6 +160,10 @@ def predict_us(
         if problem.groups and algorithm == "eager":
             frozen += _batching_us(problem, target)
             over_x, over_y, launches = _BATCHED_PASSES
+        if problem.dropout and algorithm == "eager":
+            frozen += _mask_us(problem, target)
+        if algorithm == TAIL_FIRST:
+            frozen += _dequantise_us(problem, target)
         passes_us = over_x * x_us + max(over_y * y_us, _rank_us(problem, target, problem.N))
         return frozen + shrink + passes_us + launches * gap + adapter_grads
     if algorithm == "decode":
@@ -187,7 +196,7 @@ def predict_us(
         if algorithm == "persistent" and tail_in_parts(problem):
             main += MIN_KERNEL_US + gap
         return _dequantise_us(problem, target) + main + shrink + gap - hidden + adapter_grads
-    raise ValueError(f"algorithm must be one of {ALGORITHMS + GROUPED + OTHERS}, got {algorithm!r}")
+    raise ValueError(f"algorithm must be one of {(*ALGORITHMS, TAIL_FIRST, *OTHERS)}, got {algorithm!r}")
 
 
 def _reads_dy_once(algorithm: str, problem: Problem) -> bool:
@@ -196,6 +205,13 @@ def _reads_dy_once(algorithm: str, problem: Problem) -> bool:
     ours = algorithm in ("two_kernel", "persistent")
     ours = ours and one_reading_moves_less(problem.itemsize, problem.R, columns)
     return (ours or algorithm == "lorafusion") and not problem.groups
+
+
+def _mask_us(problem: Problem, target: Target) -> float:
+    """The time of the mask of the layer's x [M, K], in a backward of dx [M, N] and of x, by ATen's operations."""
+    elements = problem.M * (2 * problem.N if problem.backward else problem.K)
+    moved_us = _MASK_BYTES * elements / (target.bandwidth_gbs * 1e3)
+    return max(moved_us, _MASK_LAUNCHES * (MIN_KERNEL_US + target.gap_us))
 
 
 @functools.lru_cache(maxsize=_MOST_TIMES)

@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_kernels.backends.triton.configs import tiles_of, unmasked, untried
+from lora_kernels.backends.triton.configs import main_tile, tiles_of, unmasked, untried
 from lora_kernels.problem import Problem
 from lora_kernels.tuning.config import (
     LOWRANK_KERNELS,
     PERSISTENT,
     WGRAD_BESIDE,
     TileConfig,
+    Tiles,
     runs_beside,
     shrink_beside,
     smem_bytes,
@@ -266,6 +267,20 @@ def test_low_rank_kernels_fit_beside_the_persistent_product(target, R):
     for forward, small in product((True, False), beside):
         both = [sum(pair) for pair in zip(taken(large, forward), taken(small, True), strict=True)]
         assert both[0] <= 65536 and both[1] <= limits.smem_bytes + 1024 and both[2] <= 512, both
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != TWINS[1]])
+def test_the_tail_alone_with_its_mask(target):
+    """What `tail_first` launches beside the library's product: s·b + bias, and mask∘(q·aᵀ), of every type."""
+    wrong = []
+    kinds = [(*pair, 64) for pair in (*TYPES, ("float16", "float16"))]
+    for (dtype, adapter_dtype, R), forward in product([*kinds, (*TYPES[0], 61)], (True, False)):
+        problem = Problem(4096, 4096, 0, R, dtype, adapter_dtype, device="cuda", dropout=True)
+        config = main_tile("tail_first", problem, Tiles(()))
+        code = compile_job(target, (problem, config, forward, False), loops=False)
+        if code.local_bytes > LOCAL_BYTES:
+            wrong.append(f"{config} for {problem}: {code.local_bytes} bytes spilled")
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])

@@ -114,6 +114,22 @@ def test_a_layers_forward_and_every_gradient(target, dtype, adapter_dtype, dropo
     assert steps.executed[1].dependent == TARGETS[target].tma
 
 
+@pytest.mark.parametrize(
+    "dtype, adapter_dtype, schedule",
+    [(torch.bfloat16, torch.bfloat16, None), (torch.float16, torch.float32, 7)],
+    ids=["lockstep", "float32 adapters, random"],
+)
+@pytest.mark.parametrize("target", EXECUTED)
+def test_a_masked_tail_before_the_librarys_product(target, dtype, adapter_dtype, schedule):
+    """The launches read no weight: its products are the library's."""
+    types = {"dtype": dtype, "adapter_dtype": adapter_dtype}
+    steps = train(target, "tail_first", schedule, **types, dropout=0.25)
+    assert steps.forward == ["shrink", "expand"]
+    tails = [each for each in steps.executed if each.name == "expand"]
+    assert len(tails) == 2  # y and dx
+    assert all(each.counters.tensors["w"].bytes_loaded == 0 for each in tails)
+
+
 @pytest.mark.parametrize("target", EXECUTED)
 def test_a_result_does_not_depend_on_the_order_of_warps_and_blocks(target):
     """Equal bits under three schedules: of the whole, and of the split sums that the last arriver adds."""

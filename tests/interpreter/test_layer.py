@@ -72,6 +72,24 @@ def test_every_gradient(variant, p, dtypes, triton_products):
     assert_gradients(actual, functools.partial(plain, mask=mask), given, dy)
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 44), (130, 44), (0, 44)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+def test_a_masked_tail_before_the_librarys_product(dtypes, shape, monkeypatch):
+    """`tail_first` without groups: its launches have no term of x·w."""
+    on_target(monkeypatch, "sm_90", "tail_first")
+    given, dy = operands(*dtypes, shape=shape, R=21)
+    mask = scaled_mask(Dropout(0.3, torch.tensor(7)), dy.numel() // 38, 44, torch.float64)
+    with strict.recording() as launches:
+        actual = gradients(functools.partial(ours, dropout_p=0.3, seed=7), given, dy)
+    tails = [each.arguments["K"] for each in launches if each.kernel == "_expand_kernel"]
+    assert tails == ([0, 0] if dy.numel() else [])
+    assert_gradients(actual, functools.partial(plain, mask=mask.view(shape)), given, dy)
+
+
 @pytest.mark.parametrize(
     "needed",
     [c for n in (1, 2, 3) for c in itertools.combinations(("x", "A", "B"), n)],

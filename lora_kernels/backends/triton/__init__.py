@@ -52,7 +52,7 @@ class TritonBackend(Backend):
                 refusal = reason or configs.refusal(name, same, target)
                 made.append(Candidate(name, refusal=refusal))
                 continue
-            config = tiles.config(MAIN_KERNEL[name])
+            config = configs.main_tile(name, problem, tiles)
             made.append(
                 Candidate(
                     name,

@@ -95,6 +95,8 @@ _ONE_PASS_HALF = {
 }
 _ONE_PASS_OTHER = [(64, 64, 32, 4, 2)]
 _ONE_PASS_FLOAT32 = [(32, 32, 32, 4, 2)]
+# Of s·b + bias alone: it has no loop over K, and registers for a mask.
+_TAIL = TileConfig("expand", 64, 64, 32, 4, 2, rank_chunk=16)
 # Where rows are no whole pieces, see `whole_rows`: more warps hold more addresses.
 _MATMUL_IN_ELEMENTS = {
     "sm": [(128, 128, 32, 8, 2), (64, 64, 32, 8, 2)],
@@ -110,10 +112,17 @@ def tiles_for(problem: Problem, target: Target) -> Tiles:
 
 
 def algorithms(problem: Problem) -> tuple[str, ...]:
-    """The algorithms that there are for `problem`: over groups one more where these share the weight."""
+    """The algorithms that there are for `problem`: one more with dropout, and over groups that share the weight."""
     if not problem.groups:
-        return ALGORITHMS
-    return ("two_kernel", "tail_first") if problem.weights == 1 else ("two_kernel",)
+        return (*ALGORITHMS, cost.TAIL_FIRST) if problem.dropout else ALGORITHMS
+    return ("two_kernel", cost.TAIL_FIRST) if problem.weights == 1 else ("two_kernel",)
+
+
+def main_tile(algorithm: str, problem: Problem, tiles: Tiles) -> TileConfig:
+    """The tile of an algorithm's main kernel."""
+    if algorithm == cost.TAIL_FIRST and not problem.groups:
+        return _TAIL
+    return tiles.config(MAIN_KERNEL[algorithm])
 
 
 def refusal(algorithm: str, problem: Problem, target: Target) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_kernels.backends.base import Products, left_is_wide
 from lora_kernels.backends.composite import GroupedCompositeProducts
-from lora_kernels.backends.triton.configs import lowrank_tiles, unmasked
+from lora_kernels.backends.triton.configs import lowrank_tiles, main_tile, unmasked
 from lora_kernels.backends.triton.launch import rank_operand, rank_tail
 from lora_kernels.dropout import Dropout
 from lora_kernels.operands import Adapter, Groups, QuantizedWeight, Scale, Weight
@@ -35,7 +35,7 @@ class TritonProducts(Products):
     """Fused products in float32, bfloat16 and float16 for one problem on one target.
 
     `algorithm` is "two_kernel", "one_launch", "persistent", "persistent_one_launch", "one_pass" or "decode"; `tiles` has
-    a tile for each kernel that it launches.
+    a tile for each kernel that it launches. With dropout it may be "tail_first" too.
     Over groups it is "two_kernel" or "tail_first", and each kernel is one launch, which reads the offsets on the device.
     """
 
@@ -267,7 +267,8 @@ class TritonProducts(Products):
         b, config = adapter.B, self.tiles.config("expand")
         own: dict[str, Any] = {"offsets": self._offsets, "late_wait": late_wait}
         if self.algorithm == "tail_first":
-            # As eager does it: s·b + bias of each group, then the vendor's product of all rows accumulated onto it.
+            # As eager does it: s·b + bias, then the vendor's product of all rows accumulated onto it.
+            config = main_tile(self.algorithm, self.problem, self.tiles)
             y = expand(x[:, :0], w[:0], s, b, bias, config, adapter.dropout_out, **own)
             return y.addmm_(x, w)
         own |= {"c": adapter.column_scale, "z": z}
