@@ -291,7 +291,7 @@ def _has_usual_derivatives(
 
 
 def _drawn(a: Arguments) -> Tensor:
-    """The seed of a call that has none, or its mask where neither its forward nor its backward has a kernel that computes it.
+    """The seed of a call that has none; its mask where neither forward nor backward has a kernel that computes one.
 
     It does not depend on whether gradients are asked for: a forward that is computed again draws the same.
     """

@@ -89,7 +89,9 @@ class TestDrawnMask:
     """Without a seed plain ATen draws its mask from torch's generator and keeps it for the backward."""
 
     def layer(self, p=0.4, dtype=torch.float32):
-        given = {name: t.detach() for name, t in zip(NAMES, operands(24, 20, 30, 4, dtype), strict=True)}
+        given = {
+            name: t.detach() for name, t in zip(NAMES, operands(24, 20, 30, 4, dtype), strict=True)
+        }
 
         def ours(x, weight, A, B, bias):
             torch.manual_seed(4)

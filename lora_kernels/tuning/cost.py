@@ -32,8 +32,8 @@ reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 
 
 Passes over y beside s·b take no less than its 2·M·N·R / P.
 
-A mask costs eager passes over a float32 copy of what is masked, see `_mask_us`; these kernels compute it where they read x or
-store s·b, and tail_first, eager's formula by their shrink and their s·b, does so too.
+A mask costs eager passes over a float32 copy of what is masked, see `_mask_us`. These kernels compute it where they read x
+or store s·b; so does tail_first, eager's formula by their shrink and their s·b.
 
 A quantised weight costs all but decode a launch before, which reads it and writes a dense copy, and a gap. The
 others are predicted for a dense weight: `plan` adds the copy that they are given.
@@ -196,7 +196,9 @@ def predict_us(
         if algorithm == "persistent" and tail_in_parts(problem):
             main += MIN_KERNEL_US + gap
         return _dequantise_us(problem, target) + main + shrink + gap - hidden + adapter_grads
-    raise ValueError(f"algorithm must be one of {(*ALGORITHMS, TAIL_FIRST, *OTHERS)}, got {algorithm!r}")
+    raise ValueError(
+        f"algorithm must be one of {(*ALGORITHMS, TAIL_FIRST, *OTHERS)}, got {algorithm!r}"
+    )
 
 
 def _reads_dy_once(algorithm: str, problem: Problem) -> bool:

@@ -75,7 +75,11 @@ def test_every_gradient(variant, p, dtypes, triton_products):
 @pytest.mark.parametrize("shape", [(2, 9, 44), (130, 44), (0, 44)], ids=str)
 @pytest.mark.parametrize(
     "dtypes",
-    [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)],
+    [
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+    ],
     ids=str,
 )
 def test_a_masked_tail_before_the_librarys_product(dtypes, shape, monkeypatch):
