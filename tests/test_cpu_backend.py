@@ -38,6 +38,10 @@ BLOCKED = [
     Case(17, 200, 1100, 33),
     Case(5, 40, 33, 1100),
     Case(5, 40, 33, 1100, dropout=0.4),  # the mask of a sum over several chunks of the rank
+    Case(5, 40, 33, 1101, dtype=bf16),
+    Case(5, 40, 33, 1101, dtype=bf16, dropout=0.4),
+    Case(1101, 70, 90, 25, dtype=bf16),
+    Case(137, 70, 90, 25, dtype=bf16, dropout=0.4),
     Case(550, 130, 70, 8, dtype=bf16),
     Case(40, 90, 2101, 8, dtype=bf16),
     Case(40, 90, 2101, 8, dtype=bf16, layout="plain"),
@@ -389,3 +393,24 @@ def test_calls_within_a_parallel_region(tmp_path):
         finally:
             torch.set_num_threads(before)
         assert all(map(torch.equal, alone, together))
+
+
+@pytest.mark.parametrize("sizes", [(4, 256, 8192), (4, 512, 32768), (256, 256, 64)], ids=str)
+def test_long_sums_of_one_sign(sizes, isa):
+    """dx of few rows adds up w's rows, the gradient of DoRA's magnitude those of dy∘y: a chain of all would lose digits."""
+    M, K, N = sizes
+    positive = {"x": (M, K), "weight": (N, K), "A": (K, 4), "B": (4, N)}
+    leaves = {name: torch.rand(size) for name, size in positive.items()}
+    leaves["weight"] /= K**0.5
+    dy, magnitude = torch.rand(M, N), torch.rand(N) + 0.5
+
+    def ours(x, weight, A, B, m):
+        return lora_linear(x, weight, A, B, 0.5, magnitude=m, backend="cpu")
+
+    def plain(x, weight, A, B, m):
+        norms = torch.linalg.vector_norm(weight + 0.5 * (A @ B).t(), dim=1).detach()
+        return (x @ weight.t() + 0.5 * (x @ A @ B)) * (m / norms)
+
+    for t in (leaves["x"], magnitude):
+        t.requires_grad_()
+    check_function(ours, plain, (*leaves.values(), magnitude), dy)

@@ -15,6 +15,8 @@ constexpr int64_t DEPTH = 1024;  // the most units of k in one call
 constexpr int64_t PITCH =
     DEPTH + 16;  // not a power of two: rows of a tile must not share a cache set
 
+constexpr int64_t MAX_ROW_COLS = 4096;  // of w, where its rows are read where they lie
+
 enum class Type { F32, BF16, F16 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return a == 0 ? 0 : (a - 1) / b + 1; }
@@ -84,7 +86,8 @@ struct Kernels {
   void (*dots)(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
                int64_t depth, float* c, int64_t c_pitch);
 
-  // c[r][n] = sum over k of x[r][k]·w[k][n], w's rows contiguous in n: 1 to 4 rows x cols.
+  // c[r][n] = sum over k of x[r][k]·w[k][n], w's rows contiguous in n: 1 to 4 rows x cols, at most
+  // MAX_ROW_COLS.
   void (*rows_of_w)(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
                     int64_t depth, float* c, int64_t c_pitch);
 

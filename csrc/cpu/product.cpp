@@ -102,8 +102,9 @@ class Run {
       // Long pieces of w's rows: 3.2 ms for 4096 x 4096 float32 in one piece, 5.2 in pieces of 512.
       // A large rank shortens them, since its part of b is packed for each.
       const int64_t share = ceil_div(ceil_div(N, threads), 64) * 64;
-      const int64_t most = std::clamp<int64_t>((1 << 18) / std::max<int64_t>(R, 1) / 64 * 64, 128,
-                                               coded ? 4096 / M / 64 * 64 : 4096);  // results in L1
+      const int64_t most =
+          std::clamp<int64_t>((1 << 18) / std::max<int64_t>(R, 1) / 64 * 64, 128,
+                              coded ? MAX_ROW_COLS / M / 64 * 64 : MAX_ROW_COLS);  // results in L1
       return divide_in_place(std::clamp<int64_t>(share, 128, most), k.rows_of_w);
     }
     divide_panels();

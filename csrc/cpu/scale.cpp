@@ -13,31 +13,28 @@ namespace {
 
 constexpr int64_t ROWS = 32;       // of dy and z decoded at once
 constexpr int64_t COLS = 256;      // 32 x 256 floats of each: 64 kilobytes
-constexpr int64_t CHAIN = 256;     // rows that are summed before they are added to the total
 constexpr int64_t NORM_ROWS = 64;  // of w a task
 
 void scale_columns(const Kernels& k, const Scale& p, int64_t begin, int64_t count) {
-  float* dy = thread_scratch().reserve(2 * ROWS * COLS + 3 * COLS);
-  float *z = dy + ROWS * COLS, *factor = z + ROWS * COLS, *sum = factor + COLS, *total = sum + COLS;
+  float* dy = thread_scratch().reserve(2 * ROWS * COLS + 2 * COLS);
+  float *z = dy + ROWS * COLS, *factor = z + ROWS * COLS, *sum = factor + COLS;
+  double total[COLS] = {};
   k.copy(factor, 0, p.factor.from(0, begin), 1, count);
-  std::memset(sum, 0, 2 * COLS * sizeof(float));
   const int64_t N = p.dy.cols;
   for (int64_t row = 0; row < p.dy.rows; row += ROWS) {
     const int64_t rows = std::min(ROWS, p.dy.rows - row);
     k.copy(dy, COLS, p.dy.from(row, begin), rows, count);
     if (p.z != nullptr) {
       k.copy(z, COLS, p.z->from(row, begin), rows, count);
+      std::memset(sum, 0, count * sizeof(float));
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < count; ++j) sum[j] += dy[i * COLS + j] * z[i * COLS + j];
-      if ((row + ROWS) % CHAIN == 0 || row + ROWS >= p.dy.rows) {
-        for (int64_t j = 0; j < count; ++j) total[j] += sum[j];
-        std::memset(sum, 0, COLS * sizeof(float));
-      }
+      for (int64_t j = 0; j < count; ++j) total[j] += sum[j];
     }
     char* out = static_cast<char*>(p.dz) + (row * N + begin) * size_of(p.dy.type);
     k.store(out, p.dy.type, N, 1, dy, COLS, rows, count, 1.0f, factor, nullptr);
   }
-  if (p.z != nullptr) std::memcpy(p.dfactor + begin, total, count * sizeof(float));
+  if (p.z != nullptr) std::copy_n(total, count, p.dfactor + begin);
 }
 
 // What every task of the norms reads.

@@ -407,21 +407,32 @@ void add_rows_of_w(const float* x, int64_t x_pitch, const T* w, int64_t w_pitch,
   }
 }
 
+// Rows of w whose sum is added to c at once: one chain of all of them loses digits.
+constexpr int64_t ROWS_OF_SUM = 1024;
+
 void rows_of_w(const float* x, int64_t x_pitch, const Matrix& w, int64_t rows, int64_t cols,
                int64_t depth, float* c, int64_t c_pitch) {
   if (depth == 0) {
     for (int64_t r = 0; r < rows; ++r) std::memset(c + r * c_pitch, 0, cols * sizeof(float));
   }
+  float later[4 * MAX_ROW_COLS];
   with_elements(w, [&](auto* data) {
     with_rows<4>(rows, [&](auto ROWS) {
       const int64_t w_pitch = w.row_stride;
-      int64_t k = 0;
-      for (; k + 8 <= depth; k += 8)
-        add_rows_of_w<ROWS, 8>(x + k, x_pitch, data + k * w_pitch, w_pitch, cols, c, c_pitch,
-                               k > 0);
-      for (; k < depth; ++k)
-        add_rows_of_w<ROWS, 1>(x + k, x_pitch, data + k * w_pitch, w_pitch, cols, c, c_pitch,
-                               k > 0);
+      for (int64_t first = 0; first < depth; first += ROWS_OF_SUM) {
+        const int64_t end = depth - first < ROWS_OF_SUM ? depth : first + ROWS_OF_SUM;
+        float* to = first == 0 ? c : later;
+        const int64_t pitch = first == 0 ? c_pitch : MAX_ROW_COLS;
+        int64_t k = first;
+        for (; k + 8 <= end; k += 8)
+          add_rows_of_w<ROWS, 8>(x + k, x_pitch, data + k * w_pitch, w_pitch, cols, to, pitch,
+                                 k > first);
+        for (; k < end; ++k)
+          add_rows_of_w<ROWS, 1>(x + k, x_pitch, data + k * w_pitch, w_pitch, cols, to, pitch,
+                                 k > first);
+        for (int64_t r = 0; first > 0 && r < rows; ++r)
+          for (int64_t n = 0; n < cols; ++n) c[r * c_pitch + n] += later[r * MAX_ROW_COLS + n];
+      }
     });
   });
 }
