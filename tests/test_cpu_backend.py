@@ -395,22 +395,30 @@ def test_calls_within_a_parallel_region(tmp_path):
         assert all(map(torch.equal, alone, together))
 
 
-@pytest.mark.parametrize("sizes", [(4, 256, 8192), (4, 512, 32768), (256, 256, 64)], ids=str)
-def test_long_sums_of_one_sign(sizes, isa):
+POSITIVE = {"x": "MK", "weight": "NK", "A": "KR", "B": "RN"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("sizes, dora", [((4, 512, 32768), False), ((256, 256, 64), True)], ids=str)
+def test_long_sums_of_one_sign(sizes, dora, seed, isa):
     """dx of few rows adds up w's rows, the gradient of DoRA's magnitude those of dy∘y: a chain of all would lose digits."""
-    M, K, N = sizes
-    positive = {"x": (M, K), "weight": (N, K), "A": (K, 4), "B": (4, N)}
-    leaves = {name: torch.rand(size) for name, size in positive.items()}
-    leaves["weight"] /= K**0.5
-    dy, magnitude = torch.rand(M, N), torch.rand(N) + 0.5
+    torch.manual_seed(seed)
+    size = dict(zip("MKNR", (*sizes, 4), strict=True))
+    made = {name: torch.rand([size[axis] for axis in axes]) for name, axes in POSITIVE.items()}
+    for name in ("weight", "A"):
+        made[name] /= size["K"] ** 0.5
+    m = torch.rand(size["N"]) + 0.5 if dora else None
 
     def ours(x, weight, A, B, m):
         return lora_linear(x, weight, A, B, 0.5, magnitude=m, backend="cpu")
 
     def plain(x, weight, A, B, m):
-        norms = torch.linalg.vector_norm(weight + 0.5 * (A @ B).t(), dim=1).detach()
-        return (x @ weight.t() + 0.5 * (x @ A @ B)) * (m / norms)
+        y = x @ weight.t() + 0.5 * (x @ A @ B)
+        if m is None:
+            return y
+        return y * (m / torch.linalg.vector_norm(weight + 0.5 * (A @ B).t(), dim=1).detach())
 
-    for t in (leaves["x"], magnitude):
-        t.requires_grad_()
-    check_function(ours, plain, (*leaves.values(), magnitude), dy)
+    for t in (made["x"], m):
+        if t is not None:
+            t.requires_grad_()
+    check_function(ours, plain, (*made.values(), m), torch.rand(size["M"], size["N"]))
