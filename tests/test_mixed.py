@@ -130,6 +130,20 @@ def test_what_is_attached_to_the_parts_runs():
     assert calls == [1] * 4
 
 
+def test_a_penalty_on_a_vectorised_jacobian():
+    """It trains the adapters as the penalty on the Jacobian of plain PyTorch does."""
+    made = layer()
+    x = torch.randn(2, 7, dtype=torch.float64)
+    results = []
+    for function in (made, lambda x, _: one_by_one(made, x, ["de", "fr"])):
+        rows = torch.autograd.functional.jacobian(
+            lambda t, f=function: f(t, torch.tensor([1, 0])), x, create_graph=True, vectorize=True
+        )
+        rows.square().sum().backward()
+        results.append({n: g for n, g in named_gradients(made).items() if g.any()})
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("hooked", [False, True])
 def test_what_is_not_finite_stays_in_its_sample(hooked):
     made = layer()
