@@ -252,8 +252,8 @@ class LinearWithAdapters(OverLinear):
         """y [S, ..., out] for x [S, ..., in]; `adapters`: a name for each sample or one for all, or places in `names`.
 
         Names and places are the list and the tensor of `mixed_lora_linear`, "__base__" and -1 the base alone; by default
-        those in the attribute `selected`. In training the adapters of a batch must have one dropout. ValueError for a name
-        or a place that there is not, and where nothing is given or selected.
+        those in the attribute `selected`. The adapters of a batch must have one dropout, where one in eval mode has none.
+        ValueError for a name or a place that there is not, and where nothing is given or selected.
         """
         adapters = self.selected if adapters is None else adapters
         if not x.ndim:
@@ -297,7 +297,7 @@ class LinearWithAdapters(OverLinear):
         lora: Any = self.adapters[name]
         y = None
         if is_plain(linear, lora) and self._reads_weight(x):
-            scale, chance = lora.run_time_scale(), lora.dropout if self.training else 0.0
+            scale, chance = lora.run_time_scale(), lora.dropout if lora.training else 0.0
             y = bases.lora_linear_on(linear, x, lora.A, lora.B, scale, dropout_p=chance)
         return bases.called(linear, x) + lora(x) if y is None else y
 
@@ -321,11 +321,10 @@ class LinearWithAdapters(OverLinear):
             raise ValueError(f"name must be one of {self.names}, got {name!r}")
 
     def _dropout(self, index: Any) -> float:
-        if not self.training:
-            return 0.0
-        used = range(len(self.names)) if isinstance(index, Tensor) else set(index) - {_NONE}
         layers: list[Any] = list(self.adapters.values())
-        chances = {layers[place].dropout for place in used}
+        if not isinstance(index, Tensor):
+            layers = [layers[place] for place in set(index) - {_NONE}]
+        chances = {lora.dropout if lora.training else 0.0 for lora in layers}
         if len(chances) > 1:
             raise ValueError(f"adapters of one batch must have one dropout, got {sorted(chances)}")
         return chances.pop() if chances else 0.0

@@ -224,6 +224,23 @@ def test_dropout():
     made(x, ["fr", BASE])
 
 
+@pytest.mark.parametrize("given", ["fr", ["fr", BASE], torch.tensor([0, -1])], ids=str)
+def test_an_adapter_drops_in_its_own_mode(given):
+    """Not in the layer's: as where it is called as a module."""
+    made = layer(dropout=0.5)
+    x = torch.ones(2, 40, 7, dtype=torch.float64)
+    for adapters_train in (False, True):
+        made.train(not adapters_train)
+        made.adapters.train(adapters_train)
+        for _ in range(2):
+            assert torch.equal(made(x, given), made(x, given)) != adapters_train
+            made.linear.register_forward_hook(lambda *call: None)
+        made.linear._forward_hooks.clear()
+    made.adapters["de"].eval()
+    with pytest.raises(ValueError, match=r"must have one dropout, got \[0.0, 0.5\]"):
+        made(x, ["fr", "de"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float32_adapters_on_a_half_base(dtype):
     made = layer(nn.Linear(7, 5).to(dtype), dtype=torch.float32)
