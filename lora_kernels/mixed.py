@@ -19,7 +19,7 @@ from lora_kernels.arguments import check_operand, check_scale, number
 from lora_kernels.bases import adapter_dtype, features, is_linear, is_quantized
 from lora_kernels.functional import lora_linear
 from lora_kernels.grouped import grouped_lora_linear
-from lora_kernels.modules import LoRALayer, OverLinear, is_plain
+from lora_kernels.modules import LoRALayer, OverLinear, called_apart, is_plain
 from lora_kernels.operands import DTYPES, Adapter, QuantizedWeight, Scale, Weight, accumulated
 from lora_kernels.routing import sorted_by_group
 
@@ -299,7 +299,7 @@ class LinearWithAdapters(OverLinear):
         if is_plain(linear, lora) and self._reads_weight(x):
             scale, chance = lora.run_time_scale(), lora.dropout if lora.training else 0.0
             y = bases.lora_linear_on(linear, x, lora.A, lora.B, scale, dropout_p=chance)
-        return bases.called(linear, x) + lora(x) if y is None else y
+        return called_apart(linear, lora, x) if y is None else y
 
     def _base(self, x: Tensor) -> Tensor:
         """What `linear` computes; of a quantised one from its packed weight, as beside an adapter."""
@@ -343,7 +343,7 @@ class LinearWithAdapters(OverLinear):
         for place, g in enumerate(chosen):
             if g != _NONE:
                 own = ids == place  # of other samples neither what is not finite nor a gradient
-                y = y + torch.where(own, layers[g](torch.where(own, x, 0)), 0)
+                y = (y + torch.where(own, layers[g](torch.where(own, x, 0)), 0)).to(y.dtype)
         return y
 
 

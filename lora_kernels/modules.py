@@ -276,8 +276,14 @@ class LinearWithLoRA(OverLinear):
             )
         if y is None:
             plain = lora.magnitude is None
-            y = bases.called(linear, x) + lora(x) if plain else _scaled(linear, lora, x)
+            y = called_apart(linear, lora, x) if plain else _scaled(linear, lora, x)
         return y
+
+
+def called_apart(linear: Any, lora: Any, x: Tensor) -> Tensor:
+    """`linear(x) + lora(x)` in the first's dtype, which under autocast is not x's."""
+    y = bases.called(linear, x)
+    return (y + lora(x)).to(y.dtype)
 
 
 def _first_magnitude(linear: nn.Module, lora: LoRALayer) -> nn.Parameter:

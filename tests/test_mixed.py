@@ -254,6 +254,20 @@ def test_float32_adapters_on_a_half_base(dtype):
         torch.testing.assert_close(y[i : i + 1], want)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("given", ["fr", BASE, ["fr", BASE], torch.tensor([0, -1])], ids=str)
+def test_autocast_gives_the_dtype_of_linear(given, hooked):
+    made = layer(nn.Linear(7, 5))
+    x = torch.randn(2, 7)
+    exact = made(x, given)
+    if hooked:
+        made.linear.register_forward_hook(lambda *call: None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = made(x, given)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, atol=0.05, rtol=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("name", ["fr", BASE])

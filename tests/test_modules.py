@@ -336,6 +336,16 @@ class TestHooks:
         parametrize.register_parametrization(layer.linear, "weight", Doubled())
         torch.testing.assert_close(layer(x), expected)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("inner", ["linear", "lora"])
+    def test_autocast_gives_the_dtype_of_linear(self, layer, dtype, inner):
+        getattr(layer.to(dtype), inner).register_forward_hook(lambda *call: None)
+        x = torch.randn(4, 6).to(dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y, want = layer(x), layer.linear(x).dtype
+        assert y.dtype == want
+        torch.testing.assert_close(y.double(), layer.double()(x.double()), atol=0.05, rtol=0.05)
+
     @pytest.mark.parametrize("hooked", [False, True])
     def test_a_parametrization_runs_once(self, layer, hooked):
         """Those of a spectral norm go on with each reading of the weight."""
