@@ -82,8 +82,7 @@ class LoRALayer(nn.Module):
     @alpha.setter
     def alpha(self, value: float) -> None:
         check_alpha(value)
-        self._alpha = _number(value)
-        self._write_scale()
+        self._set(_number(value), self._scaling)
 
     @property
     def scaling(self) -> str:
@@ -93,22 +92,27 @@ class LoRALayer(nn.Module):
     @scaling.setter
     def scaling(self, value: str) -> None:
         check_scaling(value)
-        self._scaling = value
-        self._write_scale()
+        self._set(self._alpha, value)
 
     @property
     def scale(self) -> float:
         """The multiplier of the branch: alpha, as `scaling` divides it."""
         return float(SCALINGS[self._scaling](self._alpha, self.rank))
 
-    def _write_scale(self) -> None:
-        with torch.no_grad():
-            self.scale_tensor.fill_(self.scale)
+    def _set(self, alpha: float, scaling: str) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            if self.scale_tensor.is_inference():  # as of a copy that was made in inference mode
+                self.scale_tensor = self.scale_tensor.clone()
+            self.scale_tensor.fill_(float(SCALINGS[scaling](alpha, self.rank)))
+        self._alpha, self._scaling = alpha, scaling
 
     def _scale_tensor(self) -> Tensor:
         """`scale` where A is, in float64 beside a float64 A; on the CPU while A is on the meta device."""
         device = "cpu" if self.A.is_meta else self.A.device
-        return alpha_tensor(self.scale, self.A.dtype, device)
+        with torch.inference_mode(
+            False
+        ):  # a caller's would make it one that nothing can set afterwards
+            return alpha_tensor(self.scale, self.A.dtype, device)
 
     def _place_scale(self) -> None:
         made = self._scale_tensor()

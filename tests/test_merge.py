@@ -235,6 +235,19 @@ def test_meta_tensors_are_merged():
     assert merge_lora(model) == ["0"] and model[0].weight.is_meta
 
 
+def test_merging_in_inference_mode():
+    """The weight that is kept, which a state dict saves, can be trained."""
+    model = block()
+    x = torch.randn(3, 12)
+    before, expected = snapshot(model), model(x)
+    with torch.inference_mode():
+        merge_lora(model)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+    assert not any(t.is_inference() for t in model.state_dict().values())
+    unmerge_lora(model)
+    assert unchanged(model, before)
+
+
 def test_a_layer_in_two_places_is_unloaded_from_both():
     model = nn.Module()
     model.first = model.second = LinearWithLoRA(nn.Linear(4, 4), 2, 1.0)

@@ -165,6 +165,30 @@ class TestScaling:
         expected = layer.linear(x) + scale * (x @ layer.lora.A @ layer.lora.B)
         torch.testing.assert_close(layer(x), expected)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda layer: LoRALayer(6, 3, 2, 1.0),
+            lambda layer: layer.to(torch.float64),
+            copy.deepcopy,
+        ],
+        ids=["made", "moved", "copied"],
+    )
+    def test_alpha_of_a_layer_that_inference_mode_has_seen(self, change):
+        with torch.inference_mode():
+            layer = change(LoRALayer(6, 3, 2, 1.0))
+        layer.alpha = 5.0
+        assert layer.alpha == layer.scale == layer.scale_tensor == 5.0
+        assert not layer.scale_tensor.is_inference()
+
+    def test_a_scale_that_cannot_be_written_changes_nothing(self):
+        layer = LoRALayer(6, 3, 2, 1.0)
+        layer.scale_tensor = None
+        for name, value in (("alpha", 5.0), ("scaling", "alpha/rank")):
+            with pytest.raises(AttributeError):
+                setattr(layer, name, value)
+        assert layer.alpha == 1.0 and layer.scaling == "alpha"
+
     def test_alpha_takes_effect_at_once(self):
         layer = fill(LinearWithLoRA(nn.Linear(6, 3), 4, 1.0))
         x = torch.randn(5, 6)
