@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.functional import hessian
 
 from lora_kernels import explain, grouped_lora_linear, lora_linear, plan
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
@@ -380,3 +381,19 @@ def test_batched_gradients(backend):
     each = [torch.autograd.grad(y, tensors, dy, retain_graph=True) for dy in dys]
     right = [torch.stack(t) for t in zip(*each, strict=True)]
     torch.testing.assert_close(list(found), right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["forward-mode", "reverse-mode"])
+@pytest.mark.parametrize("shared", [False, True], ids=["experts", "shared"])
+def test_vectorised_hessians(shared, strategy):
+    """Of torch.autograd.functional, in all operands, with a group without rows among them."""
+    tensors, offsets, scale = operands([0, 2, 2, 5], f64, K=4, N=3, R=2, shared=shared)
+    scale = scale.double()
+    found = hessian(
+        lambda *t: called(t, offsets, scale).square().sum(),
+        tensors,
+        vectorize=True,
+        outer_jacobian_strategy=strategy,
+    )
+    right = hessian(lambda *t: loop(t, offsets.tolist(), scale, None).square().sum(), tensors)
+    torch.testing.assert_close(found, right)

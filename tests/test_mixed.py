@@ -144,6 +144,19 @@ def test_a_penalty_on_a_vectorised_jacobian():
     torch.testing.assert_close(*results)
 
 
+def test_a_vectorised_hessian_in_forward_mode():
+    made = layer()
+    x = torch.randn(2, 7, dtype=torch.float64)
+    options = {"vectorize": True, "outer_jacobian_strategy": "forward-mode"}
+    found = torch.autograd.functional.hessian(
+        lambda t: made(t, torch.tensor([1, 0])).square().sum(), x, **options
+    )
+    right = torch.autograd.functional.hessian(
+        lambda t: one_by_one(made, t, ["de", "fr"]).square().sum(), x
+    )
+    torch.testing.assert_close(found, right)
+
+
 @pytest.mark.parametrize("hooked", [False, True])
 def test_what_is_not_finite_stays_in_its_sample(hooked):
     made = layer()
