@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import bases
-from lora_kernels.arguments import check_operand, check_scale, number
+from lora_kernels.arguments import check_operand, check_scale, check_shaped, number
 from lora_kernels.bases import adapter_dtype, features, is_linear, is_quantized
 from lora_kernels.functional import lora_linear
 from lora_kernels.grouped import grouped_lora_linear
@@ -86,11 +86,15 @@ def _check_operands(x: Any, weight: Any) -> None:
     """TypeError or ValueError unless x is [S, ..., K] and weight [N, K]."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    if x.is_nested or x.ndim < 2:
-        got = "a nested tensor" if x.is_nested else list(x.shape)
-        raise ValueError(f"x must be [S, ..., K], a row or more for each sample, got {got}")
+    check_shaped(x, "x")
+    if x.ndim < 2:
+        raise ValueError(
+            f"x must be [S, ..., K], a row or more for each sample, got {list(x.shape)}"
+        )
     if not isinstance(weight, (Tensor, QuantizedWeight)):
         raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
+    if isinstance(weight, Tensor):
+        check_shaped(weight, "weight")
     if len(weight.shape) != 2:
         raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
     if x.shape[-1] != weight.shape[1]:
@@ -145,6 +149,7 @@ def _of_list(index: Sequence[int], S: int, count: int) -> tuple[list[int], list[
 
 def _of_tensor(index: Tensor, x: Tensor, count: int) -> tuple[Tensor, list[int]]:
     """`_of_list` of a tensor: all adapters in their order, and last none."""
+    check_shaped(index, "index")
     if index.dtype not in (torch.int32, torch.int64) or index.shape != x.shape[:1]:
         raise ValueError(
             f"index must be int64 or int32 [{x.shape[0]}], got {index.dtype} {list(index.shape)}"

@@ -99,6 +99,13 @@ class LoRALayer(nn.Module):
         """The multiplier of the branch: alpha, as `scaling` divides it."""
         return float(SCALINGS[self._scaling](self._alpha, self.rank))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """nn.Module would register a module or a parameter past the property."""
+        if name in ("alpha", "scaling", "scale"):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def _set(self, alpha: float, scaling: str) -> None:
         with torch.inference_mode(False), torch.no_grad():
             if self.scale_tensor.is_inference():  # as of a copy that was made in inference mode

@@ -322,6 +322,7 @@ def test_explain_and_problem():
         Problem(40, 9, 13, 5, "float32", "float32", groups=5, weights=3)
 
 
+NESTED = torch.nested.as_nested_tensor(torch.ones(2, 3, 4))
 GOOD = dict(zip(NAMES, (t.detach() for t in operands(ROUTINGS["mixed"])[0]), strict=True))
 GOOD |= {"offsets": as_offsets(ROUTINGS["mixed"]), "scale": 0.5}
 
@@ -351,6 +352,9 @@ GOOD |= {"offsets": as_offsets(ROUTINGS["mixed"]), "scale": 0.5}
         ({"scale": torch.rand(4)}, ValueError, "scale must be a number or [G] = [5], got [4]"),
         ({"scale": torch.rand(5).requires_grad_()}, ValueError, "scale must not require grad"),
         ({"scale": "1"}, TypeError, "scale must be a number or a [G] tensor, got str"),
+        *(({name: NESTED}, TypeError, f"{name} must be a dense tensor, got a nested one")
+          for name in (*NAMES, "offsets")),
+        ({"scale": NESTED}, TypeError, "scale must be a number or a [G] tensor, got a nested one"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p must be in [0, 1), got 1.0"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
     ],

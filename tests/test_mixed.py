@@ -168,6 +168,7 @@ def test_what_is_not_finite_stays_in_its_sample(hooked):
     assert made.adapters["fr"].A.grad.isfinite().all()
 
 
+NESTED = torch.nested.as_nested_tensor(torch.ones(2, 3, 4))
 X, W = torch.randn(2, 8), torch.randn(4, 8)
 A, B = torch.randn(8, 2), torch.randn(2, 4)
 FITS = (torch.randn(8, 3), torch.randn(3, 4), 1.0)
@@ -183,6 +184,9 @@ FITS = (torch.randn(8, 3), torch.randn(3, 4), 1.0)
         ((A, B[0, 0], 1.0), ValueError, "B of adapters[1] must be [R, N] = [2, 4], got []"),
         ((A[0], B, 1.0), ValueError, "A of adapters[1] must be [K, R] with K = 8, got [2]"),
         ((A, None, 1.0), TypeError, "B of adapters[1] must be a Tensor, got NoneType"),
+        ((NESTED, B, 1.0), TypeError, "A of adapters[1] must be a dense tensor, got a nested one"),
+        ((A, nn.parameter.UninitializedParameter(), 1.0), TypeError,
+         "B of adapters[1] must be a dense tensor, got an UninitializedParameter"),
         ((A, B.to("meta"), 1.0), ValueError, "B of adapters[1] must be on x's device, cpu"),
         ((A, B), TypeError, "adapters[1] must be (A, B, scale), got tuple"),
         ((A, B, "1"), TypeError, "scale of adapters[1] must be a number or a 0-d tensor"),
@@ -206,10 +210,13 @@ def test_bad_adapters_are_named(adapter, error, message, index):
         ({"weight": None}, TypeError, "weight must be a Tensor, got NoneType"),
         ({"x": X[:, :7]}, ValueError, "x must be [S, ..., K] with K = 8 as in weight, got [2, 7]"),
         ({"weight": W[0]}, ValueError, "weight must be [N, K], got [8]"),
+        ({"x": nn.parameter.UninitializedParameter()}, TypeError, "x must be a dense tensor, got an Uninit"),
+        *(({name: NESTED}, TypeError, f"{name} must be a dense tensor, got a nested one")
+          for name in ("x", "weight", "bias", "index")),
         ({"index": [0.0, 1]}, TypeError, "index must have integers, got 0.0"),
         ({"index": "00"}, TypeError, "index must have integers, got '0'"),
     ],
-)
+)  # fmt: skip
 def test_bad_operands_are_named(change, error, message):
     good = {"x": X, "weight": W, "adapters": [FITS], "index": [0, 0]}
     with pytest.raises(error, match=re.escape(message)):

@@ -198,7 +198,10 @@ class TestScaling:
 
     @pytest.mark.parametrize(
         "value, error",
-        [(bad, TypeError) for bad in ("1", None, True)]
+        [
+            (bad, TypeError)
+            for bad in ("1", None, True, nn.Linear(2, 2), nn.Parameter(torch.ones(())))
+        ]
         + [(bad, ValueError) for bad in (float("nan"), float("inf"), 1e39, 10**400)],
     )
     def test_a_bad_alpha_changes_nothing(self, value, error):
