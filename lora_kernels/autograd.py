@@ -119,9 +119,16 @@ def saved(ctx: Any) -> tuple[Saved, Scale, Any, Any]:
 def apply(*args: Any) -> tuple[Tensor, Tensor]:
     """(y, s) of LoRALinear.apply, without inspecting forward's signature: that takes longer than a small product."""
     if torch._C._are_functorch_transforms_active():
-        return LoRALinear.apply(*args)
+        return (transparent if _is_forward_over_forward() else LoRALinear.apply)(*args)
     args = torch._functorch.utils.unwrap_dead_wrappers(args)
     return super(torch.autograd.Function, LoRALinear).apply(*args)  # type: ignore[misc]
+
+
+def _is_forward_over_forward() -> bool:
+    """Whether one forward mode of torch.func is within another: in a Function's jvp torch drops the outer one's tangents."""
+    functorch = torch._C._functorch
+    kinds = [interpreter.key() for interpreter in functorch.get_interpreter_stack()]
+    return kinds.count(functorch.TransformType.Jvp) > 1
 
 
 def transparent(

@@ -54,11 +54,13 @@ def merge_lora(
     try:
         with torch.no_grad():
             for _, layer in fresh:
-                if is_packed(layer.linear):
-                    layer.merged_weight = merged_weight(layer, dequantize).contiguous()
-                else:
+                # What is kept outlives a caller's inference mode, whose tensors autograd refuses.
+                with torch.inference_mode(False), torch.no_grad():
+                    if is_packed(layer.linear):
+                        layer.merged_weight = merged_weight(layer, dequantize).contiguous()
+                        continue
                     layer.unmerged_weight = layer.linear.weight.detach().clone()
-                    layer.linear.weight.copy_(merged_weight(layer))
+                layer.linear.weight.copy_(merged_weight(layer))
         if unload:
             _unload(model)
     except BaseException:
@@ -126,7 +128,8 @@ def _unloaded(layer: LinearWithLoRA) -> nn.Module:
     if base.bias is not None:
         bias = base.bias
         same = bias.dtype == weight.dtype
-        dense.bias = bias if same else nn.Parameter(bias.to(weight.dtype), bias.requires_grad)
+        with torch.inference_mode(False):
+            dense.bias = bias if same else nn.Parameter(bias.to(weight.dtype), bias.requires_grad)
     return dense
 
 

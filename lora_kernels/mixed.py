@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import bases
-from lora_kernels.arguments import check_operand, check_scale, number
+from lora_kernels.arguments import check_operand, check_scale, check_shaped, number
 from lora_kernels.bases import adapter_dtype, features, is_linear, is_quantized
 from lora_kernels.functional import lora_linear
 from lora_kernels.grouped import grouped_lora_linear
-from lora_kernels.modules import LoRALayer, OverLinear, is_plain
+from lora_kernels.modules import LoRALayer, OverLinear, called_apart, is_plain
 from lora_kernels.operands import DTYPES, Adapter, QuantizedWeight, Scale, Weight, accumulated
 from lora_kernels.routing import sorted_by_group
 
@@ -86,11 +86,15 @@ def _check_operands(x: Any, weight: Any) -> None:
     """TypeError or ValueError unless x is [S, ..., K] and weight [N, K]."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    if x.is_nested or x.ndim < 2:
-        got = "a nested tensor" if x.is_nested else list(x.shape)
-        raise ValueError(f"x must be [S, ..., K], a row or more for each sample, got {got}")
+    check_shaped(x, "x")
+    if x.ndim < 2:
+        raise ValueError(
+            f"x must be [S, ..., K], a row or more for each sample, got {list(x.shape)}"
+        )
     if not isinstance(weight, (Tensor, QuantizedWeight)):
         raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
+    if isinstance(weight, Tensor):
+        check_shaped(weight, "weight")
     if len(weight.shape) != 2:
         raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
     if x.shape[-1] != weight.shape[1]:
@@ -145,6 +149,7 @@ def _of_list(index: Sequence[int], S: int, count: int) -> tuple[list[int], list[
 
 def _of_tensor(index: Tensor, x: Tensor, count: int) -> tuple[Tensor, list[int]]:
     """`_of_list` of a tensor: all adapters in their order, and last none."""
+    check_shaped(index, "index")
     if index.dtype not in (torch.int32, torch.int64) or index.shape != x.shape[:1]:
         raise ValueError(
             f"index must be int64 or int32 [{x.shape[0]}], got {index.dtype} {list(index.shape)}"
@@ -252,8 +257,8 @@ class LinearWithAdapters(OverLinear):
         """y [S, ..., out] for x [S, ..., in]; `adapters`: a name for each sample or one for all, or places in `names`.
 
         Names and places are the list and the tensor of `mixed_lora_linear`, "__base__" and -1 the base alone; by default
-        those in the attribute `selected`. In training the adapters of a batch must have one dropout. ValueError for a name
-        or a place that there is not, and where nothing is given or selected.
+        those in the attribute `selected`. The adapters of a batch must have one dropout, where one in eval mode has none.
+        ValueError for a name or a place that there is not, and where nothing is given or selected.
         """
         adapters = self.selected if adapters is None else adapters
         if not x.ndim:
@@ -297,9 +302,9 @@ class LinearWithAdapters(OverLinear):
         lora: Any = self.adapters[name]
         y = None
         if is_plain(linear, lora) and self._reads_weight(x):
-            scale, chance = lora.run_time_scale(), lora.dropout if self.training else 0.0
+            scale, chance = lora.run_time_scale(), lora.dropout if lora.training else 0.0
             y = bases.lora_linear_on(linear, x, lora.A, lora.B, scale, dropout_p=chance)
-        return bases.called(linear, x) + lora(x) if y is None else y
+        return called_apart(linear, lora, x) if y is None else y
 
     def _base(self, x: Tensor) -> Tensor:
         """What `linear` computes; of a quantised one from its packed weight, as beside an adapter."""
@@ -321,11 +326,10 @@ class LinearWithAdapters(OverLinear):
             raise ValueError(f"name must be one of {self.names}, got {name!r}")
 
     def _dropout(self, index: Any) -> float:
-        if not self.training:
-            return 0.0
-        used = range(len(self.names)) if isinstance(index, Tensor) else set(index) - {_NONE}
         layers: list[Any] = list(self.adapters.values())
-        chances = {layers[place].dropout for place in used}
+        if not isinstance(index, Tensor):
+            layers = [layers[place] for place in set(index) - {_NONE}]
+        chances = {lora.dropout if lora.training else 0.0 for lora in layers}
         if len(chances) > 1:
             raise ValueError(f"adapters of one batch must have one dropout, got {sorted(chances)}")
         return chances.pop() if chances else 0.0
@@ -344,7 +348,7 @@ class LinearWithAdapters(OverLinear):
         for place, g in enumerate(chosen):
             if g != _NONE:
                 own = ids == place  # of other samples neither what is not finite nor a gradient
-                y = y + torch.where(own, layers[g](torch.where(own, x, 0)), 0)
+                y = (y + torch.where(own, layers[g](torch.where(own, x, 0)), 0)).to(y.dtype)
         return y
 
 

@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -81,8 +82,7 @@ class LoRALayer(nn.Module):
     @alpha.setter
     def alpha(self, value: float) -> None:
         check_alpha(value)
-        self._alpha = _number(value)
-        self._write_scale()
+        self._set(_number(value), self._scaling)
 
     @property
     def scaling(self) -> str:
@@ -92,22 +92,34 @@ class LoRALayer(nn.Module):
     @scaling.setter
     def scaling(self, value: str) -> None:
         check_scaling(value)
-        self._scaling = value
-        self._write_scale()
+        self._set(self._alpha, value)
 
     @property
     def scale(self) -> float:
         """The multiplier of the branch: alpha, as `scaling` divides it."""
         return float(SCALINGS[self._scaling](self._alpha, self.rank))
 
-    def _write_scale(self) -> None:
-        with torch.no_grad():
-            self.scale_tensor.fill_(self.scale)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """nn.Module would register a module or a parameter past the property."""
+        if name in ("alpha", "scaling", "scale"):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _set(self, alpha: float, scaling: str) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            if self.scale_tensor.is_inference():  # as of a copy that was made in inference mode
+                self.scale_tensor = self.scale_tensor.clone()
+            self.scale_tensor.fill_(float(SCALINGS[scaling](alpha, self.rank)))
+        self._alpha, self._scaling = alpha, scaling
 
     def _scale_tensor(self) -> Tensor:
         """`scale` where A is, in float64 beside a float64 A; on the CPU while A is on the meta device."""
         device = "cpu" if self.A.is_meta else self.A.device
-        return alpha_tensor(self.scale, self.A.dtype, device)
+        with torch.inference_mode(
+            False
+        ):  # a caller's would make it one that nothing can set afterwards
+            return alpha_tensor(self.scale, self.A.dtype, device)
 
     def _place_scale(self) -> None:
         made = self._scale_tensor()
@@ -275,8 +287,14 @@ class LinearWithLoRA(OverLinear):
             )
         if y is None:
             plain = lora.magnitude is None
-            y = bases.called(linear, x) + lora(x) if plain else _scaled(linear, lora, x)
+            y = called_apart(linear, lora, x) if plain else _scaled(linear, lora, x)
         return y
+
+
+def called_apart(linear: Any, lora: Any, x: Tensor) -> Tensor:
+    """`linear(x) + lora(x)` in the first's dtype, which under autocast is not x's."""
+    y = bases.called(linear, x)
+    return (y + lora(x)).to(y.dtype)
 
 
 def _first_magnitude(linear: nn.Module, lora: LoRALayer) -> nn.Parameter:
@@ -367,37 +385,55 @@ def places_of(model: nn.Module, modules: Container[nn.Module]) -> list[Place]:
 
 def put_wrappers(model: nn.Module, places: list[Place], wrappers: Mapping[Any, nn.Module]) -> None:
     """Put the layer over each place's Linear in that place; all of them, or on an exception none."""
-    _put(places, wrappers)
+    renamed = {f"{name}.{p}": f"{name}.linear.{p}" for name, *_ in places for p in _OWN}
+    settings = _renamed_ties(model, renamed)
     for _, parent, _, _ in places:
         if isinstance(parent, nn.TransformerEncoderLayer):
             # Its inference path reads `linear1.weight` past the LoRA branch.
-            parent.activation_relu_or_gelu = 0
+            settings.append((parent, "activation_relu_or_gelu", 0))
     for module in model.modules() if places else ():
         if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-    rename_tied(model, {f"{name}.{p}": f"{name}.linear.{p}" for name, *_ in places for p in _OWN})
+            settings.append((module, "use_nested_tensor", False))
+    _put(places, wrappers, settings)
 
 
 def put_bases(model: nn.Module, bases: Mapping[Any, nn.Module]) -> None:
     """Put a Linear in every place of the layer that was over it; all of them, or on an exception none."""
     places = places_of(model, bases)
-    _put(places, bases)
-    rename_tied(model, {f"{name}.linear.{p}": f"{name}.{p}" for name, *_ in places for p in _OWN})
+    renamed = {f"{name}.linear.{p}": f"{name}.{p}" for name, *_ in places for p in _OWN}
+    _put(places, bases, _renamed_ties(model, renamed))
 
 
-def _put(places: list[Place], instead: Mapping[Any, nn.Module]) -> None:
-    """Put what `instead` has for each place's child in that place; all of them, or on an exception none."""
+def _put(
+    places: list[Place], instead: Mapping[Any, nn.Module], settings: list[tuple[Any, str, Any]]
+) -> None:
+    """Put what `instead` has for each place's child in that place, and set attributes; on an exception all is as before.
+
+    A setting is (module, attribute, value).
+    """
+    before = [(module, name, getattr(module, name, None)) for module, name, _ in settings]
+    done = 0
     try:
         for _, parent, key, child in places:
             setattr(parent, key, instead[child])
+        for module, name, value in settings:
+            done += 1
+            setattr(module, name, value)
     except BaseException:
         for _, parent, key, child in places:
             parent._modules[key] = child
+        for setting in reversed(before[:done]):
+            with suppress(Exception):  # one that cannot be set has its old value
+                setattr(*setting)
         raise
 
 
-def rename_tied(model: nn.Module, names: dict[str, str]) -> None:
-    """Enter new parameter names in the lists of tied weights of Transformers' models, which tie and save by them."""
+def _renamed_ties(model: nn.Module, names: dict[str, str]) -> list[tuple[nn.Module, str, Any]]:
+    """The lists of tied weights of Transformers' models, which tie and save by them, with new parameter names.
+
+    Each is (module, attribute, list).
+    """
+    found: list[tuple[nn.Module, str, Any]] = []
     for path, module in model.named_modules():
         prefix = path + "." if path else ""
         new = {
@@ -409,9 +445,10 @@ def rename_tied(model: nn.Module, names: dict[str, str]) -> None:
             tied = getattr(module, attribute, None)
             if isinstance(tied, dict) and not new.keys().isdisjoint((*tied, *tied.values())):
                 renamed = {new.get(key, key): new.get(of, of) for key, of in tied.items()}
-                setattr(module, attribute, renamed)
+                found.append((module, attribute, renamed))
             elif isinstance(tied, list) and not new.keys().isdisjoint(tied):
-                setattr(module, attribute, [new.get(key, key) for key in tied])
+                found.append((module, attribute, [new.get(key, key) for key in tied]))
+    return found
 
 
 def layers_of(model: nn.Module, kind: type[Kind]) -> list[tuple[str, Kind]]:

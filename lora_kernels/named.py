@@ -88,15 +88,15 @@ def _in_all_or_none(name: str, layers: Iterable[LinearWithAdapters]) -> Iterator
 def remove_adapter(model: nn.Module, name: str) -> list[str]:
     """Drop an adapter everywhere; a Linear that has none left takes its place again. Returns the layers' names.
 
-    ValueError for a name that no layer has.
+    ValueError for a name that no layer has. Where a Linear cannot take its place, the model is as it was.
     """
     having = {layer: label for label, layer in named_layers(model) if name in layer.adapters}
     if not having:
         raise ValueError(f"name must be an adapter of the model, got {name!r}")
+    put_bases(model, {layer: layer.linear for layer in having if layer.names == (name,)})
     for layer in having:
         layer.remove_adapter(name)
         layer.selected = None
-    put_bases(model, {layer: layer.linear for layer in having if not layer.adapters})
     return list(having.values())
 
 

@@ -32,9 +32,13 @@ class Routing(NamedTuple):
         return (each.view(-1, self.slots, rows.shape[1]) * weights.unsqueeze(-1)).sum(1)
 
 
-def _moved(*args: Any) -> Tensor:
-    """`_Moved` of these arguments; in code that is compiled its plain operators: Dynamo traces no Function with a jvp."""
-    return _Moved.forward(*args) if torch.compiler.is_compiling() else _Moved.apply(*args)
+def _moved(rows: Tensor, *args: Any) -> Tensor:
+    """`_Moved` of these arguments, by its plain operators where a Function is not seen through.
+
+    Dynamo traces no Function with a jvp, and for a batch of gradients (is_grads_batched) a Function cuts the graph.
+    """
+    plain = torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(rows)
+    return (_Moved.forward if plain else _Moved.apply)(rows, *args)
 
 
 class _Moved(torch.autograd.Function):
@@ -61,12 +65,12 @@ class _Moved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        back = _Moved.apply(dy, *ctx.saved_tensors, ctx.slots, not ctx.back)
+        back = _moved(dy, *ctx.saved_tensors, ctx.slots, not ctx.back)
         return back, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _Moved.apply(tangent, *ctx.saved_tensors, ctx.slots, ctx.back)
+        return _moved(tangent, *ctx.saved_tensors, ctx.slots, ctx.back)
 
 
 def sorted_by_group(groups: Tensor, G: int) -> Routing:

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import lora_linear, use_backend
+from lora_kernels import lora_linear, lora_projections, use_backend
 from lora_kernels.dropout import Dropout, scaled_mask
 from tests.oracle import assert_bits, reference, saved_inside, with_gradients
 from tests.test_functional import NAMES, operands
@@ -161,6 +161,38 @@ class TestHigherOrder:
         tensors = tuple(t.detach() for t in doubles())
         tangents = tuple(torch.randn_like(t) for t in tensors)
         torch.testing.assert_close(*(jvp(f, tensors, tangents) for f in (ours, plain)))
+
+    @pytest.mark.parametrize("p", [0.0, 0.5])
+    @pytest.mark.parametrize("call", ["lora_linear", "a tensor as alpha", "DoRA", "projections"])
+    def test_forward_over_forward(self, call, p):
+        """jacfwd of jacfwd, in each two operands."""
+        tensors = x, weight, A, B, _ = [t.detach() for t in doubles()]
+        mask = scaled_mask(Dropout(p, torch.tensor(5)), *x.shape, x.dtype) if p else None
+        alpha = torch.tensor(0.75).double() if call == "a tensor as alpha" else 0.75
+        magnitude = torch.rand(3).double() if call == "DoRA" else None
+        norms = torch.linalg.vector_norm(weight + alpha * (A @ B).t(), dim=1)
+
+        def mine(x, weight, A, B, bias):
+            if call == "projections":
+                part = weight, A, B, alpha, bias, p, 5
+                return sum(lora_projections(x, [part, part]))
+            options = {"magnitude": magnitude, "dropout_p": p, "seed": 5}
+            return lora_linear(x, weight, A, B, alpha, bias, **options)
+
+        def theirs(x, weight, A, B, bias):
+            if magnitude is None:
+                y = reference(x, weight, A, B, 0.75, bias, mask=mask)
+                return 2 * y if call == "projections" else y
+            v = x if mask is None else mask * x
+            c = magnitude / norms
+            return (x - v) @ weight.t() + c * reference(v, weight, A, B, 0.75) + bias
+
+        for first, second in itertools.combinations(range(5), 2):
+            got, want = (
+                jacfwd(jacfwd(lambda *t, f=f: f(*t).square().sum(), first), second)(*tensors)
+                for f in (mine, theirs)
+            )
+            torch.testing.assert_close(got, want)
 
     @pytest.mark.parametrize("p", [0.0, 0.5])
     def test_forward_mode_in_alpha(self, p):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -348,6 +349,7 @@ class TestAlpha:
         ({"dropout_p": 1.0}, ValueError, "dropout_p must be in [0, 1), got 1.0"),
         ({"dropout_p": -0.1}, ValueError, "dropout_p must be in [0, 1), got -0.1"),
         ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a number in [0, 1), got str"),
+        ({"dropout_p": torch.ones(2)}, TypeError, "dropout_p must be a number in [0, 1), got Tensor"),
         ({"dropout_p": 0.5, "seed": 1.0}, TypeError, "seed must be an integer or a 0-d int64 tensor, got float"),
         ({"seed": "1"}, TypeError, "seed must be an integer or a 0-d int64 tensor, got str"),
         ({"dropout_p": 0.5, "seed": 2**63}, ValueError, "seed must be in [-2^63, 2^63), got 9223372036854775808"),
@@ -364,6 +366,24 @@ def test_bad_operands_are_named(change, error, message):
     for call in calls:
         with pytest.raises(error, match=re.escape(message)):
             call(**{**good, **change})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", ["strided", "jagged", "uninitialized"])
+@pytest.mark.parametrize("name", [*NAMES, "magnitude", "alpha", "seed"])
+def test_a_tensor_without_a_shape_is_named(name, kind):
+    x, weight, A, B, bias = operands()
+    good = {"x": x, "weight": weight, "A": A, "B": B, "alpha": 1.0, "bias": bias, "dropout_p": 0.5}
+    rule = {"alpha": "a number or a 0-d tensor", "seed": "an integer or a 0-d int64 tensor"}
+    if kind == "uninitialized":
+        shapeless, got = nn.parameter.UninitializedParameter(), "an UninitializedParameter"
+    else:
+        layout = getattr(torch, kind)
+        shapeless, got = torch.nested.nested_tensor([torch.ones(2, 5)], layout=layout), "a nested"
+    with pytest.raises(
+        TypeError, match=f"^{name} must be {rule.get(name, 'a dense tensor')}, got {got}"
+    ):
+        lora_linear(**{**good, name: shapeless})
 
 
 @pytest.mark.parametrize("call", [lora_linear, explain])

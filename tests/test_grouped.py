@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.functional import hessian
 
 from lora_kernels import explain, grouped_lora_linear, lora_linear, plan
 from lora_kernels.backends.composite import PRODUCTS as COMPOSITE
@@ -321,6 +322,7 @@ def test_explain_and_problem():
         Problem(40, 9, 13, 5, "float32", "float32", groups=5, weights=3)
 
 
+NESTED = torch.nested.as_nested_tensor(torch.ones(2, 3, 4))
 GOOD = dict(zip(NAMES, (t.detach() for t in operands(ROUTINGS["mixed"])[0]), strict=True))
 GOOD |= {"offsets": as_offsets(ROUTINGS["mixed"]), "scale": 0.5}
 
@@ -350,6 +352,9 @@ GOOD |= {"offsets": as_offsets(ROUTINGS["mixed"]), "scale": 0.5}
         ({"scale": torch.rand(4)}, ValueError, "scale must be a number or [G] = [5], got [4]"),
         ({"scale": torch.rand(5).requires_grad_()}, ValueError, "scale must not require grad"),
         ({"scale": "1"}, TypeError, "scale must be a number or a [G] tensor, got str"),
+        *(({name: NESTED}, TypeError, f"{name} must be a dense tensor, got a nested one")
+          for name in (*NAMES, "offsets")),
+        ({"scale": NESTED}, TypeError, "scale must be a number or a [G] tensor, got a nested one"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p must be in [0, 1), got 1.0"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
     ],
@@ -380,3 +385,19 @@ def test_batched_gradients(backend):
     each = [torch.autograd.grad(y, tensors, dy, retain_graph=True) for dy in dys]
     right = [torch.stack(t) for t in zip(*each, strict=True)]
     torch.testing.assert_close(list(found), right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["forward-mode", "reverse-mode"])
+@pytest.mark.parametrize("shared", [False, True], ids=["experts", "shared"])
+def test_vectorised_hessians(shared, strategy):
+    """Of torch.autograd.functional, in all operands, with a group without rows among them."""
+    tensors, offsets, scale = operands([0, 2, 2, 5], f64, K=4, N=3, R=2, shared=shared)
+    scale = scale.double()
+    found = hessian(
+        lambda *t: called(t, offsets, scale).square().sum(),
+        tensors,
+        vectorize=True,
+        outer_jacobian_strategy=strategy,
+    )
+    right = hessian(lambda *t: loop(t, offsets.tolist(), scale, None).square().sum(), tensors)
+    torch.testing.assert_close(found, right)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from lora_kernels import LinearWithLoRA, merge_lora, replace_linear_with_lora, unmerge_lora
+from lora_kernels import (
+    LinearWithLoRA,
+    load_adapter,
+    merge_lora,
+    replace_linear_with_lora,
+    save_adapter,
+    unmerge_lora,
+)
 from lora_kernels.modules import lora_layers
+from lora_kernels.named import add_adapter, load_named_adapter, remove_adapter
 from tests.oracle import assert_bits
 from tests.test_adapters import block, fill_adapters, snapshot, unchanged
 
@@ -225,6 +235,19 @@ def test_meta_tensors_are_merged():
     assert merge_lora(model) == ["0"] and model[0].weight.is_meta
 
 
+def test_merging_in_inference_mode():
+    """The weight that is kept, which a state dict saves, can be trained."""
+    model = block()
+    x = torch.randn(3, 12)
+    before, expected = snapshot(model), model(x)
+    with torch.inference_mode():
+        merge_lora(model)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+    assert not any(t.is_inference() for t in model.state_dict().values())
+    unmerge_lora(model)
+    assert unchanged(model, before)
+
+
 def test_a_layer_in_two_places_is_unloaded_from_both():
     model = nn.Module()
     model.first = model.second = LinearWithLoRA(nn.Linear(4, 4), 2, 1.0)
@@ -295,6 +318,70 @@ def test_a_place_that_cannot_be_set():
     with pytest.raises(AttributeError, match="second is fixed"):
         merge_lora(model, unload=True)
     assert unchanged(model, before)
+
+
+class Tied(nn.Module):
+    """An encoder and a tied head, below a holder with a list of its own; `fixed`: the list here cannot be set."""
+
+    fixed = False
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 6, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(6, 6)
+        self.ties = ["head.weight"]
+
+    @property
+    def _tied_weights_keys(self):
+        return self.ties
+
+    @_tied_weights_keys.setter
+    def _tied_weights_keys(self, keys):
+        if self.fixed:
+            raise AttributeError("the list is fixed")
+        self.ties = keys
+
+
+TARGETS = ["linear1", "head"]
+CHANGES = {
+    "replace": (None, lambda net, _: replace_linear_with_lora(net, 2, 1.0, target_modules=TARGETS)),
+    "load": (None, load_adapter),
+    "load into a layer": ("one layer", load_adapter),
+    "unload": ("layers", lambda net, _: merge_lora(net, unload=True)),
+    "add": (None, lambda net, _: add_adapter(net, "fr", 2, 1.0, target_modules=TARGETS)),
+    "load by name": (None, lambda net, path: load_named_adapter(net, "fr", path)),
+    "remove": ("named", lambda net, _: remove_adapter(net, "de")),
+}
+
+
+@pytest.mark.parametrize("before, change", CHANGES.values(), ids=CHANGES)
+def test_a_list_of_tied_weights_that_cannot_be_set(before, change, tmp_path):
+    """By any change of layers: the model is as it was, its settings and other lists too."""
+    net = nn.Module()
+    net.inner, net._tied_weights_keys = Tied(), ["inner.head.weight"]
+    source = copy.deepcopy(net)
+    replace_linear_with_lora(source, 2, 1.0, target_modules=TARGETS)
+    fill_adapters(source)
+    save_adapter(source, tmp_path)
+    if before == "named":
+        add_adapter(net, "de", 2, 1.0, target_modules=TARGETS)
+    elif before is not None:
+        targets = TARGETS if before == "layers" else ["linear1"]
+        replace_linear_with_lora(net, 2, 1.0, target_modules=targets)
+        fill_adapters(net)
+    encoder, net.inner.fixed = net.inner.encoder, True
+
+    def settings():
+        flags = encoder.use_nested_tensor, encoder.layers[0].activation_relu_or_gelu
+        return net._tied_weights_keys, net.inner.ties, flags
+
+    was, state = settings(), snapshot(net)
+    with pytest.raises(AttributeError, match="the list is fixed"):
+        change(net, tmp_path)
+    assert settings() == was and unchanged(net, state)
+    net.inner.fixed = False
+    change(net, tmp_path)
+    assert not unchanged(net, state)
 
 
 def test_a_conv1d_is_merged_as_it_is_stored():

@@ -130,6 +130,33 @@ def test_what_is_attached_to_the_parts_runs():
     assert calls == [1] * 4
 
 
+def test_a_penalty_on_a_vectorised_jacobian():
+    """It trains the adapters as the penalty on the Jacobian of plain PyTorch does."""
+    made = layer()
+    x = torch.randn(2, 7, dtype=torch.float64)
+    results = []
+    for function in (made, lambda x, _: one_by_one(made, x, ["de", "fr"])):
+        rows = torch.autograd.functional.jacobian(
+            lambda t, f=function: f(t, torch.tensor([1, 0])), x, create_graph=True, vectorize=True
+        )
+        rows.square().sum().backward()
+        results.append({n: g for n, g in named_gradients(made).items() if g.any()})
+    torch.testing.assert_close(*results)
+
+
+def test_a_vectorised_hessian_in_forward_mode():
+    made = layer()
+    x = torch.randn(2, 7, dtype=torch.float64)
+    options = {"vectorize": True, "outer_jacobian_strategy": "forward-mode"}
+    found = torch.autograd.functional.hessian(
+        lambda t: made(t, torch.tensor([1, 0])).square().sum(), x, **options
+    )
+    right = torch.autograd.functional.hessian(
+        lambda t: one_by_one(made, t, ["de", "fr"]).square().sum(), x
+    )
+    torch.testing.assert_close(found, right)
+
+
 @pytest.mark.parametrize("hooked", [False, True])
 def test_what_is_not_finite_stays_in_its_sample(hooked):
     made = layer()
@@ -141,6 +168,7 @@ def test_what_is_not_finite_stays_in_its_sample(hooked):
     assert made.adapters["fr"].A.grad.isfinite().all()
 
 
+NESTED = torch.nested.as_nested_tensor(torch.ones(2, 3, 4))
 X, W = torch.randn(2, 8), torch.randn(4, 8)
 A, B = torch.randn(8, 2), torch.randn(2, 4)
 FITS = (torch.randn(8, 3), torch.randn(3, 4), 1.0)
@@ -156,6 +184,9 @@ FITS = (torch.randn(8, 3), torch.randn(3, 4), 1.0)
         ((A, B[0, 0], 1.0), ValueError, "B of adapters[1] must be [R, N] = [2, 4], got []"),
         ((A[0], B, 1.0), ValueError, "A of adapters[1] must be [K, R] with K = 8, got [2]"),
         ((A, None, 1.0), TypeError, "B of adapters[1] must be a Tensor, got NoneType"),
+        ((NESTED, B, 1.0), TypeError, "A of adapters[1] must be a dense tensor, got a nested one"),
+        ((A, nn.parameter.UninitializedParameter(), 1.0), TypeError,
+         "B of adapters[1] must be a dense tensor, got an UninitializedParameter"),
         ((A, B.to("meta"), 1.0), ValueError, "B of adapters[1] must be on x's device, cpu"),
         ((A, B), TypeError, "adapters[1] must be (A, B, scale), got tuple"),
         ((A, B, "1"), TypeError, "scale of adapters[1] must be a number or a 0-d tensor"),
@@ -179,10 +210,13 @@ def test_bad_adapters_are_named(adapter, error, message, index):
         ({"weight": None}, TypeError, "weight must be a Tensor, got NoneType"),
         ({"x": X[:, :7]}, ValueError, "x must be [S, ..., K] with K = 8 as in weight, got [2, 7]"),
         ({"weight": W[0]}, ValueError, "weight must be [N, K], got [8]"),
+        ({"x": nn.parameter.UninitializedParameter()}, TypeError, "x must be a dense tensor, got an Uninit"),
+        *(({name: NESTED}, TypeError, f"{name} must be a dense tensor, got a nested one")
+          for name in ("x", "weight", "bias", "index")),
         ({"index": [0.0, 1]}, TypeError, "index must have integers, got 0.0"),
         ({"index": "00"}, TypeError, "index must have integers, got '0'"),
     ],
-)
+)  # fmt: skip
 def test_bad_operands_are_named(change, error, message):
     good = {"x": X, "weight": W, "adapters": [FITS], "index": [0, 0]}
     with pytest.raises(error, match=re.escape(message)):
@@ -210,6 +244,23 @@ def test_dropout():
     made(x, ["fr", BASE])
 
 
+@pytest.mark.parametrize("given", ["fr", ["fr", BASE], torch.tensor([0, -1])], ids=str)
+def test_an_adapter_drops_in_its_own_mode(given):
+    """Not in the layer's: as where it is called as a module."""
+    made = layer(dropout=0.5)
+    x = torch.ones(2, 40, 7, dtype=torch.float64)
+    for adapters_train in (False, True):
+        made.train(not adapters_train)
+        made.adapters.train(adapters_train)
+        for _ in range(2):
+            assert torch.equal(made(x, given), made(x, given)) != adapters_train
+            made.linear.register_forward_hook(lambda *call: None)
+        made.linear._forward_hooks.clear()
+    made.adapters["de"].eval()
+    with pytest.raises(ValueError, match=r"must have one dropout, got \[0.0, 0.5\]"):
+        made(x, ["fr", "de"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float32_adapters_on_a_half_base(dtype):
     made = layer(nn.Linear(7, 5).to(dtype), dtype=torch.float32)
@@ -221,6 +272,20 @@ def test_float32_adapters_on_a_half_base(dtype):
             x[i : i + 1], made.linear.weight, lora.A, lora.B, lora.scale, made.linear.bias
         )
         torch.testing.assert_close(y[i : i + 1], want)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("given", ["fr", BASE, ["fr", BASE], torch.tensor([0, -1])], ids=str)
+def test_autocast_gives_the_dtype_of_linear(given, hooked):
+    made = layer(nn.Linear(7, 5))
+    x = torch.randn(2, 7)
+    exact = made(x, given)
+    if hooked:
+        made.linear.register_forward_hook(lambda *call: None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = made(x, given)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.slow

@@ -165,6 +165,30 @@ class TestScaling:
         expected = layer.linear(x) + scale * (x @ layer.lora.A @ layer.lora.B)
         torch.testing.assert_close(layer(x), expected)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda layer: LoRALayer(6, 3, 2, 1.0),
+            lambda layer: layer.to(torch.float64),
+            copy.deepcopy,
+        ],
+        ids=["made", "moved", "copied"],
+    )
+    def test_alpha_of_a_layer_that_inference_mode_has_seen(self, change):
+        with torch.inference_mode():
+            layer = change(LoRALayer(6, 3, 2, 1.0))
+        layer.alpha = 5.0
+        assert layer.alpha == layer.scale == layer.scale_tensor == 5.0
+        assert not layer.scale_tensor.is_inference()
+
+    def test_a_scale_that_cannot_be_written_changes_nothing(self):
+        layer = LoRALayer(6, 3, 2, 1.0)
+        layer.scale_tensor = None
+        for name, value in (("alpha", 5.0), ("scaling", "alpha/rank")):
+            with pytest.raises(AttributeError):
+                setattr(layer, name, value)
+        assert layer.alpha == 1.0 and layer.scaling == "alpha"
+
     def test_alpha_takes_effect_at_once(self):
         layer = fill(LinearWithLoRA(nn.Linear(6, 3), 4, 1.0))
         x = torch.randn(5, 6)
@@ -174,7 +198,10 @@ class TestScaling:
 
     @pytest.mark.parametrize(
         "value, error",
-        [(bad, TypeError) for bad in ("1", None, True)]
+        [
+            (bad, TypeError)
+            for bad in ("1", None, True, nn.Linear(2, 2), nn.Parameter(torch.ones(())))
+        ]
         + [(bad, ValueError) for bad in (float("nan"), float("inf"), 1e39, 10**400)],
     )
     def test_a_bad_alpha_changes_nothing(self, value, error):
@@ -335,6 +362,16 @@ class TestHooks:
         expected = nn.functional.linear(x, 2 * layer.weight, layer.bias) + layer.lora(x)
         parametrize.register_parametrization(layer.linear, "weight", Doubled())
         torch.testing.assert_close(layer(x), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("inner", ["linear", "lora"])
+    def test_autocast_gives_the_dtype_of_linear(self, layer, dtype, inner):
+        getattr(layer.to(dtype), inner).register_forward_hook(lambda *call: None)
+        x = torch.randn(4, 6).to(dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y, want = layer(x), layer.linear(x).dtype
+        assert y.dtype == want
+        torch.testing.assert_close(y.double(), layer.double()(x.double()), atol=0.05, rtol=0.05)
 
     @pytest.mark.parametrize("hooked", [False, True])
     def test_a_parametrization_runs_once(self, layer, hooked):

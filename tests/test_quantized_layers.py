@@ -506,6 +506,18 @@ class TestMerging:
         assert net[0].bias is bias
         torch.testing.assert_close(net(x), before, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("unload", [False, True])
+    def test_merging_in_inference_mode(self, net, unload):
+        """What it makes takes part in training."""
+        net[0].bias.data = net[0].bias.data.double()
+        with torch.inference_mode():
+            merge_lora(net, dequantize=torch.float32, unload=unload)
+        made = [net[0].weight, net[0].bias] if unload else [net[0].merged_weight]
+        assert not any(t.is_inference() for t in made)
+        x = given()[0].detach().requires_grad_()
+        net(x).sum().backward()
+        assert x.grad is not None
+
     def test_the_default_dtype(self):
         for compute, stored, wanted in (
             (torch.bfloat16, torch.float32, torch.bfloat16),

@@ -51,6 +51,23 @@ def test_spread_and_gather(groups, weighted):
         assert torch.autograd.gradgradcheck(there_and_back, (x, weights))
 
 
+@pytest.mark.parametrize("groups", [ROUTES["two slots"], ROUTES["one slot"]])
+def test_a_batch_of_gradients_keeps_its_graph(groups):
+    """is_grads_batched with create_graph: the second derivatives are those of the gradients taken one by one."""
+    routing = sorted_by_group(groups, GROUPS)
+    x = torch.randn(groups.shape[0], 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(groups.shape[0], routing.slots, dtype=torch.float64, requires_grad=True)
+    y = routing.gather(routing.spread(x), weights)
+    dys = torch.randn(4, *y.shape, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, create_graph=True)
+    single = torch.stack(
+        [torch.autograd.grad(y, x, dy, create_graph=True)[0] for dy in dys.unbind()]
+    )
+    torch.testing.assert_close(batched, single)
+    both = (torch.autograd.grad(each.square().sum(), weights) for each in (batched, single))
+    torch.testing.assert_close(*both)
+
+
 def test_the_derivative_adds_a_tokens_slots_in_one_order():
     """In float32 sums of bfloat16, rounded once, where autograd's own would round after each slot."""
     routing = sorted_by_group(torch.zeros(1, 64, dtype=torch.int64), GROUPS)

@@ -141,15 +141,15 @@ class _Blocks(NamedTuple):
     def rows(self, blocks: Tensor) -> Tensor:
         """Blocks [count, height, C] as rows [T, C]."""
         count, height, columns = blocks.shape
-        return blocks.reshape(count * height, columns)[self.slot_of_row]
+        return _taken(blocks.reshape(count * height, columns), self.slot_of_row)
 
     def of_rows(self, t: Tensor) -> Tensor:
         """The element of t [G, ...] that is each row's."""
-        return t[self.group_of_row]
+        return _taken(t, self.group_of_row)
 
     def of_blocks(self, t: Tensor) -> Tensor:
         """The element of t [G, ...] that is each block's; any for one without rows."""
-        return t[self.group_of_block.clamp(max=self.groups - 1)]
+        return _taken(t, self.group_of_block.clamp(max=self.groups - 1))
 
     def sums(self, t: Tensor) -> Tensor:
         """Over each group's blocks: [count, ...] -> [G, ...], in their order."""
@@ -157,6 +157,11 @@ class _Blocks(NamedTuple):
         if t.is_cuda:  # index_add has atomics there, this one sorts
             return total.index_put((self.group_of_block,), t, accumulate=True)[: self.groups]
         return total.index_add(0, self.group_of_block, t)[: self.groups]
+
+
+def _taken(t: Tensor, index: Tensor) -> Tensor:
+    """t[index], by an operator that has a tangent under torch.autograd.functional's vmap, but on a GPU atomics."""
+    return t[index] if t.is_cuda else t.index_select(0, index)
 
 
 def with_column_scale(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
