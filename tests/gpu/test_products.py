@@ -103,6 +103,14 @@ def test_every_shipped_configuration_with_dropout(kernel, triton_backend):
     assert checked
 
 
+@pytest.mark.parametrize("case", [c for c in (*AWKWARD, *LARGE) if c.dropout], ids=str)
+def test_a_masked_tail_before_the_librarys_product(case, triton_backend):
+    products = Planned(triton_backend, current_target(), "tail_first")
+    if reason := declined(triton_backend, problem_of(case)):
+        pytest.skip(reason)
+    check_products(products, replace(case, device=DEVICE))
+
+
 @pytest.mark.parametrize("algorithm", ["persistent", "persistent_one_launch"])
 @pytest.mark.parametrize("case", PERSISTENT, ids=str)
 def test_the_persistent_product(case, algorithm, triton_backend):

@@ -17,9 +17,11 @@ from lora_kernels import LinearWithLoRA, explain, lora_linear, plan, use_backend
 from lora_kernels.backends import triton as backend_module
 from lora_kernels.dropout import Dropout, scaled_mask
 from lora_kernels.problem import Problem
+from lora_kernels.tuning.targets import TARGETS
 from tests.interpreter import strict
 from tests.interpreter.conftest import VARIANTS, on_target
-from tests.oracle import assert_gradients, gradients, reference
+from tests.oracle import AWKWARD, assert_gradients, check_products, gradients, reference
+from tests.planned import Planned
 
 NAMES = ("x", "weight", "A", "B", "bias")
 
@@ -92,6 +94,12 @@ def test_a_masked_tail_before_the_librarys_product(dtypes, shape, monkeypatch):
     tails = [each.arguments["K"] for each in launches if each.kernel == "_expand_kernel"]
     assert tails == ([0, 0] if dy.numel() else [])
     assert_gradients(actual, functools.partial(plain, mask=mask.view(shape)), given, dy)
+
+
+@pytest.mark.parametrize("case", [case for case in AWKWARD if case.dropout], ids=str)
+def test_its_products(case, monkeypatch):
+    on_target(monkeypatch, "sm_90", "tail_first")
+    check_products(Planned(backend_module.BACKEND, TARGETS["sm_90"], "tail_first"), case)
 
 
 @pytest.mark.parametrize(
