@@ -17,7 +17,7 @@ from lora_kernels.backends.triton.one_pass import one_pass
 from lora_kernels.backends.triton.parts import parts
 from lora_kernels.backends.triton.scale import scaled_gradient
 from lora_kernels.backends.triton.shrink import shrink, shrink_squares
-from lora_kernels.backends.triton.shrink_wgrad import scaled_shrink_wgrad, shrink_wgrad
+from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 from lora_kernels.backends.triton.wgrad import wgrad
 from lora_kernels.dropout import Dropout
 from lora_kernels.problem import DENSE, Problem
@@ -172,9 +172,7 @@ class Shapes:
             stored = self._fetched(p.M, p.R).copy_(q) if halves else q
             of = (x, stored) if self.forward else (q, dy)
             return {"dA" if self.forward else "dB": wgrad(*of, dtype, config, mask, **own)}
-        elif self.scaled:
-            scaled_shrink_wgrad(dy, b.t(), alpha, s, dtype, config, column, z)
         else:
-            found = shrink_wgrad(dy, b.t(), alpha, s, dtype, config)
-            return dict(zip(("q", "dB"), found, strict=True))
+            q, dB, *_ = shrink_wgrad(dy, b.t(), alpha, s, dtype, config, column, z)
+            return {} if self.scaled else {"q": q, "dB": dB}
         return {}

@@ -11,7 +11,7 @@ from lora_kernels import lora_linear
 from lora_kernels.backends.triton.expand import expand
 from lora_kernels.backends.triton.scale import scaled_gradient
 from lora_kernels.backends.triton.shrink import shrink_squares
-from lora_kernels.backends.triton.shrink_wgrad import scaled_shrink_wgrad
+from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 from lora_kernels.tuning.config import TileConfig
 from tests.executed.layer import emulated
 from tests.oracle import assert_budget, assert_gradients, gradients
@@ -86,7 +86,7 @@ def test_the_backward_reads_dy_once(kept):
     s, c, b_t = torch.randn(M, R), torch.rand(N), torch.randn(N, R).bfloat16()
     config = TileConfig("shrink_wgrad", 32, 64, 16, 4, 2, split=2)
     with emulate(TARGET, 5) as executed:
-        q, dB, dz, dc = scaled_shrink_wgrad(dy, b_t, 0.5, s, torch.float32, config, c, z)
+        q, dB, dz, dc = shrink_wgrad(dy, b_t, 0.5, s, torch.float32, config, c, z)
     tensors = moved(executed)
     assert tensors["dy_ptr"] == (dy.nbytes, 0) and tensors["dz_ptr"] == (0, dy.nbytes)
     scaled_b = (b_t * c[:, None]).bfloat16()

@@ -142,7 +142,7 @@ class TritonProducts(Products):
             return rounded, self.wgrad(s, dy, dtype)
         from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 
-        return shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config)
+        return shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config)[:2]
 
     def gradients(
         self, dy: Tensor, w: Weight, adapter: Adapter, x: Tensor, s: Tensor, dtype: torch.dtype
@@ -180,9 +180,10 @@ class TritonProducts(Products):
         config = self._one_reading(dy, s)
         if config is None:
             return super().scaled_shrink_wgrad(dy, c, z, adapter, s, dtype)
-        from lora_kernels.backends.triton.shrink_wgrad import scaled_shrink_wgrad
+        from lora_kernels.backends.triton.shrink_wgrad import shrink_wgrad
 
-        return scaled_shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config, c, z)
+        scaled = shrink_wgrad(dy, adapter.A, adapter.scale, s, dtype, config, c, z)
+        return cast(tuple[Tensor, Tensor, Tensor, Tensor | None], scaled)
 
     def _one_reading(self, dy: Tensor, s: Tensor) -> TileConfig | None:
         """The tile of the kernel that reads dy once for q and dB; None where it does not pay or cannot."""

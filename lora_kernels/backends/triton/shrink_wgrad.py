@@ -107,36 +107,6 @@ def _shrink_wgrad_kernel(
 
 
 def shrink_wgrad(
-    dy: Tensor, b_t: Tensor, alpha: Scale, s: Tensor, dtype: torch.dtype, config: TileConfig
-) -> tuple[Tensor, Tensor]:
-    """(q [M, R], dB [R, N] in `dtype`): dy [M, N], b_t [N, R], s [M, R] float32, any strides, none empty.
-
-    q is float32, but bfloat16 where dy and dB are: a product then takes it as it is.
-    """
-    return _launch(dy, b_t, alpha, s, dtype, config)[:2]
-
-
-def scaled_shrink_wgrad(
-    dy: Tensor,
-    b_t: Tensor,
-    alpha: Scale,
-    s: Tensor,
-    dtype: torch.dtype,
-    config: TileConfig,
-    c: Tensor,
-    z: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(q, dB, dz, dc) = (alpha·dy·(c∘b_t), c∘sᵀ·dy, c∘dy, the sums of dy∘z over rows), for c [N] float32 and z [M, N].
-
-    q and dB as those of `shrink_wgrad`, dz in dy's dtype, dc [N] float32; no dc without z.
-    """
-    dz = dy.new_empty(dy.shape)
-    config = replace(config, block_m=16)  # z and dz take registers beside dy's tile
-    q, dB, dc = _launch(dy, b_t, alpha, s, dtype, config, c.contiguous(), z, dz)
-    return q, dB, dz, dc
-
-
-def _launch(
     dy: Tensor,
     b_t: Tensor,
     alpha: Scale,
@@ -145,9 +115,15 @@ def _launch(
     config: TileConfig,
     c: Tensor | None = None,
     z: Tensor | None = None,
-    dz: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(q, dB, dc); dz is written where it is given."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(q [M, R], dB [R, N] in `dtype`, dz, dc): dy [M, N], b_t [N, R], s [M, R] float32, any strides, none empty.
+
+    q is float32, but bfloat16 where dy and dB are: a product then takes it as it is. With DoRA's c [N], float32, q is
+    alpha·dy·(c∘b_t), dB c∘sᵀ·dy, and dz = c∘dy in dy's dtype; dc [N] float32, the sums of dy∘z over rows, with z [M, N] too.
+    """
+    dz = None if c is None else dy.new_empty(dy.shape)
+    if c is not None:
+        config = replace(config, block_m=16)  # z and dz take registers beside dy's tile
     (M, N), R = dy.shape, s.shape[1]
     blocks = cdiv(N, config.block_n)
     split = min(config.split, cdiv(M, config.block_m))
@@ -162,7 +138,7 @@ def _launch(
         dy,
         b_t,
         s,
-        c,
+        None if c is None else c.contiguous(),
         None if z is None else z.contiguous(),
         q_parts,
         db_parts,
@@ -189,4 +165,4 @@ def _launch(
     q = sum_partials(q_parts, q, config, alpha)
     db = sum_partials(db_parts, dy.new_empty((R, N), dtype=dtype), config)
     dc = None if dc_parts is None else sum_partials(dc_parts, dc_parts.new_empty(N), config)
-    return q, db, dc
+    return q, db, dz, dc
