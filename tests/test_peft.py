@@ -169,6 +169,7 @@ def left_to_peft(monkeypatch, net, *args, **kwargs):
 
     with monkeypatch.context() as patch:
         patch.setattr(bases, "lora_linear", forbidden)
+        patch.setattr(integration, "mixed_lora_linear", forbidden)
         return net(*args, **kwargs)
 
 
@@ -442,6 +443,21 @@ class TestLeftAlone:
             "a subclass of nn.Linear"
         }
         assert "2 of 3 LoRA layers fused" in str(report)
+
+    @pytest.mark.parametrize("use_dora", [False, True])
+    def test_a_bias_of_lora_A(self, use_dora, monkeypatch):
+        """PEFT makes none, and adds one that it is given."""
+        net = model(use_dora=use_dora).eval()
+        net.base_model.model.first.lora_A["default"].bias = nn.Parameter(torch.ones(4))
+        plain = copy.deepcopy(net)
+        report = accelerate(net)
+        assert report.left_alone == {"base_model.model.first": "its lora_A has a bias"}
+        assert_same(run(net), run(plain))  # with the gradient of the bias
+        if not use_dora:  # in which PEFT has no batches of mixed adapters
+            x, names = torch.randn(3, 16), ["default", "__base__", "default"]
+            want = plain.base_model.model.first(x, adapter_names=names)
+            first = net.base_model.model.first
+            assert torch.equal(left_to_peft(monkeypatch, first, x, adapter_names=names), want)
 
     def test_a_dtype_that_peft_refuses_is_refused_by_peft(self):
         net = model(torch.bfloat16)

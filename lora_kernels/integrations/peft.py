@@ -301,6 +301,8 @@ def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str |
             return f"the forward of its {part} was replaced"
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         return "its lora_A or lora_B is no plain Linear (parametrized or replaced)"
+    if lora_A.bias is not None:
+        return "its lora_A has a bias"
     if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
         return "its dropout is no plain Dropout with p < 1"
     packs = is_quantized(base)  # whose forward casts a bias
