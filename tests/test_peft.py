@@ -320,6 +320,20 @@ class TestState:
         torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
 
+SCALINGS = {
+    "trained": (
+        lambda: nn.Parameter(torch.tensor(0.7)),
+        "not require grad: it is a run-time value, no parameter",
+    ),
+    "one for each output": (
+        lambda: torch.linspace(0, 1, 24),
+        "be a number or a 0-d tensor, got [24]",
+    ),
+    "a vector of one": (lambda: torch.tensor([0.5]), "be a number or a 0-d tensor, got [1]"),
+    "a bool": (lambda: True, "be a number or a 0-d tensor, got bool"),
+}
+
+
 class TestLeftAlone:
     def test_for_the_moment(self, monkeypatch):
         """A layer left alone because of its adapters' state is fused as soon as that allows."""
@@ -458,6 +472,24 @@ class TestLeftAlone:
             want = plain.base_model.model.first(x, adapter_names=names)
             first = net.base_model.model.first
             assert torch.equal(left_to_peft(monkeypatch, first, x, adapter_names=names), want)
+
+    @pytest.mark.parametrize("scaling", SCALINGS)
+    def test_a_scaling_that_is_no_number(self, layer, scaling, monkeypatch):
+        """One that may come and go at any time."""
+        make, rule = SCALINGS[scaling]
+        layer.eval()
+        x, names = torch.randn(3, 16), ["default", "__base__", "default"]
+        before, layer.scaling["default"] = layer.scaling["default"], make()
+        assert why_not_fused(layer) == f"its scaling must {rule}"
+        y = left_to_peft(monkeypatch, layer, x)
+        assert torch.equal(y, PEFT_FORWARD(layer, x))
+        mixed = left_to_peft(monkeypatch, layer, x, adapter_names=names)
+        torch.testing.assert_close(mixed[::2], y[::2])
+        if scaling == "trained":
+            y.sum().backward()
+            assert layer.scaling["default"].grad
+        layer.scaling["default"] = before
+        assert why_not_fused(layer) is None
 
     def test_a_dtype_that_peft_refuses_is_refused_by_peft(self):
         net = model(torch.bfloat16)

@@ -27,7 +27,7 @@ from lora_kernels.bases import has_hooks, is_conv1d, is_plain_tensor, is_quantiz
 from lora_kernels.declined import why_declined
 from lora_kernels.functional import autocast_dtype
 from lora_kernels.integrations import experts
-from lora_kernels.integrations.state import active, why_not_one_adapter
+from lora_kernels.integrations.state import active, why_not_one_adapter, why_not_scaling
 from lora_kernels.mixed import mixed_lora_linear
 from lora_kernels.modules import layers_of
 from lora_kernels.operands import DTYPES, Adapter
@@ -98,9 +98,6 @@ def _mixed_forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     """One product in which each sample has the adapter of its name, or None where PEFT's own forward must run."""
     base = layer.base_layer
     used = [name for name in dict.fromkeys(names) if name in layer.lora_A]
-    parts = {
-        name: (layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]) for name in used
-    }
     if (
         isinstance(layer, ParamWrapper)
         or len(names) != len(x)
@@ -110,15 +107,17 @@ def _mixed_forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
         or is_quantized(base)
         or _why_not_base(base) is not None
         or not layer.lora_variant.keys().isdisjoint(used)
-        or any(_why_not_adapter(base, *part) or part[1].bias is not None for part in parts.values())
+        or any(
+            _why_not_adapter(layer, name) or layer.lora_B[name].bias is not None for name in used
+        )
         or not _same_dtype(x, base.weight)
     ):
         return None
     adapters = [
-        Adapter(lora_A.weight.t(), lora_B.weight.t(), layer.scaling[name])
-        for name, (lora_A, lora_B, _) in parts.items()
+        Adapter(layer.lora_A[name].weight.t(), layer.lora_B[name].weight.t(), layer.scaling[name])
+        for name in used
     ]
-    index = [used.index(name) if name in parts else -1 for name in names]
+    index = [used.index(name) if name in used else -1 for name in names]
     weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
     return mixed_lora_linear(x, weight, adapters, index, base.bias)
 
@@ -262,15 +261,12 @@ def _declined(base: nn.Module) -> str | None:
 
 
 def _why_not_linear(module: Any) -> str | None:
-    base = module.base_layer
-    reason = _why_not_base(base) or why_not_one_adapter(module)
+    reason = _why_not_base(module.base_layer) or why_not_one_adapter(module)
     if reason is not None:
         return reason
     (name,) = active(module)
     reason = _why_not_variant(module, name) if name in module.lora_variant else None
-    return reason or _why_not_adapter(
-        base, module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-    )
+    return reason or _why_not_adapter(module, name)
 
 
 def _why_not_variant(module: Any, name: str) -> str | None:
@@ -292,7 +288,9 @@ def _why_not_variant(module: Any, name: str) -> str | None:
     return None
 
 
-def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str | None:
+def _why_not_adapter(module: Any, name: str) -> str | None:
+    base, dropout = module.base_layer, module.lora_dropout[name]
+    lora_A, lora_B = module.lora_A[name], module.lora_B[name]
     inner = {"base_layer": base, "lora_A": lora_A, "lora_B": lora_B, "lora_dropout": dropout}
     for part, layer in inner.items():
         if has_hooks(layer):
@@ -315,7 +313,7 @@ def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str |
         return "its lora_A and lora_B have different dtypes"
     if lora_B.bias is not None and not packs and lora_B.bias.dtype != base.weight.dtype:
         return f"its lora_bias is {lora_B.bias.dtype} on a base of {base.weight.dtype}"
-    return None
+    return why_not_scaling(module, name)
 
 
 def _same_dtype(x: Tensor, weight: Tensor) -> bool:
