@@ -86,8 +86,9 @@ def _check_operands(x: Any, weight: Any) -> None:
     """TypeError or ValueError unless x is [S, ..., K] and weight [N, K]."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    if x.is_nested or x.ndim < 2:
-        got = "a nested tensor" if x.is_nested else list(x.shape)
+    if not bases.is_strided(x) or x.ndim < 2:
+        kind = "nested" if x.is_nested else x.layout
+        got = list(x.shape) if bases.is_strided(x) else f"a {kind} tensor"
         raise ValueError(f"x must be [S, ..., K], a row or more for each sample, got {got}")
     if not isinstance(weight, (Tensor, QuantizedWeight)):
         raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
@@ -312,7 +313,7 @@ class LinearWithAdapters(OverLinear):
 
     def _reads_weight(self, x: Tensor) -> bool:
         """Whether a product may read `linear`'s weight in place of a call of the module, for which there may be reasons."""
-        if x.is_nested or x.is_sparse or _has_any_global_hook():
+        if not bases.is_strided(x) or _has_any_global_hook():
             return False
         return not is_quantized(self.linear) or bases.why_unreadable(self.linear) is None
 

@@ -262,7 +262,7 @@ class LinearWithLoRA(OverLinear):
         if self.merged_weight is not None:
             return bases.dense_linear(x, self.merged_weight, linear.bias)
         y = None
-        if is_plain(linear, lora) and not (x.is_nested or x.is_sparse or _has_any_global_hook()):
+        if is_plain(linear, lora) and bases.is_strided(x) and not _has_any_global_hook():
             p = lora.dropout if lora.training else 0.0
             y = bases.lora_linear_on(
                 linear,

@@ -194,6 +194,9 @@ class TestScaling:
         assert layer.scale == layer.scale_tensor == 2.0
 
 
+SPARSE = (torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.to_sparse_csc)
+
+
 class TestDtypesAndDevices:
     @pytest.mark.parametrize("given, dtype", [(None, torch.bfloat16), (torch.float32,) * 2])
     def test_adapters_take_the_bases_dtype_unless_told(self, given, dtype):
@@ -265,10 +268,11 @@ class TestDtypesAndDevices:
         for actual, row in zip(y.unbind(), rows, strict=True):
             torch.testing.assert_close(actual, layer(row))
 
-    def test_sparse_inputs(self):
+    @pytest.mark.parametrize("sparse", SPARSE)
+    def test_sparse_inputs(self, sparse):
         layer = fill(LinearWithLoRA(nn.Linear(6, 3), 2, 1.5))
         x = torch.eye(6)
-        torch.testing.assert_close(layer(x.to_sparse()), layer(x))
+        torch.testing.assert_close(layer(sparse(x)), layer(x))
 
     def test_a_cast_while_merged_casts_what_is_kept(self):
         layer = fill(LinearWithLoRA(nn.Linear(6, 3), 2, 1.5))

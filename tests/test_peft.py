@@ -18,6 +18,7 @@ from lora_kernels.integrations import peft as integration
 from lora_kernels.integrations.peft import FusedLinear, accelerate, restore, why_not_fused
 from tests.oracle import named_gradients
 from tests.test_functional import LAYOUTS
+from tests.test_modules import SPARSE
 
 
 class Net(nn.Module):
@@ -472,6 +473,17 @@ class TestLeftAlone:
             want = plain.base_model.model.first(x, adapter_names=names)
             first = net.base_model.model.first
             assert torch.equal(left_to_peft(monkeypatch, first, x, adapter_names=names), want)
+
+    def test_nested_and_sparse_inputs(self, layer, monkeypatch):
+        x, layer = torch.eye(16), layer.eval()
+        for sparse in SPARSE:
+            torch.testing.assert_close(left_to_peft(monkeypatch, layer, sparse(x)), layer(x))
+        nested = torch.nested.nested_tensor([x[:3], x[3:]], layout=torch.jagged)
+        y = left_to_peft(monkeypatch, layer, nested)
+        torch.testing.assert_close(y.values(), layer(x))
+        names = ["default"] * 16
+        with pytest.raises(RuntimeError):  # PEFT's own
+            left_to_peft(monkeypatch, layer, x.to_sparse_csr(), adapter_names=names)
 
     @pytest.mark.parametrize("scaling", SCALINGS)
     def test_a_scaling_that_is_no_number(self, layer, scaling, monkeypatch):

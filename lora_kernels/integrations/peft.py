@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import bases
-from lora_kernels.bases import has_hooks, is_conv1d, is_plain_tensor, is_quantized
+from lora_kernels.bases import has_hooks, is_conv1d, is_plain_tensor, is_quantized, is_strided
 from lora_kernels.declined import why_declined
 from lora_kernels.functional import autocast_dtype
 from lora_kernels.integrations import experts
@@ -38,17 +38,18 @@ class Fused:
 
     With DoRA it is y = c∘(x·Wᵀ + scaling·(x·A)·B) + bias, and with `adapter_names` in inference each sample has its adapter.
     Parameters and state are read inside forward. A call with several adapters, another variant, hooks on the inner layers
-    or on all modules, or merged or disabled adapters takes PEFT's own forward.
+    or on all modules, merged or disabled adapters, or a nested or sparse x takes PEFT's own forward.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]; arguments are those of PEFT's forward."""
         layer: Any = self
         y, given = None, {key for key, value in kwargs.items() if value is not None}
-        if not given:
+        dense = is_strided(x)
+        if dense and not given:
             product = experts.forward if isinstance(layer, ParamWrapper) else _forward
             y = product(layer, x, *args)
-        elif given == {"adapter_names"} and not args and not layer.training:
+        elif dense and given == {"adapter_names"} and not args and not layer.training:
             y = _mixed_forward(layer, x, kwargs["adapter_names"])
         return super().forward(x, *args, **kwargs) if y is None else y  # type: ignore[misc]
 
