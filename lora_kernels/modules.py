@@ -25,6 +25,7 @@ from lora_kernels.bases import features, has_hooks, is_linear
 from lora_kernels.declined import why_declined
 from lora_kernels.functional import alpha_tensor, autocast_dtype
 from lora_kernels.operands import DTYPES
+from lora_kernels.wrappers import CHECKPOINT, plain_names
 
 Kind = TypeVar("Kind")
 Place = tuple[str, nn.Module, str, nn.Module]  # name, parent, key and child: `parent.key` is child
@@ -447,8 +448,9 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Where A or B is parametrized, the entries of what it is computed from.
     """
     check_model(model)
+    names = plain_names(model, {CHECKPOINT})  # which alone names its state without its own part
     owners = tuple(
-        f"{name}." if name else ""
+        f"{names[name]}." if names[name] else ""
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, LoRALayer)
     )

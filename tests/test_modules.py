@@ -617,6 +617,9 @@ class TestReplace:
             LinearWithLoRA(nn.Conv1d(3, 3, 1), 2, 1.0)
 
 
+CHECKPOINT_WRAPPER = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
+
+
 class TestManagement:
     def test_freeze_base(self):
         model = Block()
@@ -678,6 +681,20 @@ class TestManagement:
         model = nn.ModuleDict({"1": LoRALayer(4, 4, 2, 1.0), "10": nn.Linear(4, 4)})
         assert list(lora_state_dict(model)) == ["1.A", "1.B"]
         assert list(lora_state_dict(model["1"])) == ["A", "B"]
+
+    def test_the_state_under_activation_checkpointing(self):
+        """Its wrapper is in the names of modules and not in those of the state."""
+        model = nn.Sequential(pair()[1], LinearWithLoRA(nn.Linear(6, 3), 2, 1.0))
+        names = list(lora_state_dict(model))
+        wrap = pytest.importorskip(CHECKPOINT_WRAPPER).checkpoint_wrapper
+        for name in ("0.mlp.0", "0.mlp", "1.lora", "0"):
+            model.set_submodule(name, wrap(model.get_submodule(name)))
+        state = lora_state_dict(nn.ModuleDict({"model": model}))
+        assert list(state) == [f"model.{name}" for name in names] and len(names) == 10
+        assert list(lora_state_dict(wrap(LoRALayer(4, 4, 2, 1.0)))) == ["A", "B"]
+        compiled = torch.compile(model, backend="eager")
+        assert lora_state_dict(compiled).keys() <= compiled.state_dict().keys()
+        assert len(lora_state_dict(compiled)) == 10
 
     def test_repr_names_the_sizes(self):
         text = repr(LinearWithLoRA(nn.Linear(6, 3), 2, 1.0, scaling="alpha/rank", dropout=0.1))
