@@ -97,6 +97,10 @@ def write(
     system has locks. What a killed save left behind is removed.
     """
     folder = _folder(path)
+    if "" in layers:
+        raise ValueError(
+            "model must contain named layers to save, but it is itself one: put it in a module"
+        )
     config = json.dumps(_config(layers, fan_in_fan_out), indent=2, sort_keys=True) + "\n"
     tensors = {}
     for name, lora in layers.items():

@@ -27,23 +27,23 @@ from lora_kernels.modules import (
     put_wrappers,
 )
 from lora_kernels.operands import HALF
+from lora_kernels.wrappers import COMPILED, modules_of, plain_names, wrapped_by
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the adapters of `model` into the folder `path` and return it; PEFT's `PeftModel.from_pretrained` reads it.
 
     The files are written beside their places and moved there when both are complete, one save after the other, so that an
-    interrupted call leaves a folder that loads as it was or is recognised as mixed. The layout has one dropout for all
+    interrupted call leaves a folder that loads as it was or is recognised as mixed. The names in it are those without
+    torch's wrappers: torch.compile, checkpoint_wrapper, DataParallel, DDP, AveragedModel. The layout has one dropout for all
     layers: where theirs differ, the commonest is saved, with a warning. ValueError, with nothing written, when the model
     has no LoRA layer, is itself one and so has no name for it, or has one that the layout cannot hold.
     """
-    layers = dict(lora_layers(model))
+    found = lora_layers(model)
+    names = plain_names(model)
+    layers = {names[name]: layer for name, layer in found}
     if not layers:
         raise ValueError("model must contain a LinearWithLoRA to save, but it has none")
-    if "" in layers:
-        raise ValueError(
-            "model must contain named layers to save, but it is itself one: put it in a module"
-        )
     transposed = any(is_conv1d(layer.linear) for layer in layers.values())
     return adapter_file.write(path, {n: layer.lora for n, layer in layers.items()}, transposed)
 
@@ -55,14 +55,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     file's; an `nn.Linear` or Transformers' Conv1D of that name is wrapped first, in all its places, and keeps its mode. So
     a fresh model gets the adapter's layers, and a model that has them already changes task. FileNotFoundError when a file
     is missing; ValueError for a damaged file and for one that does not fit the model: a layer too many or too few, another
-    rank or shape, a layer without values (on the meta device) or with a parametrized A or B, DoRA for plain LoRA or the
-    other way round, a variant of LoRA (trained biases, saved modules, a base that is changed first, as by PiSSA) that these
-    layers do not compute. After any exception the model is as it was.
+    rank or shape, a Linear that is compiled by itself, a layer without values (on the meta device) or with a parametrized
+    A or B, DoRA for plain LoRA or the other way round, a variant of LoRA (trained biases, saved modules, a base that is
+    changed first, as by PiSSA) that these layers do not compute. After any exception the model is as it was.
     """
     check_model(model)
     adapters = adapter_file.read(path)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    parents = parents_of(model)
+    modules, plain, parents = modules_of(model), plain_names(model), parents_of(model)
     names: dict[nn.Module, str] = {}
     for name, adapter in adapters.items():
         module: Any = modules.get(name)
@@ -72,9 +71,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
         else:
             check_linear(name, module, parents[module], adapter, adapter.A.shape[1])
             check_values(name, module)
+            check_called(name, parents[module])
         if (first := names.setdefault(module, name)) != name:
             raise ValueError(f"the file's layers {first!r} and {name!r} must not be one module")
-    missing = sorted(name for name, layer in lora_layers(model) if layer not in names)
+    missing = sorted(plain[name] for name, layer in lora_layers(model) if layer not in names)
     if missing:
         raise ValueError(f"{path} must hold every LoRA layer of the model, but lacks {missing}")
 
@@ -124,6 +124,15 @@ def check_values(name: str, module: nn.Module) -> None:
     if any(t is not None and t.is_meta for t in module._parameters.values()):
         raise ValueError(
             f"layer {name!r} must have values before loading, but is on the meta device: see to_empty"
+        )
+
+
+def check_called(name: str, parents: Iterable[nn.Module]) -> None:
+    """ValueError where a layer in the place of the Linear of this name, with these parents, would not be called."""
+    if any(wrapped_by(parent) == COMPILED for parent in parents):
+        raise ValueError(
+            f"the file's layer {name!r} must be loaded before its Linear is compiled by itself: torch.compile keeps"
+            " calling the Linear"
         )
 
 

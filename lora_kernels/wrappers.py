@@ -1,4 +1,4 @@
-"""Torch's modules around another one, whose part of a name no file has: found by their classes' names, imported by nobody."""
+"""Torch's modules around another one, whose part of a name no file has; found by the names of their classes."""
 
 from __future__ import annotations
 
@@ -41,3 +41,10 @@ def plain_names(model: nn.Module, keys: Container[str] = _KEYS) -> dict[str, str
         if wrapped is not None and wrapped in keys:
             hidden.add(f"{name}.{wrapped}" if name else wrapped)
     return plain
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules in `model` by their names, and by those that they have without wrappers."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    # A wrapper comes before what it wraps, whose plain name it shares.
+    return modules | {plain: modules[name] for name, plain in plain_names(model).items()}
