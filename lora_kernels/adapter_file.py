@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_kernels.bases import is_sharded
 from lora_kernels.modules import SCALINGS, LoRALayer, fits_float32
 
 try:
@@ -112,6 +113,7 @@ def write(
                 raise ValueError(
                     f"layer {name!r} must have values to save, but is on the meta device"
                 )
+            t = t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined]
             turned = t.detach().t() if t.ndim == 2 else t.detach()
             copy = turned.clone(memory_format=torch.contiguous_format)
             tensors[f"{_PREFIX}{name}.{part}"] = copy.cpu()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_kernels import adapter_file
 from lora_kernels.adapter_file import Adapter
-from lora_kernels.bases import features, is_conv1d, is_linear
+from lora_kernels.bases import features, is_conv1d, is_linear, is_sharded
 from lora_kernels.modules import (
     LinearWithLoRA,
     LoRALayer,
@@ -36,8 +36,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     The files are written beside their places and moved there when both are complete, one save after the other, so that an
     interrupted call leaves a folder that loads as it was or is recognised as mixed. The names in it are those without
     torch's wrappers: torch.compile, checkpoint_wrapper, DataParallel, DDP, AveragedModel. The layout has one dropout for all
-    layers: where theirs differ, the commonest is saved, with a warning. ValueError, with nothing written, when the model
-    has no LoRA layer, is itself one and so has no name for it, or has one that the layout cannot hold.
+    layers: where theirs differ, the commonest is saved, with a warning.
+
+    What FSDP2 or tensor parallelism sharded is gathered: every rank must call this, and each writes the same files, one
+    after the other where they share the folder. ValueError, with nothing written, when the model has no LoRA layer, is
+    itself one and so has no name for it, or has one that the layout cannot hold.
     """
     found = lora_layers(model)
     names = plain_names(model)
@@ -53,11 +56,14 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
 
     A and B are copied into the `LinearWithLoRA` that each name belongs to, whose alpha is set so that the scale is the
     file's; an `nn.Linear` or Transformers' Conv1D of that name is wrapped first, in all its places, and keeps its mode. So
-    a fresh model gets the adapter's layers, and a model that has them already changes task. FileNotFoundError when a file
-    is missing; ValueError for a damaged file and for one that does not fit the model: a layer too many or too few, another
-    rank or shape, a Linear that is compiled by itself, a layer without values (on the meta device) or with a parametrized
-    A or B, DoRA for plain LoRA or the other way round, a variant of LoRA (trained biases, saved modules, a base that is
-    changed first, as by PiSSA) that these layers do not compute. After any exception the model is as it was.
+    a fresh model gets the adapter's layers, and a model that has them already changes task. Where FSDP2 or tensor
+    parallelism sharded them, each rank that calls this reads the folder and copies its own part.
+
+    FileNotFoundError when a file is missing; ValueError for a damaged file and for one that does not fit the model: a layer
+    too many or too few, another rank or shape, a Linear that is compiled by itself, a layer without values (on the meta
+    device) or with a parametrized A or B, DoRA for plain LoRA or the other way round, a variant of LoRA (trained biases,
+    saved modules, a base that is changed first, as by PiSSA) that these layers do not compute. After any exception the
+    model is as it was.
     """
     check_model(model)
     adapters = adapter_file.read(path)
@@ -85,6 +91,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     }
     layers: dict[str, Any] = {n: wrappers.get(m, m).lora for m, n in names.items()}
     alphas = {name: alpha_of(name, lora, adapters[name].scale) for name, lora in layers.items()}
+    _reshard(model)
     loras = [layer.lora for _, layer in lora_layers(model)]
     before: list[tuple[Any, ...]] = [
         (lora, *map(_copied, (lora.A, lora.B, lora.magnitude)), lora.alpha) for lora in loras
@@ -202,8 +209,25 @@ def alpha_of(name: str, lora: LoRALayer, scale: float) -> float:
 def fill(lora: LoRALayer, A: Tensor, B: Tensor, magnitude: Tensor | None, alpha: float) -> None:
     """Copy these values into a layer."""
     with torch.no_grad():
-        lora.A.copy_(A)
-        lora.B.copy_(B)
-        if magnitude is not None:
-            lora.magnitude.copy_(magnitude)  # type: ignore[union-attr]
+        for key, values in (("A", A), ("B", B), ("magnitude", magnitude)):
+            if values is not None:
+                into = getattr(lora, key)
+                into.copy_(_as_sharded(values, into))
     lora.alpha = alpha
+
+
+def _as_sharded(values: Tensor, like: Any) -> Tensor:
+    """These values as a DTensor with the mesh and the placements of `like`, where that is one."""
+    if not is_sharded(like) or is_sharded(values):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    # Each rank has read all values and takes its part: where one of them cannot, none waits for it.
+    return distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let FSDP2 drop the whole parameters that it still has of a forward: what is written to them goes with them."""
+    for module in model.modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]

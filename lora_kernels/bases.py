@@ -155,7 +155,12 @@ def is_strided(x: Tensor) -> bool:
 
 def is_operand(weight: Tensor) -> bool:
     """Whether products take a dense base's weight: a plain tensor, or a sharded one."""
-    return is_plain_tensor(weight) or type(weight).__module__ == _SHARDED
+    return is_plain_tensor(weight) or is_sharded(weight)
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether t is a DTensor, of which this process may have a part."""
+    return type(t).__module__ == _SHARDED
 
 
 def is_plain(linear: Any) -> bool:
