@@ -266,6 +266,10 @@ class LinearWithAdapters(OverLinear):
         index: Any = adapters
         if not isinstance(adapters, Tensor):
             wanted = list(adapters)
+            if len(wanted) != x.size(0):
+                raise ValueError(
+                    f"adapters must have a name for each of x's {x.size(0)} samples, got {len(wanted)}"
+                )
             places = {name: place for place, name in enumerate(self.names)} | {BASE: _NONE}
             for name in wanted:
                 if name not in places:

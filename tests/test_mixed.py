@@ -89,7 +89,7 @@ def test_no_sample():
     "given, message",
     [
         (["fr", "es"], "name must be one of .*got 'es'"),
-        (["fr"], "an integer for each of x's 2 samples, got 1"),
+        (["fr"], "adapters must have a name for each of x's 2 samples, got 1"),
         (torch.tensor([0, 3]), r"in \[-1, 3\) for 3 adapters"),
         (torch.tensor([0, -2]), r"in \[-1, 3\) for 3 adapters"),
         (torch.tensor([0.0, 1.0]), "int64 or int32"),
