@@ -189,7 +189,8 @@ class LinearWithLoRA(OverLinear):
     to them still runs. `weight`, `bias`, `in_features` and `out_features` are those of `linear`.
 
     `dora=True` makes it DoRA (Liu et al., ICML 2024), y = c∘(x·Wᵀ + scale·(x·A)·B) + bias: c is `lora.magnitude`
-    [out_features], a parameter, over the norms of the rows of W + scale·(A·B)ᵀ, and starts at 1. See `lora_linear`.
+    [out_features], a parameter, over the norms of the rows of W + scale·(A·B)ᵀ, and starts at 1. A row of W that is zero
+    starts as NaN instead, as in PEFT. See `lora_linear`.
     """
 
     linear: Any  # nn.Linear or Conv1D
