@@ -402,7 +402,7 @@ class TestLeftAlone:
         assert set(report.left_alone.values()) == {"hooks on all modules are registered"}
         assert not accelerate(net).left_alone
 
-    def test_dropout_follows_its_own_mode(self):
+    def test_dropout_follows_its_own_mode(self, monkeypatch):
         """PEFT's Dropout is a module and may be in another mode than the layer."""
         net = model(lora_dropout=0.5)
         accelerate(net)
@@ -413,6 +413,8 @@ class TestLeftAlone:
         torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
         layer.eval().lora_dropout["default"].train()
         assert not torch.allclose(layer(x), expected)
+        y = left_to_peft(monkeypatch, layer, x, adapter_names=["default"] * 3)
+        assert not torch.allclose(y, expected)
 
     def test_an_int8_base(self, layer):
         layer.base_layer.weight = nn.Parameter(torch.ones(24, 16).to(torch.int8), False)

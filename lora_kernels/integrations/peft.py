@@ -81,7 +81,7 @@ def _forward(layer: Any, x: Tensor, *args: Any) -> Tensor | None:
     if not is_quantized(base) and not _same_dtype(x, base.weight):
         return None
     name = active(layer)[0]
-    scaling, dropout = layer.scaling[name], layer.lora_dropout[name]
+    scaling = layer.scaling[name]
     lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
     return bases.lora_linear_on(
         base,
@@ -91,8 +91,14 @@ def _forward(layer: Any, x: Tensor, *args: Any) -> Tensor | None:
         scaling,
         None if lora_B.bias is None else scaling * lora_B.bias,
         magnitude=layer.lora_magnitude_vector[name].weight if name in layer.lora_variant else None,
-        dropout_p=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
+        dropout_p=_dropout_p(layer, name),
     )
+
+
+def _dropout_p(layer: Any, name: str) -> float:
+    """The chance of its Dropout, whose mode may be another one than the layer's."""
+    dropout = layer.lora_dropout[name]
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _mixed_forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
@@ -111,6 +117,7 @@ def _mixed_forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
         or any(
             _why_not_adapter(layer, name) or layer.lora_B[name].bias is not None for name in used
         )
+        or any(_dropout_p(layer, name) for name in used)
         or not _same_dtype(x, base.weight)
     ):
         return None
