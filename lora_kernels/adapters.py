@@ -18,6 +18,7 @@ from lora_kernels.bases import features, is_conv1d, is_linear, is_sharded
 from lora_kernels.modules import (
     LinearWithLoRA,
     LoRALayer,
+    check_called,
     check_model,
     every_place,
     fits_float32,
@@ -27,7 +28,7 @@ from lora_kernels.modules import (
     put_wrappers,
 )
 from lora_kernels.operands import HALF
-from lora_kernels.wrappers import COMPILED, modules_of, plain_names, wrapped_by
+from lora_kernels.wrappers import modules_of, plain_names
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -77,7 +78,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
         else:
             check_linear(name, module, parents[module], adapter, adapter.A.shape[1])
             check_values(name, module)
-            check_called(name, parents[module])
+            for parent in parents[module]:
+                check_called(name, parent)
         if (first := names.setdefault(module, name)) != name:
             raise ValueError(f"the file's layers {first!r} and {name!r} must not be one module")
     missing = sorted(plain[name] for name, layer in lora_layers(model) if layer not in names)
@@ -131,15 +133,6 @@ def check_values(name: str, module: nn.Module) -> None:
     if any(t is not None and t.is_meta for t in module._parameters.values()):
         raise ValueError(
             f"layer {name!r} must have values before loading, but is on the meta device: see to_empty"
-        )
-
-
-def check_called(name: str, parents: Iterable[nn.Module]) -> None:
-    """ValueError where a layer in the place of the Linear of this name, with these parents, would not be called."""
-    if any(wrapped_by(parent) == COMPILED for parent in parents):
-        raise ValueError(
-            f"the file's layer {name!r} must be loaded before its Linear is compiled by itself: torch.compile keeps"
-            " calling the Linear"
         )
 
 

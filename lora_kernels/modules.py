@@ -25,7 +25,7 @@ from lora_kernels.bases import features, has_hooks, is_linear
 from lora_kernels.declined import why_declined
 from lora_kernels.functional import alpha_tensor, autocast_dtype
 from lora_kernels.operands import DTYPES
-from lora_kernels.wrappers import CHECKPOINT, plain_names
+from lora_kernels.wrappers import CHECKPOINT, COMPILED, plain_names, wrapped_by
 
 Kind = TypeVar("Kind")
 Place = tuple[str, nn.Module, str, nn.Module]  # name, parent, key and child: `parent.key` is child
@@ -562,12 +562,21 @@ def linear_places(
                             stacklevel=_outside(),
                         )
                 elif wanted(name):
+                    check_called(name, parent)
                     yield name, parent, key, child
             elif child not in seen:
                 seen.add(child)
                 yield from visit(child, name + ".")
 
     return iter(()) if has_lora(model) else visit(model, "")
+
+
+def check_called(name: str, parent: nn.Module) -> None:
+    """ValueError where a layer in the place of the Linear of this name would not be called."""
+    if wrapped_by(parent) == COMPILED:
+        raise ValueError(
+            f"{name} must have its adapter before it is compiled by itself: torch.compile keeps calling the Linear"
+        )
 
 
 def _outside() -> int:

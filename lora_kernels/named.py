@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lora_kernels import adapter_file
 from lora_kernels.adapters import (
     alpha_of,
-    check_called,
     check_linear,
     check_values,
     fill,
@@ -25,6 +24,7 @@ from lora_kernels.bases import is_conv1d
 from lora_kernels.mixed import BASE, LinearWithAdapters, check_name
 from lora_kernels.modules import (
     Place,
+    check_called,
     check_lora,
     check_model,
     layers_of,
@@ -167,8 +167,8 @@ def load_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]
         linear: Any = module.linear if isinstance(module, LinearWithAdapters) else module
         check_linear(label, linear, parents[module], adapter, adapter.A.shape[1])
         check_values(label, linear)
-        if linear is module:
-            check_called(label, parents[module])
+        for parent in parents[module] if linear is module else ():
+            check_called(label, parent)
         if isinstance(module, LinearWithAdapters) and name in module.adapters:
             raise ValueError(f"name must be new, got {name!r}, which {label} has")
         if adapter.magnitude is not None:

@@ -303,7 +303,9 @@ class TestWrapped:
         """It is called past its place; its layer of ours may be compiled."""
         model = Block()
         model.q_proj = torch.compile(model.q_proj, backend="eager")
-        assert_refused(model, folder, ValueError, "'q_proj' must be loaded before its Linear is")
+        assert_refused(
+            model, folder, ValueError, "q_proj must have its adapter before it is compiled"
+        )
         model = block(fill=False)
         model.q_proj = torch.compile(model.q_proj, backend="eager")
         load_adapter(model, folder)

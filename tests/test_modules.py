@@ -580,6 +580,17 @@ class TestReplace:
         torch.testing.assert_close(evaluated, trained, atol=1e-5, rtol=1e-4)
         assert not encoder.use_nested_tensor
 
+    def test_a_linear_that_is_compiled_by_itself(self):
+        """It is called past its place: nothing would be adapted."""
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model[1] = torch.compile(model[1])
+        with pytest.raises(
+            ValueError, match=r"1\._orig_mod must have its adapter before it is comp"
+        ):
+            replace_linear_with_lora(model, 2, 1.0)
+        assert not lora_layers(model)
+        assert replace_linear_with_lora(torch.compile(model), 2, 1.0, target_modules=["0"])
+
     def test_a_root_that_is_a_linear_says_so(self):
         linear = nn.Linear(4, 4)
         with pytest.warns(UserWarning, match="itself a Linear"):

@@ -109,7 +109,7 @@ def test_files_of_a_wrapped_model(tmp_path):
     torch.testing.assert_close(outputs(fresh, "other"), want)
     fresh = Net()
     fresh.head = torch.compile(fresh.head)
-    with pytest.raises(ValueError, match="'head' must be loaded before its Linear is compiled"):
+    with pytest.raises(ValueError, match="head must have its adapter before it is compiled"):
         load_named_adapter(fresh, "de", tmp_path)
     with pytest.raises(ValueError, match="must contain named layers to save"):
         save_named_adapter(nn.DataParallel(net.head), "de", tmp_path)
