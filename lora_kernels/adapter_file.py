@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_kernels.bases import is_sharded
 from lora_kernels.modules import SCALINGS, LoRALayer, fits_float32
 
 try:
@@ -97,6 +98,10 @@ def write(
     system has locks. What a killed save left behind is removed.
     """
     folder = _folder(path)
+    if "" in layers:
+        raise ValueError(
+            "model must contain named layers to save, but it is itself one: put it in a module"
+        )
     config = json.dumps(_config(layers, fan_in_fan_out), indent=2, sort_keys=True) + "\n"
     tensors = {}
     for name, lora in layers.items():
@@ -108,6 +113,7 @@ def write(
                 raise ValueError(
                     f"layer {name!r} must have values to save, but is on the meta device"
                 )
+            t = t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined]
             turned = t.detach().t() if t.ndim == 2 else t.detach()
             copy = turned.clone(memory_format=torch.contiguous_format)
             tensors[f"{_PREFIX}{name}.{part}"] = copy.cpu()

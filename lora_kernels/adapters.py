@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from lora_kernels import adapter_file
 from lora_kernels.adapter_file import Adapter
-from lora_kernels.bases import features, is_conv1d, is_linear
+from lora_kernels.bases import features, is_conv1d, is_linear, is_sharded
 from lora_kernels.modules import (
     LinearWithLoRA,
     LoRALayer,
+    check_called,
     check_model,
     every_place,
     fits_float32,
@@ -27,23 +28,26 @@ from lora_kernels.modules import (
     put_wrappers,
 )
 from lora_kernels.operands import HALF
+from lora_kernels.wrappers import modules_of, plain_names
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the adapters of `model` into the folder `path` and return it; PEFT's `PeftModel.from_pretrained` reads it.
 
     The files are written beside their places and moved there when both are complete, one save after the other, so that an
-    interrupted call leaves a folder that loads as it was or is recognised as mixed. The layout has one dropout for all
-    layers: where theirs differ, the commonest is saved, with a warning. ValueError, with nothing written, when the model
-    has no LoRA layer, is itself one and so has no name for it, or has one that the layout cannot hold.
+    interrupted call leaves a folder that loads as it was or is recognised as mixed. The names in it are those without
+    torch's wrappers: torch.compile, checkpoint_wrapper, DataParallel, DDP, AveragedModel. The layout has one dropout for all
+    layers: where theirs differ, the commonest is saved, with a warning.
+
+    What FSDP2 or tensor parallelism sharded is gathered: every rank must call this, and each writes the same files, one
+    after the other where they share the folder. ValueError, with nothing written, when the model has no LoRA layer, is
+    itself one and so has no name for it, or has one that the layout cannot hold.
     """
-    layers = dict(lora_layers(model))
+    found = lora_layers(model)
+    names = plain_names(model)
+    layers = {names[name]: layer for name, layer in found}
     if not layers:
         raise ValueError("model must contain a LinearWithLoRA to save, but it has none")
-    if "" in layers:
-        raise ValueError(
-            "model must contain named layers to save, but it is itself one: put it in a module"
-        )
     transposed = any(is_conv1d(layer.linear) for layer in layers.values())
     return adapter_file.write(path, {n: layer.lora for n, layer in layers.items()}, transposed)
 
@@ -53,16 +57,18 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
 
     A and B are copied into the `LinearWithLoRA` that each name belongs to, whose alpha is set so that the scale is the
     file's; an `nn.Linear` or Transformers' Conv1D of that name is wrapped first, in all its places, and keeps its mode. So
-    a fresh model gets the adapter's layers, and a model that has them already changes task. FileNotFoundError when a file
-    is missing; ValueError for a damaged file and for one that does not fit the model: a layer too many or too few, another
-    rank or shape, a layer without values (on the meta device) or with a parametrized A or B, DoRA for plain LoRA or the
-    other way round, a variant of LoRA (trained biases, saved modules, a base that is changed first, as by PiSSA) that these
-    layers do not compute. After any exception the model is as it was.
+    a fresh model gets the adapter's layers, and a model that has them already changes task. Where FSDP2 or tensor
+    parallelism sharded them, each rank that calls this reads the folder and copies its own part.
+
+    FileNotFoundError when a file is missing; ValueError for a damaged file and for one that does not fit the model: a layer
+    too many or too few, another rank or shape, a Linear that is compiled by itself, a layer without values (on the meta
+    device) or with a parametrized A or B, DoRA for plain LoRA or the other way round, a variant of LoRA (trained biases,
+    saved modules, a base that is changed first, as by PiSSA) that these layers do not compute. After any exception the
+    model is as it was.
     """
     check_model(model)
     adapters = adapter_file.read(path)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    parents = parents_of(model)
+    modules, plain, parents = modules_of(model), plain_names(model), parents_of(model)
     names: dict[nn.Module, str] = {}
     for name, adapter in adapters.items():
         module: Any = modules.get(name)
@@ -72,9 +78,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
         else:
             check_linear(name, module, parents[module], adapter, adapter.A.shape[1])
             check_values(name, module)
+            for parent in parents[module]:
+                check_called(name, parent)
         if (first := names.setdefault(module, name)) != name:
             raise ValueError(f"the file's layers {first!r} and {name!r} must not be one module")
-    missing = sorted(name for name, layer in lora_layers(model) if layer not in names)
+    missing = sorted(plain[name] for name, layer in lora_layers(model) if layer not in names)
     if missing:
         raise ValueError(f"{path} must hold every LoRA layer of the model, but lacks {missing}")
 
@@ -85,6 +93,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     }
     layers: dict[str, Any] = {n: wrappers.get(m, m).lora for m, n in names.items()}
     alphas = {name: alpha_of(name, lora, adapters[name].scale) for name, lora in layers.items()}
+    _reshard(model)
     loras = [layer.lora for _, layer in lora_layers(model)]
     before: list[tuple[Any, ...]] = [
         (lora, *map(_copied, (lora.A, lora.B, lora.magnitude)), lora.alpha) for lora in loras
@@ -193,8 +202,25 @@ def alpha_of(name: str, lora: LoRALayer, scale: float) -> float:
 def fill(lora: LoRALayer, A: Tensor, B: Tensor, magnitude: Tensor | None, alpha: float) -> None:
     """Copy these values into a layer."""
     with torch.no_grad():
-        lora.A.copy_(A)
-        lora.B.copy_(B)
-        if magnitude is not None:
-            lora.magnitude.copy_(magnitude)  # type: ignore[union-attr]
+        for key, values in (("A", A), ("B", B), ("magnitude", magnitude)):
+            if values is not None:
+                into = getattr(lora, key)
+                into.copy_(_as_sharded(values, into))
     lora.alpha = alpha
+
+
+def _as_sharded(values: Tensor, like: Any) -> Tensor:
+    """These values as a DTensor with the mesh and the placements of `like`, where that is one."""
+    if not is_sharded(like) or is_sharded(values):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    # Each rank has read all values and takes its part: where one of them cannot, none waits for it.
+    return distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let FSDP2 drop the whole parameters that it still has of a forward: what is written to them goes with them."""
+    for module in model.modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]

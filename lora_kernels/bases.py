@@ -148,9 +148,19 @@ def is_plain_tensor(t: Tensor) -> bool:
     return type(t) in TENSORS or type(t).__module__ in _TRACED
 
 
+def is_strided(x: Tensor) -> bool:
+    """Whether a product can read x: neither nested nor sparse, in any of the sparse layouts."""
+    return x.layout == torch.strided and not x.is_nested
+
+
 def is_operand(weight: Tensor) -> bool:
     """Whether products take a dense base's weight: a plain tensor, or a sharded one."""
-    return is_plain_tensor(weight) or type(weight).__module__ == _SHARDED
+    return is_plain_tensor(weight) or is_sharded(weight)
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether t is a DTensor, of which this process may have a part."""
+    return type(t).__module__ == _SHARDED
 
 
 def is_plain(linear: Any) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.bases import dense_dtype, is_conv1d, is_packed, quantized_weight
+from lora_kernels.bases import dense_dtype, is_conv1d, is_packed, is_quantized, quantized_weight
+from lora_kernels.declined import why_declined
 from lora_kernels.dora import column_scale
 from lora_kernels.modules import LinearWithLoRA, every_place, is_plain, lora_layers, put_bases
 from lora_kernels.operands import DTYPES
@@ -31,7 +32,8 @@ def merge_lora(
     A quantised base cannot hold the sum: ValueError, unless `dequantize` is True or a dtype. Then a dense weight of the sum
     stands beside the base, which stays as it is, and `unload=True` puts an nn.Linear with it in the layer's place. It is
     rounded to that dtype; for True, to the compute_dtype of a Linear4bit, or the dtype from before it was quantised, and
-    for other bases to the dtype of the bias, or of A where there is none.
+    for other bases to the dtype of the bias, or of A where there is none. A model of Transformers in which `unload=True`
+    leaves nothing quantised loses its `quantization_config`, so that what `save_pretrained` writes can be loaded.
 
     Layers merged before stay as they are. ValueError, before anything is changed, for a weight that shares memory with
     another tensor of `model` (tied embeddings): merging would change both; for one that is no plain floating-point
@@ -70,6 +72,8 @@ def merge_lora(
                 _restore(layer)
             layer.unmerged_weight = layer.merged_weight = None
         raise
+    if unload:
+        _forget_quantization(model)
     return [name for name, _ in fresh]
 
 
@@ -136,6 +140,27 @@ def _unloaded(layer: LinearWithLoRA) -> nn.Module:
 def _unload(model: nn.Module) -> None:
     """Put the merged base of every LoRA layer in the layer's places."""
     put_bases(model, {layer: _unloaded(layer) for _, layer in lora_layers(model)})
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    """Take the marks of a quantised model from one of Transformers that has nothing quantised, as its dequantize() does."""
+    for module in model.modules():
+        own: Any = module
+        if "hf_quantizer" in vars(own) and not _holds_quantized(own):
+            of_config = own.config, ("quantization_config", "_pre_quantization_dtype")
+            of_model = own, ("quantization_method", "_weight_conversions", "hf_quantizer")
+            for holder, names in (of_config, of_model):
+                for name in names:
+                    if name in vars(holder):
+                        delattr(holder, name)
+            own.is_quantized = False
+
+
+def _holds_quantized(model: nn.Module) -> bool:
+    """Whether a layer in `model` is of a quantised kind, or a parameter of no dtype that is computed in."""
+    return any(is_quantized(m) or why_declined(m) is not None for m in model.modules()) or any(
+        p.dtype not in DTYPES for p in model.parameters()
+    )
 
 
 def _check_mergeable(

@@ -87,10 +87,9 @@ def _check_operands(x: Any, weight: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
     check_shaped(x, "x")
-    if x.ndim < 2:
-        raise ValueError(
-            f"x must be [S, ..., K], a row or more for each sample, got {list(x.shape)}"
-        )
+    if not bases.is_strided(x) or x.ndim < 2:
+        got = list(x.shape) if bases.is_strided(x) else f"a {x.layout} tensor"
+        raise ValueError(f"x must be [S, ..., K], a row or more for each sample, got {got}")
     if not isinstance(weight, (Tensor, QuantizedWeight)):
         raise TypeError(f"weight must be a Tensor, got {type(weight).__name__}")
     if isinstance(weight, Tensor):
@@ -270,6 +269,10 @@ class LinearWithAdapters(OverLinear):
         index: Any = adapters
         if not isinstance(adapters, Tensor):
             wanted = list(adapters)
+            if len(wanted) != x.size(0):
+                raise ValueError(
+                    f"adapters must have a name for each of x's {x.size(0)} samples, got {len(wanted)}"
+                )
             places = {name: place for place, name in enumerate(self.names)} | {BASE: _NONE}
             for name in wanted:
                 if name not in places:
@@ -317,7 +320,7 @@ class LinearWithAdapters(OverLinear):
 
     def _reads_weight(self, x: Tensor) -> bool:
         """Whether a product may read `linear`'s weight in place of a call of the module, for which there may be reasons."""
-        if x.is_nested or x.is_sparse or _has_any_global_hook():
+        if not bases.is_strided(x) or _has_any_global_hook():
             return False
         return not is_quantized(self.linear) or bases.why_unreadable(self.linear) is None
 

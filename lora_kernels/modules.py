@@ -26,6 +26,7 @@ from lora_kernels.bases import features, has_hooks, is_linear
 from lora_kernels.declined import why_declined
 from lora_kernels.functional import alpha_tensor, autocast_dtype
 from lora_kernels.operands import DTYPES
+from lora_kernels.wrappers import CHECKPOINT, COMPILED, plain_names, wrapped_by
 
 Kind = TypeVar("Kind")
 Place = tuple[str, nn.Module, str, nn.Module]  # name, parent, key and child: `parent.key` is child
@@ -200,7 +201,8 @@ class LinearWithLoRA(OverLinear):
     to them still runs. `weight`, `bias`, `in_features` and `out_features` are those of `linear`.
 
     `dora=True` makes it DoRA (Liu et al., ICML 2024), y = c∘(x·Wᵀ + scale·(x·A)·B) + bias: c is `lora.magnitude`
-    [out_features], a parameter, over the norms of the rows of W + scale·(A·B)ᵀ, and starts at 1. See `lora_linear`.
+    [out_features], a parameter, over the norms of the rows of W + scale·(A·B)ᵀ, and starts at 1. A row of W that is zero
+    starts as NaN instead, as in PEFT. See `lora_linear`.
     """
 
     linear: Any  # nn.Linear or Conv1D
@@ -274,7 +276,7 @@ class LinearWithLoRA(OverLinear):
         if self.merged_weight is not None:
             return bases.dense_linear(x, self.merged_weight, linear.bias)
         y = None
-        if is_plain(linear, lora) and not (x.is_nested or x.is_sparse or _has_any_global_hook()):
+        if is_plain(linear, lora) and bases.is_strided(x) and not _has_any_global_hook():
             p = lora.dropout if lora.training else 0.0
             y = bases.lora_linear_on(
                 linear,
@@ -484,8 +486,9 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Where A or B is parametrized, the entries of what it is computed from.
     """
     check_model(model)
+    names = plain_names(model, {CHECKPOINT})  # which alone names its state without its own part
     owners = tuple(
-        f"{name}." if name else ""
+        f"{names[name]}." if names[name] else ""
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, LoRALayer)
     )
@@ -596,12 +599,21 @@ def linear_places(
                             stacklevel=_outside(),
                         )
                 elif wanted(name):
+                    check_called(name, parent)
                     yield name, parent, key, child
             elif child not in seen:
                 seen.add(child)
                 yield from visit(child, name + ".")
 
     return iter(()) if has_lora(model) else visit(model, "")
+
+
+def check_called(name: str, parent: nn.Module) -> None:
+    """ValueError where a layer in the place of the Linear of this name would not be called."""
+    if wrapped_by(parent) == COMPILED:
+        raise ValueError(
+            f"{name} must have its adapter before it is compiled by itself: torch.compile keeps calling the Linear"
+        )
 
 
 def _outside() -> int:

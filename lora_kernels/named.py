@@ -12,11 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import adapter_file
-from lora_kernels.adapters import alpha_of, check_linear, check_values, fill, options_of, parents_of
+from lora_kernels.adapters import (
+    alpha_of,
+    check_linear,
+    check_values,
+    fill,
+    options_of,
+    parents_of,
+)
 from lora_kernels.bases import is_conv1d
 from lora_kernels.mixed import BASE, LinearWithAdapters, check_name
 from lora_kernels.modules import (
     Place,
+    check_called,
     check_lora,
     check_model,
     layers_of,
@@ -25,6 +33,7 @@ from lora_kernels.modules import (
     put_bases,
     put_wrappers,
 )
+from lora_kernels.wrappers import modules_of, plain_names
 
 
 def named_layers(model: nn.Module) -> list[tuple[str, LinearWithAdapters]]:
@@ -133,7 +142,9 @@ def select_adapters(model: nn.Module, adapters: str | Sequence[str] | Tensor | N
 
 def save_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]) -> Path:
     """Write one adapter of `model` into the folder `path`, in PEFT's layout as `save_adapter` does, and return it."""
-    layers = {label: layer for label, layer in named_layers(model) if name in layer.adapters}
+    found = named_layers(model)
+    plain = plain_names(model)
+    layers = {plain[label]: layer for label, layer in found if name in layer.adapters}
     if not layers:
         raise ValueError(f"name must be an adapter of the model, got {name!r}")
     adapters: dict[str, Any] = {label: layer.adapters[name] for label, layer in layers.items()}
@@ -150,12 +161,14 @@ def load_named_adapter(model: nn.Module, name: str, path: str | os.PathLike[str]
     check_model(model)
     check_name(name)
     read = adapter_file.read(path)
-    modules, parents = dict(model.named_modules()), parents_of(model)
+    modules, parents = modules_of(model), parents_of(model)
     for label, adapter in read.items():
         module = modules.get(label)
         linear: Any = module.linear if isinstance(module, LinearWithAdapters) else module
         check_linear(label, linear, parents[module], adapter, adapter.A.shape[1])
         check_values(label, linear)
+        for parent in parents[module] if linear is module else ():
+            check_called(label, parent)
         if isinstance(module, LinearWithAdapters) and name in module.adapters:
             raise ValueError(f"name must be new, got {name!r}, which {label} has")
         if adapter.magnitude is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels.arguments import TENSORS
-from lora_kernels.bases import features, has_hooks, is_quantized
+from lora_kernels.bases import features, has_hooks, is_quantized, is_strided
 from lora_kernels.functional import autocast_dtype, is_differentiated_elsewhere, is_traced
 from lora_kernels.modules import LinearWithLoRA, LoRALayer, check_model, is_plain
 from lora_kernels.projections import Projection, lora_projections, together
@@ -113,7 +113,7 @@ class _Round:
 
     def _compute(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's result for x, with those of its siblings kept for them; None where each computes for itself."""
-        if type(x) not in TENSORS or x.is_inference() or x.layout != torch.strided or x.is_nested:
+        if type(x) not in TENSORS or x.is_inference() or not is_strided(x):
             return None
         kind = x.shape, x.dtype, x.device, torch.is_grad_enabled(), x.requires_grad
         refused = self.group.refused

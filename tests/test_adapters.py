@@ -33,7 +33,7 @@ from lora_kernels import (
 from lora_kernels.adapter_file import CONFIG_FILE, WEIGHTS_FILE
 from lora_kernels.modules import lora_layers
 from tests.oracle import assert_bits
-from tests.test_modules import Block, Doubled
+from tests.test_modules import CHECKPOINT_WRAPPER, Block, Doubled
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,6 +66,29 @@ def unchanged(model, before):
     settings, state = snapshot(model)
     same = settings == before[0] and list(state) == list(before[1])
     return same and all(torch.equal(state[key], before[1][key]) for key in state)
+
+
+def each_wrapped(model):
+    """Activation checkpointing around a layer, around a block that has layers, and around all."""
+    wrap = pytest.importorskip(CHECKPOINT_WRAPPER).checkpoint_wrapper
+    for name in ("mlp.0", "mlp"):
+        model.set_submodule(name, wrap(model.get_submodule(name)))
+    return wrap(model)
+
+
+def block_compiled(model):
+    model.mlp = torch.compile(model.mlp, backend="eager")
+    return model
+
+
+WRAPPED = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "a compiled block": block_compiled,
+    "data parallel": nn.DataParallel,
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "checkpointed": each_wrapped,
+    "twice": lambda model: nn.DataParallel(torch.compile(each_wrapped(model), backend="eager")),
+}
 
 
 @pytest.fixture
@@ -243,6 +266,57 @@ class TestRoundTrip:
         assert tensors["base_model.model.mlp.0.lora_A.weight"].shape == (4, 12)
         assert tensors["base_model.model.mlp.0.lora_B.weight"].shape == (20, 4)
         assert sorted(os.listdir(folder)) == [CONFIG_FILE, WEIGHTS_FILE]
+
+
+class TestWrapped:
+    """Models in torch's wrappers, whose names are in no file."""
+
+    @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+    def test_files_are_those_of_the_model_itself(self, folder, tmp_path, wrap):
+        model, x = block(), torch.randn(6, 12)
+        names = [name for name, _ in lora_layers(model)]
+        other = save_adapter(wrap(model), tmp_path / "other")
+        assert (other / CONFIG_FILE).read_text() == (folder / CONFIG_FILE).read_text()
+        tensors = load_file(folder / WEIGHTS_FILE)
+        torch.testing.assert_close(load_file(other / WEIGHTS_FILE), tensors, rtol=0, atol=0)
+        torch.manual_seed(3)
+        for fresh in (Block(), block(fill=False)):
+            wrapped = wrap(fresh)
+            assert sorted(load_adapter(wrapped, folder)) == sorted(names)
+            torch.testing.assert_close(wrapped(x), block()(x))
+
+    def test_a_name_that_no_wrapper_gave_stays(self, tmp_path):
+        parts = {"module": nn.Linear(4, 4), "_orig_mod": nn.Linear(4, 4)}
+        model = nn.ModuleDict({"module": nn.ModuleDict(parts)})
+        names = replace_linear_with_lora(model, 2, 1.0)
+        assert set(load_adapter(model, save_adapter(model, tmp_path))) == set(names)
+        assert names == ["module.module", "module._orig_mod"]
+
+    def test_a_file_with_the_names_of_a_wrapped_model(self, tmp_path):
+        """As they were once written."""
+        model = nn.ModuleDict({"_orig_mod": block()})
+        wrapped = torch.compile(Block(), backend="eager")
+        names = [name for name, _ in lora_layers(model)]
+        assert sorted(load_adapter(wrapped, save_adapter(model, tmp_path))) == sorted(names)
+
+    def test_a_linear_that_is_compiled_by_itself(self, folder):
+        """It is called past its place; its layer of ours may be compiled."""
+        model = Block()
+        model.q_proj = torch.compile(model.q_proj, backend="eager")
+        assert_refused(
+            model, folder, ValueError, "q_proj must have its adapter before it is compiled"
+        )
+        model = block(fill=False)
+        model.q_proj = torch.compile(model.q_proj, backend="eager")
+        load_adapter(model, folder)
+        x = torch.randn(6, 12)
+        torch.testing.assert_close(model(x), block()(x))
+
+    def test_the_layer_itself(self, tmp_path):
+        for wrap in (nn.DataParallel, torch.compile):
+            with pytest.raises(ValueError, match="must contain named layers to save"):
+                save_adapter(wrap(LinearWithLoRA(nn.Linear(4, 4), 2, 1.0)), tmp_path / "none")
+        assert not (tmp_path / "none").exists()
 
 
 class TestPeft:

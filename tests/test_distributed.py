@@ -6,6 +6,7 @@ import copy
 import datetime
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -24,7 +25,19 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import LinearWithLoRA, bases, formulas, freeze_base, lora_linear, merge_lora
+from lora_kernels import (
+    LinearWithLoRA,
+    adapters,
+    bases,
+    formulas,
+    freeze_base,
+    load_adapter,
+    lora_linear,
+    lora_parameters,
+    lora_state_dict,
+    merge_lora,
+    save_adapter,
+)
 from lora_kernels.distributed import ColwiseLoRA, RowwiseLoRA, register
 from lora_kernels.integrations import peft as integration
 
@@ -255,6 +268,80 @@ def check_sharded_rows():
         torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad)
 
 
+def in_fsdp(net):
+    """FSDP2 in one group, whose parameters stay whole after a forward without gradients."""
+    fully_shard(net, mesh=mesh())
+    with torch.no_grad():
+        net(batch())
+    assert type(net[0].lora.A) is nn.Parameter
+
+
+def in_tensor_parallel(net):
+    parallelize_module(net, mesh(), {"0": ColwiseLoRA(), "2": RowwiseLoRA()})
+
+
+def in_both(net):
+    both = init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("data", "tensor"))
+    parallelize_module(net, both["tensor"], {"0": ColwiseLoRA(), "2": RowwiseLoRA()})
+    for layer in (net[0], net[2]):
+        fully_shard(layer, mesh=both["data"])
+
+
+def check_files(sharded, dora=False):
+    """Sharded layers are saved whole by each rank, and loaded into all at once or not at all."""
+    net, other, x = network(dora=dora), network(dora=dora), batch()
+    with torch.no_grad():
+        for parameter in lora_parameters(other):
+            parameter.add_(0.1)
+    other[0].lora.alpha = 3.0
+    want = {name: lora_state_dict(each) for name, each in (("net", net), ("other", other))}
+    sharded(net)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(net, f"{folder}/net")
+        save_adapter(other, f"{folder}/other")
+        plain = network(dora=dora)
+        load_adapter(plain, f"{folder}/net")
+        assert_equal(lora_state_dict(plain), want["net"])
+
+        with pytest.MonkeyPatch.context() as broken:
+            fill, calls = adapters.fill, []
+
+            def fails_once(*args):
+                calls.append(args)
+                fill(*args)
+                if len(calls) == 2:
+                    raise KeyboardInterrupt
+
+            broken.setattr(adapters, "fill", fails_once)
+            with pytest.raises(KeyboardInterrupt):
+                load_adapter(net, f"{folder}/other")
+        assert_equal(whole_state(net), want["net"])
+        with torch.no_grad():
+            net(x)
+        load_adapter(net, f"{folder}/other")
+    assert_equal(whole_state(net), want["other"])
+    for _ in range(2):  # after a step as well
+        torch.testing.assert_close(net(x), other(x))
+        net(x).sum().backward()
+    assert_equal(whole_state(net), want["other"])
+
+
+def whole_state(net):
+    return {name: t.full_tensor() for name, t in lora_state_dict(net).items()}
+
+
+def check_ddp_files():
+    """The files of a model within DDP are those of the model."""
+    net = network()
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(wrapped, folder)
+        fresh = network()
+        load_adapter(fresh, folder)
+        assert sorted(load_adapter(wrapped, folder)) == ["0", "2"]
+    assert_equal(lora_state_dict(fresh), lora_state_dict(net))
+
+
 def check_style_wants_our_layer():
     with pytest.raises(TypeError, match="module must be a LinearWithLoRA, got ReLU"):
         parallelize_module(network(), mesh(), {"1": ColwiseLoRA()})
@@ -300,6 +387,11 @@ CHECKS = {
     "tp-without-bias": lambda patch: check_tensor_parallel(bias=False, frozen=True),
     "tp-local-products": check_tensor_parallel_products,
     "tp-rows": lambda patch: check_sharded_rows(),
+    "ddp-files": lambda patch: check_ddp_files(),
+    "fsdp-files": lambda patch: check_files(in_fsdp),
+    "fsdp-files-dora": lambda patch: check_files(in_fsdp, dora=True),
+    "tp-files": lambda patch: check_files(in_tensor_parallel),
+    "fsdp-tp-files": lambda patch: check_files(in_both),
     "tp-other-layers": lambda patch: check_style_wants_our_layer(),
 }
 

@@ -355,6 +355,10 @@ STATES = {
         lambda net: nn.utils.parametrizations.weight_norm(wrappers(net)[1].lora_A["default"]),
         "its lora_A is no plain Linear",
     ),
+    "a scaling of one dimension": (
+        lambda net: wrappers(net)[1].scaling.update(default=torch.tensor([0.5])),
+        "its scaling must be a number or a 0-d tensor, got [1]",
+    ),
 }  # fmt: skip
 
 
@@ -363,7 +367,8 @@ def test_what_is_left_alone_has_a_reason_and_peft_s_result(state):
     change, reason = STATES[state]
     net, plain = block(), block()
     change(net), change(plain)
-    calls = state != "a registered implementation"  # which needs a GPU
+    # The one needs a GPU, the other PEFT itself refuses.
+    calls = state not in ("a registered implementation", "a scaling of one dimension")
     report = accelerate(net, allow_none=True)
     assert len(report.left_alone) == 2 and not report.fused
     outer, inner = report.left_alone.values()

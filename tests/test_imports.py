@@ -108,7 +108,7 @@ for level in ("nonsense", "nonsense", "debug"):
 # The package from the ground up. A name is a module or a folder; a module that is named apart from its folder is not
 # part of the folder's entry. Entries of one line do not import one another, and the modules of one folder may.
 LAYERS = (
-    ("problem", "dropout", "once", "ahead", "routing"),
+    ("problem", "dropout", "once", "ahead", "routing", "wrappers"),
     ("declined", "env", "operands", "reference"),
     ("quantized", "tuning"),
     ("samples", "backends.base"),

@@ -13,6 +13,7 @@ from lora_kernels import lora_linear
 from lora_kernels.mixed import BASE, LinearWithAdapters, mixed_lora_linear
 from lora_kernels.modules import lora_parameters
 from tests.oracle import named_gradients
+from tests.test_modules import SPARSE
 
 NAMES = ("fr", "de", "it")
 BATCHES = {
@@ -88,7 +89,7 @@ def test_no_sample():
     "given, message",
     [
         (["fr", "es"], "name must be one of .*got 'es'"),
-        (["fr"], "an integer for each of x's 2 samples, got 1"),
+        (["fr"], "adapters must have a name for each of x's 2 samples, got 1"),
         (torch.tensor([0, 3]), r"in \[-1, 3\) for 3 adapters"),
         (torch.tensor([0, -2]), r"in \[-1, 3\) for 3 adapters"),
         (torch.tensor([0.0, 1.0]), "int64 or int32"),
@@ -221,6 +222,22 @@ def test_bad_operands_are_named(change, error, message):
     good = {"x": X, "weight": W, "adapters": [FITS], "index": [0, 0]}
     with pytest.raises(error, match=re.escape(message)):
         mixed_lora_linear(**{**good, **change})
+
+
+@pytest.mark.parametrize("sparse", SPARSE)
+def test_sparse_inputs(sparse):
+    """One name for all samples is a call of the parts; with several names the error says what x is."""
+    made, x = layer(), torch.eye(7, dtype=torch.float64)
+    for name in ("fr", BASE):
+        torch.testing.assert_close(made(sparse(x), name), made(x, name))
+    for call in (
+        lambda x: made(x, ["fr", "de"] * 3 + [BASE]),
+        lambda x: mixed_lora_linear(x, made.linear.weight, [], [-1] * 7),
+    ):
+        with pytest.raises(
+            ValueError, match=r"x must be \[S, \.\.\., K\], .* got a torch.sparse_c"
+        ):
+            call(sparse(x))
 
 
 def test_a_lazy_linear_is_refused():

@@ -221,6 +221,9 @@ class TestScaling:
         assert layer.scale == layer.scale_tensor == 2.0
 
 
+SPARSE = (torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.to_sparse_csc)
+
+
 class TestDtypesAndDevices:
     @pytest.mark.parametrize("given, dtype", [(None, torch.bfloat16), (torch.float32,) * 2])
     def test_adapters_take_the_bases_dtype_unless_told(self, given, dtype):
@@ -292,10 +295,11 @@ class TestDtypesAndDevices:
         for actual, row in zip(y.unbind(), rows, strict=True):
             torch.testing.assert_close(actual, layer(row))
 
-    def test_sparse_inputs(self):
+    @pytest.mark.parametrize("sparse", SPARSE)
+    def test_sparse_inputs(self, sparse):
         layer = fill(LinearWithLoRA(nn.Linear(6, 3), 2, 1.5))
         x = torch.eye(6)
-        torch.testing.assert_close(layer(x.to_sparse()), layer(x))
+        torch.testing.assert_close(layer(sparse(x)), layer(x))
 
     def test_a_cast_while_merged_casts_what_is_kept(self):
         layer = fill(LinearWithLoRA(nn.Linear(6, 3), 2, 1.5))
@@ -613,6 +617,17 @@ class TestReplace:
         torch.testing.assert_close(evaluated, trained, atol=1e-5, rtol=1e-4)
         assert not encoder.use_nested_tensor
 
+    def test_a_linear_that_is_compiled_by_itself(self):
+        """It is called past its place: nothing would be adapted."""
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model[1] = torch.compile(model[1])
+        with pytest.raises(
+            ValueError, match=r"1\._orig_mod must have its adapter before it is comp"
+        ):
+            replace_linear_with_lora(model, 2, 1.0)
+        assert not lora_layers(model)
+        assert replace_linear_with_lora(torch.compile(model), 2, 1.0, target_modules=["0"])
+
     def test_a_root_that_is_a_linear_says_so(self):
         linear = nn.Linear(4, 4)
         with pytest.warns(UserWarning, match="itself a Linear"):
@@ -648,6 +663,9 @@ class TestReplace:
             TypeError, match=r"linear must be a torch\.nn\.Linear or .*, got Conv1d"
         ):
             LinearWithLoRA(nn.Conv1d(3, 3, 1), 2, 1.0)
+
+
+CHECKPOINT_WRAPPER = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
 
 
 class TestManagement:
@@ -711,6 +729,20 @@ class TestManagement:
         model = nn.ModuleDict({"1": LoRALayer(4, 4, 2, 1.0), "10": nn.Linear(4, 4)})
         assert list(lora_state_dict(model)) == ["1.A", "1.B"]
         assert list(lora_state_dict(model["1"])) == ["A", "B"]
+
+    def test_the_state_under_activation_checkpointing(self):
+        """Its wrapper is in the names of modules and not in those of the state."""
+        model = nn.Sequential(pair()[1], LinearWithLoRA(nn.Linear(6, 3), 2, 1.0))
+        names = list(lora_state_dict(model))
+        wrap = pytest.importorskip(CHECKPOINT_WRAPPER).checkpoint_wrapper
+        for name in ("0.mlp.0", "0.mlp", "1.lora", "0"):
+            model.set_submodule(name, wrap(model.get_submodule(name)))
+        state = lora_state_dict(nn.ModuleDict({"model": model}))
+        assert list(state) == [f"model.{name}" for name in names] and len(names) == 10
+        assert list(lora_state_dict(wrap(LoRALayer(4, 4, 2, 1.0)))) == ["A", "B"]
+        compiled = torch.compile(model, backend="eager")
+        assert lora_state_dict(compiled).keys() <= compiled.state_dict().keys()
+        assert len(lora_state_dict(compiled)) == 10
 
     def test_repr_names_the_sizes(self):
         text = repr(LinearWithLoRA(nn.Linear(6, 3), 2, 1.0, scaling="alpha/rank", dropout=0.1))

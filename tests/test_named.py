@@ -98,6 +98,23 @@ def test_files_are_those_of_one_adapter(tmp_path):
     torch.testing.assert_close(theirs(X), want["fr"])
 
 
+def test_files_of_a_wrapped_model(tmp_path):
+    """The names in them are those without torch's wrappers, and found within them."""
+    net = model()
+    want = outputs(net, "de")
+    save_named_adapter(nn.DataParallel(net), "de", tmp_path)
+    torch.manual_seed(4)
+    fresh = Net()
+    assert set(load_named_adapter(nn.DataParallel(fresh), "other", tmp_path)) == {"second", "head"}
+    torch.testing.assert_close(outputs(fresh, "other"), want)
+    fresh = Net()
+    fresh.head = torch.compile(fresh.head)
+    with pytest.raises(ValueError, match="head must have its adapter before it is compiled"):
+        load_named_adapter(fresh, "de", tmp_path)
+    with pytest.raises(ValueError, match="must contain named layers to save"):
+        save_named_adapter(nn.DataParallel(net.head), "de", tmp_path)
+
+
 def test_files_of_peft_are_loaded(tmp_path):
     torch.manual_seed(4)
     theirs = get_peft_model(

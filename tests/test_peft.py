@@ -18,6 +18,7 @@ from lora_kernels.integrations import peft as integration
 from lora_kernels.integrations.peft import FusedLinear, accelerate, restore, why_not_fused
 from tests.oracle import named_gradients
 from tests.test_functional import LAYOUTS
+from tests.test_modules import SPARSE
 
 
 class Net(nn.Module):
@@ -169,6 +170,7 @@ def left_to_peft(monkeypatch, net, *args, **kwargs):
 
     with monkeypatch.context() as patch:
         patch.setattr(bases, "lora_linear", forbidden)
+        patch.setattr(integration, "mixed_lora_linear", forbidden)
         return net(*args, **kwargs)
 
 
@@ -319,6 +321,20 @@ class TestState:
         torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
 
+SCALINGS = {
+    "trained": (
+        lambda: nn.Parameter(torch.tensor(0.7)),
+        "not require grad: it is a run-time value, no parameter",
+    ),
+    "one for each output": (
+        lambda: torch.linspace(0, 1, 24),
+        "be a number or a 0-d tensor, got [24]",
+    ),
+    "a vector of one": (lambda: torch.tensor([0.5]), "be a number or a 0-d tensor, got [1]"),
+    "a bool": (lambda: True, "be a number or a 0-d tensor, got bool"),
+}
+
+
 class TestLeftAlone:
     def test_for_the_moment(self, monkeypatch):
         """A layer left alone because of its adapters' state is fused as soon as that allows."""
@@ -386,7 +402,7 @@ class TestLeftAlone:
         assert set(report.left_alone.values()) == {"hooks on all modules are registered"}
         assert not accelerate(net).left_alone
 
-    def test_dropout_follows_its_own_mode(self):
+    def test_dropout_follows_its_own_mode(self, monkeypatch):
         """PEFT's Dropout is a module and may be in another mode than the layer."""
         net = model(lora_dropout=0.5)
         accelerate(net)
@@ -397,6 +413,8 @@ class TestLeftAlone:
         torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
         layer.eval().lora_dropout["default"].train()
         assert not torch.allclose(layer(x), expected)
+        y = left_to_peft(monkeypatch, layer, x, adapter_names=["default"] * 3)
+        assert not torch.allclose(y, expected)
 
     def test_an_int8_base(self, layer):
         layer.base_layer.weight = nn.Parameter(torch.ones(24, 16).to(torch.int8), False)
@@ -442,6 +460,50 @@ class TestLeftAlone:
             "a subclass of nn.Linear"
         }
         assert "2 of 3 LoRA layers fused" in str(report)
+
+    @pytest.mark.parametrize("use_dora", [False, True])
+    def test_a_bias_of_lora_A(self, use_dora, monkeypatch):
+        """PEFT makes none, and adds one that it is given."""
+        net = model(use_dora=use_dora).eval()
+        net.base_model.model.first.lora_A["default"].bias = nn.Parameter(torch.ones(4))
+        plain = copy.deepcopy(net)
+        report = accelerate(net)
+        assert report.left_alone == {"base_model.model.first": "its lora_A has a bias"}
+        assert_same(run(net), run(plain))  # with the gradient of the bias
+        if not use_dora:  # in which PEFT has no batches of mixed adapters
+            x, names = torch.randn(3, 16), ["default", "__base__", "default"]
+            want = plain.base_model.model.first(x, adapter_names=names)
+            first = net.base_model.model.first
+            assert torch.equal(left_to_peft(monkeypatch, first, x, adapter_names=names), want)
+
+    def test_nested_and_sparse_inputs(self, layer, monkeypatch):
+        x, layer = torch.eye(16), layer.eval()
+        for sparse in SPARSE:
+            torch.testing.assert_close(left_to_peft(monkeypatch, layer, sparse(x)), layer(x))
+        nested = torch.nested.nested_tensor([x[:3], x[3:]], layout=torch.jagged)
+        y = left_to_peft(monkeypatch, layer, nested)
+        torch.testing.assert_close(y.values(), layer(x))
+        names = ["default"] * 16
+        with pytest.raises(RuntimeError):  # PEFT's own
+            left_to_peft(monkeypatch, layer, x.to_sparse_csr(), adapter_names=names)
+
+    @pytest.mark.parametrize("scaling", SCALINGS)
+    def test_a_scaling_that_is_no_number(self, layer, scaling, monkeypatch):
+        """One that may come and go at any time."""
+        make, rule = SCALINGS[scaling]
+        layer.eval()
+        x, names = torch.randn(3, 16), ["default", "__base__", "default"]
+        before, layer.scaling["default"] = layer.scaling["default"], make()
+        assert why_not_fused(layer) == f"its scaling must {rule}"
+        y = left_to_peft(monkeypatch, layer, x)
+        assert torch.equal(y, PEFT_FORWARD(layer, x))
+        mixed = left_to_peft(monkeypatch, layer, x, adapter_names=names)
+        torch.testing.assert_close(mixed[::2], y[::2])
+        if scaling == "trained":
+            y.sum().backward()
+            assert layer.scaling["default"].grad
+        layer.scaling["default"] = before
+        assert why_not_fused(layer) is None
 
     def test_a_dtype_that_peft_refuses_is_refused_by_peft(self):
         net = model(torch.bfloat16)

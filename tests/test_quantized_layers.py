@@ -25,6 +25,7 @@ from lora_kernels import (
     unmerge_lora,
 )
 from lora_kernels.mixed import LinearWithAdapters
+from lora_kernels.modules import lora_layers
 from lora_kernels.quantized import FP8Weight, from_bitsandbytes
 from tests.oracle import (
     assert_bits,
@@ -527,6 +528,30 @@ class TestMerging:
             layer = layer_of(made.to(stored).to("cpu"), dtype=torch.float32)
             merge_lora(layer, dequantize=True)
             assert layer.merged_weight.dtype == wanted
+
+    def test_what_transformers_saves_afterwards(self, tmp_path):
+        """A dense model once nothing quantised is left in it; before that what it was."""
+        transformers = pytest.importorskip("transformers")
+        sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64}
+        config = transformers.LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "first")
+        read = partial(transformers.LlamaForCausalLM.from_pretrained, dtype=torch.float32)
+        nf4 = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        net = read(tmp_path / "first", quantization_config=nf4, device_map="cpu").eval()
+        tokens = torch.arange(6)[None]
+        for targets in (["q_proj"], None):
+            assert net.is_quantized and net.config.quantization_config
+            names = replace_linear_with_lora(net, 4, 8.0, target_modules=targets)
+            for _, layer in lora_layers(net):
+                nn.init.normal_(layer.lora.B, std=0.1)
+            assert merge_lora(net, dequantize=True) == names
+            merge_lora(net, unload=True)
+        assert not net.is_quantized and not hasattr(net.config, "quantization_config")
+        net.save_pretrained(tmp_path / "second")
+        again = read(tmp_path / "second").eval()
+        assert torch.equal(again(tokens).logits, net(tokens).logits)
 
     def test_nothing_half_done(self, net, monkeypatch):
         net.append(LinearWithLoRA(nn.Linear(N, 8), 2, 1.0))

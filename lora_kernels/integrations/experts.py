@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_kernels.bases import has_hooks, is_plain_tensor
 from lora_kernels.functional import autocast_dtype
 from lora_kernels.grouped import grouped_lora_linear
-from lora_kernels.integrations.state import active, why_not_one_adapter
+from lora_kernels.integrations.state import active, why_not_one_adapter, why_not_scaling
 from lora_kernels.operands import DTYPES, Adapter
 from lora_kernels.routing import Routing, sorted_by_group
 
@@ -194,7 +194,7 @@ def _why_not_adapter(wrapper: Any, lora_A: Any, lora_B: Any, name: str) -> str |
     got = [*lora_A.weight.shape, *lora_B.weight.shape]
     if got != [E * rank, sides[side], sides[1 - side], rank * E]:
         return f"its lora_A and lora_B, {got[:2]} and {got[2:]}, do not fit its parameter, {[E, *sides]}"
-    return None
+    return why_not_scaling(wrapper, name)
 
 
 def _nest(wrapper: Any) -> tuple[list[Any], Any]:

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from lora_kernels import bases
-from lora_kernels.bases import has_hooks, is_conv1d, is_plain_tensor, is_quantized
+from lora_kernels.bases import has_hooks, is_conv1d, is_plain_tensor, is_quantized, is_strided
 from lora_kernels.declined import why_declined
 from lora_kernels.functional import autocast_dtype
 from lora_kernels.integrations import experts
-from lora_kernels.integrations.state import active, why_not_one_adapter
+from lora_kernels.integrations.state import active, why_not_one_adapter, why_not_scaling
 from lora_kernels.mixed import mixed_lora_linear
 from lora_kernels.modules import layers_of
 from lora_kernels.operands import DTYPES, Adapter
@@ -38,17 +38,18 @@ class Fused:
 
     With DoRA it is y = c∘(x·Wᵀ + scaling·(x·A)·B) + bias, and with `adapter_names` in inference each sample has its adapter.
     Parameters and state are read inside forward. A call with several adapters, another variant, hooks on the inner layers
-    or on all modules, or merged or disabled adapters takes PEFT's own forward.
+    or on all modules, merged or disabled adapters, or a nested or sparse x takes PEFT's own forward.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., out] for x [..., in]; arguments are those of PEFT's forward."""
         layer: Any = self
         y, given = None, {key for key, value in kwargs.items() if value is not None}
-        if not given:
+        dense = is_strided(x)
+        if dense and not given:
             product = experts.forward if isinstance(layer, ParamWrapper) else _forward
             y = product(layer, x, *args)
-        elif given == {"adapter_names"} and not args and not layer.training:
+        elif dense and given == {"adapter_names"} and not args and not layer.training:
             y = _mixed_forward(layer, x, kwargs["adapter_names"])
         return super().forward(x, *args, **kwargs) if y is None else y  # type: ignore[misc]
 
@@ -80,7 +81,7 @@ def _forward(layer: Any, x: Tensor, *args: Any) -> Tensor | None:
     if not is_quantized(base) and not _same_dtype(x, base.weight):
         return None
     name = active(layer)[0]
-    scaling, dropout = layer.scaling[name], layer.lora_dropout[name]
+    scaling = layer.scaling[name]
     lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
     return bases.lora_linear_on(
         base,
@@ -90,17 +91,20 @@ def _forward(layer: Any, x: Tensor, *args: Any) -> Tensor | None:
         scaling,
         None if lora_B.bias is None else scaling * lora_B.bias,
         magnitude=layer.lora_magnitude_vector[name].weight if name in layer.lora_variant else None,
-        dropout_p=dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0,
+        dropout_p=_dropout_p(layer, name),
     )
+
+
+def _dropout_p(layer: Any, name: str) -> float:
+    """The chance of its Dropout, whose mode may be another one than the layer's."""
+    dropout = layer.lora_dropout[name]
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def _mixed_forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     """One product in which each sample has the adapter of its name, or None where PEFT's own forward must run."""
     base = layer.base_layer
     used = [name for name in dict.fromkeys(names) if name in layer.lora_A]
-    parts = {
-        name: (layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]) for name in used
-    }
     if (
         isinstance(layer, ParamWrapper)
         or len(names) != len(x)
@@ -110,15 +114,18 @@ def _mixed_forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
         or is_quantized(base)
         or _why_not_base(base) is not None
         or not layer.lora_variant.keys().isdisjoint(used)
-        or any(_why_not_adapter(base, *part) or part[1].bias is not None for part in parts.values())
+        or any(
+            _why_not_adapter(layer, name) or layer.lora_B[name].bias is not None for name in used
+        )
+        or any(_dropout_p(layer, name) for name in used)
         or not _same_dtype(x, base.weight)
     ):
         return None
     adapters = [
-        Adapter(lora_A.weight.t(), lora_B.weight.t(), layer.scaling[name])
-        for name, (lora_A, lora_B, _) in parts.items()
+        Adapter(layer.lora_A[name].weight.t(), layer.lora_B[name].weight.t(), layer.scaling[name])
+        for name in used
     ]
-    index = [used.index(name) if name in parts else -1 for name in names]
+    index = [used.index(name) if name in used else -1 for name in names]
     weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
     return mixed_lora_linear(x, weight, adapters, index, base.bias)
 
@@ -262,15 +269,12 @@ def _declined(base: nn.Module) -> str | None:
 
 
 def _why_not_linear(module: Any) -> str | None:
-    base = module.base_layer
-    reason = _why_not_base(base) or why_not_one_adapter(module)
+    reason = _why_not_base(module.base_layer) or why_not_one_adapter(module)
     if reason is not None:
         return reason
     (name,) = active(module)
     reason = _why_not_variant(module, name) if name in module.lora_variant else None
-    return reason or _why_not_adapter(
-        base, module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-    )
+    return reason or _why_not_adapter(module, name)
 
 
 def _why_not_variant(module: Any, name: str) -> str | None:
@@ -292,7 +296,9 @@ def _why_not_variant(module: Any, name: str) -> str | None:
     return None
 
 
-def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str | None:
+def _why_not_adapter(module: Any, name: str) -> str | None:
+    base, dropout = module.base_layer, module.lora_dropout[name]
+    lora_A, lora_B = module.lora_A[name], module.lora_B[name]
     inner = {"base_layer": base, "lora_A": lora_A, "lora_B": lora_B, "lora_dropout": dropout}
     for part, layer in inner.items():
         if has_hooks(layer):
@@ -301,6 +307,8 @@ def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str |
             return f"the forward of its {part} was replaced"
     if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
         return "its lora_A or lora_B is no plain Linear (parametrized or replaced)"
+    if lora_A.bias is not None:
+        return "its lora_A has a bias"
     if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
         return "its dropout is no plain Dropout with p < 1"
     packs = is_quantized(base)  # whose forward casts a bias
@@ -313,7 +321,7 @@ def _why_not_adapter(base: Any, lora_A: Any, lora_B: Any, dropout: Any) -> str |
         return "its lora_A and lora_B have different dtypes"
     if lora_B.bias is not None and not packs and lora_B.bias.dtype != base.weight.dtype:
         return f"its lora_bias is {lora_B.bias.dtype} on a base of {base.weight.dtype}"
-    return None
+    return why_not_scaling(module, name)
 
 
 def _same_dtype(x: Tensor, weight: Tensor) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.nn.modules.module import _has_any_global_hook
 
+from lora_kernels.arguments import check_scale
+
 
 def active(layer: Any) -> list[str]:
     """Names of the active adapters that this layer has."""
@@ -25,4 +27,16 @@ def why_not_one_adapter(layer: Any) -> str | None:
     names = active(layer)
     if len(names) != 1:
         return f"{len(names)} adapters are active in it, not one"
+    return None
+
+
+def why_not_scaling(layer: Any, name: str) -> str | None:
+    """None if a product can take the scaling that this adapter has now, else the rule that it breaks."""
+    scaling = layer.scaling[name]
+    if type(scaling) is float:
+        return None
+    try:
+        check_scale(scaling, "its scaling", layer.lora_A[name].weight.device)
+    except (TypeError, ValueError) as error:
+        return str(error)
     return None
