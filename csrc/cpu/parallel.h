@@ -14,18 +14,27 @@ namespace lora_kernels {
 
 constexpr int64_t SHARED_WORK = 1 << 18;  // multiply-adds that are worth waking another thread for
 
-// task(0) .. task(count - 1), which make `work` multiply-adds together: whichever thread is free
-// takes the next. A little work, or all of it within a parallel region, is done by the caller.
+// task(0) .. task(count - 1), which make `work` multiply-adds together. Each thread has a share of
+// them, in order, and then helps the next one: the same thread writes the same memory in each call,
+// which is in its own cache. A little work, or all of it within a parallel region, is done by the
+// caller.
 template <class Task>
 void for_each_task(int64_t count, int64_t work, const Task& task) {
   if (count == 1 || work < SHARED_WORK) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
   }
-  std::atomic<int64_t> next{0};
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+  };
   const int64_t threads = std::min<int64_t>(count, at::get_num_threads());
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1)) < count;) task(i);
+  std::vector<Share> shares(threads);
+  for (int64_t t = 0; t < threads; ++t) shares[t].next = t * count / threads;
+  at::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
+    for (int64_t k = 0; k < threads; ++k) {
+      const int64_t t = (own + k) % threads, end = (t + 1) * count / threads;
+      for (int64_t i; (i = shares[t].next.fetch_add(1)) < end;) task(i);
+    }
   });
 }
 

@@ -306,14 +306,14 @@ void Run::divide_panels() {
 }
 
 void Run::panels_task(int64_t task) const {
-  const int64_t chunks = ceil_div(M, rows_);
+  const int64_t blocks = ceil_div(N, block_);
   Columns cols{};
-  cols.begin = task / chunks * block_;
+  cols.begin = task % blocks * block_;
   cols.count = std::min(block_, N - cols.begin);
   if (cols.count <= 0) return;
   cols.width = width_;
   cols.panels = ceil_div(cols.count, width_);
-  const int64_t begin = task % chunks * rows_, end = std::min(begin + rows_, M);
+  const int64_t begin = task / blocks * rows_, end = std::min(begin + rows_, M);
   // Results that are not yet complete after a chunk of k wait in the output or in scratch memory.
   const bool waits = !direct(cols) && ceil_div(K, unit()) > chunk();
   const int64_t step = waits ? std::min(rows_, MAX_SCRATCH_ROWS) : rows_;
