@@ -112,7 +112,7 @@ def price() -> str:
     picture.text(
         24,
         298,
-        f"Measured on a 2-core AMD EPYC CPU, torch 2.13: medians and quartiles of {cases} cases each. No GPU was timed yet.",
+        f"Measured on a 2-core AMD EPYC CPU, torch 2.13: medians and quartiles of {cases} cases each.",
         "soft",
     )
     return picture.svg()
