@@ -3,7 +3,8 @@
 Element (m, k) of an M×K input belongs to group g = m·ceil(K/4) + k//4; Philox-4x32-10 (Salmon et al., "Parallel random
 numbers: as easy as 1, 2, 3", SC 2011) with key = seed and counter = (g mod 2³², g div 2³², 0, 0) gives four words, of
 which word k mod 4 is the element's. The element is kept when its word is at least `threshold(p)`. Every backend computes
-exactly these integers, so that a mask is the same on every device and for every tile size.
+exactly these integers, so that a mask is the same on every device and for every tile size. A call without a seed whose
+products are all eager's draws its mask instead, see `drawn_mask`.
 """
 
 from __future__ import annotations
