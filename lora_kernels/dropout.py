@@ -1,10 +1,9 @@
-"""The LoRA branch's dropout mask, computed from a seed and an element's position, and never stored.
+"""The LoRA branch's dropout mask, computed from a seed and an element's position, and stored by plain ATen alone.
 
 Element (m, k) of an M×K input belongs to group g = m·ceil(K/4) + k//4; Philox-4x32-10 (Salmon et al., "Parallel random
 numbers: as easy as 1, 2, 3", SC 2011) with key = seed and counter = (g mod 2³², g div 2³², 0, 0) gives four words, of
 which word k mod 4 is the element's. The element is kept when its word is at least `threshold(p)`. Every backend computes
-exactly these integers, so that a mask is the same on every device and for every tile size. A call without a seed whose
-products are all eager's draws its mask instead, see `drawn_mask`.
+exactly these integers, so that a mask is the same on every device and for every tile size.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ _CACHED = 1 << 14  # groups whose words, in int64, fit a CPU's cache
 class Dropout(NamedTuple):
     """Drop each element with probability `p` (0 < p < 1), by the mask that the 0-d int64 tensor `seed` defines.
 
-    `seed` may be the mask itself, bool [rows, cols], as `drawn_mask` gives it: composite products take it, kernels do not.
+    `seed` may be that mask itself, bool [rows, cols], for products that are made of ATen's operations: they read it faster
+    than they compute it.
     `row`: the masked matrix has so many rows before the operand's first, as where the operand is a slice of it.
     """
 
@@ -42,25 +42,20 @@ def masked(t: Tensor, dropout: Dropout | None) -> Tensor:
     """mask∘t: what is kept times 1/(1-p), else zero."""
     if dropout is None:
         return t
-    return t * (1.0 / (1.0 - dropout.p)) * keep_mask(dropout, t.shape[0], t.shape[1])
-
-
-def drawn_mask(p: float, rows: int, cols: int, device: torch.device) -> Tensor:
-    """A mask of torch's own generator, bool [rows, cols]: it is stored, but takes far less time than Philox by ATen."""
-    return torch.empty((rows, cols), dtype=torch.bool, device=device).bernoulli_(1.0 - p)
+    return t * keep_mask(dropout, t.shape[0], t.shape[1]) * (1.0 / (1.0 - dropout.p))
 
 
 def keep_mask(dropout: Dropout, rows: int, cols: int) -> Tensor:
     """The mask of an input with `cols` columns, from row `dropout.row` on: bool [rows, cols], true = kept."""
     if dropout.seed.ndim:
         return dropout.seed[dropout.row : dropout.row + rows]
-    groups = (cols + 3) // 4
-    block = max(1, _CACHED // groups) if dropout.seed.device.type == "cpu" else rows
-    parts = [
-        _kept(dropout, groups * (dropout.row + first), groups * min(block, rows - first))
-        for first in range(0, max(rows, 1), block)
-    ]
-    kept = parts[0] if len(parts) == 1 else torch.cat(parts)
+    groups, begin = (cols + 3) // 4, dropout.row
+    if dropout.seed.device.type != "cpu" or torch.compiler.is_compiling():
+        kept = _kept(dropout, groups * begin, groups * rows)
+    else:
+        step = max(1, _CACHED // max(groups, 1))
+        blocks = [(row, min(step, rows - row)) for row in range(0, max(rows, 1), step)]
+        kept = torch.cat([_kept(dropout, groups * (begin + row), groups * n) for row, n in blocks])
     return kept.view(rows, 4 * groups)[:, :cols]
 
 

@@ -14,7 +14,7 @@ from lora_kernels import autograd, dora, formulas, ops, plan
 from lora_kernels.arguments import EAGER_TYPES, Arguments, check, number
 from lora_kernels.autograd import Call, as_dropout
 from lora_kernels.backends.composite import with_column_scale
-from lora_kernels.dropout import Dropout, drawn_mask, masked
+from lora_kernels.dropout import Dropout, keep_mask, masked
 from lora_kernels.operands import (
     Adapter,
     Weight,
@@ -46,7 +46,8 @@ def lora_linear(
     x [..., K], weight [N, K] as nn.Linear stores it, A [K, R], B [R, N], bias [N] -> y [..., N]; any strides, any sizes,
     zero included. x, weight and bias share one of float32, bfloat16, float16, float64; A and B share a dtype of their own
     (float32 adapters on a half base are used as they are, others are cast to x's). y has the dtype of
-    `F.linear(x, weight)`, under autocast as well. Sums run in float32 (float64 for float64) and are rounded at the end.
+    `F.linear(x, weight)`, under autocast as well. Sums run in float32 (float64 for float64) and are rounded at the end; x·A
+    may be rounded to the type of half adapters as well, as PyTorch rounds it.
 
     alpha: the final multiplier, a real number or a 0-d tensor that needs no gradient, read when the product is computed.
     dropout_p: probability in [0, 1) of dropping an element of x on the LoRA branch only. seed: an integer or 0-d int64
@@ -151,18 +152,19 @@ def apply(a: Arguments) -> Tensor:
     alpha = alpha if type(alpha) is float else number(alpha)
     quantised = not isinstance(weight, Tensor)  # the type check of an abstract class takes longer
     traced = is_traced(x, weight if isinstance(weight, Tensor) else None, A, B, bias)
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None and not traced and not is_differentiated_elsewhere():
-        seed = _drawn(a)
-    else:
-        seed = seed_on(seed, x.device)
+    planned = None
+    seed = seed_on(seed, x.device) if dropout_p else None
+    if seed is not None and not traced and not is_differentiated_elsewhere():
+        groups = groups_of(offsets, weight, bias)
+        planned = plan.plan_call(backend, x, weight, A, bias, True, groups)
+        if planned.backend == "eager" and planned.adjoint.backend == "eager":
+            seed = keep_mask(Dropout(dropout_p, seed), math.prod(x.shape[:-1]), x.shape[-1])
     chosen = None
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or A.requires_grad)
     usual = not traced and _has_usual_derivatives(weight, A, B, alpha, bias)
     if usual and (x.is_cpu or not needs_grad):
         groups = groups_of(offsets, weight, bias)
-        chosen = plan.plan_call(backend, x, weight, A, bias, seed is not None, groups)
+        chosen = planned or plan.plan_call(backend, x, weight, A, bias, False, groups)
         adapter = Adapter(A, B, alpha, None if seed is None else as_dropout(dropout_p, seed))
         layer = chosen.products.layer
         if layer is not None and not chosen.dequantises and groups is None:
@@ -180,7 +182,7 @@ def apply(a: Arguments) -> Tensor:
         weight = chosen.readable(weight)
         y, _ = formulas.forward(chosen.products.bound(groups), rows, weight, adapter, bias)
     else:
-        y, _ = autograd.apply(rows, weight, *rest, Call(backend, chosen), offsets)
+        y, _ = autograd.apply(rows, weight, *rest, Call(backend, chosen or planned), offsets)
     return like(y, x)
 
 
@@ -288,19 +290,6 @@ def _has_usual_derivatives(
         )
         or is_differentiated_elsewhere()
     )
-
-
-def _drawn(a: Arguments) -> Tensor:
-    """The seed of a call that has none; its mask where neither forward nor backward has a kernel that computes one.
-
-    It does not depend on whether gradients are asked for: a forward that is computed again draws the same.
-    """
-    x = a.x
-    groups = groups_of(a.offsets, a.weight, a.bias)
-    chosen = plan.plan_call(a.backend, x, a.weight, a.A, a.bias, True, groups)
-    if chosen.backend == "eager" and chosen.adjoint.backend == "eager":
-        return drawn_mask(a.dropout_p, math.prod(x.shape[:-1]), x.shape[-1], x.device)
-    return seed_on(None, x.device)
 
 
 def seed_on(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -151,7 +151,7 @@ def _forget_quantization(model: nn.Module) -> None:
             of_model = own, ("quantization_method", "_weight_conversions", "hf_quantizer")
             for holder, names in (of_config, of_model):
                 for name in names:
-                    if name in vars(holder):
+                    if name in getattr(holder, "__dict__", ()):
                         delattr(holder, name)
             own.is_quantized = False
 

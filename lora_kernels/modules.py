@@ -109,7 +109,8 @@ class LoRALayer(nn.Module):
 
     def _set(self, alpha: float, scaling: str) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            if self.scale_tensor.is_inference():  # as of a copy that was made in inference mode
+            # As of a copy that was made in inference mode, which code that is compiled does not ask for.
+            if not torch.compiler.is_compiling() and self.scale_tensor.is_inference():
                 self.scale_tensor = self.scale_tensor.clone()
             self.scale_tensor.fill_(float(SCALINGS[scaling](alpha, self.rank)))
         self._alpha, self._scaling = alpha, scaling

@@ -32,8 +32,8 @@ reference has alpha·dy, 2 passes over dy; q·aᵀ is written and dx is summed, 
 
 Passes over y beside s·b take no less than its 2·M·N·R / P.
 
-A mask costs eager passes over a float32 copy of what is masked, see `_mask_us`. These kernels compute it where they read x
-or store s·b; so does tail_first, eager's formula by their shrink and their s·b.
+A mask costs eager the operations that compute it, and passes over a float32 copy of what is masked, see `_mask_us`. These
+kernels compute it where they read x or store s·b; so does tail_first, eager's formula by their shrink and their s·b.
 
 A quantised weight costs all but decode a launch before, which reads it and writes a dense copy, and a gap. The
 others are predicted for a dense weight: `plan` adds the copy that they are given.
@@ -109,8 +109,10 @@ _DECODE_INSTRUCTIONS = {
 }
 # The same of eager over groups: operands are widened to float32, written into blocks, and gathered again.
 _BATCHED_PASSES = 18.0, 18.0, 25
-# Bytes for an element that is masked, and launches, by ATen: a mask is drawn, x is made float32, multiplied twice and read.
-_MASK_BYTES, _MASK_LAUNCHES = 28, 4
+# Bytes for an element, and launches, by ATen: to compute a mask, ten rounds of ten operations on int64 for four elements,
+# once for forward and backward; to apply it, to a float32 copy.
+_MASK_BYTES, _MASK_LAUNCHES = 470, 135
+_MASKING_BYTES, _MASKING_LAUNCHES = 28, 4
 # The share of shrink that runs beside the dependent product.
 _HIDDEN = {"sm_90": 0.5, "sm_100": 0.5}
 
@@ -211,9 +213,12 @@ def _reads_dy_once(algorithm: str, problem: Problem) -> bool:
 
 def _mask_us(problem: Problem, target: Target) -> float:
     """The time of the mask of the layer's x [M, K], in a backward of dx [M, N] and of x, by ATen's operations."""
-    elements = problem.M * (2 * problem.N if problem.backward else problem.K)
-    moved_us = _MASK_BYTES * elements / (target.bandwidth_gbs * 1e3)
-    return max(moved_us, _MASK_LAUNCHES * (MIN_KERNEL_US + target.gap_us))
+    elements = problem.M * (problem.N if problem.backward else problem.K)
+    moved, launches = 2 * _MASKING_BYTES, 2 * _MASKING_LAUNCHES
+    if not problem.backward:
+        moved, launches = _MASK_BYTES + _MASKING_BYTES, _MASK_LAUNCHES + _MASKING_LAUNCHES
+    moved_us = moved * elements / (target.bandwidth_gbs * 1e3)
+    return max(moved_us, launches * (MIN_KERNEL_US + target.gap_us))
 
 
 @functools.lru_cache(maxsize=_MOST_TIMES)

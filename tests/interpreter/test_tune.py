@@ -139,7 +139,7 @@ def test_the_backward_takes_the_lowrank_kernels_that_were_found(monkeypatch):
 
 def test_a_wrong_lowrank_kernel_does_not_count(monkeypatch):
     real = shrink_wgrad_module.shrink_wgrad
-    wrong = lambda *args: (lambda q, dB: (q, dB + 0.01))(*real(*args))  # noqa: E731
+    wrong = lambda *args: (lambda q, dB, *rest: (q, dB + 0.01, *rest))(*real(*args))  # noqa: E731
     monkeypatch.setattr(shrink_wgrad_module, "shrink_wgrad", wrong)
     entries, told, failures = tune(PROBLEM)
     assert {each["algorithm"] for each in told if each["failure"]} == {"shrink_wgrad"}
