@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import LinearWithLoRA, dropout, functional, lora_linear, use_backend
+from lora_kernels import LinearWithLoRA, dropout, functional, lora_linear, plan, use_backend
 from lora_kernels.dropout import Dropout, _philox, keep_mask, masked, scaled_mask, threshold
 from tests.oracle import check_function, reference
 from tests.test_functional import operands
@@ -102,6 +103,18 @@ class TestKeptMask:
         torch.autograd.grad(y.square().sum(), leaves)
         assert len(computed) == 2  # the mask, and its words
 
+    @pytest.mark.parametrize("name", ["auto", "eager"])
+    def test_one_plan_is_made(self, name, monkeypatch):
+        """Of two, another thread's `use_backend` between them could give a kernel eager's mask."""
+        made = []
+        planned = plan.plan_call
+        monkeypatch.setattr(plan, "plan_call", lambda *a: made.append(a) or planned(*a))
+        leaves = operands(24, 20, 30, 4)
+        with use_backend(name):
+            self.call(*leaves)
+            self.call(*(t.detach() for t in leaves))
+        assert len(made) == 2
+
     def test_second_derivatives(self):
         leaves = operands(4, 3, 6, 2, torch.float64)
         assert torch.autograd.gradgradcheck(lambda *t: self.call(*t, seed=3), leaves)
@@ -131,6 +144,18 @@ def test_a_mask_of_nothing(rows, cols, device):
     A, B = torch.ones(cols, 2, device=device), torch.ones(2, 4, device=device)
     y = lora_linear(x, torch.ones(4, cols, device=device), A, B, 1.0, dropout_p=0.5, seed=1)
     assert y.shape == (rows, 4)
+
+
+def test_compiled_code_computes_a_mask_in_one_piece_for_all_sizes(fresh_dynamo):
+    counter = CompileCounter()
+    compiled = torch.compile(
+        lambda x, seed: masked(x, Dropout(0.5, seed)), backend=counter, dynamic=True
+    )
+    seed = torch.tensor(3)
+    for rows in (300, 900, 2000):
+        x = torch.randn(rows, 256)
+        assert torch.equal(compiled(x, seed), masked(x, Dropout(0.5, seed)))
+    assert counter.frame_count == 1 and counter.op_count < 200
 
 
 def test_what_is_dropped_is_zero_and_not_the_product_of_an_overflow():

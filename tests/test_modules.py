@@ -774,3 +774,18 @@ class TestTracersOfPythonCode:
         torch.testing.assert_close(traced(x), net(x))
         net[0].lora.alpha = 3.0
         torch.testing.assert_close(traced(x), net(x))
+
+
+def test_alpha_may_be_set_in_compiled_code(fresh_dynamo):
+    layer = LinearWithLoRA(nn.Linear(6, 4), rank=2, alpha=1.0)
+    nn.init.normal_(layer.lora.B)
+    x = torch.randn(3, 6)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def doubled(x):
+        layer.lora.alpha = 2.0
+        return layer(x)
+
+    y = doubled(x)
+    assert layer.lora.alpha == 2.0
+    torch.testing.assert_close(y, layer(x))
