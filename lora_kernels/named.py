@@ -33,7 +33,7 @@ from lora_kernels.modules import (
     put_bases,
     put_wrappers,
 )
-from lora_kernels.wrappers import modules_of, plain_names
+from lora_kernels.wrappers import COMPILED, modules_of, plain_names, wrapped_by
 
 
 def named_layers(model: nn.Module) -> list[tuple[str, LinearWithAdapters]]:
@@ -97,12 +97,19 @@ def _in_all_or_none(name: str, layers: Iterable[LinearWithAdapters]) -> Iterator
 def remove_adapter(model: nn.Module, name: str) -> list[str]:
     """Drop an adapter everywhere; a Linear that has none left takes its place again. Returns the layers' names.
 
-    ValueError for a name that no layer has. Where a Linear cannot take its place, the model is as it was.
+    ValueError for a name that no layer has, and for a layer that is compiled by itself and would have no adapter left. Where
+    a Linear cannot take its place, the model is as it was.
     """
     having = {layer: label for label, layer in named_layers(model) if name in layer.adapters}
     if not having:
         raise ValueError(f"name must be an adapter of the model, got {name!r}")
-    put_bases(model, {layer: layer.linear for layer in having if layer.names == (name,)})
+    emptied = {layer: layer.linear for layer in having if layer.names == (name,)}
+    for label, parent, *_ in places_of(model, emptied):
+        if wrapped_by(parent) == COMPILED:
+            raise ValueError(
+                f"{label} must keep an adapter while it is compiled by itself: torch.compile keeps calling it"
+            )
+    put_bases(model, emptied)
     for layer in having:
         layer.remove_adapter(name)
         layer.selected = None

@@ -289,3 +289,15 @@ def test_names_from_an_iterator_and_odd_arguments():
         select_adapters(net, 3)
     with pytest.raises(ValueError, match=r"x must be \[S, ..., K\].*got \[8\]"):
         net.first(torch.randn(8), torch.zeros(8, dtype=torch.long))
+
+
+def test_the_last_adapter_of_a_layer_that_is_compiled_by_itself_stays():
+    net = nn.Sequential(nn.Linear(6, 4))
+    add_adapter(net, "fr", rank=2, alpha=1.0)
+    select_adapters(net, "fr")
+    net[0] = torch.compile(net[0], backend="eager")
+    x = torch.randn(3, 6)
+    before = net(x)
+    with pytest.raises(ValueError, match="must keep an adapter while it is compiled by itself"):
+        remove_adapter(net, "fr")
+    assert torch.equal(net(x), before)
