@@ -118,9 +118,8 @@ class LoRALayer(nn.Module):
     def _scale_tensor(self) -> Tensor:
         """`scale` where A is, in float64 beside a float64 A; on the CPU while A is on the meta device."""
         device = "cpu" if self.A.is_meta else self.A.device
-        with torch.inference_mode(
-            False
-        ):  # a caller's would make it one that nothing can set afterwards
+        # Within a caller's inference mode nothing could set it afterwards.
+        with torch.inference_mode(False):
             return alpha_tensor(self.scale, self.A.dtype, device)
 
     def _place_scale(self) -> None:

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import adapter_file
-from lora_kernels.adapters import (
-    alpha_of,
-    check_linear,
-    check_values,
-    fill,
-    options_of,
-    parents_of,
-)
+from lora_kernels.adapters import alpha_of, check_linear, check_values, fill, options_of, parents_of
 from lora_kernels.bases import is_conv1d
 from lora_kernels.mixed import BASE, LinearWithAdapters, check_name
 from lora_kernels.modules import (

@@ -127,7 +127,10 @@ def test_a_masked_tail_before_the_librarys_product(target, dtype, adapter_dtype,
     assert steps.forward == ["shrink", "expand"]
     tails = [each for each in steps.executed if each.name == "expand"]
     assert len(tails) == 2  # y and dx
-    assert all(each.counters.tensors["w"].bytes_loaded == 0 for each in tails)
+    for each in tails:
+        traffic = each.counters.tensors
+        assert traffic["w"].bytes_loaded == traffic["x"].bytes_loaded == 0
+        assert (traffic["y_ptr"].stores == 1).all()
 
 
 @pytest.mark.parametrize("target", EXECUTED)

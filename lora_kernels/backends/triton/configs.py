@@ -181,6 +181,8 @@ def tiles_of(kernel: str, problem: Problem, target: Target) -> list[TileConfig]:
 def shipped(target: Target, groups: int = 0) -> list[tuple[Problem, TileConfig]]:
     """Every tile that a plan and `tune` can take on `target`, with a problem of so many groups that may get it.
 
+    But for `_TAIL`, which has no product; its code has tests of its own.
+
     Configurations that compile to the same code count once: the split is a run-time number but for being 1, and float16
     takes bfloat16's code with another instruction, but in kernels that multiply s or q, or float32 adapters, which they do
     in another form. Ranks take the code of their block, of which each configuration has its narrowest and its widest here,
