@@ -191,6 +191,25 @@ def test_earlier_results_do_not_come_back(isa):
                 assert torch.equal(y, torch.full((M, 130), float(K)))
 
 
+@pytest.mark.parametrize("dropout", [None, Dropout(0.5, torch.tensor(3))], ids=["", "mask"])
+def test_nor_does_what_an_odd_last_element_is_paired_with(dropout, isa):
+    """bfloat16 is multiplied in pairs: of rows of x and dy, of terms and of ranks."""
+
+    def ones(*sizes, like=1.0):
+        return torch.full(sizes, like, dtype=bf16)
+
+    for count, value in ((128, float("nan")), (9, 1.0)):
+        rows = PRODUCTS.wgrad(ones(count, 64, like=value), torch.ones(count, 4), bf16, dropout)
+        wide = ones(20, count, like=value)
+        s = PRODUCTS.shrink(wide, Adapter(ones(count, 4), ones(4, 64), 1.0, dropout))
+        tail = Adapter(ones(16, count), ones(count, 64), 1.0, None, dropout)
+        y = PRODUCTS.expand(ones(20, 16), ones(16, 64), torch.full((20, count), value), tail)
+    for result in (rows, s, y):
+        assert result.isfinite().all()
+    if dropout is None:
+        assert (rows == 9).all() and (s == 9).all() and (y == 25).all()
+
+
 def test_rows_two_gigabytes_apart():
     far = torch.empty(2**31 + 16, dtype=bf16).as_strided((3, 16), (2**30, 1))
     far.copy_(torch.randn(3, 16))
